@@ -1,0 +1,51 @@
+"""Every error densegeo raises on purpose: each message names what was wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class DensegeoError(Exception):
+    """Base of all densegeo errors; the command line prints its message without a traceback."""
+
+
+class ImageError(DensegeoError, ValueError):
+    """An image that cannot be read or used: empty, truncated, too large, too small, NaN, wrong channels."""
+
+
+class BundleError(DensegeoError):
+    """A directory that is no bundle, or a bundle with a missing or unusable part."""
+
+
+class SchemaVersionError(BundleError):
+    """A manifest written by another schema version."""
+
+
+class DigestError(BundleError):
+    """A bundle file whose size or SHA-256 differs from the manifest's."""
+
+
+class BackendError(DensegeoError):
+    """A backend that is not installed, cannot run this bundle, or failed while running it."""
+
+
+class CalibrationError(DensegeoError, ValueError):
+    """Metric anchors or parameters that do not determine a depth scale."""
+
+
+class NotMetricError(DensegeoError):
+    """Metres were asked of a result whose depth kind is not `metric`."""
+
+
+class CheckpointError(DensegeoError):
+    """A checkpoint, LoRA, VAE or prompt file that is missing, malformed, or of another model."""
+
+
+class ConfigError(DensegeoError, ValueError):
+    """An option or architecture setting that is invalid or contradicts the tensors."""
+
+
+class ExportError(DensegeoError):
+    """A graph that could not be exported, or that missed its error bound."""
+
+
+class ResourceError(DensegeoError):
+    """Not enough memory or disk for a build, or an output that cannot be written."""

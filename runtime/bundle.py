@@ -1,0 +1,184 @@
+"""The bundle: a directory holding everything the runtime needs, described by `manifest.json`.
+
+The builder writes it (`densegeo.export`), the runtime reads it; this module is all the two share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from densegeo.errors import BundleError, DigestError, SchemaVersionError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+Stage = Literal["encoder", "transformer", "decoder"]
+DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]
+STAGES: tuple[Stage, ...] = ("encoder", "transformer", "decoder")
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all manifest records: immutable, and strict about unknown fields."""
+
+
+class TensorSpec(Record):
+    name: str
+    dtype: str  # numpy name: "float32"
+    shape: list[int]
+
+
+class Graph(Record):
+    """One ONNX graph, with what it costs."""
+
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    nodes: int
+    parameters: int  # elements of all initialisers
+    flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
+
+
+class Bucket(Record):
+    """One fixed image size and its three graphs.
+
+    encoder: rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, H/8, W/8), scaled and shifted.
+    transformer: latent -> velocity (1, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals.
+    decoder: latent (N, C, H/8, W/8), unscaled -> decoded (N, 3, H, W); N = 2 (depth and normals together) or 1.
+    """
+
+    width: int
+    height: int
+    encoder: Graph
+    transformer: Graph
+    decoder: Graph
+
+
+class Decode(Record):
+    """How velocity tokens become geometry (DESIGN section 3)."""
+
+    depth_kind: DepthKind
+    latent_scale: float  # decoder input = latent / latent_scale + latent_shift
+    latent_shift: float
+    depth_sign: int  # depth latent = depth_sign * left half of the velocity
+    normal_sign: int  # normal latent = normal_sign * right half
+
+
+class FileDigest(Record):
+    bytes: int
+    sha256: str
+
+
+class Source(Record):
+    """A file the bundle was built from."""
+
+    role: str  # "dit", "vae", "lora", "prompt", "config"
+    path: str  # as given, or `repository@revision:file`
+    bytes: int
+    sha256: str
+
+
+class Check(Record):
+    """One measured error of the build's verification: `error` must not exceed `bound`."""
+
+    bucket: str  # "1024x768"
+    output: str  # "encoder", "transformer", "decoder", "prediction", "normals"
+    reference: str  # what it was compared with
+    error: float  # relative L2 norm
+    bound: float
+
+
+class Verification(Record):
+    inputs: str  # safetensors file: "{bucket}.rgb" and, per output, "{bucket}.{output}" float32 references
+    replay_bound: float  # relative L2 bound of a replay against the stored references
+    checks: list[Check]
+
+
+class Manifest(Record):
+    schema_version: int
+    model: str  # "fe2e", "fe2e-tiny"
+    precision: str  # "fp32", "bf16", "fp16"
+    weights_note: str  # empty, or a plain sentence such as "random weights: the picture is not meaningful"
+    buckets: list[Bucket]
+    decode: Decode
+    rewrites: list[str]  # applied, in order
+    files: dict[str, FileDigest]  # every file of the bundle but the manifest
+    sources: list[Source]
+    build_key: str  # digest of all inputs and options: equal keys need no rebuild
+    versions: dict[str, str]  # of the builder and the libraries it used
+    target_architectures: list[str]  # GPU architectures of compiled parts; empty for plain ONNX
+    verification: Verification
+
+
+def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file as hex; `progress` is called with the number of bytes read each time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `directory`, indented for people."""
+    encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (directory / MANIFEST).write_bytes(encoded + b"\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate a bundle's manifest.
+
+    Raises BundleError when `directory` is no bundle or the manifest is malformed, SchemaVersionError when
+    it was written by another schema version.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{directory} is not a densegeo bundle: it has no {MANIFEST}. "
+            "Make one with `densegeo build --model fe2e-tiny --output DIR`."
+        )
+    raw = path.read_bytes()
+    try:
+        version = msgspec.json.decode(raw, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{path} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
+                "Rebuild the bundle, or install the densegeo version that built it."
+            )
+        return msgspec.json.decode(raw, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path} is not a valid manifest ({error}). Rebuild the bundle.") from error
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def check_files(
+    directory: Path, manifest: Manifest, *, digests: bool = True, progress: Callable[[int], object] | None = None
+) -> None:
+    """Check that every file of the manifest is there with its size and, if `digests`, its SHA-256.
+
+    Raises BundleError for a missing file, DigestError for one that differs; each names the file.
+    """
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{directory} lacks {name}, which its manifest lists. Copy it again or rebuild the bundle.")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise DigestError(
+                f"{path} has {size} bytes, the manifest says {expected.bytes}: it is truncated or was replaced. "
+                "Copy it again or rebuild the bundle."
+            )
+        if digests and (actual := sha256_file(path, progress)) != expected.sha256:
+            raise DigestError(
+                f"{path} is corrupted: its SHA-256 is {actual[:16]}…, the manifest says {expected.sha256[:16]}…. "
+                "Copy it again or rebuild the bundle."
+            )
