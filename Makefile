@@ -1,0 +1,45 @@
+# Every target makes its own environment: all that is needed is Python 3.10 or newer (3.11 is what is pinned) and pip.
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench-rewrites clean
+
+help:
+	@echo "make demo            build fe2e-tiny and run it on a photo"
+	@echo "make test            the test suite"
+	@echo "make test-slow       the tests that take minutes"
+	@echo "make lint            ruff, mypy, import contracts"
+	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
+	@echo "make clean           remove the environment, caches and out/"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10: install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m densegeo.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-rewrites: $(STAMP)
+	$(BIN)/python benchmarks/rewrites.py
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
