@@ -1,0 +1,189 @@
+"""Checkpoints and LoRA from safetensors files: strict by default, every difference listed, nothing guessed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from densegeo.errors import CheckpointError
+
+FLOAT_DTYPES = {"F32", "BF16", "F16"}
+_PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the file's header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors name: F32, BF16, F16, F8_E4M3, ...
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path} is a pickle file, which can run any code when it is loaded, so densegeo reads safetensors only. "
+            "Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}): it is truncated or another format"
+        ) from error
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Names, shapes and dtypes of a safetensors file, from its header alone.
+
+    Raises CheckpointError when it is missing, unreadable, or a pickle file.
+    """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        return {key: Entry(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+
+@dataclass
+class KeyReport:
+    """How a file's keys differ from what the architecture wants."""
+
+    path: Path
+    found: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)  # "key: (2, 3), expected (3, 3)"
+    wrong_dtype: list[str] = field(default_factory=list)
+
+    def problems(self, *, allow_unexpected: bool) -> list[str]:
+        """Lines that say what is wrong; empty when the file fits."""
+        groups = [("missing", self.missing), ("wrong shape", self.misshapen), ("wrong dtype", self.wrong_dtype)]
+        if not allow_unexpected:
+            groups.append(("unexpected", self.unexpected))
+        return [f"{len(keys)} {what}: " + "; ".join(keys) for what, keys in groups if keys]
+
+
+def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module) -> KeyReport:
+    """Compare a file's entries with the tensors `module` (on any device) wants."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    report = KeyReport(path, missing=sorted(set(wanted) - set(entries)), unexpected=sorted(set(entries) - set(wanted)))
+    for key in sorted(set(wanted) & set(entries)):
+        entry = entries[key]
+        report.found += 1
+        if entry.shape != wanted[key]:
+            report.misshapen.append(f"{key}: {entry.shape}, expected {wanted[key]}")
+        if entry.dtype not in FLOAT_DTYPES:
+            report.wrong_dtype.append(f"{key}: {entry.dtype}, expected one of {', '.join(sorted(FLOAT_DTYPES))}")
+    return report
+
+
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    *,
+    lora: Path | None = None,
+    allow_unexpected: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Fill `module` (made on the meta device) with a file's tensors in float32, LoRA merged.
+
+    `progress` is called with each tensor's element count. Raises CheckpointError that lists every key in the way.
+    """
+    report = compare_keys(path, read_entries(path), module)
+    if problems := report.problems(allow_unexpected=allow_unexpected):
+        hint = ""
+        if report.unexpected and not (report.missing or report.misshapen or report.wrong_dtype):
+            hint = "\nIf the extra tensors are known to be harmless, pass --allow-unexpected."
+        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(problems) + hint)
+    updates = read_lora(lora, module) if lora else {}
+    state: dict[str, Tensor] = {}
+    with _opened(path) as file:
+        for key in module.state_dict():
+            tensor = file.get_tensor(key).float()
+            if key in updates:
+                tensor = updates[key].merge(tensor)
+            state[key] = tensor
+            if progress:
+                progress(tensor.numel())
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """One module's low-rank update; up (out, rank) and down (rank, in) in float32."""
+
+    up: Tensor
+    down: Tensor
+    scale: float  # alpha / rank
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """W + (alpha / rank) * up @ down, in float32."""
+        return weight + self.scale * (self.up @ self.down)
+
+
+_LORA_KEY = re.compile(r"(lora_unet_.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+
+
+def lora_ranks(path: Path) -> dict[str, int]:
+    """LoRA module name -> rank, from the header."""
+    return {
+        match.group(1): entry.shape[0]
+        for key, entry in read_entries(path).items()
+        if (match := _LORA_KEY.fullmatch(key)) and match.group(2) == "lora_down.weight" and entry.shape
+    }
+
+
+def read_lora(path: Path, module: nn.Module) -> dict[str, LoraUpdate]:
+    """Read a kohya-form LoRA for `module`: weight key -> update. An absent or zero alpha means alpha = rank.
+
+    Raises CheckpointError when the file has keys of another form, modules that `module` lacks, a half of a pair
+    only, or shapes that do not fit.
+    """
+    linears = {
+        "lora_unet_" + name.replace(".", "_"): (f"{name}.weight", layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    tensors: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118
+            match = _LORA_KEY.fullmatch(key)
+            if not match:
+                problems.append(
+                    f"{key}: no kohya LoRA key (lora_unet_<module>.lora_down.weight, .lora_up.weight, .alpha)"
+                )
+            elif match.group(1) not in linears:
+                problems.append(f"{key}: the model has no such module")
+            else:
+                tensors.setdefault(match.group(1), {})[match.group(2)] = file.get_tensor(key).float()
+    updates: dict[str, LoraUpdate] = {}
+    for name, parts in sorted(tensors.items()):
+        weight_key, layer = linears[name]
+        up, down = parts.get("lora_up.weight"), parts.get("lora_down.weight")
+        if up is None or down is None:
+            problems.append(f"{name}: lora_up or lora_down is missing")
+            continue
+        shapes = tuple(up.shape), tuple(down.shape)
+        rank = down.shape[0]
+        if shapes != ((layer.out_features, rank), (rank, layer.in_features)):
+            problems.append(f"{name}: up {shapes[0]}, down {shapes[1]} do not fit a {tuple(layer.weight.shape)} weight")
+            continue
+        alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+        updates[weight_key] = LoraUpdate(up, down, (alpha or rank) / rank)
+    if problems or not updates:
+        problems = problems or ["it holds no LoRA tensors"]
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise CheckpointError(f"the LoRA {path} is not for this model:\n  " + "\n  ".join(shown))
+    return updates

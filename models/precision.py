@@ -1,0 +1,31 @@
+"""Compute precision: what is cast, and what stays float32 in a low-precision model.
+
+Linears, convolutions and group norms run in the chosen dtype. LayerNorm, QK norms, modulation, RoPE, the merged keys'
+bias (bf16 would be off by 1 %) and the decoder's last norm and convolution stay float32 (DESIGN sections 3 and 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from densegeo.models.rewrites import Pipeline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cast(pipeline: Pipeline, precision: str) -> Pipeline:
+    """Cast a float32 pipeline in place to "fp32", "bf16" or "fp16"; returns it."""
+    dtype = DTYPES[precision]
+    decoder = pipeline.vae.decoder
+    tail = {decoder.norm_out, decoder.conv_out}
+    for root in (pipeline.transformer, pipeline.vae):
+        for module in root.modules():
+            if module in tail:
+                continue
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
+                module.to(dtype)
+            elif getattr(module, "cast_buffers", False):
+                for name, buffer in module.named_buffers(recurse=False):
+                    module.register_buffer(name, buffer.to(dtype))
+    return pipeline

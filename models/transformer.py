@@ -1,0 +1,268 @@
+"""The FE2E transformer: one image latent in, the velocity of depth and normals out, in a single step.
+
+Parameter names are the checkpoint's (Step1X-Edit, a Flux-like DiT). `bind` fixes the prompt and the image size, after
+which `forward` is pure tensors and exportable; `densegeo.models.rewrites` then makes it fast without changing it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densegeo.models.config import TransformerConfig
+from densegeo.models.connector import TIMESTEP, Connector
+from densegeo.models.layers import (
+    FinalModulation,
+    MLPEmbedder,
+    Modulated,
+    Modulation,
+    QKNorm,
+    attention,
+    heads_first,
+    rope_tables,
+    rotate,
+    sinusoid,
+    split_qkv,
+)
+from densegeo.models.prompt import Prompt
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (text + image tokens, head size / 2), float32
+
+
+class StreamAttention(nn.Module):
+    """One stream's projections in a double block."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, hidden), already modulated -> normed q, k and v, each (B, heads, T, size)."""
+        q, k, v = split_qkv(self.qkv(x), self.heads)
+        return *self.norm(q, k), v
+
+
+def _mlp(hidden: int, wide: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, hidden))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with their own weights, attending jointly."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_heads
+        self.img_mod: nn.Module = Modulation(hidden, 2)
+        self.txt_mod: nn.Module = Modulation(hidden, 2)
+        self.img_attn = StreamAttention(hidden, heads)
+        self.txt_attn = StreamAttention(hidden, heads)
+        self.img_mlp = _mlp(hidden, config.mlp_hidden)
+        self.txt_mlp = _mlp(hidden, config.mlp_hidden)
+
+    def qkv(self, image: Tensor, text: Tensor, image_mod: Modulated, text_mod: Modulated) -> tuple[Tensor, ...]:
+        """Joint q, k, v (B, heads, text + image tokens, size), before RoPE."""
+        pairs = zip(self.txt_attn(text_mod.norm(text)), self.img_attn(image_mod.norm(image)), strict=True)
+        return tuple(torch.cat(pair, dim=2) for pair in pairs)
+
+    def forward(
+        self, image: Tensor, text: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        image_attn, image_mlp = self.img_mod(vec)
+        text_attn, text_mlp = self.txt_mod(vec)
+        q, k, v = self.qkv(image, text, image_attn, text_attn)
+        mixed = attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
+        image = image_attn.add(image, self.img_attn.proj(mixed[:, text.shape[1] :]))
+        text = text_attn.add(text, self.txt_attn.proj(mixed[:, : text.shape[1]]))
+        image = image_mlp.add(image, self.img_mlp(image_mlp.norm(image)))
+        text = text_mlp.add(text, self.txt_mlp(text_mlp.norm(text)))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel over the joint sequence (text, left, image)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.hidden, self.heads, self.mlp_hidden = hidden, config.num_heads, config.mlp_hidden
+        self.modulation: nn.Module = Modulation(hidden, 1)
+        self.linear1 = nn.Linear(hidden, 3 * hidden + config.mlp_hidden)
+        self.norm = QKNorm(config.head_size)
+        self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)
+
+    def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
+        (branch,) = self.modulation(vec)
+        qkv, mlp = self.linear1(branch.norm(x)).split([3 * self.hidden, self.mlp_hidden], dim=-1)
+        q, k, v = split_qkv(qkv, self.heads)
+        q, k = self.norm(q, k)
+        mixed = attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
+        return branch.add(x, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1)))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.adaLN_modulation: nn.Module = FinalModulation(config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.in_channels)
+
+    def forward(self, x: Tensor, vec: Tensor | None) -> Tensor:
+        (branch,) = self.adaLN_modulation(vec)
+        return self.linear(branch.norm(x))
+
+
+class Transformer(nn.Module):
+    """latent (1, C, H/8, W/8) -> velocity (1, 2L, 4C), L = (H/16)(W/16); left half depth, right half normals.
+
+    The latent comes in float32 and the velocity leaves in float32; between them linears run in the parameters' dtype
+    and norms, modulation and rotations in float32.
+    """
+
+    prompt_embeds: Tensor  # (1, T, prompt)
+    prompt_mask: Tensor  # (1, T) float32
+    timestep: Tensor  # (1, 256)
+    cos: Tensor
+    sin: Tensor
+    key_bias: Tensor | None
+    text_rows: Tensor | None
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, config.hidden_size)
+        self.txt_in: nn.Module = nn.Linear(config.context_in_dim, config.hidden_size)
+        self.time_in: nn.Module | None = MLPEmbedder(256, config.hidden_size)
+        self.vector_in: nn.Module | None = MLPEmbedder(config.vec_in_dim, config.hidden_size)
+        self.connector: nn.Module = Connector(config)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = FinalLayer(config)
+        # Weight of classifier-free guidance; the released code's two prompts are identical, so any value is exact.
+        self.guidance: float | None = 6.0
+        self.constant_canvas = False  # the left half's tokens are img_in's bias, not img_in(zeros)
+        for name in ("key_bias", "text_rows"):
+            self.register_buffer(name, None, persistent=False)
+
+    def bind(self, prompt: Prompt, width: int, height: int) -> Transformer:
+        """Fix the prompt and the image size (pixels, multiples of 16); returns self."""
+        embeds = torch.from_numpy(prompt.embeds)[None]
+        self.register_buffer("prompt_embeds", embeds, persistent=False)
+        self.register_buffer("prompt_mask", torch.from_numpy(prompt.mask)[None].float(), persistent=False)
+        self.register_buffer("timestep", sinusoid(TIMESTEP), persistent=False)
+        self.set_size(width, height, embeds.shape[1])
+        return self
+
+    def set_size(self, width: int, height: int, text_tokens: int) -> None:
+        """(Re)compute the RoPE tables: zeros for text, then (0, row, column), the same for both halves."""
+        rows, columns = height // 16, width // 16
+        self.image_tokens = 2 * rows * columns
+        grid = torch.zeros(rows, columns, 3, dtype=torch.int64)
+        grid[..., 1] = torch.arange(rows)[:, None]
+        grid[..., 2] = torch.arange(columns)
+        half = grid.flatten(0, 1)
+        positions = torch.cat([torch.zeros(text_tokens, 3, dtype=torch.int64), half, half])
+        cos, sin = rope_tables(positions, self.config.axes_dim, self.config.theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def conditioning(self) -> tuple[Tensor, Tensor | None]:
+        """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
+        batch = 1 if self.guidance is None else 2
+        text, pooled = self.connector(self.prompt_embeds.expand(batch, -1, -1), self.prompt_mask.expand(batch, -1))
+        text = self.txt_in(text).expand(batch, -1, -1)
+        if self.text_rows is not None:
+            text = text.index_select(1, self.text_rows)
+        if self.time_in is None or self.vector_in is None:
+            return text, None
+        return text, (self.time_in(self.timestep) + self.vector_in(pooled)).expand(batch, -1)
+
+    def canvas(self, latent: Tensor) -> Tensor:
+        """latent (1, C, h, w) -> embedded canvas [zeros | image] (1, 2L, hidden)."""
+        _, channels, height, width = latent.shape
+        tokens = latent.reshape(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+        tokens = tokens.reshape(1, -1, 4 * channels).to(self.img_in.weight.dtype)
+        if self.constant_canvas:
+            image = self.img_in(tokens)
+            return torch.cat([self.img_in.bias.expand_as(image), image], dim=1)
+        return self.img_in(torch.cat([torch.zeros_like(tokens), tokens], dim=1))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image = self.canvas(latent)
+        text, vec = self.conditioning()
+        image = image.expand(text.shape[0], -1, -1)
+        rope = (self.cos, self.sin)
+        for double in self.double_blocks:
+            image, text = double(image, text, vec, rope, self.key_bias)
+        x = torch.cat([text, image], dim=1)
+        for single in self.single_blocks:
+            x = single(x, vec, rope, self.key_bias)
+        if x.shape[1] != self.image_tokens:
+            x = x[:, text.shape[1] :]
+        velocity = self.final_layer(x, vec).float()
+        if self.guidance is None:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+
+class ConstantInputBlock(DoubleBlock):
+    """The first block when text and the left half enter as constants: only the image half is projected (DESIGN 4.5)."""
+
+    cast_buffers = True
+
+    def __init__(self, block: DoubleBlock, text: Tensor, left: Tensor) -> None:
+        """text: (1, T, hidden) constant tokens; left: (1, 1, hidden), the left half's one token value."""
+        nn.Module.__init__(self)
+        for name, module in block.named_children():
+            setattr(self, name, module)
+        image_mod, text_mod = self.img_mod(None)[0], self.txt_mod(None)[0]
+        for name, tensor in zip("qkv", self.txt_attn(text_mod.norm(text)), strict=True):
+            self.register_buffer(f"text_{name}", tensor.detach())  # (1, heads, T, size)
+        for name, tensor in zip("qkv", self.img_attn(image_mod.norm(left)), strict=True):
+            self.register_buffer(f"left_{name}", tensor.detach())  # (1, heads, 1, size)
+        del self.txt_attn.qkv, self.txt_attn.norm
+
+    def qkv(self, image: Tensor, text: Tensor, image_mod: Modulated, text_mod: Modulated) -> tuple[Tensor, ...]:
+        half = image.shape[1] // 2
+        right = self.img_attn(image_mod.norm(image[:, half:]))
+        joint = []
+        for name, tensor in zip("qkv", right, strict=True):
+            constant = getattr(self, f"text_{name}"), getattr(self, f"left_{name}").expand(-1, -1, half, -1)
+            constants = torch.cat(constant, dim=2).expand(image.shape[0], -1, -1, -1)
+            joint.append(torch.cat([constants, tensor], dim=2))
+        return tuple(joint)
+
+
+class TrimmedSingleBlock(nn.Module):
+    """The last block when only image tokens are wanted: text is projected to keys and values alone (DESIGN 4.6)."""
+
+    def __init__(self, block: SingleBlock, text_tokens: int) -> None:
+        super().__init__()
+        hidden = block.hidden
+        self.hidden, self.heads, self.mlp_hidden, self.text_tokens = hidden, block.heads, block.mlp_hidden, text_tokens
+        self.modulation, self.norm, self.linear2 = block.modulation, block.norm, block.linear2
+        weight, bias = block.linear1.weight, block.linear1.bias
+        self.key_value = _linear(weight[hidden : 3 * hidden], bias[hidden : 3 * hidden])
+        rows = [*range(hidden), *range(3 * hidden, weight.shape[0])]
+        self.query_mlp = _linear(weight[rows], bias[rows])
+
+    def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
+        (branch,) = self.modulation(vec)
+        normed, image, (cos, sin) = branch.norm(x), x[:, self.text_tokens :], rope
+        query, mlp = self.query_mlp(normed[:, self.text_tokens :]).split([self.hidden, self.mlp_hidden], dim=-1)
+        k, v = (heads_first(part, self.heads) for part in self.key_value(normed).chunk(2, dim=-1))
+        q, k = self.norm(heads_first(query, self.heads), k)
+        q = rotate(q, cos[self.text_tokens :], sin[self.text_tokens :])
+        mixed = attention(q, rotate(k, cos, sin), v, key_bias)
+        return branch.add(image, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1)))
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear that holds copies of the given rows."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear

@@ -1,0 +1,200 @@
+"""The Flux autoencoder. Parameter names are the checkpoint's; images are (N, 3, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densegeo.models.config import VAEConfig
+
+GROUPS, EPS = 32, 1e-6
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm of 32 groups, eps 1e-6."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels, EPS)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = Norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = Norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """One attention head over all channels; tokens are pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class PhaseUpsample(nn.Module):
+    """Upsample as one 2x2 convolution a phase on the small image: 4/9 of the multiplications, the same function.
+
+    After nearest x2, a 3x3 window sees only 2x2 different pixels; their weights are sums of the 3x3 ones. Output
+    phase (py, px) of pixel (i, j) is the 2x2 window at (i + py - 1, j + px - 1).
+    """
+
+    def __init__(self, upsample: Upsample) -> None:
+        super().__init__()
+        weight, bias = upsample.conv.weight.detach(), upsample.conv.bias
+        assert bias is not None
+        channels = weight.shape[0]
+        halves = [
+            (weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]),
+            (weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]),
+        ]
+        phases = []
+        for rows in halves:  # py
+            tall = torch.stack(rows, dim=2)  # (out, in, 2, 3)
+            phases.append(torch.stack([tall[..., 0], tall[..., 1] + tall[..., 2]], dim=3))
+            phases.append(torch.stack([tall[..., 0] + tall[..., 1], tall[..., 2]], dim=3))
+        self.conv = nn.Conv2d(channels, 4 * channels, 2, padding=1, device="meta")
+        self.conv.weight = nn.Parameter(torch.cat(phases).contiguous(), requires_grad=False)
+        self.conv.bias = nn.Parameter(bias.detach().repeat(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        p00, p01, p10, p11 = self.conv(x).chunk(4, dim=1)  # each (N, C, H + 1, W + 1)
+        top = torch.stack([p00[:, :, :height, :width], p01[:, :, :height, 1:]], dim=-1)
+        bottom = torch.stack([p10[:, :, 1:, :width], p11[:, :, 1:, 1:]], dim=-1)
+        return torch.stack([top.flatten(-2), bottom.flatten(-2)], dim=-2).flatten(-3, -2)
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, then an optional change of resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, resample: str = "") -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResBlock(in_channels if index == 0 else out_channels, out_channels) for index in range(blocks)
+        )
+        if resample == "down":
+            self.downsample: nn.Module = Downsample(out_channels)
+        elif resample == "up":
+            self.upsample: nn.Module = Upsample(out_channels)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if self.resample == "down":
+            return self.downsample(x)
+        return self.upsample(x) if self.resample == "up" else x
+
+
+class Encoder(nn.Module):
+    """rgb (N, 3, H, W) -> latent (N, z, H/8, W/8): the Gaussian's mean, scaled and shifted."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.scale, self.shift, self.z_channels = config.scale_factor, config.shift_factor, config.z_channels
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                config.ch if level == 0 else widths[level - 1],
+                width,
+                config.num_res_blocks,
+                "" if level == last else "down",
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        x = self.conv_in(rgb.to(self.conv_in.weight.dtype))
+        for level in self.down:
+            x = level(x)
+        moments = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.scale * (moments[:, : self.z_channels].float() - self.shift)
+
+
+class Decoder(nn.Module):
+    """latent (N, z, H/8, W/8), unscaled -> image (N, 3, H, W), not clamped; the tail runs in its own dtype, float32."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(  # index 0 is the full resolution and runs last
+            Level(widths[min(level + 1, last)], width, config.num_res_blocks + 1, "up" if level else "")
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = Norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(latent.to(self.conv_in.weight.dtype)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x.to(self.norm_out.weight.dtype)))).float()
+
+
+class VAE(nn.Module):
+    """Encoder and decoder under the checkpoint's names."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
