@@ -26,13 +26,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all manifest records: immutable, and strict about unknown fields."""
 
 
-class TensorSpec(Record):
+class TensorSpec(Record, frozen=True):
     name: str
     dtype: str  # numpy name: "float32"
     shape: list[int]
 
 
-class Graph(Record):
+class Graph(Record, frozen=True):
     """One ONNX graph, with what it costs."""
 
     file: str
@@ -43,7 +43,7 @@ class Graph(Record):
     flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
 
 
-class Bucket(Record):
+class Bucket(Record, frozen=True):
     """One fixed image size and its three graphs.
 
     encoder: rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, H/8, W/8), scaled and shifted.
@@ -58,7 +58,7 @@ class Bucket(Record):
     decoder: Graph
 
 
-class Decode(Record):
+class Decode(Record, frozen=True):
     """How velocity tokens become geometry (DESIGN section 3)."""
 
     depth_kind: DepthKind
@@ -68,12 +68,12 @@ class Decode(Record):
     normal_sign: int  # normal latent = normal_sign * right half
 
 
-class FileDigest(Record):
+class FileDigest(Record, frozen=True):
     bytes: int
     sha256: str
 
 
-class Source(Record):
+class Source(Record, frozen=True):
     """A file the bundle was built from."""
 
     role: str  # "dit", "vae", "lora", "prompt", "config"
@@ -82,7 +82,7 @@ class Source(Record):
     sha256: str
 
 
-class Check(Record):
+class Check(Record, frozen=True):
     """One measured error of the build's verification: `error` must not exceed `bound`."""
 
     bucket: str  # "1024x768"
@@ -92,13 +92,13 @@ class Check(Record):
     bound: float
 
 
-class Verification(Record):
+class Verification(Record, frozen=True):
     inputs: str  # safetensors file: "{bucket}.rgb" and, per output, "{bucket}.{output}" float32 references
     replay_bound: float  # relative L2 bound of a replay against the stored references
     checks: list[Check]
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True):
     schema_version: int
     model: str  # "fe2e", "fe2e-tiny"
     precision: str  # "fp32", "bf16", "fp16"
@@ -170,7 +170,7 @@ def check_files(
     for name, expected in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            raise BundleError(f"{directory} lacks {name}, which its manifest lists. Copy it again or rebuild the bundle.")
+            raise BundleError(f"{directory} lacks {name}, which its manifest lists. Copy it again or rebuild it.")
         size = path.stat().st_size
         if size != expected.bytes:
             raise DigestError(

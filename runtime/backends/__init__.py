@@ -1,0 +1,70 @@
+"""Backends: one table of what can run a bundle's graphs. A row's library is imported only when its row is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import BackendError, ConfigError
+from densegeo.runtime.bundle import Bucket, Manifest, Stage
+
+
+class Backend(Protocol):
+    """Runs the graphs of one bundle; safe to call from several threads."""
+
+    name: str
+    device: str  # "cpu" or "cuda:0"
+
+    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
+        """Run one graph of a bucket on its only input; its only output as float32. Raises BackendError."""
+        ...
+
+    def close(self) -> None:
+        """Release the graphs; a later `run` raises BackendError."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One backend: the module whose `open_backend(directory, manifest, device)` makes it, and what it needs."""
+
+    name: str
+    module: str
+    library: str  # the Python module whose presence means "available"
+    install: str  # what to type when it is missing
+
+    def available(self) -> bool:
+        """Whether the library is installed (looked up, not imported)."""
+        return find_spec(self.library) is not None
+
+
+BACKENDS = (
+    BackendRow(
+        "onnxruntime",
+        "densegeo.runtime.backends.ort",
+        "onnxruntime",
+        "pip install densegeo[cpu] (or densegeo[gpu] for CUDA; never both)",
+    ),
+)
+
+
+def open_backend(name: str, directory: Path, manifest: Manifest, device: str) -> Backend:
+    """Make the backend `name` for a bundle; "auto" takes the table's first available one.
+
+    Raises ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle.
+    """
+    rows = [row for row in BACKENDS if name in ("auto", row.name)]
+    if not rows:
+        raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
+    for row in rows:
+        if row.available():
+            backend: Backend = import_module(row.module).open_backend(directory, manifest, device)
+            return backend
+    hints = "; ".join(f"{row.name}: {row.install}" for row in rows)
+    raise BackendError(f"No backend is installed that can run this bundle. Install one: {hints}.")

@@ -1,0 +1,136 @@
+"""ONNX Runtime backend: one session per graph, made for the first bucket at once and for others when first used."""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import BackendError, BundleError, ConfigError
+from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def open_backend(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
+    """The backend of `densegeo.runtime.backends`' table. Raises BackendError, ConfigError, BundleError."""
+    return OrtBackend(directory, manifest, device)
+
+
+class OrtBackend:
+    """Sessions over a bundle's graphs on one execution provider."""
+
+    name = "onnxruntime"
+
+    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+        try:
+            self._ort: Any = import_module("onnxruntime")
+        except Exception as error:  # a broken installation raises more than ImportError
+            raise BackendError(
+                f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
+            ) from error
+        self._directory = directory
+        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.precision)
+        self._options = _provider_options(self.device)
+        self._sessions: dict[tuple[int, int, Stage], Any] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        for stage in STAGES:
+            self._session(manifest.buckets[0], stage)
+
+    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
+        """Run one graph; `array` is cast to its input's dtype, the output to float32. Raises BackendError."""
+        graph = _graph(bucket, stage)
+        spec = graph.inputs[0]
+        if list(array.shape) != spec.shape:
+            raise BackendError(f"{graph.file} takes {spec.name} of shape {spec.shape}, not {list(array.shape)}.")
+        session = self._session(bucket, stage)
+        feed = {spec.name: np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))}
+        try:
+            (output,) = session.run([graph.outputs[0].name], feed)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            raise BackendError(f"ONNX Runtime failed in {graph.file} on {self.device}: {error}") from error
+        return np.asarray(output).astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Drop all sessions."""
+        with self._lock:
+            self._closed = True
+            self._sessions.clear()
+
+    def _session(self, bucket: Bucket, stage: Stage) -> Any:
+        key = (bucket.width, bucket.height, stage)
+        session = self._sessions.get(key)
+        if session is not None:
+            return session
+        with self._lock:
+            if self._closed:
+                raise BackendError("This estimator is closed. Make a new Estimator.")
+            if key not in self._sessions:
+                self._sessions[key] = self._load(_graph(bucket, stage))
+            return self._sessions[key]
+
+    def _load(self, graph: Graph) -> Any:
+        path = self._directory / graph.file
+        if not path.is_file():
+            raise BundleError(f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle.")
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        try:
+            session = self._ort.InferenceSession(
+                str(path), options, providers=[self._provider], provider_options=[self._options]
+            )
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime cannot load {path} on {self.device}: {error}") from error
+        if session.get_providers()[0] != self._provider:
+            raise BackendError(
+                f"ONNX Runtime could not start {self._provider} (its log says why; often the CUDA or cuDNN libraries "
+                'are missing). Use device="cpu", or repair the CUDA installation.'
+            )
+        return session
+
+
+def _choose_provider(device: str, available: list[str], precision: str) -> tuple[str, str]:
+    """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N"."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
+    if kind == "cuda" and CUDA not in available:
+        raise BackendError(
+            "This ONNX Runtime has no CUDA provider. Install it with `pip install densegeo[gpu]` in place of [cpu], "
+            'or use device="cpu".'
+        )
+    if kind == "cuda" or (kind == "auto" and CUDA in available and _has_cuda_driver()):
+        return CUDA, f"cuda:{index or 0}"
+    if precision == "bf16":
+        raise BackendError(
+            "This bundle is bf16, and ONNX Runtime's CPU provider has no bf16. "
+            "Build it with `--precision fp32` (or fp16) to run it here."
+        )
+    return CPU, "cpu"
+
+
+def _provider_options(device: str) -> dict[str, str]:
+    return {"device_id": device.partition(":")[2]} if device.startswith("cuda") else {}
+
+
+def _has_cuda_driver() -> bool:
+    """Whether the NVIDIA driver library loads: the GPU build of ONNX Runtime also installs without one."""
+    import ctypes
+
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _graph(bucket: Bucket, stage: Stage) -> Graph:
+    graph: Graph = getattr(bucket, stage)
+    return graph

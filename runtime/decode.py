@@ -1,0 +1,57 @@
+"""What the network's numbers mean: velocity tokens -> latents -> prediction and normals (plain numpy, float32)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.runtime.bundle import Decode
+
+Float = NDArray[np.float32]
+
+NORMAL_FLOOR = 1e-9  # smallest length a normal is divided by, as in the released evaluation
+
+
+def unpack(tokens: Float, height: int, width: int) -> Float:
+    """Tokens (L, 4C) -> latent (C, H/8, W/8): "(h w) (c 2 2) -> c (h 2) (w 2)"; height and width in pixels."""
+    rows, columns = height // 16, width // 16
+    channels = tokens.shape[-1] // 4
+    grid = tokens.reshape(rows, columns, channels, 2, 2)
+    latent: Float = grid.transpose(2, 0, 3, 1, 4).reshape(channels, 2 * rows, 2 * columns)
+    return latent
+
+
+def split_velocity(velocity: Float, height: int, width: int, decode: Decode) -> Float:
+    """Velocity (1, 2L, 4C) -> the decoder's unscaled input (2, C, H/8, W/8), depth first, then normals."""
+    length = (height // 16) * (width // 16)
+    depth = np.float32(decode.depth_sign) * velocity[0, :length]
+    normals = np.float32(decode.normal_sign) * velocity[0, length:]
+    latents: Float = np.stack([unpack(depth, height, width), unpack(normals, height, width)])
+    np.divide(latents, np.float32(decode.latent_scale), out=latents)
+    np.add(latents, np.float32(decode.latent_shift), out=latents)
+    return latents
+
+
+def depth_prediction(decoded: Float) -> Float:
+    """Decoded depth picture (3, H, W) -> p (H, W) in [0, 1]; each channel is clamped before the mean."""
+    mean: Float = np.clip(decoded, -1.0, 1.0).mean(axis=0, dtype=np.float32)
+    np.multiply(mean, np.float32(0.5), out=mean)
+    np.add(mean, np.float32(0.5), out=mean)
+    return mean
+
+
+def clamped_normals(decoded: Float) -> Float:
+    """Decoded normal picture (3, H, W) -> (H, W, 3) in [-1, 1], network axes (left, up, back), not yet unit."""
+    return np.ascontiguousarray(np.clip(decoded, -1.0, 1.0).transpose(1, 2, 0))
+
+
+def unit_normals(normals: Float) -> Float:
+    """(H, W, 3) of any length -> unit length, same axes; a zero vector stays zero."""
+    length = np.sqrt((normals * normals).sum(axis=-1, keepdims=True, dtype=np.float32))
+    unit: Float = normals / np.maximum(length, np.float32(NORMAL_FLOOR))
+    return unit
+
+
+def network_to_opencv(normals: Float) -> Float:
+    """(left, up, back) -> OpenCV camera frame (right, down, forward): every axis reversed."""
+    return -normals

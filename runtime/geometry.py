@@ -1,0 +1,182 @@
+"""`Geometry`: what an estimator returns, and how it becomes metres, other frames, points, files and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from densegeo.errors import CalibrationError, ConfigError, NotMetricError
+from densegeo.runtime.bundle import DepthKind
+from densegeo.runtime.metric import Calibration, from_anchors, from_parameters, from_range, metric_depth
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Float = NDArray[np.float32]
+Frame = Literal["opencv", "ros_optical", "opengl", "marigold", "dsine", "ros_body"]
+
+# Rows are the target's axes in OpenCV camera coordinates (x right, y down, z forward).
+_OPENGL = ((1, 0, 0), (0, -1, 0), (0, 0, -1))  # right, up, towards the viewer
+_IDENTITY = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+FRAMES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
+    "opencv": _IDENTITY,
+    "ros_optical": _IDENTITY,  # REP 103, suffix _optical
+    "opengl": _OPENGL,
+    "marigold": _OPENGL,
+    "dsine": ((-1, 0, 0), (0, -1, 0), (0, 0, -1)),  # left, up, back: the network's own axes
+    "ros_body": ((0, 0, 1), (-1, 0, 0), (0, -1, 0)),  # REP 103: forward, left, up
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Dense geometry of one image, at the image's resolution.
+
+    prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres).
+    depth_kind: "metric", or "log_affine", "affine", "disparity_affine" (see `metric`).
+    normals: (H, W, 3) float32 unit vectors towards the camera, OpenCV frame (x right, y down, z forward; a wall
+    that faces the camera is (0, 0, -1)), or None when the model has none.
+    valid: (H, W) bool, where there is a depth. source_size: (width, height). timings: stage -> milliseconds.
+    model: the bundle's model id. calibration: how it became metric, or None.
+    """
+
+    prediction: Float
+    depth_kind: DepthKind
+    normals: Float | None
+    valid: NDArray[np.bool_]
+    source_size: tuple[int, int]
+    timings: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
+    calibration: Calibration | None = None
+
+    @cached_property
+    def depth(self) -> Float:
+        """(H, W) float32 z-depth along the optical axis in metres, NaN where invalid.
+
+        Raises NotMetricError unless `depth_kind` is "metric".
+        """
+        self._require_metric("depth in metres")
+        depth = self.prediction if self.calibration is None else metric_depth(self.prediction, self.calibration)
+        usable = self.valid & np.isfinite(depth) & (depth > 0)
+        return np.where(usable, depth, np.float32(np.nan))
+
+    def to_metric(
+        self,
+        *,
+        scale: float | None = None,
+        shift: float | None = None,
+        near: float | None = None,
+        far: float | None = None,
+        anchors: tuple[ArrayLike, ArrayLike] | None = None,
+    ) -> Geometry:
+        """A metric copy, from exactly one of: `scale` and `shift`; `near` and `far`; `anchors`.
+
+        scale, shift: the line of the depth kind, for example ln(depth) = scale * prediction + shift.
+        near, far: metres of the 2nd and 98th percentile of depth.
+        anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) with pixel centres at integers, metres (N,)
+        measured z-depths, N >= 3; a robust fit whose residual and inlier count are in `calibration`.
+        Raises CalibrationError when these do not determine a positive scale, or the result is metric already.
+        """
+        kind = self.depth_kind
+        if kind == "metric":
+            raise CalibrationError("This result is metric already; calibrate the one the estimator returned.")
+        given = [name for name, pair in (("scale", (scale, shift)), ("near", (near, far))) if pair != (None, None)]
+        given += ["anchors"] if anchors is not None else []
+        if len(given) != 1:
+            raise CalibrationError("Give exactly one of: scale and shift; near and far; anchors=(uv, metres).")
+        if anchors is not None:
+            try:
+                uv, metres = anchors
+            except (TypeError, ValueError):
+                raise CalibrationError("anchors must be a pair (uv, metres): uv (N, 2), metres (N,).") from None
+            calibration = from_anchors(kind, self.prediction, self.valid, uv, metres)
+        elif scale is not None and shift is not None:
+            calibration = from_parameters(kind, scale, shift)
+        elif near is not None and far is not None:
+            calibration = from_range(kind, self.prediction[self.valid], near, far)
+        else:
+            raise CalibrationError("Two numbers are needed: give scale with shift, or near with far.")
+        valid = self.valid & np.isfinite(metric_depth(self.prediction, calibration))
+        return replace(self, depth_kind="metric", valid=valid, calibration=calibration)
+
+    def normals_in(self, frame: Frame) -> Float | None:
+        """Normals (H, W, 3) float32 in another frame of `FRAMES`, or None when the model has none."""
+        if frame not in FRAMES:
+            raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
+        if self.normals is None:
+            return None
+        rotated: Float = self.normals @ np.array(FRAMES[frame], dtype=np.float32).T
+        return rotated
+
+    def points(self, intrinsics: ArrayLike) -> Float:
+        """(H, W, 3) float32 metres in the OpenCV camera frame, NaN where invalid.
+
+        intrinsics: 3x3 matrix or (fx, fy, cx, cy), in pixels of the source image, pixel centres at integers.
+        Raises NotMetricError, and ConfigError for unusable intrinsics.
+        """
+        depth = self.depth
+        fx, fy, cx, cy = parse_intrinsics(intrinsics)
+        height, width = depth.shape
+        x = (np.arange(width, dtype=np.float32) - np.float32(cx)) / np.float32(fx)
+        y = (np.arange(height, dtype=np.float32) - np.float32(cy)) / np.float32(fy)
+        return np.stack([x[None, :] * depth, y[:, None] * depth, depth], axis=-1)
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        formats: Sequence[str] = ("npy", "png"),
+        *,
+        stem: str = "",
+        intrinsics: ArrayLike | None = None,
+    ) -> list[Path]:
+        """Write the result into `directory` (made when missing); returns the files' paths.
+
+        formats: "npy" (arrays and geometry.json), "png" (colour depth and normals), "png16" (millimetres, 0 invalid;
+        metric only), "ply" (points with normals; metric, needs intrinsics), "exr" (needs `densegeo[exr]`).
+        stem: prefix of the names. All files appear, or none. Raises NotMetricError, ConfigError, ResourceError.
+        """
+        from densegeo.runtime.writers import save
+
+        return save(self, Path(directory), formats, stem, intrinsics)
+
+    def visualize(self, image: object = None) -> Image.Image:
+        """A picture (PIL): optional source image, coloured depth (near warm, far cool), normals, side by side.
+
+        image: as the estimator takes it; its size must be `source_size`. Raises ImageError, ConfigError.
+        """
+        from densegeo.runtime.writers import side_by_side
+
+        return side_by_side(self, image)
+
+    def _require_metric(self, wanted: str) -> None:
+        if self.depth_kind != "metric":
+            raise NotMetricError(
+                f"There is no {wanted}: this result is {self.depth_kind}, known only up to a scale and a shift. "
+                "Calibrate it first with to_metric(near=..., far=...), to_metric(anchors=(uv, metres)) or "
+                "to_metric(scale=..., shift=...)."
+            )
+
+
+def parse_intrinsics(intrinsics: ArrayLike) -> tuple[float, float, float, float]:
+    """3x3 matrix or (fx, fy, cx, cy) -> (fx, fy, cx, cy); ConfigError for anything else."""
+    try:
+        values: NDArray[Any] = np.asarray(intrinsics, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if values.shape == (3, 3):
+        if values[0, 1] or values[1, 0] or tuple(values[2]) != (0, 0, 1):
+            raise ConfigError("Intrinsics with skew or a bottom row other than (0, 0, 1) are not supported.")
+        values = values[[0, 1, 0, 1], [0, 1, 2, 2]]
+    if values.shape != (4,):
+        raise ConfigError("Intrinsics must be a 3x3 matrix or (fx, fy, cx, cy), in pixels.")
+    if not np.isfinite(values).all() or values[0] <= 0 or values[1] <= 0:
+        raise ConfigError("Intrinsics must be finite with positive focal lengths, in pixels.")
+    fx, fy, cx, cy = (float(value) for value in values)
+    return fx, fy, cx, cy

@@ -1,0 +1,148 @@
+"""Source image -> network input, and network output -> source resolution, with the resampling each step defines.
+
+Two bilinear filters, both with half-pixel centres: `resize_antialiased` (support grows when shrinking; equals
+torch's `interpolate(antialias=True)`) for our input, `resize_plain` (2x2 taps always; equals torch's default)
+for outputs and for the authors' array inputs. Both run in Pillow's C code, one float plane at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from densegeo.errors import BundleError
+from densegeo.runtime.bundle import Bucket
+from densegeo.runtime.images import Frame
+
+Float = NDArray[np.float32]
+
+# (largest source width, largest source height) -> (width, height): the released evaluation's fixed sizes
+AUTHORS_SIZES = (((1024, 768), (1024, 768)), ((1280, 960), (1216, 352)), ((6048, 4032), (864, 576)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the source lies in a bucket: the box (left, top, width, height) in bucket pixels, and the source's size."""
+
+    box: tuple[int, int, int, int]
+    source: tuple[int, int]  # (width, height)
+
+
+def resize_antialiased(plane: Float, width: int, height: int) -> Float:
+    """Antialiased bilinear resize of one (H, W) float32 plane."""
+    return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize_plain(plane: Float, width: int, height: int) -> Float:
+    """Bilinear resize of one (H, W) float32 plane without antialiasing, edges clamped."""
+    rows, columns = plane.shape
+    if (columns, rows) == (width, height):
+        return plane
+    # Pillow maps output pixel centres (x + 0.5) through the matrix, so a pure scale has half-pixel centres.
+    matrix = (columns / width, 0.0, 0.0, 0.0, rows / height, 0.0)
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    return np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+
+
+def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
+    """The bucket of the nearest aspect ratio, by |ln ratio|.
+
+    Of equal ones the largest that does not upscale the source (neither side exceeds it), else the smallest.
+    """
+
+    def distance(bucket: Bucket) -> float:
+        return abs(math.log(bucket.width / bucket.height) - math.log(width / height))
+
+    nearest = min(map(distance, buckets))
+    ties = sorted((b for b in buckets if distance(b) <= nearest + 1e-9), key=lambda b: b.width * b.height)
+    fitting = [b for b in ties if b.width <= width and b.height <= height]
+    return fitting[-1] if fitting else ties[0]
+
+
+def authors_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
+    """The bucket of exactly the authors' size for this source; BundleError when the bundle lacks it."""
+    target = authors_size(width, height)
+    for bucket in buckets:
+        if (bucket.width, bucket.height) == target:
+            return bucket
+    have = ", ".join(f"{b.width}x{b.height}" for b in buckets)
+    size = f"{target[0]}x{target[1]}"
+    wrong = [side for side in target if side % 16]
+    hint = "Downscale the image first" if wrong else f"Build the bundle with `--size {size}`"
+    raise BundleError(
+        f"The authors' preprocessing runs a {width}x{height} image at {size}, and this bundle has only {have}. "
+        f'{hint}, or use preprocessing="densegeo".'
+    )
+
+
+def authors_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) the released evaluation stretches an image to; beyond its table the size is kept."""
+    for (most_width, most_height), size in AUTHORS_SIZES:
+        if width <= most_width and height <= most_height:
+            return size
+    return width, height
+
+
+def prepare(frame: Frame, bucket: Bucket, fit: str) -> tuple[Float, Placement]:
+    """Our preprocessing: antialiased bilinear into the bucket -> rgb (1, 3, H, W) float32 in [-1, 1].
+
+    fit "stretch" fills the bucket; "pad" keeps the aspect ratio, centres, and repeats the edge pixels.
+    """
+    width, height = frame.size
+    inner_width, inner_height = bucket.width, bucket.height
+    if fit == "pad":
+        scale = min(bucket.width / width, bucket.height / height)
+        inner_width = min(bucket.width, max(1, round(width * scale)))
+        inner_height = min(bucket.height, max(1, round(height * scale)))
+    rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_antialiased(plane, inner_width, inner_height))
+    left, top = (bucket.width - inner_width) // 2, (bucket.height - inner_height) // 2
+    right, bottom = bucket.width - inner_width - left, bucket.height - inner_height - top
+    if (inner_width, inner_height) != (bucket.width, bucket.height):
+        rgb = np.pad(rgb, ((0, 0), (top, bottom), (left, right)), mode="edge")
+    return _network_range(rgb), Placement((left, top, inner_width, inner_height), frame.size)
+
+
+def prepare_authors(frame: Frame, bucket: Bucket) -> tuple[Float, Placement]:
+    """The released evaluation's preprocessing -> rgb (1, 3, H, W) float32 in [-1, 1], always stretched.
+
+    Files and PIL images: Pillow's bicubic on uint8. Arrays: bilinear without antialiasing, clamped to [0, 1].
+    """
+    width, height = bucket.width, bucket.height
+    if frame.encoded and frame.pixels.dtype == np.uint8:
+        resized = Image.fromarray(frame.pixels).resize((width, height), Image.Resampling.BICUBIC)
+        rgb = _planes(_unit_float(np.asarray(resized)), lambda plane: plane)
+    elif frame.encoded:  # 16-bit and float files
+        rgb = _planes(frame.pixels, lambda plane: _bicubic(plane, width, height))
+    else:
+        rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_plain(plane, width, height))
+    return _network_range(np.clip(rgb, 0.0, 1.0)), Placement((0, 0, width, height), frame.size)
+
+
+def restore(plane: Float, placement: Placement) -> Float:
+    """One (H, W) output plane of a bucket -> the source's (height, width): crop the box, plain bilinear."""
+    left, top, width, height = placement.box
+    return resize_plain(plane[top : top + height, left : left + width], *placement.source)
+
+
+def _bicubic(plane: Float, width: int, height: int) -> Float:
+    return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _unit_float(pixels: NDArray[Any]) -> Float:
+    return pixels.astype(np.float32) / np.float32(255.0) if pixels.dtype == np.uint8 else pixels
+
+
+def _planes(pixels: Float, change: Callable[[Float], Float]) -> Float:
+    # (H, W, 3) -> (3, H', W')
+    return np.stack([change(np.ascontiguousarray(pixels[..., channel])) for channel in range(3)])
+
+
+def _network_range(rgb: Float) -> Float:
+    scaled: Float = (rgb * np.float32(2.0) - np.float32(1.0))[None]
+    return scaled
