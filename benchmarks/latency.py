@@ -1,0 +1,226 @@
+"""`densegeo bench`: cold start, latency of each stage and end to end. Wrong numbers get no speed: it verifies first."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from densegeo.errors import BackendError, ResourceError
+from densegeo.inspection import bucket_name, check_with_progress
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
+from densegeo.runtime.images import load_image
+from densegeo.runtime.resample import choose_bucket
+from densegeo.runtime.verify import replay, within
+
+WARM_UP = 3  # runs before timing starts
+
+# Run in a fresh interpreter with the arguments bundle, backend, device and perhaps an image; prints milliseconds.
+_COLD_START = """
+import json, sys, time
+times = [time.perf_counter()]
+from densegeo.runtime import Estimator
+times.append(time.perf_counter())
+estimator = Estimator(*sys.argv[1:4])
+times.append(time.perf_counter())
+if len(sys.argv) > 4:
+    source = sys.argv[4]
+else:
+    import numpy
+    bucket = estimator.manifest.buckets[0]
+    source = numpy.zeros((bucket.height, bucket.width, 3), dtype=numpy.uint8)
+estimator(source)
+times.append(time.perf_counter())
+print(json.dumps({name: 1e3 * (b - a) for name, a, b in zip(("import", "open", "first"), times, times[1:])}))
+"""
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Times of one stage over all timed runs, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    variation: float  # standard deviation / mean
+    gflops: float | None  # effective GFLOP/s at the median; None for stages that are not graphs
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """One benchmark run, as its JSON line says it."""
+
+    model: str
+    precision: str
+    rewrites: list[str]
+    bucket: str
+    image_size: tuple[int, int]  # width, height
+    backend: str
+    device: str
+    runs: int
+    cold_ms: dict[str, float]  # in a fresh process: import, open, first
+    stages: dict[str, Spread]  # by stage, and "total"
+    images_per_second: float  # one after the other, from the mean
+    worst_error: float  # of the verification that came first
+    error_bound: float
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+
+
+def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: str) -> Latency:
+    """Verify, then measure. Raises BackendError when the bundle's numbers come out wrong here."""
+    manifest = read_manifest(bundle)
+    check_with_progress(bundle, manifest)
+    checks = replay(bundle, backend, device)
+    if failed := [check for check in checks if not within(check)]:
+        worst = max(failed, key=lambda check: check.error)
+        raise BackendError(
+            f"No speed is reported, because the numbers are wrong here: {worst.output} at {worst.bucket} differs by "
+            f"{worst.error:.1e}, {worst.bound:.0e} is allowed. `densegeo verify {bundle}` shows all of them."
+        )
+    source: Path | NDArray[np.uint8] = image if image is not None else generated_image(manifest.buckets[0])
+    size = load_image(source).size
+    bucket = choose_bucket(manifest.buckets, *size)
+    cold = _cold_start(bundle, image, backend, device)
+    with Estimator(bundle, backend, device, check_digests=False) as estimator:
+        for _ in range(WARM_UP):
+            estimator(source)
+        samples = [dict(estimator(source).timings) for _ in range(runs)]
+        used_backend, used_device = estimator.backend, estimator.device
+    stages = summarise(samples, bucket)
+    return Latency(
+        model=manifest.model,
+        precision=manifest.precision,
+        rewrites=manifest.rewrites,
+        bucket=bucket_name(bucket),
+        image_size=size,
+        backend=used_backend,
+        device=used_device,
+        runs=runs,
+        cold_ms=cold,
+        stages=stages,
+        images_per_second=1e3 / stages["total"].mean,
+        worst_error=max(check.error for check in checks),
+        error_bound=manifest.verification.replay_bound,
+        machine=_machine(),
+        versions=_versions(),
+        commit=_commit(),
+    )
+
+
+def generated_image(bucket: Bucket) -> NDArray[np.uint8]:
+    """A seeded picture (H, W, 3) of a bucket's size; the network's time does not depend on what is in it."""
+    return np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
+
+
+def summarise(samples: Sequence[dict[str, float]], bucket: Bucket) -> dict[str, Spread]:
+    """Percentiles of each stage of `samples` (stage -> ms), with effective GFLOP/s where the work is known."""
+    work: dict[str, int] = {}
+    for stage in STAGES:
+        graph: Graph = getattr(bucket, stage)
+        calls = 2 if stage == "decoder" and graph.inputs[0].shape[0] == 1 else 1  # depth and normals one by one
+        work[stage] = calls * graph.flops
+    work["total"] = sum(work.values())
+    return {stage: _spread([sample[stage] for sample in samples], work.get(stage)) for stage in samples[0]}
+
+
+def _spread(values: list[float], flops: int | None) -> Spread:
+    array = np.asarray(values, dtype=np.float64)
+    p50, p90, p99 = (float(value) for value in np.percentile(array, (50, 90, 99)))
+    mean = float(array.mean())
+    variation = float(array.std(ddof=1)) / mean if array.size > 1 and mean > 0 else 0.0
+    gflops = flops / (p50 * 1e6) if flops and p50 > 0 else None
+    return Spread(p50=p50, p90=p90, p99=p99, mean=mean, variation=variation, gflops=gflops)
+
+
+def _cold_start(bundle: Path, image: Path | None, backend: str, device: str) -> dict[str, float]:
+    """Import, open and first image in a fresh process; the files are in the page cache already."""
+    command = [sys.executable, "-c", _COLD_START, str(bundle), backend, device]
+    command += [str(image)] if image is not None else []
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        times: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise BackendError(f"The cold start failed in a fresh process: {result.stderr.strip()[-500:]}") from error
+    return times
+
+
+def _machine() -> dict[str, Any]:
+    from densegeo.doctor import examine
+
+    report = examine()
+    return {
+        "cpu": report.cpu,
+        "cpu_features": report.cpu_features,
+        "cpu_count": report.cpu_count,
+        "memory_bytes": report.memory_bytes,
+        "gpus": report.gpus,
+        "platform": report.platform,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from densegeo.doctor import version
+
+    names = ("densegeo", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu")
+    found = {name: version(name) for name in names}
+    return {"python": platform.python_version()} | {name: value for name, value in found.items() if value is not None}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file lies in, marked when there are changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def print_latency(result: Latency, json_file: Path | None = None) -> None:
+    """A table, then the JSON line; also into `json_file` when given."""
+    console = Console()
+    table = Table(show_edge=False)
+    for column in ("stage", "p50 ms", "p90 ms", "p99 ms", "variation", "GFLOP/s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, spread in result.stages.items():
+        speed = f"{spread.gflops:.1f}" if spread.gflops is not None else "-"
+        times = (f"{value:.2f}" for value in (spread.p50, spread.p90, spread.p99))
+        table.add_row(stage, *times, f"{100 * spread.variation:.1f} %", speed)
+    cold = ", ".join(f"{name} {value:.0f} ms" for name, value in result.cold_ms.items())
+    width, height = result.image_size
+    for line in (
+        f"{result.model} {result.precision}, image {width}x{height}, bucket {result.bucket}, "
+        f"{result.backend} on {result.device}, {result.runs} runs",
+        f"verified first: worst relative error {result.worst_error:.1e}, bound {result.error_bound:.0e}",
+        f"cold start in a fresh process: {cold}",
+    ):
+        console.print(line, soft_wrap=True)
+    console.print(table)
+    console.print(f"{result.images_per_second:.2f} images/s, one after the other")
+    line = msgspec.json.encode(result).decode()
+    if json_file is not None:
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(line + "\n")
+        except OSError as error:
+            raise ResourceError(f"Cannot write {json_file}: {error.strerror}.") from error
+    print(line)

@@ -1,0 +1,237 @@
+"""The `densegeo` command. Each command imports what it needs itself, so that `densegeo --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from densegeo.errors import ConfigError, DensegeoError
+
+_EXPORT_LIBRARIES = frozenset({"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"})
+_RUNTIME_LIBRARIES = frozenset({"onnxruntime"})
+
+
+class _Group(TyperGroup):
+    """Replaces the listed stand-in for `build` by the real command, which needs the export extra, when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] == "build":
+            self.commands["build"] = _build_command()
+        return super().resolve_command(ctx, args)
+
+
+def _build_command() -> Any:
+    from densegeo.export.command import build
+
+    holder = typer.Typer(add_completion=False)
+    holder.command("build")(build)
+    return typer.main.get_command(holder)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Depth and surface normals from single-step diffusion models.",
+)
+
+Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
+Backend = Annotated[str, typer.Option(help="What runs the graphs; `auto` takes the best one installed.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+# `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
+Number = Optional[float]  # noqa: UP045
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    guarded(lambda: app(args=None if arguments is None else list(arguments)))
+    sys.exit(0)
+
+
+def guarded(call: Callable[[], object]) -> None:
+    """Call, and turn densegeo's own errors into one line on standard error and exit code 1."""
+    try:
+        call()
+    except DensegeoError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in _EXPORT_LIBRARIES:
+            _fail(f'Building needs {library}, which is not installed: pip install "densegeo[export]"')
+        if library in _RUNTIME_LIBRARIES:
+            _fail(f'Running needs {library}, which is not installed: pip install "densegeo[cpu]" (or "densegeo[gpu]")')
+        raise
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True, highlight=False)
+    sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from densegeo import __version__
+
+        typer.echo(f"densegeo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("build")
+def _build_stand_in() -> None:
+    """Build a bundle from checkpoints (needs the export extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command()
+def infer(
+    bundle: Bundle,
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders (searched recursively), globs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out"),
+    formats: Annotated[
+        str, typer.Option("--format", "-f", help="Comma-separated: npy, png, png16, ply, exr.")
+    ] = "npy,png",
+    fit: Annotated[str, typer.Option(help="How an image meets a bucket: stretch or pad.")] = "stretch",
+    preprocessing: Annotated[
+        str, typer.Option(help="Resizing: densegeo (antialiased) or authors (as in the released code).")
+    ] = "densegeo",
+    near: Annotated[Number, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = None,
+    far: Annotated[Number, typer.Option(help="Depth in metres of the farthest point.")] = None,
+    scale: Annotated[Number, typer.Option(help="Known scale s of the prediction; goes with --shift.")] = None,
+    shift: Annotated[Number, typer.Option(help="Known shift t of the prediction.")] = None,
+    fx: Annotated[Number, typer.Option(help="Focal length in pixels; point clouds need fx, fy, cx, cy.")] = None,
+    fy: Annotated[Number, typer.Option(help="Focal length in pixels.")] = None,
+    cx: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
+    cy: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+) -> None:
+    """Depth and normals of images, saved to a folder."""
+    from densegeo.inference import Options, run
+
+    failures = run(
+        Options(
+            bundle=bundle,
+            inputs=inputs,
+            output=output,
+            formats=tuple(part.strip() for part in formats.split(",") if part.strip()),
+            fit=fit,
+            preprocessing=preprocessing,
+            depth_range=_together("near", near, "far", far),
+            scale_shift=_together("scale", scale, "shift", shift),
+            intrinsics=_intrinsics(fx, fy, cx, cy),
+            backend=backend,
+            device=device,
+        )
+    )
+    if failures:
+        raise typer.Exit(1)
+
+
+def _together(name_a: str, a: float | None, name_b: str, b: float | None) -> tuple[float, float] | None:
+    """Two options that only make sense together."""
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        raise ConfigError(f"--{name_a} and --{name_b} go together: give both or neither.")
+    return a, b
+
+
+def _intrinsics(
+    fx: float | None, fy: float | None, cx: float | None, cy: float | None
+) -> tuple[float, float, float, float] | None:
+    if fx is None and fy is None and cx is None and cy is None:
+        return None
+    if fx is None or fy is None or cx is None or cy is None:
+        raise ConfigError("--fx, --fy, --cx and --cy go together: give all four or none.")
+    return fx, fy, cx, cy
+
+
+@app.command()
+def inspect(
+    bundle: Bundle, as_json: Annotated[bool, typer.Option("--json", help="Print the manifest itself.")] = False
+) -> None:
+    """What a bundle holds: model, graphs and their cost, rewrites, files, sources, measured errors."""
+    from densegeo.inspection import print_manifest
+    from densegeo.runtime.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode())
+    else:
+        print_manifest(bundle, manifest)
+
+
+@app.command()
+def verify(bundle: Bundle, backend: Backend = "auto", device: Device = "auto") -> None:
+    """Check every file's digest, then replay the stored verification inputs on this machine."""
+    from densegeo.inspection import check_with_progress, print_checks
+    from densegeo.runtime.bundle import read_manifest
+    from densegeo.runtime.verify import replay, within
+
+    manifest = read_manifest(bundle)
+    check_with_progress(bundle, manifest)
+    console = Console()
+    console.print(f"{len(manifest.files)} files: sizes and SHA-256 as in the manifest")
+    checks = replay(bundle, backend=backend, device=device)
+    print_checks(checks, "replayed here")
+    if not all(within(check) for check in checks):
+        _fail("This machine does not reproduce the bundle's reference outputs: do not trust its results here.")
+    console.print("[green]verified[/]: the numbers come out right on this machine")
+
+
+@app.command()
+def bench(
+    bundle: Bundle,
+    image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Image to time; without one, a generated image of the first bucket's size."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=2, help="Timed runs, after the warm-up.")] = 20,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Also write the result to this file."),
+    ] = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+) -> None:
+    """Latency per stage and end to end; refuses to print a speed when the numbers are wrong."""
+    from densegeo.benchmarks.latency import print_latency, run
+
+    result = run(bundle, image=image, runs=runs, backend=backend, device=device)
+    print_latency(result, json_file)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What this machine has (CPU, memory, GPUs, backends) and what is missing."""
+    from densegeo.doctor import examine, print_report
+
+    report = examine()
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    else:
+        print_report(report)

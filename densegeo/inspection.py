@@ -1,0 +1,97 @@
+"""What `densegeo inspect` and `densegeo verify` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Graph, Manifest, check_files
+
+
+def check_with_progress(bundle: Path, manifest: Manifest) -> None:
+    """Check all sizes and digests behind a progress bar. Raises BundleError and DigestError."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("digests", total=sum(file.bytes for file in manifest.files.values()))
+        check_files(bundle, manifest, progress=lambda count: progress.advance(task, count))
+
+
+def print_checks(checks: Sequence[Check], title: str) -> None:
+    """Measured errors against their bounds."""
+    table = _table(title, "bucket", "output", "compared with", "error", "bound", "")
+    for check in checks:
+        ok = check.error <= check.bound
+        mark = "[green]ok[/]" if ok else "[bold red]exceeds[/]"
+        cells = (check.bucket, check.output, escape(check.reference), f"{check.error:.2e}", f"{check.bound:.0e}", mark)
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def print_manifest(bundle: Path, manifest: Manifest) -> None:
+    """The whole manifest as tables."""
+    console = Console()
+    console.print(_summary(bundle, manifest), "", _graphs(manifest), "", sep="\n")
+    print_checks(manifest.verification.checks, "verified when built")
+    files = _table("files", "file", "bytes", "sha256")
+    for name, file in sorted(manifest.files.items()):
+        files.add_row(escape(name), amount(file.bytes, "B"), file.sha256[:16])
+    sources = _table("built from", "role", "path", "bytes", "sha256")
+    for source in manifest.sources:
+        sources.add_row(source.role, escape(source.path), amount(source.bytes, "B"), source.sha256[:16])
+    console.print("", files, "", sources, sep="\n")
+
+
+def _summary(bundle: Path, manifest: Manifest) -> Table:
+    decode = manifest.decode
+    table = _table(None, "", "")
+    table.show_header = False
+    rows = {
+        "bundle": f"{bundle} (schema {manifest.schema_version}, build key {manifest.build_key[:16]})",
+        "model": manifest.model,
+        "precision": manifest.precision,
+        "weights": manifest.weights_note or "from the files below",
+        "depth": f"{decode.depth_kind}, latent scale {decode.latent_scale:g}, shift {decode.latent_shift:g}",
+        "rewrites": ", ".join(manifest.rewrites) or "none",
+        "compiled for": ", ".join(manifest.target_architectures) or "nothing in particular (plain graphs)",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
+    }
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    return table
+
+
+def _graphs(manifest: Manifest) -> Table:
+    table = _table("graphs", "bucket", "stage", "file", "nodes", "parameters", "FLOP/run", "output")
+    for bucket in manifest.buckets:
+        for stage in STAGES:
+            graph: Graph = getattr(bucket, stage)
+            outputs = ", ".join(f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in graph.outputs)
+            costs = (str(graph.nodes), amount(graph.parameters), amount(graph.flops))
+            table.add_row(bucket_name(bucket), stage, escape(graph.file), *costs, outputs)
+    return table
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """`1024x768`."""
+    return f"{bucket.width}x{bucket.height}"
+
+
+def amount(value: float, unit: str = "") -> str:
+    """A number with a decimal prefix: 5.1 M, 12.3 GB."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {prefix}{unit}"
+    return f"{value:g} {unit}".strip()
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound"}
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numeric else "left")
+    return table
