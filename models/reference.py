@@ -23,7 +23,7 @@ def transform(pipeline: Pipeline, latent: Tensor) -> Tensor:
     return velocity
 
 
-def split(pipeline: Pipeline, velocity: Tensor, height: int, width: int) -> Tensor:
+def split(velocity: Tensor, height: int, width: int) -> Tensor:
     """velocity (1, 2L, 4C) -> latents (2, C, H/8, W/8), depth (minus the left half) first, not unscaled."""
     halves = torch.cat([-velocity[:, : velocity.shape[1] // 2], velocity[:, velocity.shape[1] // 2 :]])
     rows, columns = height // 16, width // 16
@@ -34,8 +34,8 @@ def split(pipeline: Pipeline, velocity: Tensor, height: int, width: int) -> Tens
 @torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """latents (2, C, H/8, W/8) -> decoded (2, 3, H, W) float32."""
-    config = pipeline.vae.encoder
-    unscaled = latents / config.scale + config.shift
+    config = pipeline.vae.config
+    unscaled = latents / config.scale_factor + config.shift_factor
     return torch.cat([pipeline.vae.decoder(part) for part in unscaled.split(pipeline.decoder_batch)])
 
 

@@ -46,6 +46,11 @@ class StreamAttention(nn.Module):
         return *self.norm(q, k), v
 
 
+def _repeat(x: Tensor, batch: int) -> Tensor:
+    """(1 or batch, ...) -> (batch, ...) without a copy, and without a graph node where nothing is to be done."""
+    return x if x.shape[0] == batch else x.expand(batch, *x.shape[1:])
+
+
 def _mlp(hidden: int, wide: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, hidden))
 
@@ -171,13 +176,13 @@ class Transformer(nn.Module):
     def conditioning(self) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
         batch = 1 if self.guidance is None else 2
-        text, pooled = self.connector(self.prompt_embeds.expand(batch, -1, -1), self.prompt_mask.expand(batch, -1))
-        text = self.txt_in(text).expand(batch, -1, -1)
+        text, pooled = self.connector(_repeat(self.prompt_embeds, batch), _repeat(self.prompt_mask, batch))
+        text = _repeat(self.txt_in(text), batch)
         if self.text_rows is not None:
             text = text.index_select(1, self.text_rows)
         if self.time_in is None or self.vector_in is None:
             return text, None
-        return text, (self.time_in(self.timestep) + self.vector_in(pooled)).expand(batch, -1)
+        return text, _repeat(self.time_in(self.timestep) + self.vector_in(pooled), batch)
 
     def canvas(self, latent: Tensor) -> Tensor:
         """latent (1, C, h, w) -> embedded canvas [zeros | image] (1, 2L, hidden)."""
@@ -192,7 +197,7 @@ class Transformer(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         image = self.canvas(latent)
         text, vec = self.conditioning()
-        image = image.expand(text.shape[0], -1, -1)
+        image = _repeat(image, text.shape[0])
         rope = (self.cos, self.sin)
         for double in self.double_blocks:
             image, text = double(image, text, vec, rope, self.key_bias)
@@ -231,8 +236,7 @@ class ConstantInputBlock(DoubleBlock):
         joint = []
         for name, tensor in zip("qkv", right, strict=True):
             constant = getattr(self, f"text_{name}"), getattr(self, f"left_{name}").expand(-1, -1, half, -1)
-            constants = torch.cat(constant, dim=2).expand(image.shape[0], -1, -1, -1)
-            joint.append(torch.cat([constants, tensor], dim=2))
+            joint.append(torch.cat([_repeat(torch.cat(constant, dim=2), image.shape[0]), tensor], dim=2))
         return tuple(joint)
 
 

@@ -39,7 +39,7 @@ class Graph(Record, frozen=True):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     nodes: int
-    parameters: int  # elements of all initialisers
+    parameters: int  # elements of the floating-point initialisers
     flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
 
 

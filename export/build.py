@@ -1,0 +1,334 @@
+"""checkpoint -> float32 pipeline -> rewrites -> precision -> three ONNX graphs a bucket -> checks -> bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import densegeo
+from densegeo.errors import BundleError, ConfigError, ResourceError
+from densegeo.export import checks, sources
+from densegeo.export.graph_stats import describe
+from densegeo.export.onnx_graph import export_graph, write_weights
+from densegeo.export.plan import check_resources, existing_parent, make_plan
+from densegeo.export.ranges import RangeRecorder
+from densegeo.models import rewrites
+from densegeo.models.loading import Files, load_pipeline
+from densegeo.models.precision import DTYPES, cast
+from densegeo.models.presets import preset, write_random_checkpoint
+from densegeo.models.rewrites import Pipeline
+from densegeo.runtime.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    STAGES,
+    Bucket,
+    Check,
+    Decode,
+    FileDigest,
+    Manifest,
+    Source,
+    Verification,
+    check_files,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
+
+BACKENDS = ("onnxruntime",)
+
+
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build. sizes: (width, height) buckets, multiples of 16."""
+
+    model: str
+    output: Path
+    given: sources.Given = sources.Given()
+    sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
+    precision: str = "fp32"
+    backend: str = "onnxruntime"
+    without: tuple[str, ...] = ()  # rewrites to leave out
+    allow_unexpected: bool = False
+
+    def validated(self) -> BuildOptions:
+        """The options with defaults filled in; raises ConfigError for an invalid one."""
+        row = preset(self.model)
+        if self.precision not in DTYPES:
+            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(DTYPES)}")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
+        rewrites.select(self.without)
+        sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
+        for width, height in sizes:
+            if width % 16 or height % 16 or min(width, height) < 32:
+                raise ConfigError(
+                    f"a size of {width}x{height} cannot be built: width and height must be multiples of 16, at least 32 "
+                    f"(nearest: {max(32, round(width / 16) * 16)}x{max(32, round(height / 16) * 16)})"
+                )
+        return msgspec.structs.replace(self, sizes=sizes)
+
+
+@contextmanager
+def open_files(options: BuildOptions) -> Iterator[tuple[Files, dict[str, str]]]:
+    """The model's files; a generated model's are written to a temporary directory first."""
+    if not preset(options.model).generated or options.given.checkpoint or options.given.dit:
+        yield sources.resolve(options.given)
+        return
+    with tempfile.TemporaryDirectory(prefix="densegeo-") as directory:
+        write_random_checkpoint(Path(directory))
+        files, _ = sources.resolve(sources.Given(checkpoint=directory, no_lora=True))
+        yield files, {role: f"generated, seed 0: {getattr(files, role).name}" for role in ("dit", "vae", "prompt")}
+
+
+def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
+    """Build a bundle and return its directory; nothing is left behind when the build fails or is interrupted.
+
+    Raises ConfigError, CheckpointError, ResourceError and ExportError; see each.
+    """
+    options = options.validated()
+    console = console or Console(quiet=True)
+    with open_files(options) as (files, origins):
+        applied = rewrites.select(options.without)
+        plan = make_plan(
+            files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected
+        )
+        with _progress(console) as progress:
+            size = sum(path.stat().st_size for path in _paths(files))
+            task = progress.add_task("reading inputs", total=size, unit="")
+            inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
+        key = build_key(options, inputs)
+        if _is_current(options.output, key):
+            console.print(
+                f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
+            )
+            return options.output
+        check_resources(plan, options.output)
+        with _staging(options.output) as staging, _progress(console) as progress:
+            manifest = _build_into(staging, options, files, inputs, key, progress)
+            write_manifest(staging, manifest)
+            _publish(staging, options.output)
+    _report(manifest, options.output, console)
+    return options.output
+
+
+def _paths(files: Files) -> list[Path]:
+    return [path for path in (files.dit, files.vae, files.prompt, files.lora, files.config) if path]
+
+
+@torch.no_grad()
+def _build_into(
+    staging: Path, options: BuildOptions, files: Files, inputs: list[Source], key: str, progress: Progress
+) -> Manifest:
+    applied = rewrites.select(options.without)
+    low_precision = options.precision != "fp32"
+    steps = progress.add_task("loading", total=3 + 7 * len(options.sizes))
+
+    def step(what: str) -> None:
+        progress.update(steps, description=what, advance=1)
+
+    first = options.sizes[0]
+    pipeline = load_pipeline(files, *first, allow_unexpected=options.allow_unexpected)
+    references: dict[str, checks.Outputs] = {}
+    bounds: dict[str, dict[str, float]] = {}
+    original_guidance = pipeline.transformer.guidance
+    pipeline.transformer.guidance = None  # two identical prompts: the reference needs one
+    for width, height in options.sizes:
+        name = f"{width}x{height}"
+        step(f"reference {name}")
+        pipeline.transformer.set_size(width, height, len(pipeline.prompt.mask))
+        references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height))
+        if low_precision:
+            errors = checks.low_precision_errors(pipeline, options.precision, references[name])
+            bounds[name] = {output: checks.LOW_PRECISION_FACTOR * error for output, error in errors.items()}
+        else:
+            bounds[name] = dict.fromkeys(references[name], checks.FLOAT32_BOUND)
+    pipeline.transformer.guidance = original_guidance
+    pipeline.transformer.set_size(*first, len(pipeline.prompt.mask))
+
+    step("rewriting")
+    rewrites.apply(pipeline, applied)
+    if options.precision == "fp16":
+        _check_fp16(pipeline, references[f"{first[0]}x{first[1]}"])
+    cast(pipeline, options.precision)
+    text_tokens = pipeline.transformer.cos.shape[0] - pipeline.transformer.image_tokens
+    modules = {
+        "encoder": pipeline.vae.encoder,
+        "transformer": pipeline.transformer,
+        "decoder": pipeline.vae.decoder,
+    }
+    for stage, module in modules.items():
+        write_weights(module, staging / f"{stage}.safetensors")
+    step("weights")
+
+    config = pipeline.vae.config
+    decode = Decode("log_affine", config.scale_factor, config.shift_factor, depth_sign=-1, normal_sign=1)
+    buckets: list[Bucket] = []
+    measured: list[Check] = []
+    for width, height in options.sizes:
+        name = f"{width}x{height}"
+        resize(pipeline, width, height, text_tokens)
+        latent = (config.z_channels, height // 8, width // 8)
+        examples = {
+            "encoder": ("rgb", "latent", torch.zeros(1, 3, height, width)),
+            "transformer": ("latent", "velocity", torch.zeros(1, *latent)),
+            "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch, *latent)),
+        }
+        for stage, module in modules.items():
+            step(f"{stage} {name}")
+            source, target, example = examples[stage]
+            export_graph(
+                module, example, (source, target), staging / f"{stage}.safetensors", staging / f"{stage}_{name}.onnx"
+            )
+        bucket = Bucket(width, height, *(describe(staging / f"{stage}_{name}.onnx") for stage in STAGES))
+        step(f"checking {name}")
+        outputs = checks.graph_outputs(staging, bucket, decode, references[name], widen=options.precision == "bf16")
+        what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if options.precision == "bf16" else "")
+        measured += checks.check_bucket(bucket, outputs, references[name], bounds[name], what)
+        buckets.append(bucket)
+    step("writing")
+    checks.write_inputs(staging, references)
+    names = sorted(path.name for path in staging.iterdir())
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=options.model,
+        precision=options.precision,
+        weights_note=preset(options.model).weights_note if preset(options.model).generated else "",
+        buckets=buckets,
+        decode=decode,
+        rewrites=[rewrite.name for rewrite in applied],
+        files={n: FileDigest((staging / n).stat().st_size, sha256_file(staging / n)) for n in names},
+        sources=inputs,
+        build_key=key,
+        versions=versions(),
+        target_architectures=[],
+        verification=Verification(
+            checks.INPUTS_FILE, max(bound for by_output in bounds.values() for bound in by_output.values()), measured
+        ),
+    )
+
+
+def resize(pipeline: Pipeline, width: int, height: int, text_tokens: int) -> None:
+    """Move a rewritten pipeline to another image size: RoPE tables and the merged keys' bias."""
+    transformer = pipeline.transformer
+    before = transformer.image_tokens
+    transformer.set_size(width, height, text_tokens)
+    if transformer.key_bias is not None:
+        text_bias = transformer.key_bias[..., : transformer.key_bias.shape[-1] - before]
+        image_bias = torch.zeros(1, 1, 1, transformer.image_tokens)
+        transformer.key_bias = torch.cat([text_bias, image_bias], dim=-1)
+
+
+def _check_fp16(pipeline: Pipeline, wanted: checks.Outputs) -> None:
+    """Refuse fp16 where the seeded input's magnitudes would overflow."""
+    recorder = RangeRecorder()
+    with recorder.watch(pipeline.transformer, "transformer"), recorder.watch(pipeline.vae, "vae"):
+        checks.reference_outputs(pipeline, wanted["rgb"])
+    recorder.check_fp16()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the builder and of the libraries that shape its output."""
+    libraries = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors", "numpy")
+    return {
+        "densegeo": densegeo.__version__,
+        "python": platform.python_version(),
+        **{library: metadata.version(library) for library in libraries},
+    }
+
+
+def build_key(options: BuildOptions, inputs: list[Source]) -> str:
+    """Digest of everything the bundle depends on: input digests, options, versions, and the builder's own code."""
+    code = hashlib.sha256()
+    root = Path(densegeo.__file__).parent
+    for folder in ("models", "export", "runtime"):
+        for path in sorted((root / folder).rglob("*.py")):
+            code.update(path.read_bytes())
+    facts = {
+        "schema": SCHEMA_VERSION,
+        "options": [options.model, options.sizes, options.precision, options.backend, sorted(options.without)],
+        "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
+        "versions": versions(),
+        "code": code.hexdigest(),
+    }
+    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
+
+
+def _is_current(output: Path, key: str) -> bool:
+    try:
+        manifest = read_manifest(output)
+        check_files(output, manifest, digests=False)
+    except BundleError:
+        return False
+    return manifest.build_key == key
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output` to build in; removed whatever happens. Raises ResourceError."""
+    if output.exists() and not (output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))):
+        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.absolute().parent))
+    except OSError as error:
+        raise ResourceError(f"cannot write to {existing_parent(output)}: {error}") from error
+    try:
+        yield staging
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or "No space left" in str(error):
+            raise ResourceError(f"cannot write the bundle: {error}. Nothing is left behind.") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Put the finished directory in place by renaming; an older bundle there is replaced."""
+    staging.chmod(0o755)
+    if output.exists():
+        old = staging.with_name(staging.name + "-old")
+        output.rename(old)
+        staging.rename(output)
+        shutil.rmtree(old)
+    else:
+        staging.rename(output)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _report(manifest: Manifest, output: Path, console: Console) -> None:
+    for check in manifest.verification.checks:
+        console.print(
+            f"  {check.bucket} {check.output:<12} error {check.error:.1e}  bound {check.bound:.1e}  against {check.reference}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    size = sum(file.bytes for file in manifest.files.values())
+    console.print(f"built {output}: {manifest.model}, {manifest.precision}, {size / 1e6:.1f} MB", soft_wrap=True)
+    if manifest.weights_note:
+        console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
+    if manifest.precision == "bf16":
+        console.print(
+            "[yellow]ONNX Runtime's CPU provider cannot run bf16: this bundle needs a GPU.[/yellow]", soft_wrap=True
+        )

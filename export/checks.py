@@ -1,0 +1,121 @@
+"""Verification of a build: float32 references from PyTorch, and the exported graphs measured against them.
+
+Bounds are fixed beforehand (DESIGN section 10): float32 graphs within 1e-5; low-precision graphs within twice the error
+of plain eager low precision, rewrites off. Errors are relative L2 norms.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from densegeo.errors import ExportError
+from densegeo.export.blockwise import run_blockwise
+from densegeo.models import reference
+from densegeo.models.precision import cast
+from densegeo.models.rewrites import Pipeline
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
+from densegeo.runtime.decode import split_velocity
+from densegeo.runtime.estimator import assemble
+from densegeo.runtime.resample import Placement
+from densegeo.runtime.verify import OUTPUTS, relative_error, within
+
+FLOAT32_BOUND = 1e-5
+LOW_PRECISION_FACTOR = 2.0
+INPUTS_FILE = "verification.safetensors"
+Float = NDArray[np.float32]
+Outputs = dict[str, Float]  # rgb and, per output of the verification, its reference
+
+
+def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
+    """A seeded picture (1, 3, H, W) in [-1, 1]: smooth colour, rectangles with sharp edges, a little noise."""
+    random = np.random.default_rng((seed, width, height))
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    phase = random.uniform(0, 2 * np.pi, (3, 1, 1))
+    frequency = random.uniform(2, 9, (3, 2, 1, 1))
+    picture = 0.5 * np.sin(frequency[:, 0] * x + frequency[:, 1] * y + phase)
+    for _ in range(12):
+        top, left = random.integers(0, height), random.integers(0, width)
+        bottom, right = top + random.integers(4, height // 2), left + random.integers(4, width // 2)
+        picture[:, top:bottom, left:right] = random.uniform(-1, 1, (3, 1, 1))
+    picture += random.normal(0, 0.03, picture.shape)
+    return np.clip(picture, -1, 1).astype(np.float32)[None]
+
+
+@torch.no_grad()
+def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = None) -> Outputs:
+    """Every verified output of the PyTorch pipeline for one picture (1, 3, H, W), float32.
+
+    With `given`, encoder, transformer and decoder start from the given outputs of the stage before: each stage's own
+    error, not their sum; prediction and normals are then left out.
+    """
+    height, width = rgb.shape[-2:]
+    latent = reference.encode(pipeline, torch.from_numpy(rgb))
+    velocity = reference.transform(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
+    joined = torch.from_numpy(given["transformer"]) if given else velocity
+    decoded = reference.decode(pipeline, reference.split(joined, height, width))
+    outputs = {"rgb": rgb, "encoder": latent.numpy(), "transformer": velocity.numpy(), "decoder": decoded.numpy()}
+    if given is None:
+        outputs["prediction"] = reference.prediction(decoded).numpy()
+        outputs["normals"] = -reference.normals(decoded).permute(1, 2, 0).contiguous().numpy()  # to OpenCV's axes
+    return outputs
+
+
+def low_precision_errors(pipeline: Pipeline, precision: str, wanted: Outputs) -> dict[str, float]:
+    """Error of every output in plain eager low precision; `pipeline` is float32 and stays as it is."""
+    low = cast(copy.deepcopy(pipeline), precision)
+    stages = reference_outputs(low, wanted["rgb"], given=wanted)
+    chained = reference_outputs(low, wanted["rgb"])
+    outputs = {**chained, **{stage: stages[stage] for stage in STAGES}}
+    return {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
+
+
+def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:
+    """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain."""
+
+    def run(stage: Stage, array: Float) -> Float:
+        graph = getattr(bucket, stage)
+        name = graph.inputs[0].name
+        parts = np.split(array, len(array)) if graph.inputs[0].shape[0] == 1 else [array]
+        results = [run_blockwise(directory / graph.file, {name: part}, widen=widen)[0] for part in parts]
+        return np.concatenate(results).astype(np.float32)
+
+    def latents(velocity: Float) -> Float:
+        return split_velocity(velocity, bucket.height, bucket.width, decode)
+
+    latent = run("encoder", wanted["rgb"])
+    outputs = {
+        "encoder": latent,
+        "transformer": run("transformer", wanted["encoder"]),
+        "decoder": run("decoder", latents(wanted["transformer"])),
+    }
+    chained = run("decoder", latents(run("transformer", latent)))
+    box = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
+    outputs["prediction"], outputs["normals"] = assemble(chained, box)
+    return outputs
+
+
+def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
+    """Compare outputs with references; raises ExportError naming every output beyond its bound."""
+    name = f"{bucket.width}x{bucket.height}"
+    checks = [
+        Check(name, output, what, relative_error(outputs[output], wanted[output]), bounds[output]) for output in OUTPUTS
+    ]
+    if failed := [check for check in checks if not within(check)]:
+        listed = "; ".join(f"{c.output}: {c.error:.2e} > {c.bound:.2e}" for c in failed)
+        raise ExportError(
+            f"the exported graphs at {name} miss their bound against {what} (relative L2): {listed}. "
+            "Nothing was written. Build with --precision fp32, or report this with the command line."
+        )
+    return checks
+
+
+def write_inputs(directory: Path, references: dict[str, Outputs]) -> None:
+    """Store inputs and references of every bucket for `densegeo verify`."""
+    tensors = {f"{size}.{name}": array for size, outputs in references.items() for name, array in outputs.items()}
+    save_file(tensors, directory / INPUTS_FILE)

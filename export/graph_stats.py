@@ -1,0 +1,63 @@
+"""What an ONNX graph costs: nodes, parameters, floating-point operations; read from the graph alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import onnx
+from onnx import shape_inference
+
+from densegeo.errors import ExportError
+from densegeo.runtime.bundle import Graph, TensorSpec
+
+_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def node_flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
+    """Floating-point operations of a MatMul, Gemm or Conv node, multiply-add = 2; 0 for any other."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv"):
+        return 0
+    try:
+        first, second, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
+    except KeyError as error:
+        raise ExportError(f"node {node.name} ({node.op_type}) has no static shape for {error}") from error
+    if node.op_type == "Conv":
+        return 2 * math.prod(out) * math.prod(second[1:])
+    inner = first[-1] if node.op_type == "MatMul" or not _attribute(node, "transA", 0) else first[0]
+    return 2 * math.prod(out) * inner
+
+
+def static_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Value name -> shape, for every value whose shape is static."""
+    inferred = shape_inference.infer_shapes(model, data_prop=True)
+    shapes: dict[str, list[int]] = {tensor.name: list(tensor.dims) for tensor in inferred.graph.initializer}
+    for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims):
+            shapes[value.name] = [dim.dim_value for dim in dims]
+    return shapes
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(value.name, dtype, [dim.dim_value for dim in tensor.shape.dim])
+
+
+def describe(path: Path) -> Graph:
+    """Read a graph file's interface and cost; weights are not loaded."""
+    model = onnx.load(path, load_external_data=False)
+    shapes = static_shapes(model)
+    return Graph(
+        file=path.name,
+        inputs=[_spec(value) for value in model.graph.input],
+        outputs=[_spec(value) for value in model.graph.output],
+        nodes=len(model.graph.node),
+        parameters=sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in _FLOATS),
+        flops=sum(node_flops(node, shapes) for node in model.graph.node),
+    )

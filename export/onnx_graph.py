@@ -1,0 +1,115 @@
+"""PyTorch module -> ONNX graph whose weights lie in a safetensors file beside it, shared between buckets.
+
+Linears become Gemm(transB=1) on the checkpoint's [out, in] layout, so that no transposed copy of a weight is made and
+engine builders can take weights as inputs (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset20 as op
+from onnxscript import optimizer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+OPSET = 20
+
+
+def _linear(x: Any, weight: Any, bias: Any) -> Any:
+    """aten.linear as Gemm on rows: (..., in) -> (rows, in) -> (..., out); shapes are static."""
+    shape = [int(size) for size in x.shape]
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
+    out = op.Gemm(flat, weight, bias, transB=1)
+    return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Keep Expand and Slice of constants: folded, each bucket would store a copy of what lies in the weight file."""
+    return False if node.op_type in ("Expand", "Slice") else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's chatter about libraries that are not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """What a stage's weight file holds: parameters and constant buffers by name; per-bucket tables stay in the graph."""
+    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a stage's weights, once for all buckets."""
+    save_file(weights_of(module), path)
+
+
+def export_graph(module: nn.Module, example: Tensor, names: tuple[str, str], weights: Path, path: Path) -> None:
+    """Trace `module(example)` and write it to `path`; its weights are references into the file `weights`.
+
+    names: of the input and the output. `weights` (see write_weights) must lie in the same directory as `path`.
+    """
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[names[0]],
+            output_names=[names[1]],
+            custom_translation_table={torch.ops.aten.linear.default: _linear},
+            optimize=False,
+            verbose=False,
+        )
+        assert program is not None
+        optimizer.optimize_ir(program.model, should_fold=_should_fold)
+    model = program.model
+    stored = _stored_tensors(weights)
+    for name, value in model.graph.initializers.items():
+        if name in stored:
+            dtype, shape, offset, length = stored[name]
+            value.const_value = ir.ExternalTensor(
+                weights.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
+            )
+    model.producer_name, model.producer_version = "densegeo", None
+    for node in model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # file paths of the building machine
+        node.metadata_props.pop("pkg.torch.onnx.fx_node", None)
+    ir.save(model, path)
+
+
+_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[ir.DataType, list[int], int, int]]:
+    """name -> (dtype, shape, offset in the file, bytes), from a safetensors header."""
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    return {
+        name: (
+            _IR_DTYPES[entry["dtype"]],
+            entry["shape"],
+            8 + header_bytes + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

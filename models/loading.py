@@ -1,0 +1,88 @@
+"""Files -> a float32 pipeline, ready for rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from densegeo.errors import CheckpointError
+from densegeo.models.checkpoint import Entry, load_weights, read_entries
+from densegeo.models.config import (
+    TransformerConfig,
+    VAEConfig,
+    read_config_file,
+    transformer_config,
+    vae_config,
+)
+from densegeo.models.prompt import Prompt, load_prompt
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local files of one model. `config` holds what the tensors do not tell."""
+
+    dit: Path
+    vae: Path
+    prompt: Path
+    lora: Path | None = None
+    config: Path | None = None
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What headers alone tell: architectures, modules on the meta device, and each file's entries."""
+
+    transformer: Transformer
+    vae: VAE
+    entries: Mapping[str, dict[str, Entry]]  # role -> entries, for dit and vae
+
+    @property
+    def configs(self) -> tuple[TransformerConfig, VAEConfig]:
+        return self.transformer.config, self.vae.config
+
+
+def open_skeleton(files: Files) -> Skeleton:
+    """Read architectures from the files' headers. Raises CheckpointError or ConfigError."""
+    given: dict[str, Any] = read_config_file(files.config) if files.config else {}
+    entries = {role: read_entries(path) for role, path in (("dit", files.dit), ("vae", files.vae))}
+    shapes = {role: {key: entry.shape for key, entry in found.items()} for role, found in entries.items()}
+    with torch.device("meta"):
+        transformer = Transformer(transformer_config(shapes["dit"], given))
+        vae = VAE(vae_config(shapes["vae"], given.get("vae")))
+    return Skeleton(transformer, vae, entries)
+
+
+def load_pipeline(
+    files: Files,
+    width: int,
+    height: int,
+    *,
+    allow_unexpected: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Pipeline:
+    """Load a pipeline in float32 for one image size, LoRA merged, no rewrite applied.
+
+    Raises CheckpointError for any difference between files and architecture; see load_weights.
+    """
+    skeleton = open_skeleton(files)
+    prompt = checked_prompt(files.prompt, skeleton.transformer.config)
+    load_weights(skeleton.transformer, files.dit, lora=files.lora, allow_unexpected=allow_unexpected, progress=progress)
+    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected, progress=progress)
+    return Pipeline(skeleton.transformer.bind(prompt, width, height), skeleton.vae, prompt).eval()
+
+
+def checked_prompt(path: Path, config: TransformerConfig) -> Prompt:
+    """Load a prompt and check that its width is the connector's; raises CheckpointError."""
+    prompt = load_prompt(path)
+    if prompt.embeds.shape[1] != config.prompt_dim:
+        raise CheckpointError(
+            f"the prompt {path} has {prompt.embeds.shape[1]} features a token, the connector wants {config.prompt_dim}"
+        )
+    return prompt

@@ -1,0 +1,117 @@
+"""The models one can build: rows of one table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from densegeo.errors import ConfigError
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+
+ROLES = ("dit", "vae", "lora", "prompt")
+# The names under which the authors publish each role's file, in order of preference.
+AUTHORS_FILES = {
+    "dit": (
+        "step1x-edit-i1258.safetensors",
+        "step1x-edit-v1p1-official.safetensors",
+        "step1x-edit-i1258-v1p1-official.safetensors",
+    ),
+    "vae": ("vae.safetensors",),
+    "lora": ("LDRN.safetensors",),
+    "prompt": ("no_info.npz", "no_info.safetensors", "latent/no_info.npz"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by name. `sizes`: default buckets (width, height)."""
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    generated: bool  # its checkpoint is made from a seed instead of given
+    weights_note: str = ""
+
+
+PRESETS = {
+    row.name: row
+    for row in (
+        Preset("fe2e", ((1024, 768),), generated=False),
+        Preset(
+            "fe2e-tiny",
+            ((320, 240),),
+            generated=True,
+            weights_note="These weights are random (seeded), not trained: the picture is not meaningful yet.",
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """Look a model up; raises ConfigError that lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no model {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+TINY_TRANSFORMER = TransformerConfig(
+    hidden_size=160,
+    num_heads=5,
+    axes_dim=(4, 14, 14),
+    depth=2,
+    depth_single_blocks=4,
+    context_in_dim=128,
+    vec_in_dim=768,
+    prompt_dim=64,
+    connector_hidden=128,
+    connector_heads=1,
+    connector_depth=2,
+    mlp_hidden=640,
+    connector_mlp_hidden=512,
+    in_channels=64,
+)
+TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=16)
+TINY_TEXT_TOKENS, TINY_VALID_TOKENS = 64, 8
+
+
+def random_state(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random float32 weights for a module on the meta device, scaled so that activations keep their size."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in module.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1:
+            state[key] = noise / math.sqrt(tensor[0].numel())
+        elif key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "norm_out.weight", "norm.scale")):
+            state[key] = 1 + 0.1 * noise
+        else:
+            state[key] = 0.1 * noise
+    return state
+
+
+def write_random_checkpoint(
+    directory: Path,
+    transformer: TransformerConfig = TINY_TRANSFORMER,
+    vae: VAEConfig = TINY_VAE,
+    text_tokens: int = TINY_TEXT_TOKENS,
+    valid_tokens: int = TINY_VALID_TOKENS,
+    seed: int = 0,
+) -> None:
+    """Write a seeded random checkpoint under the authors' file and key names: transformer, VAE and prompt, no LoRA."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        modules = {"dit": Transformer(transformer), "vae": VAE(vae)}
+    for role, module in modules.items():
+        save_file(random_state(module, generator), directory / AUTHORS_FILES[role][0])
+    embeds = torch.randn(1, text_tokens, transformer.prompt_dim, generator=generator).numpy()
+    mask = np.zeros((1, text_tokens), dtype=np.int64)
+    mask[:, :valid_tokens] = 1
+    embeds[:, valid_tokens:] = 0
+    np.savez(directory / AUTHORS_FILES["prompt"][0], embeds=embeds, masks=mask)
