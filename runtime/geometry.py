@@ -79,7 +79,7 @@ class Geometry:
         """A metric copy, from exactly one of: `scale` and `shift`; `near` and `far`; `anchors`.
 
         scale, shift: the line of the depth kind, for example ln(depth) = scale * prediction + shift.
-        near, far: metres of the 2nd and 98th percentile of depth.
+        near, far: metres of the nearest and the farthest valid pixel.
         anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) with pixel centres at integers, metres (N,)
         measured z-depths, N >= 3; a robust fit whose residual and inlier count are in `calibration`.
         Raises CalibrationError when these do not determine a positive scale, or the result is metric already.

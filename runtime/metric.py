@@ -78,13 +78,15 @@ def from_parameters(kind: DepthKind, scale: float, shift: float) -> Calibration:
 
 
 def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -> Calibration:
-    """The line that puts the 2nd and 98th percentile of the valid predictions (N,) at near and far metres.
+    """The line that puts the nearest and the farthest of the valid predictions (N,) at near and far metres.
 
+    The extremes rather than percentiles: so every depth lies in [near, far], and none becomes invalid.
     Raises CalibrationError unless 0 < near < far and the prediction is not flat.
     """
     if not (np.isfinite(near) and np.isfinite(far) and 0 < near < far):
         raise CalibrationError(f"near and far must be finite metres with 0 < near < far, not {near} and {far}.")
-    low, high = _percentiles(values)
+    _percentiles(values)
+    low, high = float(values.min()), float(values.max())
     ends = sorted((float(SPACES[kind].to(float(near))), float(SPACES[kind].to(float(far)))))
     scale = (ends[1] - ends[0]) / (high - low)
     return Calibration(kind, scale, ends[0] - scale * low)
@@ -111,7 +113,7 @@ def from_anchors(
     _check_spread(x, high - low)
     y = np.asarray(SPACES[kind].to(z), dtype=np.float64)
     scale, shift, median = _least_median_line(x, y)
-    inliers = np.ones(len(x), dtype=bool)
+    inliers = np.zeros(len(x), dtype=bool)
     for _ in range(_REFITS):
         residual = np.abs(scale * x + shift - y)
         # 1.4826 turns a median absolute deviation into a standard deviation; the floor keeps exact data whole
@@ -123,7 +125,7 @@ def from_anchors(
                 f"{INLIER_RATIO}). Check that uv is (column, row) in the source image and metres are z-depths."
             )
         _check_spread(x[kept], high - low)
-        if np.array_equal(kept, inliers) and _ > 0:
+        if np.array_equal(kept, inliers):
             break
         inliers = kept
         scale, shift = _line(x[kept], y[kept])

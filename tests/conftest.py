@@ -1,0 +1,22 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of numbers computed by the authors' code; DENSEGEO_GOLDEN overrides where it lies."""
+    folder = Path(os.environ.get("DENSEGEO_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        message = f"golden numbers are not at {folder}; set DENSEGEO_GOLDEN"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
