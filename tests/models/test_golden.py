@@ -1,0 +1,102 @@
+"""Numbers computed by the authors' code, through PyTorch: from the released files' layout to depth and normals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from densegeo.models import reference, rewrites
+from densegeo.models.checkpoint import load_weights, read_entries
+from densegeo.models.config import read_config_file, transformer_config, vae_config
+from densegeo.models.prompt import load_prompt
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(golden: Path) -> Path:
+    return golden / "fe2e_small"
+
+
+@pytest.fixture(scope="module", params=["base", "lora"])
+def loaded(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Pipeline]:
+    """The golden checkpoint without any rewrite, with or without its LoRA."""
+    given = read_config_file(folder / "config.json")
+    shapes = {
+        name: {key: entry.shape for key, entry in read_entries(folder / f"{name}.safetensors").items()}
+        for name in ("dit", "vae")
+    }
+    with torch.device("meta"):
+        transformer = Transformer(transformer_config(shapes["dit"], given))
+        vae = VAE(vae_config(shapes["vae"], given["vae"]))
+    lora = folder / "lora.safetensors" if request.param == "lora" else None
+    load_weights(transformer, folder / "dit.safetensors", lora=lora)
+    load_weights(vae, folder / "vae.safetensors")
+    prompt = load_prompt(folder / "no_info.npz")
+    assert (len(prompt.mask), prompt.valid) == (given["text_tokens"], given["valid_text_tokens"])
+    return request.param, Pipeline(transformer.bind(prompt, given["width"], given["height"]), vae, prompt).eval()
+
+
+def run(pipeline: Pipeline, folder: Path) -> dict[str, Tensor]:
+    """Every stage's output under the golden file's names."""
+    image = torch.from_numpy(np.load(folder / "image_u8_hwc.npy")).permute(2, 0, 1)[None] / 255
+    height, width = image.shape[-2:]
+    out = {"rgb_latent": reference.encode(pipeline, 2 * image - 1)}
+    out["velocity"] = reference.transform(pipeline, out["rgb_latent"])
+    latents = reference.split(pipeline, out["velocity"], height, width)
+    decoded = reference.decode(pipeline, latents)
+    for index, name in enumerate(("depth", "normal")):
+        out[f"{name}_latent"] = latents[index : index + 1]
+        out[f"{name}_decoded"] = decoded[index : index + 1]
+    out["normal_clamped"] = decoded[1:].clamp(-1, 1)
+    out["depth01"] = reference.prediction(decoded)[None]
+    out["normal_unit"] = reference.normals(decoded)[None]
+    return out
+
+
+def check(ours: dict[str, Tensor], folder: Path, variant: str, names: set[str] | None = None) -> None:
+    expected = load_file(folder / "expected.safetensors")
+    wanted = {key.partition(".")[2]: value for key, value in expected.items() if key.startswith(variant + ".")}
+    assert set(ours) == (names or set(wanted) - {"connector_tokens", "connector_pooled"})
+    for name, tensor in ours.items():
+        assert tensor.shape == wanted[name].shape, name
+        error = float((tensor - wanted[name]).norm() / wanted[name].norm())
+        assert error <= BOUND, f"{variant}.{name}: {error:.1e}"
+
+
+@torch.no_grad()
+def test_connector(loaded: tuple[str, Pipeline], folder: Path) -> None:
+    variant, pipeline = loaded
+    model = pipeline.transformer
+    tokens, pooled = model.connector(model.prompt_embeds, model.prompt_mask)
+    check(
+        {"connector_tokens": tokens, "connector_pooled": pooled},
+        folder,
+        variant,
+        {"connector_tokens", "connector_pooled"},
+    )
+
+
+@pytest.mark.parametrize("off", [(), *((name,) for name in rewrites.NAMES), rewrites.NAMES], ids="-".join)
+def test_every_intermediate(loaded: tuple[str, Pipeline], folder: Path, off: tuple[str, ...]) -> None:
+    """All rewrites on, each one off, none on."""
+    variant, plain = loaded
+    pipeline = rewrites.apply(copy.deepcopy(plain), rewrites.select(without=off))
+    check(run(pipeline, folder), folder, variant)
+
+
+def test_lora_changes_the_numbers(loaded: tuple[str, Pipeline], folder: Path) -> None:
+    """Otherwise the LoRA's golden numbers would prove nothing."""
+    variant, pipeline = loaded
+    other = "base" if variant == "lora" else "lora"
+    with pytest.raises(AssertionError, match=rf"{other}\.velocity"):
+        check({"velocity": run(pipeline, folder)["velocity"]}, folder, other, {"velocity"})
