@@ -93,5 +93,5 @@ def _table(title: str | None, *columns: str) -> Table:
     numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left")
+        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return table

@@ -95,7 +95,8 @@ def test_runtime_imports_quickly() -> None:
 
 
 def test_runtime_from_the_root_is_the_same_class() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import runtime as r, densegeo as d; print(r.Estimator is d.Estimator)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import runtime, densegeo; "
+    code += "print(runtime.Estimator is densegeo.Estimator)"
     assert python(code, str(ROOT)) == "True"
 
 
