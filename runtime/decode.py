@@ -47,7 +47,7 @@ def clamped_normals(decoded: Float) -> Float:
 
 def unit_normals(normals: Float) -> Float:
     """(H, W, 3) of any length -> unit length, same axes; a zero vector stays zero."""
-    length = np.sqrt((normals * normals).sum(axis=-1, keepdims=True, dtype=np.float32))
+    length = np.sqrt(np.einsum("...c,...c->...", normals, normals))[..., None]  # much faster than a sum over 3
     unit: Float = normals / np.maximum(length, np.float32(NORMAL_FLOOR))
     return unit
 

@@ -94,11 +94,13 @@ def _open(stream: Any, name: str) -> Image.Image:
     prefix = stream.read(16)
     for kind in FORMATS:
         factory, accept = Image.OPEN.get(kind, (None, None))
-        # `accept` may also answer with a sentence: the right format, but Pillow was built without its decoder.
-        if factory is None or (accept is not None and (not (verdict := accept(prefix)) or isinstance(verdict, str))):
+        if factory is None:
             continue
-        stream.seek(0)
         try:
+            # a sentence instead of True means: the right format, but Pillow was built without its decoder
+            if accept is not None and (not (verdict := accept(prefix)) or isinstance(verdict, str)):
+                continue
+            stream.seek(0)
             return factory(stream, "")
         except MemoryError:
             raise
