@@ -51,7 +51,11 @@ def run(build: Callable[[Path, Console], Path], bundle: Path = BUNDLE, results: 
         raise ResourceError(f"Cannot write to {results}: {error.strerror or error}.") from error
     files = [*files, picture]
     width, height = geometry.source_size
-    table = Table(title=f"{manifest.model}, {manifest.precision}, photo {width}x{height}", show_edge=False)
+    table = Table(
+        title=f"{manifest.model}, {manifest.precision}, photo {width}x{height}, first run",
+        title_justify="left",
+        show_edge=False,
+    )
     table.add_column("stage")
     table.add_column("ms", justify="right")
     table.add_row("build the bundle", f"{1e3 * (built - start):.0f}")

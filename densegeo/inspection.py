@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -66,13 +67,13 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
 
 
 def _graphs(manifest: Manifest) -> Table:
-    table = _table("graphs", "bucket", "stage", "file", "nodes", "parameters", "FLOP/run", "output")
+    table = _table("graphs", "bucket", "stage", "nodes", "parameters", "FLOP/run", "output tensor")
     for bucket in manifest.buckets:
         for stage in STAGES:
             graph: Graph = getattr(bucket, stage)
             outputs = ", ".join(f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in graph.outputs)
             costs = (str(graph.nodes), amount(graph.parameters), amount(graph.flops))
-            table.add_row(bucket_name(bucket), stage, escape(graph.file), *costs, outputs)
+            table.add_row(bucket_name(bucket), stage, *costs, outputs)
     return table
 
 
@@ -91,7 +92,9 @@ def amount(value: float, unit: str = "") -> str:
 
 def _table(title: str | None, *columns: str) -> Table:
     numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound"}
+    folding = {"", "file", "path", "compared with", "output"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in numeric else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column not in folding)
     return table
