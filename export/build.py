@@ -72,7 +72,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         for width, height in sizes:
             if width % 16 or height % 16 or min(width, height) < 32:
                 raise ConfigError(
-                    f"a size of {width}x{height} cannot be built: width and height must be multiples of 16, at least 32 "
+                    f"a size of {width}x{height} cannot be built: both sides must be multiples of 16, at least 32 "
                     f"(nearest: {max(32, round(width / 16) * 16)}x{max(32, round(height / 16) * 16)})"
                 )
         return msgspec.structs.replace(self, sizes=sizes)
@@ -250,9 +250,8 @@ def build_key(options: BuildOptions, inputs: list[Source]) -> str:
     """Digest of everything the bundle depends on: input digests, options, versions, and the builder's own code."""
     code = hashlib.sha256()
     root = Path(densegeo.__file__).parent
-    for folder in ("models", "export", "runtime"):
-        for path in sorted((root / folder).rglob("*.py")):
-            code.update(path.read_bytes())
+    for path in [*sorted((root / "models").rglob("*.py")), *sorted((root / "export").rglob("*.py"))]:
+        code.update(path.read_bytes())
     facts = {
         "schema": SCHEMA_VERSION,
         "options": [options.model, options.sizes, options.precision, options.backend, sorted(options.without)],
@@ -295,6 +294,8 @@ def _staging(output: Path) -> Iterator[Path]:
 def _publish(staging: Path, output: Path) -> None:
     """Put the finished directory in place by renaming; an older bundle there is replaced."""
     staging.chmod(0o755)
+    for path in staging.iterdir():
+        path.chmod(0o644)
     if output.exists():
         old = staging.with_name(staging.name + "-old")
         output.rename(old)
@@ -320,7 +321,8 @@ def _progress(console: Console) -> Iterator[Progress]:
 def _report(manifest: Manifest, output: Path, console: Console) -> None:
     for check in manifest.verification.checks:
         console.print(
-            f"  {check.bucket} {check.output:<12} error {check.error:.1e}  bound {check.bound:.1e}  against {check.reference}",
+            f"  {check.bucket} {check.output:<12} error {check.error:.1e}  bound {check.bound:.1e}  "
+            f"against {check.reference}",
             highlight=False,
             soft_wrap=True,
         )

@@ -41,9 +41,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def build(
     model: Annotated[str, typer.Option(help=f"What to build: {', '.join(PRESETS)}.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The bundle's directory [out/MODEL].")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The bundle's directory [out/MODEL].")] = None,
     checkpoint: Annotated[
         Text, typer.Option(help="Directory with the authors' file names, or a Hugging Face repository id.")
     ] = None,

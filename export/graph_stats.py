@@ -34,7 +34,7 @@ def node_flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
 
 def static_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Value name -> shape, for every value whose shape is static."""
-    inferred = shape_inference.infer_shapes(model, data_prop=True)
+    inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     shapes: dict[str, list[int]] = {tensor.name: list(tensor.dims) for tensor in inferred.graph.initializer}
     for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):
         dims = value.type.tensor_type.shape.dim

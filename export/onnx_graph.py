@@ -32,6 +32,31 @@ def _linear(x: Any, weight: Any, bias: Any) -> Any:
     return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
 
 
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """aten.scaled_dot_product_attention; logits get their bias and softmax in float32, as flash kernels do."""
+    assert not (dropout_p or is_causal or enable_gqa)
+    factor = op.CastLike(op.Constant(value_float=scale or int(query.shape[-1]) ** -0.5), query)
+    logits = op.Cast(op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2])), to=ir.DataType.FLOAT)
+    if attn_mask is not None:
+        logits = op.Add(logits, op.Cast(attn_mask, to=ir.DataType.FLOAT))
+    return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
+
+
+_TRANSLATIONS = {
+    torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
+
+
 def _should_fold(node: ir.Node) -> bool | None:
     """Keep Expand and Slice of constants: folded, each bucket would store a copy of what lies in the weight file."""
     return False if node.op_type in ("Expand", "Slice") else None
@@ -52,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """What a stage's weight file holds: parameters and constant buffers by name; per-bucket tables stay in the graph."""
+    """What a stage's weight file holds: parameters and constants by name; per-bucket tables stay in the graph."""
     return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
 
 
@@ -74,7 +99,7 @@ def export_graph(module: nn.Module, example: Tensor, names: tuple[str, str], wei
             opset_version=OPSET,
             input_names=[names[0]],
             output_names=[names[1]],
-            custom_translation_table={torch.ops.aten.linear.default: _linear},
+            custom_translation_table=_TRANSLATIONS,
             optimize=False,
             verbose=False,
         )

@@ -113,15 +113,15 @@ def check_resources(plan: Plan, output: Path) -> None:
     memory = available_memory()
     if memory is not None and plan.memory_needed > memory:
         raise ResourceError(
-            f"this build needs about {plan.memory_needed / GIB:.1f} GiB of memory, {memory / GIB:.1f} GiB are available. "
-            "Build on a larger machine and copy the bundle here."
+            f"this build needs about {plan.memory_needed / GIB:.1f} GiB of memory, "
+            f"{memory / GIB:.1f} GiB are available. Build on a larger machine and copy the bundle here."
         )
     directory = existing_parent(output)
     free = shutil.disk_usage(directory).free
     if plan.disk_needed > free:
         raise ResourceError(
-            f"this build needs about {plan.disk_needed / GIB:.1f} GiB on disk, {directory} has {free / GIB:.1f} GiB free. "
-            "Free some space or choose another --output."
+            f"this build needs about {plan.disk_needed / GIB:.1f} GiB on disk, "
+            f"{directory} has {free / GIB:.1f} GiB free. Free some space or choose another --output."
         )
     if not os.access(directory, os.W_OK):
         raise ResourceError(f"{directory} cannot be written: choose another --output or change its permissions")

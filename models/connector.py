@@ -22,6 +22,12 @@ class _Mlp(nn.Module):
         return self.fc2(F.silu(self.fc1(x)))
 
 
+def _wide(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in float32, back to x's dtype."""
+    normed: Tensor = norm(x.float())
+    return normed.to(x.dtype)
+
+
 class _RefinerBlock(nn.Module):
     def __init__(self, hidden: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -35,9 +41,9 @@ class _RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, bias: Tensor) -> Tensor:
         gate_attention, gate_mlp = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        q, k, v = split_qkv(self.self_attn_qkv(self.norm1(x)), self.heads)
+        q, k, v = split_qkv(self.self_attn_qkv(_wide(self.norm1, x)), self.heads)
         x = x + gate_attention * self.self_attn_proj(attention(q, k, v, bias))
-        return x + gate_mlp * self.mlp(self.norm2(x))
+        return x + gate_mlp * self.mlp(_wide(self.norm2, x))
 
 
 class _Refiner(nn.Module):
@@ -85,7 +91,7 @@ class Connector(nn.Module):
         dtype = self.global_proj_out.weight.dtype
         weights = mask / mask.sum(-1, keepdim=True)
         mean = torch.einsum("bt,btc->bc", weights, embeds.float()).to(dtype)
-        pooled = self.global_proj_out(mean * (1 + self.scale_factor))
+        pooled = self.global_proj_out((mean * (1 + self.scale_factor)).to(dtype))
         refiner = self.S
         timestep = sinusoid(TIMESTEP).to(device=embeds.device, dtype=dtype)
         context = refiner.c_embedder.linear_2(F.silu(refiner.c_embedder.linear_1(mean)))
