@@ -157,11 +157,13 @@ def test_threads_agree_with_serial_calls(
 def test_threads_may_share_a_lazy_pillow_image(
     bundle: Path, small: np.ndarray, tmp_path: Path, run_in_threads: Callable[..., list[object]]
 ) -> None:
-    Image.fromarray(small).save(tmp_path / "a.png")
+    large = np.tile(small, (30, 30, 1))  # decoding takes long enough for the threads to meet
+    Image.fromarray(large).save(tmp_path / "a.png")
     estimator = Estimator(bundle)
-    expected = estimator(small).prediction
+    expected = estimator(large).prediction
     with Image.open(tmp_path / "a.png") as image:
         for result in run_in_threads(lambda _: estimator(image).prediction, 4):
+            assert isinstance(result, np.ndarray), result
             np.testing.assert_array_equal(result, expected)
 
 

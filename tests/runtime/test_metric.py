@@ -95,6 +95,16 @@ def test_a_third_of_wrong_anchors_changes_little(kind: DepthKind, count: int) ->
     assert abs(np.polyfit(p, to(metres), 1)[0] / LINES[kind][0] - 1) > 0.05
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_anchors_a_little_wrong_are_dropped_too(kind: DepthKind) -> None:
+    uv, metres = anchors_of(kind, 120, noise=0.002)
+    metres[:40] *= 1.15  # within the factor of 1.25: only their spread tells them apart
+    metric = make(kind).to_metric(anchors=(uv, metres))
+    assert metric.calibration is not None
+    assert metric.calibration.inliers <= 85
+    np.testing.assert_allclose(metric.depth, depth_of(kind, metric.prediction), rtol=0.02)
+
+
 def test_residual_is_the_rms_of_the_noise() -> None:
     metric = make("log_affine").to_metric(anchors=anchors_of("log_affine", 1000, noise=0.02))
     assert metric.calibration is not None
