@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -64,7 +64,7 @@ def flux_state(state: dict[str, Tensor], config: TransformerConfig) -> dict[str,
 
     def split(source: str, targets: list[str], sizes: list[int]) -> None:
         for kind in ("weight", "bias"):
-            for target, part in zip(targets, state[f"{source}.{kind}"].split(sizes), strict=True):
+            for target, part in zip(targets, state[f"{source}.{kind}"].split_with_sizes(sizes), strict=True):
                 out[f"{target}.{kind}"] = part
 
     for source, target in _EMBEDDERS.items():
@@ -118,11 +118,11 @@ def autoencoder_state(state: dict[str, Tensor], levels: int) -> dict[str, Tensor
     return out
 
 
-def make_flux(state: dict[str, Tensor], config: TransformerConfig) -> FluxTransformer2DModel:
+def make_flux(state: dict[str, Tensor], config: TransformerConfig) -> nn.Module:
     """A diffusers Flux transformer with these weights, which it copies."""
     if config.theta != 10000 or config.mlp_hidden != 4 * config.hidden_size:
         raise ValueError("diffusers' Flux transformer has a fixed theta of 10000 and an MLP ratio of 4")
-    flux = FluxTransformer2DModel(
+    flux: nn.Module = cast(Any, FluxTransformer2DModel)(  # diffusers is untyped
         in_channels=config.in_channels,
         num_layers=config.depth,
         num_single_layers=config.depth_single_blocks,
@@ -136,10 +136,10 @@ def make_flux(state: dict[str, Tensor], config: TransformerConfig) -> FluxTransf
     return flux.eval().requires_grad_(False)
 
 
-def make_autoencoder(state: dict[str, Tensor], config: VAEConfig) -> AutoencoderKL:
+def make_autoencoder(state: dict[str, Tensor], config: VAEConfig) -> nn.Module:
     """A diffusers Flux autoencoder with these weights, which it copies."""
     levels = len(config.ch_mult)
-    autoencoder = AutoencoderKL(
+    autoencoder: nn.Module = cast(Any, AutoencoderKL)(
         block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -159,10 +159,11 @@ class Baseline:
     """The authors' pipeline, eager; call the three stages in order."""
 
     flux: Any  # FluxTransformer2DModel, or a compiled one
-    autoencoder: AutoencoderKL
+    autoencoder: Any  # AutoencoderKL: diffusers is untyped
     connector: nn.Module
     embeds: Tensor  # (1, T, prompt), the transformer's dtype
     mask: Tensor  # (1, T) float32
+    timestep: Tensor  # (1, 256) sinusoid of 1000, for the connector
     batch: int = 2
 
     @property
@@ -173,8 +174,9 @@ class Baseline:
     def encode(self, rgb: Tensor) -> Tensor:
         """rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, H/8, W/8) float32."""
         vae = self.autoencoder
-        mean = vae.encode(rgb.to(vae.dtype)).latent_dist.mean.float()
-        return vae.config.scaling_factor * (mean - vae.config.shift_factor)
+        mean: Tensor = vae.encode(rgb.to(vae.dtype)).latent_dist.mean.float()
+        latent: Tensor = vae.config.scaling_factor * (mean - vae.config.shift_factor)
+        return latent
 
     @torch.no_grad()
     def transform(self, latent: Tensor) -> Tensor:
@@ -185,7 +187,9 @@ class Baseline:
         canvas = torch.cat([torch.zeros_like(image), image], dim=1).repeat(self.batch, 1, 1)
         rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-        text, pooled = self.connector(self.embeds.repeat(self.batch, 1, 1), self.mask.repeat(self.batch, 1))
+        text, pooled = self.connector(
+            self.embeds.repeat(self.batch, 1, 1), self.mask.repeat(self.batch, 1), self.timestep
+        )
         velocity: Tensor = self.flux(
             hidden_states=canvas,
             encoder_hidden_states=text,
@@ -228,12 +232,17 @@ def make_baseline(
     """The baseline of a pipeline that has no rewrite applied yet; copies its weights."""
     model = pipeline.transformer
     assert isinstance(model.connector, Connector)
+    connector = copy.deepcopy(model.connector)
+    for module in connector.modules():  # autocast: linears in `dtype`, norms in float32
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
     return Baseline(
         # nn.Module.to: diffusers' own warns about modules it keeps in float32, of which these two have none
         nn.Module.to(make_flux(dict(model.state_dict()), model.config), dtype),
         nn.Module.to(make_autoencoder(dict(pipeline.vae.state_dict()), vae_config), vae_dtype),
-        copy.deepcopy(model.connector).to(dtype),
+        connector,
         model.prompt_embeds.to(dtype),
         model.prompt_mask.clone(),
+        model.timestep.clone(),
         batch,
     )

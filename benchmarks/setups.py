@@ -1,0 +1,83 @@
+"""Sizes of the rewrites benchmark: the measured one and a toy for tests; weights, prompt and image are seeded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.rewrites import Pipeline
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A size of the benchmark."""
+
+    transformer: TransformerConfig
+    vae: VAEConfig
+    width: int
+    height: int
+    tokens: int
+    valid: int
+    ceiling_size: int  # of the matrices that find the machine's limit
+
+    def pipeline(self) -> Pipeline:
+        """Float32, no rewrite applied."""
+        prompt = random_prompt(self.tokens, self.valid, self.transformer.prompt_dim, seed=0)
+        return random_pipeline(self.transformer, self.vae, prompt, self.width, self.height, seed=1)
+
+    def image(self) -> Tensor:
+        """(1, 3, H, W) in [-1, 1]."""
+        return random_image(self.width, self.height, seed=2)
+
+
+MID = Setup(
+    TransformerConfig(
+        hidden_size=768,
+        num_heads=6,
+        axes_dim=(16, 56, 56),
+        depth=4,
+        depth_single_blocks=8,
+        context_in_dim=1024,
+        vec_in_dim=768,
+        prompt_dim=896,
+        connector_hidden=1024,
+        connector_heads=8,
+        connector_depth=2,
+        mlp_hidden=3072,
+        connector_mlp_hidden=4096,
+        in_channels=64,
+    ),
+    VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16),
+    width=512,
+    height=384,
+    tokens=640,
+    valid=64,
+    ceiling_size=4096,
+)
+SMOKE = Setup(
+    TransformerConfig(
+        hidden_size=64,
+        num_heads=2,
+        axes_dim=(4, 14, 14),
+        depth=1,
+        depth_single_blocks=2,
+        context_in_dim=48,
+        vec_in_dim=32,
+        prompt_dim=40,
+        connector_hidden=48,
+        connector_heads=2,
+        connector_depth=1,
+        mlp_hidden=256,
+        connector_mlp_hidden=96,
+        in_channels=64,
+    ),
+    VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16),
+    width=64,
+    height=48,
+    tokens=24,
+    valid=6,
+    ceiling_size=256,
+)

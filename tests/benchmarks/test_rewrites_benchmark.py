@@ -1,0 +1,47 @@
+"""The rewrites benchmark on a toy size: all of it runs, the last line is JSON, and wrong numbers get no speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from densegeo.benchmarks import comparisons, rewrites
+from densegeo.models.rewrites import NAMES
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    import typer
+
+    app = typer.Typer()
+    app.command()(rewrites.main)
+    result = CliRunner().invoke(app, ["--smoke", "--runs", "1", *arguments])
+    return result.exit_code, result.output
+
+
+def test_toy_run(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "rewrites.json"
+    status, output = invoke("--json", str(file))
+    assert status == 0, output
+    result = json.loads(output.splitlines()[-1])
+    assert json.loads(file.read_text()) == result
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert [row["name"] for row in result["rewrites"]["rows"]] == list(NAMES)
+    names = [row["name"] for row in result["comparisons"]]
+    assert names == ["transformer fp32", "transformer bf16", "compiled transformer", "whole pipeline"]
+    for row in result["comparisons"]:
+        assert row["flops"]["ours"] < row["flops"]["baseline"]
+    for key in ("machine", "versions", "commit", "command", "ceiling_gflops"):
+        assert key in result
+
+
+def test_wrong_numbers_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = comparisons.reference.transform
+    monkeypatch.setattr(comparisons.reference, "transform", lambda *a: right(*a) + torch.tensor(1e-3))
+    status, output = invoke()
+    assert status == 1
+    assert "the numbers are wrong" in output
+    assert "times faster" not in output
