@@ -15,6 +15,7 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 import densegeo
 from densegeo.errors import BundleError, ConfigError, ResourceError
@@ -160,7 +161,7 @@ def _build_into(
     if options.precision == "fp16":
         _check_fp16(pipeline, references[f"{first[0]}x{first[1]}"])
     cast(pipeline, options.precision)
-    text_tokens = pipeline.transformer.cos.shape[0] - pipeline.transformer.image_tokens
+    text_tokens = pipeline.transformer.rope_cos.shape[0] - pipeline.transformer.image_tokens
     modules = {
         "encoder": pipeline.vae.encoder,
         "transformer": pipeline.transformer,
@@ -283,10 +284,8 @@ def _staging(output: Path) -> Iterator[Path]:
         raise ResourceError(f"cannot write to {existing_parent(output)}: {error}") from error
     try:
         yield staging
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) or "No space left" in str(error):
-            raise ResourceError(f"cannot write the bundle: {error}. Nothing is left behind.") from error
-        raise
+    except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
+        raise ResourceError(f"cannot write the bundle: {error}. Nothing is left behind.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from densegeo.models.rewrites import NAMES, REWRITES, select
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Text = Optional[str]  # noqa: UP045
-_FILE = "a file, or organisation/repository[@revision][:file] on the Hugging Face Hub"
+_FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -41,7 +41,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def build(
     model: Annotated[str, typer.Option(help=f"What to build: {', '.join(PRESETS)}.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The bundle's directory [out/MODEL].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The bundle's directory; out/MODEL by default.")
+    ] = None,
     checkpoint: Annotated[
         Text, typer.Option(help="Directory with the authors' file names, or a Hugging Face repository id.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def node_flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
 
 def static_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Value name -> shape, for every value whose shape is static."""
+    model = copy.deepcopy(model)
+    for opset in model.opset_import:  # the same operators; 22 lets convolutions and norms be bf16, as engines do
+        opset.version = max(opset.version, 22) if opset.domain == "" else opset.version
     inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     shapes: dict[str, list[int]] = {tensor.name: list(tensor.dims) for tensor in inferred.graph.initializer}
     for value in (*inferred.graph.input, *inferred.graph.output, *inferred.graph.value_info):

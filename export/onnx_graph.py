@@ -43,7 +43,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """aten.scaled_dot_product_attention; logits get their bias and softmax in float32, as flash kernels do."""
-    assert not (dropout_p or is_causal or enable_gqa)
+    assert not any((dropout_p, is_causal, enable_gqa))
     factor = op.CastLike(op.Constant(value_float=scale or int(query.shape[-1]) ** -0.5), query)
     logits = op.Cast(op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2])), to=ir.DataType.FLOAT)
     if attn_mask is not None:
@@ -58,8 +58,11 @@ _TRANSLATIONS = {
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Keep Expand and Slice of constants: folded, each bucket would store a copy of what lies in the weight file."""
-    return False if node.op_type in ("Expand", "Slice") else None
+    """Keep Expand and Slice of constants: folded, each bucket would store a copy of what lies in the weight file.
+
+    Products of constants are left too: folding them is the rewrites' choice, and must not depend on their size.
+    """
+    return False if node.op_type in ("Expand", "Slice", "Gemm", "MatMul", "Mul", "ReduceSum", "Einsum") else None
 
 
 @contextmanager

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegeo.models.config import TransformerConfig
-from densegeo.models.layers import EPS, attention, sinusoid, split_qkv
-
-TIMESTEP = 1000.0  # t = 1, as the sinusoids see it
+from densegeo.models.layers import EPS, attention, split_qkv
 
 
 class _Mlp(nn.Module):
@@ -86,16 +84,15 @@ class Connector(nn.Module):
         self.scale_factor = nn.Parameter(torch.zeros(1))
         self.global_proj_out = nn.Linear(config.prompt_dim, config.vec_in_dim)
 
-    def forward(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """embeds: (B, T, prompt); mask: (B, T) float32, 1 for valid tokens."""
+    def forward(self, embeds: Tensor, mask: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """embeds: (B, T, prompt); mask: (B, T) float32, 1 for valid tokens; timestep: (1, 256) sinusoid."""
         dtype = self.global_proj_out.weight.dtype
         weights = mask / mask.sum(-1, keepdim=True)
         mean = torch.einsum("bt,btc->bc", weights, embeds.float()).to(dtype)
         pooled = self.global_proj_out((mean * (1 + self.scale_factor)).to(dtype))
         refiner = self.S
-        timestep = sinusoid(TIMESTEP).to(device=embeds.device, dtype=dtype)
         context = refiner.c_embedder.linear_2(F.silu(refiner.c_embedder.linear_1(mean)))
-        condition = refiner.t_embedder.mlp(timestep) + context
+        condition = refiner.t_embedder.mlp(timestep.to(dtype)) + context
         tokens = refiner.input_embedder(embeds.to(dtype))
         bias = self_attention_bias(mask)
         for block in refiner.individual_token_refiner.blocks:
@@ -124,5 +121,5 @@ class ConstantText(nn.Module):
         self.register_buffer("text", text.detach().clone())
         self.register_buffer("pooled", pooled.detach().clone())
 
-    def forward(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, mask: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return self.text, self.pooled

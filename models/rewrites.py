@@ -82,7 +82,7 @@ def fold_modulation(pipeline: Pipeline) -> None:
 def fold_connector(pipeline: Pipeline) -> None:
     """Text tokens after the connector and txt_in, and the pooled vector, are constants."""
     model = pipeline.transformer
-    text, pooled = model.connector(model.prompt_embeds, model.prompt_mask)
+    text, pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     model.connector = ConstantText(model.txt_in(text), pooled)
     model.txt_in = nn.Identity()
 
@@ -102,7 +102,8 @@ def merge_padding(pipeline: Pipeline) -> None:
     else:
         model.text_rows = kept
     tokens = len(rows)
-    model.cos, model.sin = (table[len(pipeline.prompt.mask) - tokens :].clone() for table in (model.cos, model.sin))
+    dropped = len(pipeline.prompt.mask) - tokens
+    model.rope_cos, model.rope_sin = model.rope_cos[dropped:].clone(), model.rope_sin[dropped:].clone()
     bias = torch.zeros(1, 1, 1, tokens + model.image_tokens)
     bias[..., :tokens] = torch.from_numpy(counts).double().log().float()
     model.key_bias = bias
@@ -121,7 +122,7 @@ def fold_constants(pipeline: Pipeline) -> None:
 def trim_last_block(pipeline: Pipeline) -> None:
     """After the last attention only image tokens are needed: text is projected to keys and values alone."""
     model = pipeline.transformer
-    text_tokens = model.cos.shape[0] - model.image_tokens
+    text_tokens = model.rope_cos.shape[0] - model.image_tokens
     if model.single_blocks:
         last = model.single_blocks[-1]
         assert isinstance(last, SingleBlock)

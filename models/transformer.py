@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegeo.models.config import TransformerConfig
-from densegeo.models.connector import TIMESTEP, Connector
+from densegeo.models.connector import Connector
 from densegeo.models.layers import (
     FinalModulation,
     MLPEmbedder,
@@ -27,6 +27,7 @@ from densegeo.models.layers import (
 )
 from densegeo.models.prompt import Prompt
 
+TIMESTEP = 1000.0  # t = 1, as the sinusoids see it
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (text + image tokens, head size / 2), float32
 
 
@@ -129,8 +130,8 @@ class Transformer(nn.Module):
     prompt_embeds: Tensor  # (1, T, prompt)
     prompt_mask: Tensor  # (1, T) float32
     timestep: Tensor  # (1, 256)
-    cos: Tensor
-    sin: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
     key_bias: Tensor | None
     text_rows: Tensor | None
 
@@ -170,13 +171,15 @@ class Transformer(nn.Module):
         half = grid.flatten(0, 1)
         positions = torch.cat([torch.zeros(text_tokens, 3, dtype=torch.int64), half, half])
         cos, sin = rope_tables(positions, self.config.axes_dim, self.config.theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     def conditioning(self) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
         batch = 1 if self.guidance is None else 2
-        text, pooled = self.connector(_repeat(self.prompt_embeds, batch), _repeat(self.prompt_mask, batch))
+        text, pooled = self.connector(
+            _repeat(self.prompt_embeds, batch), _repeat(self.prompt_mask, batch), self.timestep
+        )
         text = _repeat(self.txt_in(text), batch)
         if self.text_rows is not None:
             text = text.index_select(1, self.text_rows)
@@ -198,7 +201,7 @@ class Transformer(nn.Module):
         image = self.canvas(latent)
         text, vec = self.conditioning()
         image = _repeat(image, text.shape[0])
-        rope = (self.cos, self.sin)
+        rope = (self.rope_cos, self.rope_sin)
         for double in self.double_blocks:
             image, text = double(image, text, vec, rope, self.key_bias)
         x = torch.cat([text, image], dim=1)

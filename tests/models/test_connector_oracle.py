@@ -161,7 +161,7 @@ def test_connector_equals_the_second_implementation(name: str) -> None:
     model = random_pipeline(TRANSFORMER, VAE, prompt, 32, 32, seed=3).transformer
     weights = {key.removeprefix("connector."): value for key, value in model.state_dict().items() if "connector" in key}
     tokens, pooled = plain_connector(weights, prompt.embeds, prompt.mask, HEADS)
-    ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask)
+    ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     assert tokens.std() > 0.05
     assert relative(ours[0], tokens) <= BOUND
     assert relative(our_pooled[0], pooled) <= BOUND

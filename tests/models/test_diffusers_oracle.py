@@ -96,7 +96,7 @@ def test_agrees_with_diffusers(case: Case) -> None:
         assert relative(our_latent, latent) <= BOUND
         our_velocity = reference.transform(ours, our_latent)
         assert relative(our_velocity, velocity) <= BOUND
-        our_decoded = reference.decode(ours, reference.split(ours, our_velocity, height, width))
+        our_decoded = reference.decode(ours, reference.split(our_velocity, height, width))
         assert relative(our_decoded, decoded) <= BOUND
         # What DESIGN calls p and the unit normals, spelled out.
         clamped = decoded.clamp(-1, 1)

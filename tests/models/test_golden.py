@@ -52,7 +52,7 @@ def run(pipeline: Pipeline, folder: Path) -> dict[str, Tensor]:
     height, width = image.shape[-2:]
     out = {"rgb_latent": reference.encode(pipeline, 2 * image - 1)}
     out["velocity"] = reference.transform(pipeline, out["rgb_latent"])
-    latents = reference.split(pipeline, out["velocity"], height, width)
+    latents = reference.split(out["velocity"], height, width)
     decoded = reference.decode(pipeline, latents)
     for index, name in enumerate(("depth", "normal")):
         out[f"{name}_latent"] = latents[index : index + 1]
@@ -77,7 +77,7 @@ def check(ours: dict[str, Tensor], folder: Path, variant: str, names: set[str] |
 def test_connector(loaded: tuple[str, Pipeline], folder: Path) -> None:
     variant, pipeline = loaded
     model = pipeline.transformer
-    tokens, pooled = model.connector(model.prompt_embeds, model.prompt_mask)
+    tokens, pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     check(
         {"connector_tokens": tokens, "connector_pooled": pooled},
         folder,

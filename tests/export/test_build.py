@@ -1,0 +1,228 @@
+"""The build from the outside: what it refuses, what it leaves behind, and when it has nothing to do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
+from densegeo.export import build as build_module
+from densegeo.export import checks
+from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.sources import Given
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
+from densegeo.runtime.bundle import read_manifest
+
+SMALL = TransformerConfig(
+    hidden_size=32,
+    num_heads=2,
+    axes_dim=(2, 8, 6),
+    depth=1,
+    depth_single_blocks=1,
+    context_in_dim=128,
+    vec_in_dim=16,
+    prompt_dim=24,
+    connector_hidden=128,
+    connector_heads=1,
+    connector_depth=1,
+    mlp_hidden=64,
+    connector_mlp_hidden=32,
+    in_channels=64,
+)
+SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16)
+CONFIG = '{"axes_dim": [2, 8, 6]}'
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A directory with the authors' file names, smaller than any real model."""
+    directory = tmp_path / "checkpoint"
+    write_random_checkpoint(directory, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=1)
+    (directory / "config.json").write_text(CONFIG)
+    return directory
+
+
+def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:
+    given = Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
+    values: dict[str, object] = {"model": "fe2e", "output": output, "given": given, "sizes": ((48, 32),)}
+    return BuildOptions(**(values | changes))  # type: ignore[arg-type]
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if "building" in path.name)
+
+
+def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, capsys):
+    output = tmp_path / "bundle"
+    build_bundle(options(checkpoint, output))
+    first = (output / "manifest.json").stat().st_mtime_ns
+    build_bundle(options(checkpoint, output))
+    assert (output / "manifest.json").stat().st_mtime_ns == first
+    path = checkpoint / AUTHORS_FILES["vae"][0]
+    tensors = load_file(path)
+    tensors["decoder.conv_out.bias"] += 0.25
+    save_file(tensors, path)
+    before = read_manifest(output)
+    build_bundle(options(checkpoint, output))
+    after = read_manifest(output)
+    assert after.build_key != before.build_key
+    assert after.files["decoder.safetensors"].sha256 != before.files["decoder.safetensors"].sha256
+    assert leftovers(tmp_path) == []
+
+
+def test_buckets_share_their_weights(checkpoint, tmp_path):
+    one = build_bundle(options(checkpoint, tmp_path / "one"))
+    two = build_bundle(options(checkpoint, tmp_path / "two", sizes=((48, 32), (32, 64))))
+    manifest = read_manifest(two)
+    assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [(48, 32), (32, 64)]
+    for name in ("encoder.safetensors", "transformer.safetensors", "decoder.safetensors"):
+        assert manifest.files[name].sha256 == read_manifest(one).files[name].sha256
+    assert all(check.error <= check.bound for check in manifest.verification.checks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sizes": ((50, 32),)}, "48x32"),
+        ({"sizes": ((16, 32),)}, "at least 32"),
+        ({"model": "fe3e"}, "fe2e-tiny"),
+        ({"precision": "int4"}, "bf16"),
+        ({"backend": "abacus"}, "onnxruntime"),
+        ({"without": ("everything",)}, "padding"),
+    ],
+)
+def test_invalid_options_say_what_is_valid(checkpoint, tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        build_bundle(options(checkpoint, tmp_path / "bundle", **changes))
+
+
+def test_missing_files_are_named_with_their_origin(checkpoint, tmp_path):
+    (checkpoint / AUTHORS_FILES["vae"][0]).unlink()
+    given = Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"))
+    with pytest.raises(CheckpointError, match=r"vae.safetensors[^$]*LDRN.safetensors[^$]*--no-lora"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", given=given))
+
+
+def test_a_pickle_checkpoint_is_refused_with_the_way_out(checkpoint, tmp_path):
+    pickle = tmp_path / "model.ckpt"
+    pickle.write_bytes(b"\x80\x04")
+    given = Given(checkpoint=str(checkpoint), dit=str(pickle), no_lora=True)
+    with pytest.raises(CheckpointError, match=r"pickle[^$]*weights_only=True"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", given=given))
+
+
+def test_a_missing_key_fails_the_build_and_leaves_nothing(checkpoint, tmp_path):
+    path = checkpoint / AUTHORS_FILES["dit"][0]
+    tensors = load_file(path)
+    del tensors["single_blocks.0.linear2.bias"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"1 missing: single_blocks\.0\.linear2\.bias"):
+        build_bundle(options(checkpoint, tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_unexpected_keys_need_the_explicit_flag(checkpoint, tmp_path):
+    path = checkpoint / AUTHORS_FILES["dit"][0]
+    tensors = load_file(path)
+    tensors["something.else"] = tensors["img_in.bias"].clone()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"something\.else[^$]*--allow-unexpected"):
+        build_bundle(options(checkpoint, tmp_path / "bundle"))
+    build_bundle(options(checkpoint, tmp_path / "bundle", allow_unexpected=True))
+    assert read_manifest(tmp_path / "bundle").model == "fe2e"
+
+
+def test_a_directory_that_is_no_bundle_is_left_alone(checkpoint, tmp_path):
+    output = tmp_path / "photos"
+    output.mkdir()
+    (output / "holiday.txt").write_text("mine")
+    with pytest.raises(ResourceError, match="left alone"):
+        build_bundle(options(checkpoint, output))
+    assert [path.name for path in output.iterdir()] == ["holiday.txt"]
+
+
+def test_an_unwritable_output_is_a_typed_error(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot"):
+        build_bundle(options(checkpoint, tmp_path / "file" / "bundle"))
+
+
+def test_too_little_memory_or_disk_stops_the_build_early(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("densegeo.export.plan.available_memory", lambda: 1 << 20)
+    with pytest.raises(ResourceError, match=r"GiB of memory"):
+        build_bundle(options(checkpoint, tmp_path / "bundle"))
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 10))
+    with pytest.raises(ResourceError, match=r"GiB on disk"):
+        build_bundle(options(checkpoint, tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_graph_that_misses_its_bound_fails_the_build(checkpoint, tmp_path, monkeypatch):
+    """A fault in the exported graph (here: the wrong GELU's worth of error) must not become a bundle."""
+    original = checks.graph_outputs
+
+    def faulty(*args: object, **kwargs: object) -> checks.Outputs:
+        outputs = original(*args, **kwargs)  # type: ignore[arg-type]
+        return outputs | {"transformer": outputs["transformer"] * np.float32(1 + 1e-4)}
+
+    monkeypatch.setattr(build_module.checks, "graph_outputs", faulty)
+    with pytest.raises(ExportError, match=r"transformer: 1\.00e-04 > 1\.00e-05"):
+        build_bundle(options(checkpoint, tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_fp16_is_refused_where_it_would_overflow(checkpoint, tmp_path):
+    path = checkpoint / AUTHORS_FILES["vae"][0]
+    tensors = load_file(path)
+    tensors["decoder.mid.block_1.conv1.weight"] *= 1e6
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=r"fp16 would overflow[^$]*decoder\.mid\.block_1\.conv1"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", precision="fp16"))
+
+
+def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
+    command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]
+
+
+def test_interrupting_a_build_leaves_nothing(checkpoint, tmp_path):
+    process = run_build(checkpoint, tmp_path / "bundle")
+    deadline = time.monotonic() + 120
+    while not leftovers(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert leftovers(tmp_path), process.communicate()[0]
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_full_disk_leaves_nothing(checkpoint, tmp_path):
+    """A limit on file size stands for a full disk: every write beyond it fails, as it does there."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    process = run_build(checkpoint, tmp_path / "bundle", preexec_fn=limit, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "error: cannot write the bundle" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
