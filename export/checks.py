@@ -71,7 +71,7 @@ def low_precision_errors(pipeline: Pipeline, precision: str, wanted: Outputs) ->
     low = cast(copy.deepcopy(pipeline), precision)
     stages = reference_outputs(low, wanted["rgb"], given=wanted)
     chained = reference_outputs(low, wanted["rgb"])
-    outputs = {**chained, **{stage: stages[stage] for stage in STAGES}}
+    outputs = chained | {str(stage): stages[stage] for stage in STAGES}
     return {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
 
 

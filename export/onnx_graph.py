@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset20 as op
-from onnxscript import optimizer
+from onnxscript import opset20, optimizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 OPSET = 20
+op: Any = opset20  # traced with symbolic values, which its type hints do not know
 
 
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
@@ -51,7 +51,7 @@ def _attention(
     return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
 
 
-_TRANSLATIONS = {
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
