@@ -79,10 +79,10 @@ def make_plan(
     kept = loaded - dropped_parameters(config, rewrites, skeleton)
     merging = any(rewrite.name == "padding" for rewrite in rewrites)
     text_tokens = len(prompt.merge_padding()[0]) if merging else len(prompt.mask)
-    # Float32 model, a low-precision copy for the error bound, and the largest activation of a decode (128 channels,
-    # two pictures, three live tensors) on top.
+    # The float32 model, a copy of it that is cast for the error bound, and a decode's activations on top (full-size
+    # base channels, two pictures, three live tensors).
     activations = max(3 * 2 * skeleton.vae.config.ch * width * height * 4 for width, height in sizes)
-    low = loaded * ITEM_BYTES[precision] if precision != "fp32" else 0
+    copies = 1 if precision == "fp32" else 2
     references = sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
     return Plan(
         skeleton,
@@ -92,7 +92,7 @@ def make_plan(
         loaded,
         kept,
         text_tokens,
-        memory_needed=loaded * 4 + low + activations + GIB,  # 1 GiB: Python and its libraries
+        memory_needed=loaded * 4 * copies + activations + GIB,  # 1 GiB: Python and its libraries
         disk_needed=kept * ITEM_BYTES[precision] + references + 8 * len(sizes) * (1 << 20),
         problems=problems,
     )
