@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from densegeo.benchmarks.environment import environment
 from densegeo.errors import BackendError, ResourceError
 from densegeo.inspection import bucket_name, check_with_progress
 from densegeo.runtime import Estimator
@@ -77,6 +76,7 @@ class Latency(msgspec.Struct, frozen=True):
     machine: dict[str, Any]
     versions: dict[str, str]
     commit: str | None
+    command: str
 
 
 def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: str) -> Latency:
@@ -114,9 +114,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         images_per_second=1e3 / stages["total"].mean,
         worst_error=max(check.error for check in checks),
         error_bound=manifest.verification.replay_bound,
-        machine=_machine(),
-        versions=_versions(),
-        commit=_commit(),
+        **environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu")),
     )
 
 
@@ -155,44 +153,6 @@ def _cold_start(bundle: Path, image: Path | None, backend: str, device: str) -> 
     except (IndexError, ValueError) as error:
         raise BackendError(f"The cold start failed in a fresh process: {result.stderr.strip()[-500:]}") from error
     return times
-
-
-def _machine() -> dict[str, Any]:
-    from densegeo.doctor import examine
-
-    report = examine()
-    return {
-        "cpu": report.cpu,
-        "cpu_features": report.cpu_features,
-        "cpu_count": report.cpu_count,
-        "memory_bytes": report.memory_bytes,
-        "gpus": report.gpus,
-        "platform": report.platform,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _versions() -> dict[str, str]:
-    from densegeo.doctor import version
-
-    names = ("densegeo", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu")
-    found = {name: version(name) for name in names}
-    return {"python": platform.python_version()} | {name: value for name, value in found.items() if value is not None}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this file lies in, marked when there are changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def print_latency(result: Latency, json_file: Path | None = None) -> None:
