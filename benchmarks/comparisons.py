@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Contenders:
     """The pipelines that run against each other, and the float32 answers."""
 
     folded: Pipeline  # float32, all rewrites
-    low: Pipeline  # the same in low precision
+    low: Pipeline  # low precision, with the decoder's rewrites that pay here
     exact: Baseline  # float32
     authors: Baseline  # low-precision transformer, float32 autoencoder
     plain_low: Baseline  # low precision everywhere, eager
@@ -72,8 +72,11 @@ class Contenders:
     decoded: Tensor
 
 
-def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str) -> Contenders:
-    """Build all pipelines and run the float32 baseline once. Raises Wrong when its outputs would prove nothing."""
+def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str, without: Iterable[str]) -> Contenders:
+    """Build all pipelines and run the float32 baseline once; `without` names rewrites that do not pay in `low`.
+
+    Raises Wrong when the baseline's outputs would prove nothing.
+    """
     dtype = precision.DTYPES[low]
     exact = make_baseline(plain, vae)
     latent = exact.encode(rgb)
@@ -83,7 +86,7 @@ def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str) -> Conten
     if min(float(t.std()) for t in (latent, velocity, decoded)) < MIN_STD or saturated > MAX_SATURATED:
         raise Wrong("the random model's outputs are nearly constant or saturated: they cannot show an error")
     folded = rewrites.apply(copy.deepcopy(plain), rewrites.REWRITES)
-    fast = precision.cast(copy.deepcopy(folded), low)
+    fast = precision.cast(rewrites.apply(copy.deepcopy(plain), rewrites.select(without)), low)
     fast.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     authors = make_baseline(plain, vae, dtype=dtype)
     plain_low = make_baseline(plain, vae, dtype=dtype, vae_dtype=dtype)
@@ -127,13 +130,14 @@ def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     height, width = c.rgb.shape[-2:]
     config = c.low.vae.config
     channels_last = torch.channels_last
+    sizes = [2] if c.low.decoder_batch == 2 else [1, 1]
 
     @torch.no_grad()
     def ours() -> Tensor:
         latent = encoder(c.rgb.contiguous(memory_format=channels_last))
         latents = reference.split(transformer(latent), height, width) / config.scale_factor + config.shift_factor
-        decoded: Tensor = decoder(latents.contiguous(memory_format=channels_last))
-        return decoded
+        parts = latents.contiguous(memory_format=channels_last).split_with_sizes(sizes)
+        return torch.cat([decoder(part) for part in parts])
 
     eager = c.plain_low
     plain = geometry_errors(eager(c.rgb), c.decoded)

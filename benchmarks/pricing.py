@@ -42,6 +42,7 @@ class Prices:
     none: dict[str, Cost]  # by stage
     all: dict[str, Cost]
     rows: list[Row]
+    fastest_decoder: list[str]  # the decoder's rewrites that pay on this machine
 
 
 def _stored(module: nn.Module) -> tuple[int, int]:
@@ -98,12 +99,20 @@ def price(plain: Pipeline, latent: Tensor, low: str, runs: int, say: Callable[[s
         costs[stage] = {
             name: Cost(*sizes[names], summary(times[str(sorted(names))])) for name, names in variants.items()
         }
+        if stage == "decoder":
+            fastest = min(
+                distinct, key=lambda names: costs["decoder"][_name(variants, names)].milliseconds["median_ms"]
+            )
     rows = [
         Row(name, stage, costs[stage][f"without {name}"], costs[stage][f"up to {name}"])
         for name, stage in STAGES.items()
     ]
     last = {stage: [row for row in rows if row.stage == stage][-1].up_to_here for stage in costs}
-    return Prices({stage: costs[stage]["none"] for stage in costs}, last, rows)
+    return Prices({stage: costs[stage]["none"] for stage in costs}, last, rows, sorted(fastest))
+
+
+def _name(variants: dict[str, frozenset[str]], names: frozenset[str]) -> str:
+    return next(name for name, others in variants.items() if others == names)
 
 
 def _copy(plain: Pipeline, stage: str) -> Pipeline:

@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+import typer
 from typer.testing import CliRunner
 
-from densegeo.benchmarks import comparisons, rewrites
+from densegeo.benchmarks import comparisons, pricing, rewrites
 from densegeo.models.rewrites import NAMES
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    import typer
-
     app = typer.Typer()
     app.command()(rewrites.main)
     result = CliRunner().invoke(app, ["--smoke", "--runs", "1", *arguments])
@@ -39,9 +37,15 @@ def test_toy_run(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = comparisons.reference.transform
-    monkeypatch.setattr(comparisons.reference, "transform", lambda *a: right(*a) + torch.tensor(1e-3))
+    monkeypatch.setattr(pricing, "relative", lambda ours, wanted: 2e-5)
     status, output = invoke()
     assert status == 1
     assert "the numbers are wrong" in output
     assert "times faster" not in output
+
+
+def test_low_precision_may_err_twice_as_much_as_plain_low_precision() -> None:
+    comparisons._check_low({"depth": 0.02}, {"depth": 0.01}, "it")
+    for error in (0.021, float("nan")):
+        with pytest.raises(comparisons.Wrong, match="it: depth"):
+            comparisons._check_low({"depth": error}, {"depth": 0.01}, "it")
