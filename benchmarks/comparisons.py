@@ -125,7 +125,7 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
 
 def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     """Image in, decoded depth and normals out: ours in `low` against the authors' choice of precisions."""
-    # Compiling the autoencoder takes minutes and gains nothing on a CPU: its time is in convolutions.
+    # The autoencoder is not compiled: that took minutes, and whether it gains was never settled on a quiet machine.
     encoder, transformer, decoder = c.low.vae.encoder, compile_(c.low.transformer), c.low.vae.decoder
     height, width = c.rgb.shape[-2:]
     config = c.low.vae.config
