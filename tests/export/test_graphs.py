@@ -109,10 +109,11 @@ def test_connector_returns(golden_bundle, config, tokens):
     stored = per_block * depth + 4 * wide * depth  # with the affine norms
     stored += linear(config.prompt_dim, wide) + linear(256, wide) + linear(wide, wide)
     stored += linear(config.prompt_dim, wide) + linear(wide, wide) + linear(config.context_in_dim, config.hidden_size)
-    embeds_and_mask = prompt * config.prompt_dim
-    saved = text * config.hidden_size
-    assert stored + constants + embeds_and_mask - saved <= parameters
-    assert parameters <= stored + constants + embeds_and_mask - saved + prompt * prompt + 4 * prompt + 256 + 8
+    saved = text * config.hidden_size  # the constant tokens
+    inputs = 2 * prompt * config.prompt_dim  # the embedding, and its rows as the first linear takes them
+    inputs += 3 * prompt + 256  # the mask, its two views, the timestep's sinusoid
+    scalars = 4  # of the mask's arithmetic
+    assert parameters == stored + constants - saved + inputs + scalars
 
 
 def test_padding_tokens_return(golden_bundle, config, tokens):
