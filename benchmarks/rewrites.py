@@ -61,7 +61,7 @@ def comparison_table(found: list[Comparison], limits: dict[str, float]) -> Table
     return out
 
 
-def measure(smoke: bool, runs: int, console: Console) -> dict[str, Any]:
+def measure(smoke: bool, runs: int, console: Console, *, whole_only: bool = False) -> dict[str, Any]:
     """Run everything. Raises Wrong when numbers are off."""
 
     def say(text: str) -> None:
@@ -77,22 +77,25 @@ def measure(smoke: bool, runs: int, console: Console) -> dict[str, Any]:
         say(f"  {name}: {limit / 1e9:,.0f} GFLOP/s in a large linear or convolution")
     say("building the model")
     plain, rgb = setup.pipeline(), setup.image()
-    prices = price(plain, reference.encode(plain, rgb), LOW, runs, say)
-    slower = [name for name, stage in STAGES.items() if stage == "decoder" and name not in prices.fastest_decoder]
+    prices = None if whole_only else price(plain, reference.encode(plain, rgb), LOW, runs, say)
+    paying = prices.fastest_decoder if prices else ()  # none of the decoder's, as every priced run on a CPU found
+    slower = [name for name, stage in STAGES.items() if stage == "decoder" and name not in paying]
     say(f"decoder rewrites that do not pay here, off in the {LOW} pipeline below: {', '.join(slower) or 'none'}")
     say("building the pipelines and the float32 answers")
     rivals = comparisons.contenders(plain, setup.vae, rgb, LOW, slower)
     compile_ = _compiler(smoke)
-    found = []
-    say("comparing transformers")
-    found += comparisons.transformers(rivals, LOW, runs)
-    say("comparing compiled transformers")
-    found.append(comparisons.hard(rivals, LOW, compile_, runs))
+    found: list[Comparison] = []
+    if not whole_only:
+        say("comparing transformers")
+        found += comparisons.transformers(rivals, LOW, runs)
+        say("comparing compiled transformers")
+        found.append(comparisons.hard(rivals, LOW, compile_, runs))
     say("comparing whole pipelines")
     found.append(comparisons.whole(rivals, LOW, compile_, runs))
     # Again, since the machine may have been busier at first.
     limits = {name: max(limits[name], ceiling(dtypes[name], size=setup.ceiling_size, runs=3)) for name in limits}
-    console.print(table(prices, LOW))
+    if prices:
+        console.print(table(prices, LOW))
     console.print(comparison_table(found, limits))
     for row in found:
         errors = ", ".join(f"{name} {value:.2e}" for name, value in row.errors.items())
@@ -111,7 +114,7 @@ def measure(smoke: bool, runs: int, console: Console) -> dict[str, Any]:
             "valid_text_tokens": setup.valid,
         },
         "ceiling_gflops": {name: limit / 1e9 for name, limit in limits.items()},
-        "rewrites": asdict(prices),
+        "rewrites": asdict(prices) if prices else None,
         "comparisons": [asdict(row) | {"reached": row.reached} for row in found],
     }
 
@@ -119,12 +122,13 @@ def measure(smoke: bool, runs: int, console: Console) -> dict[str, Any]:
 def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="a toy size: does it run at all?")] = False,
     runs: Annotated[int, typer.Option(min=1, help="timed rounds, after warm-up")] = 5,
+    whole_only: Annotated[bool, typer.Option("--whole-only", help="only the comparison of whole pipelines")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the JSON line to this file")] = None,
 ) -> None:
     """Price every rewrite and compare with diffusers; the last line is JSON."""
     console = Console(width=160)
     try:
-        result = measure(smoke, runs, console)
+        result = measure(smoke, runs, console, whole_only=whole_only)
     except Wrong as error:
         console.print(f"No speed is reported, because the numbers are wrong: {error}", style="red", soft_wrap=True)
         raise typer.Exit(1) from error

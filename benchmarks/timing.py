@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,22 @@ def flops(call: Callable[[], object]) -> int:
 
 
 def ceiling(dtype: torch.dtype, *, size: int, runs: int) -> float:
-    """The most FLOP/s seen here in `dtype`: the best of a large linear and a large 3x3 convolution in both layouts."""
-    side, channels = max(size // 32, 8), max(size // 8, 8)
-    linear = nn.Linear(size, size, bias=False, device="cpu").to(dtype)
-    rows = torch.randn(size, size).to(dtype)
-    conv = nn.Conv2d(channels, channels, 3, padding=1).to(dtype)
-    image = torch.randn(1, channels, side, side).to(dtype)
-    last = copy.deepcopy(conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    image_last = image.contiguous(memory_format=torch.channels_last)
-    convolution = 2 * 9 * channels**2 * side**2
-    work = {"linear": 2 * size**3, "conv": convolution, "conv channels last": convolution}
-    calls = {
-        "linear": lambda: linear(rows),
-        "conv": lambda: conv(image),
-        "conv channels last": lambda: last(image_last),
-    }
+    """The most FLOP/s seen here in `dtype`: the best of linears and 3x3 convolutions of several shapes and layouts.
+
+    size: 4096 for full-size operands; smaller ones scale every side down.
+    """
+    work: dict[str, int] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for rows, inputs, outputs in ((size, size, size), (size // 2, size // 4, size)):
+        linear, x = nn.Linear(inputs, outputs).to(dtype), torch.randn(rows, inputs).to(dtype)
+        work[f"linear {rows}"] = 2 * rows * inputs * outputs
+        calls[f"linear {rows}"] = partial(linear, x)
+    for channels, side in ((size // 8, size // 32), (size // 32, size // 8)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            conv = nn.Conv2d(channels, channels, 3, padding=1).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+            image = torch.randn(1, channels, side, side).to(dtype).contiguous(memory_format=layout)
+            work[f"conv {channels} {layout}"] = 2 * 9 * channels**2 * side**2
+            calls[f"conv {channels} {layout}"] = partial(conv, image)
     times = interleaved(calls, runs)
     return max(work[name] / min(seconds) for name, seconds in times.items())
 

@@ -122,7 +122,7 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -
     }
     if hidden % head:
         raise ConfigError(f"hidden size {hidden} is no multiple of the head size {head}")
-    if "axes_dim" not in given and head % 16:
+    if "axes_dim" not in given and head % 32:  # axes are even numbers
         raise ConfigError(f"a head size of {head} has no default RoPE axes (16:56:56): give axes_dim with --config")
     if "connector_heads" not in given and connector % 128:
         raise ConfigError(
