@@ -46,11 +46,11 @@ def collapse_guidance(pipeline: Pipeline) -> None:
     pipeline.transformer.guidance = None
 
 
-def _scale_rows(linear: nn.Module, gate: Tensor, rows: slice = slice(None)) -> None:
+def _scale_rows(linear: nn.Module, gate: Tensor) -> None:
     """Multiply a linear's outputs by a constant gate (features,)."""
     assert isinstance(linear, nn.Linear)
-    linear.weight.data[rows] *= gate[:, None]
-    linear.bias.data[rows] *= gate
+    linear.weight.data *= gate[:, None]
+    linear.bias.data *= gate
 
 
 def fold_modulation(pipeline: Pipeline) -> None:
