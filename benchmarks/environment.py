@@ -1,7 +1,8 @@
-"""What a measurement was taken on: machine, versions, commit and command, for every benchmark's JSON line."""
+"""What a measurement was taken on: machine, versions, commit and command, for every benchmark's JSON; and its file."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -46,3 +47,11 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from densegeo.benchmarks import comparisons
 from densegeo.benchmarks.comparisons import Comparison, Wrong
-from densegeo.benchmarks.environment import environment
+from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.pricing import STAGES, price, table
 from densegeo.benchmarks.setups import MID, SMOKE
-from densegeo.benchmarks.timing import ceiling, write_json
+from densegeo.benchmarks.timing import ceiling
 from densegeo.models import reference
 
 LOW = "bf16"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +82,3 @@ def ceiling(dtype: torch.dtype, *, size: int, runs: int) -> float:
             calls[f"conv {channels} {layout}"] = partial(conv, image)
     times = interleaved(calls, runs)
     return max(work[name] / min(seconds) for name, seconds in times.items())
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)

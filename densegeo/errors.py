@@ -49,3 +49,7 @@ class ExportError(DensegeoError):
 
 class ResourceError(DensegeoError):
     """Not enough memory or disk for a build, or an output that cannot be written."""
+
+
+class DatasetError(DensegeoError):
+    """Evaluation data that is missing, incomplete or damaged."""
