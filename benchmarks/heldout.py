@@ -24,7 +24,7 @@ SEED, SPLIT = 0, "test"
 VIEWS = 100
 SIZE = (256, 192)  # width, height
 DEPTH_RANGE = (0.1, 100.0)  # metres
-FROZEN_VIEWS = 4
+FROZEN_VIEWS = 8
 STATISTICS = Path(__file__).resolve().with_name("heldout.json")
 
 
