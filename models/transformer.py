@@ -123,6 +123,7 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """latent (1, C, H/8, W/8) -> velocity (1, 2L, 4C), L = (H/16)(W/16); left half depth, right half normals.
 
+    Latents may come in a batch when there is no guidance (`guidance` is None), as in training.
     The latent comes in float32 and the velocity leaves in float32; between them linears run in the parameters' dtype
     and norms, modulation and rotations in float32.
     """
@@ -188,10 +189,10 @@ class Transformer(nn.Module):
         return text, _repeat(self.time_in(self.timestep) + self.vector_in(pooled), batch)
 
     def canvas(self, latent: Tensor) -> Tensor:
-        """latent (1, C, h, w) -> embedded canvas [zeros | image] (1, 2L, hidden)."""
-        _, channels, height, width = latent.shape
-        tokens = latent.reshape(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
-        tokens = tokens.reshape(1, -1, 4 * channels).to(self.img_in.weight.dtype)
+        """latent (B, C, h, w) -> embedded canvas [zeros | image] (B, 2L, hidden)."""
+        batch, channels, height, width = latent.shape
+        tokens = latent.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        tokens = tokens.reshape(batch, -1, 4 * channels).to(self.img_in.weight.dtype)
         if self.constant_canvas:
             image = self.img_in(tokens)
             return torch.cat([self.img_in.bias.expand_as(image), image], dim=1)
@@ -200,7 +201,8 @@ class Transformer(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         image = self.canvas(latent)
         text, vec = self.conditioning()
-        image = _repeat(image, text.shape[0])
+        batch = max(image.shape[0], text.shape[0])
+        image, text = _repeat(image, batch), _repeat(text, batch)
         rope = (self.rope_cos, self.rope_sin)
         for double in self.double_blocks:
             image, text = double(image, text, vec, rope, self.key_bias)

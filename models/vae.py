@@ -160,12 +160,15 @@ class Encoder(nn.Module):
         self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
-    def forward(self, rgb: Tensor) -> Tensor:
+    def moments(self, rgb: Tensor) -> Tensor:
+        """The Gaussian's mean and log variance, (N, 2z, H/8, W/8)."""
         x = self.conv_in(rgb.to(self.conv_in.weight.dtype))
         for level in self.down:
             x = level(x)
-        moments = self.conv_out(F.silu(self.norm_out(self.mid(x))))
-        return self.scale * (moments[:, : self.z_channels].float() - self.shift)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return self.scale * (self.moments(rgb)[:, : self.z_channels].float() - self.shift)
 
 
 class Decoder(nn.Module):

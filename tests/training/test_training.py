@@ -1,0 +1,137 @@
+"""The training's pieces: targets, resuming, and files that the loader takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from densegeo.models import reference
+from densegeo.models.loading import Files, load_pipeline
+from densegeo.models.presets import TINY_TRANSFORMER, preset
+from densegeo.training import autoencoder, diffusion, publish
+from densegeo.training.data import Chunk
+from densegeo.training.loop import Schedule, fit
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_target_splits_into_the_two_latents() -> None:
+    depth, normals = torch.randn(2, 3, 16, 4, 6).unbind()
+    velocity = diffusion.target(depth, normals)
+    for index in range(3):
+        latents = reference.split(velocity[index : index + 1], 32, 48)
+        torch.testing.assert_close(latents[0], depth[index])
+        torch.testing.assert_close(latents[1], normals[index])
+
+
+def test_a_run_that_was_cut_off_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    data = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(steps=8, batch=4, rate=0.1, warmup=2, every=3)
+
+    def train(folder: str, *stops: int | None) -> dict[str, Tensor]:
+        averaged = {}
+        for until in stops:
+            torch.manual_seed(0)
+            linear = nn.Linear(4, 1)
+
+            def loss(indices: NDArray[np.int64], step: int, linear: nn.Linear = linear) -> dict[str, Tensor]:
+                return {"loss": (linear(data[indices]) - 1).square().mean()}
+
+            averaged = fit("toy", linear, loss, 20, schedule, tmp_path / folder, seed=5, until=until)
+        return averaged
+
+    whole, parts = train("whole", None), train("parts", 5, None)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+    assert np.loadtxt(tmp_path / "parts" / "toy.csv", skiprows=1).shape == (8,)
+    assert (tmp_path / "parts" / "toy.png").stat().st_size > 1000
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    linear = nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match="step 0"):
+        fit(
+            "bad",
+            linear,
+            lambda indices, step: {"loss": linear.weight.sum() * float("nan")},
+            4,
+            Schedule(steps=2, batch=2, rate=0.1),
+            tmp_path,
+            seed=0,
+        )
+
+
+def random_chunk(count: int = 4) -> Chunk:
+    rng = np.random.default_rng(0)
+    shape = (count, 192, 256)
+    return Chunk(
+        rng.integers(0, 256, (*shape, 3)).astype(np.uint8),
+        rng.uniform(-1, 1, shape).astype(np.float16),
+        rng.integers(-127, 128, (*shape, 3)).astype(np.int8),
+    )
+
+
+def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
+    device, chunk = torch.device("cpu"), random_chunk()
+    short = Schedule(steps=2, batch=2, rate=1e-3, warmup=1)
+    vae = autoencoder.train(chunk, tmp_path, seed=0, device=device, schedule=short)
+    latents = torch.randn(3, 4, 16, 24, 32)
+    transformer = diffusion.train(vae, latents, tmp_path, seed=0, device=device, compiled=False, schedule=short)
+    prompt = diffusion.prompt(0)
+    dit, autoencoder_file, prompt_file = publish.write(transformer, vae, prompt, tmp_path / "out")
+    pipeline = load_pipeline(Files(dit, autoencoder_file, prompt_file), 256, 192)
+    assert pipeline.transformer.config == TINY_TRANSFORMER
+    # Guidance and merged padding are exact, so the published files give what was trained, but for bf16's rounding.
+    rounded = {key: value.bfloat16().float() for key, value in transformer.state_dict().items()}
+    transformer.load_state_dict(rounded)
+    with torch.no_grad():
+        expected, got = transformer(latents[0, :1]), reference.transform(pipeline, latents[0, :1])
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_latents_get_unit_deviation_and_pictures_stay_the_same() -> None:
+    vae = autoencoder.make(0).eval().requires_grad_(False)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+
+    def decoded() -> Tensor:
+        moments = vae.encoder.moments(images)
+        result: Tensor = vae.decoder(moments[:, : vae.config.z_channels])
+        return result
+
+    before = decoded()
+    autoencoder.normalise(vae, images)
+    assert float(vae.encoder(images).std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(decoded(), before, rtol=1e-3, atol=1e-4)
+
+
+def test_the_carried_weights_are_small_and_load() -> None:
+    directory = preset("fe2e-tiny").weights
+    assert directory is not None
+    files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("*.npz"))
+    assert sum(file.stat().st_size for file in files) <= 12e6
+    pipeline = load_pipeline(
+        Files(directory / "step1x-edit-i1258.safetensors", directory / "vae.safetensors", directory / "no_info.npz"),
+        256,
+        192,
+    )
+    assert pipeline.transformer.config == TINY_TRANSFORMER
+    assert all(bool(p.isfinite().all()) for p in pipeline.transformer.parameters())
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_reproduce_the_committed_losses(tmp_path: Path) -> None:
+    committed = json.loads((ROOT / "training" / "losses_200.json").read_text())
+    command = [sys.executable, *committed["command"].split()[1:], "--folder", str(tmp_path)]
+    subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, check=True)
+    for stage, expected in committed["mean_of_last_50"].items():
+        losses = np.loadtxt(tmp_path / f"{stage}.csv", delimiter=",", skiprows=1)[:, 0]
+        assert len(losses) == 200
+        assert losses[-50:].mean() == pytest.approx(expected, rel=committed["tolerance"])

@@ -1,0 +1,123 @@
+"""Stage 2: the transformer, with FE2E's consistent-velocity objective (arXiv 2509.04338).
+
+The start of the path is fixed at zero, so the velocity is the same all the way: one step from t = 1 gives the latent
+itself. The canvas is [zeros | image]; the left half's velocity is minus the depth latent, the right half's plus the
+normals' latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from densegeo.models.layers import Modulation
+from densegeo.models.presets import TINY_TEXT_TOKENS, TINY_TRANSFORMER, TINY_VALID_TOKENS
+from densegeo.models.prompt import Prompt
+from densegeo.models.rewrites import Pipeline, collapse_guidance, merge_padding
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+from densegeo.training.data import pictures, read_chunks
+from densegeo.training.loop import Schedule, autocast, chunks, fit
+
+SCHEDULE = Schedule(steps=9000, batch=8, rate=1e-3, warmup=300, averaging=0.999, every=200)
+
+
+def prompt(seed: int) -> Prompt:
+    """A stand-in for the cached empty-prompt embedding: seeded, with equal padding."""
+    embeds = np.random.default_rng(seed).standard_normal((TINY_TEXT_TOKENS, TINY_TRANSFORMER.prompt_dim))
+    mask = np.arange(TINY_TEXT_TOKENS) < TINY_VALID_TOKENS
+    return Prompt((embeds * mask[:, None]).astype(np.float32), mask)
+
+
+def make(seed: int, vae: VAE, width: int, height: int) -> Transformer:
+    """The untrained transformer, bound, with the exact rewrites that keep it trainable: no guidance, merged padding.
+
+    Blocks start as the identity and the output at zero (adaLN-zero, arXiv 2212.09748).
+    """
+    torch.manual_seed(seed)
+    transformer = Transformer(TINY_TRANSFORMER)
+    modulations: list[nn.Linear] = []
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Modulation):
+            modulations.append(module.lin)
+    for linear in (*modulations, *transformer.final_layer.modules()):
+        if isinstance(linear, nn.Linear):
+            nn.init.zeros_(linear.weight)
+    for linear in modulations:  # gates start slightly open
+        linear.bias.data.view(-1, 3, TINY_TRANSFORMER.hidden_size)[:, 2] = 0.1
+    bound = transformer.bind(prompt(seed), width, height)
+    pipeline = Pipeline(bound, vae, prompt(seed))
+    collapse_guidance(pipeline)
+    merge_padding(pipeline)
+    return bound
+
+
+def target(depth: Tensor, normals: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> velocity (B, 2L, 4C): minus depth on the left, plus normals on the right."""
+    halves = []
+    for latent in (-depth, normals):
+        batch, channels, rows, columns = latent.shape
+        tokens = latent.reshape(batch, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        halves.append(tokens.reshape(batch, -1, 4 * channels))
+    return torch.cat(halves, dim=1)
+
+
+@torch.no_grad()
+def encode(vae: VAE, files: list[Path], folder: Path, device: torch.device) -> Tensor:
+    """Latents of all views, (3, N, C, h, w) float16; a chunk that was encoded by the same weights is read back."""
+    digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = vae.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts = []
+    for file in track(files, description="encoding views"):
+        cached = folder / f"{file.stem}-{digest}.safetensors"
+        if not cached.exists():
+            chunk = read_chunks([file])
+            latents = []
+            for part in chunks(len(chunk.rgb), 8):
+                images = pictures(chunk, np.arange(part.start, part.stop)).flatten(0, 1).to(device)
+                with autocast(device):
+                    latent = encoder(images.contiguous(memory_format=torch.channels_last))
+                latents.append(latent.unflatten(0, (3, -1)).half().cpu())
+            save_file({"latents": torch.cat(latents, dim=1).numpy()}, cached.with_suffix(".tmp"))
+            os.replace(cached.with_suffix(".tmp"), cached)
+        parts.append(torch.from_numpy(load_file(cached)["latents"]))
+    return torch.cat(parts, dim=1)
+
+
+def train(
+    vae: VAE,
+    latents: Tensor,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    compiled: bool,
+    schedule: Schedule = SCHEDULE,
+    until: int | None = None,
+) -> Transformer:
+    """Train, or go on training, on latents (3, N, C, h, w) of colour, depth, normals; returns the averaged weights."""
+    transformer = make(seed, vae, 8 * latents.shape[4], 8 * latents.shape[3]).to(device)
+    forward = torch.compile(transformer) if compiled else transformer
+
+    def loss(indices: NDArray[np.int64], step: int) -> dict[str, Tensor]:
+        colour, depth, normals = latents[:, torch.from_numpy(indices)].to(device).float()
+        with autocast(device):
+            velocity = forward(colour)
+        left, right = (velocity - target(depth, normals)).square().chunk(2, dim=1)
+        return {"loss": left.mean() + right.mean(), "depth": left.mean(), "normals": right.mean()}
+
+    averaged = fit("transformer", transformer, loss, latents.shape[1], schedule, folder, seed=seed, until=until)
+    transformer.load_state_dict(averaged, strict=True)
+    return transformer.eval().requires_grad_(False)
