@@ -27,6 +27,22 @@ class BackendError(DensegeoError):
     """A backend that is not installed, cannot run this bundle, or failed while running it."""
 
 
+class QueueFullError(DensegeoError):
+    """A request that was not accepted because too many wait already."""
+
+
+class DeadlineError(DensegeoError, TimeoutError):
+    """A request whose deadline passed before its turn came; it was not run."""
+
+
+class ShutdownError(BackendError):
+    """A request to a closed estimator, or one that waited when the estimator was closed without draining."""
+
+
+class BackendTimeoutError(BackendError):
+    """A backend that did not return within `timeout_s`: the request it was running, or one behind it."""
+
+
 class CalibrationError(DensegeoError, ValueError):
     """Metric anchors or parameters that do not determine a depth scale."""
 
@@ -53,3 +69,7 @@ class ResourceError(DensegeoError):
 
 class DatasetError(DensegeoError):
     """Evaluation data that is missing, incomplete or damaged."""
+
+
+class KernelError(DensegeoError):
+    """A GPU kernel that cannot be compiled, spills registers, or exceeds what its architecture has."""

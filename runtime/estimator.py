@@ -1,29 +1,36 @@
 """The estimator: image -> `Geometry`.
 
 One call, in order: `load_image`, `fit_to_bucket`, `run_network` (encoder, transformer, `split_velocity`, decoder),
-`assemble`.
+`assemble`. `submit` and `stream` do the same through a queue: the first two in the caller's thread, the rest in a
+worker thread.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import time
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError, BundleError, ConfigError
+from densegeo.errors import BackendError, BundleError, ConfigError, ShutdownError
 from densegeo.runtime.backends import Backend, open_backend
+from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.bundle import Bucket, Decode, Manifest, Stage, check_files, read_manifest
 from densegeo.runtime.decode import clamped_normals, depth_prediction, network_to_opencv, split_velocity, unit_normals
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, Frame, load_image
+from densegeo.runtime.metrics import Laps, Metrics
 from densegeo.runtime.resample import Placement, authors_bucket, choose_bucket, prepare, prepare_authors, restore
+from densegeo.runtime.stream import Stream
 
 Float = NDArray[np.float32]
 
@@ -33,13 +40,22 @@ class Activations:
     """What the graphs of one bucket returned, float32.
 
     latent: (1, C, H/8, W/8); velocity: (1, 2L, 4C); decoded: (2, 3, H, W), depth then normals.
-    timings: stage -> milliseconds.
     """
 
     latent: Float
     velocity: Float
     decoded: Float
-    timings: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An image made ready for the network: rgb (1, 3, H, W) in [-1, 1] of `bucket`, and where its time went so far."""
+
+    bucket: Bucket
+    rgb: Float
+    placement: Placement
+    source_size: tuple[int, int]
+    laps: Laps
 
 
 class Estimator:
@@ -50,10 +66,17 @@ class Estimator:
     preprocessing: "densegeo" (nearest aspect ratio, antialiased) or "authors" (their sizes and filters).
     check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
     are refused before decoding.
+    For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
+    how long the oldest waits for company (today's graphs take one image at a time, so waiting gains nothing yet);
+    max_queue, requests that may wait; timeout_s, the longest the backend may take for one image (None: no limit).
     Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
+
+    metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
+    and end with `close`, which `with` calls.
     """
 
     manifest: Manifest
+    metrics: Metrics
 
     def __init__(
         self,
@@ -65,6 +88,10 @@ class Estimator:
         preprocessing: Literal["densegeo", "authors"] = "densegeo",
         check_digests: bool = True,
         max_pixels: int = MAX_PIXELS,
+        max_batch: int = 8,
+        max_wait_ms: float = 0.0,
+        max_queue: int = 64,
+        timeout_s: float | None = None,
     ) -> None:
         if fit not in ("stretch", "pad"):
             raise ConfigError(f'fit must be "stretch" or "pad", not {fit!r}.')
@@ -72,6 +99,7 @@ class Estimator:
             raise ConfigError(f'preprocessing must be "densegeo" or "authors", not {preprocessing!r}.')
         if preprocessing == "authors" and fit == "pad":
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
+        self._options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
         directory = Path(bundle)
         self.manifest = read_manifest(directory)
         if not self.manifest.buckets:
@@ -79,6 +107,11 @@ class Estimator:
         check_files(directory, self.manifest, digests=check_digests)
         self._fit, self._preprocessing, self._max_pixels = fit, preprocessing, max_pixels
         self._backend = open_backend(backend, directory, self.manifest, device)
+        self.metrics = Metrics()
+        self._lock = threading.Lock()  # guards what follows
+        self._batcher: Batcher[Job, Geometry] | None = None
+        self._streams: WeakSet[Stream] = WeakSet()
+        self._closed = False
 
     def __call__(self, image: object, color: Color = "rgb") -> Geometry:
         """Depth and normals of one image, at the image's own (upright) resolution.
@@ -86,31 +119,47 @@ class Estimator:
         image: path, encoded bytes, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
         uint8 or float in [0, 1]. color: channel order of arrays. Raises ImageError and BackendError.
         """
-        start = time.perf_counter()
-        frame = load_image(image, color, self._max_pixels)
-        loaded = time.perf_counter()
-        bucket, rgb, placement = self._fit_to_bucket(frame)
-        prepared = time.perf_counter()
-        activations = run_network(self._backend, self.manifest.decode, bucket, rgb)
-        decoded = time.perf_counter()
-        prediction, normals = assemble(activations.decoded, placement)
-        end = time.perf_counter()
-        timings = {
-            "load": 1e3 * (loaded - start),
-            "prepare": 1e3 * (prepared - loaded),
-            **activations.timings,
-            "finish": 1e3 * (end - decoded),
-            "total": 1e3 * (end - start),
-        }
-        return Geometry(
-            prediction=prediction,
-            depth_kind=self.manifest.decode.depth_kind,
-            normals=normals,
-            valid=np.isfinite(prediction),
-            source_size=frame.size,
-            timings=timings,
-            model=self.manifest.model,
-        )
+        job = self._prepare(image, color)
+        self.metrics.count("accepted")
+        try:
+            geometry = self._compute(job)
+        except BaseException:
+            self.metrics.count("failed")
+            raise
+        self.metrics.count("completed")
+        return geometry
+
+    def submit(self, image: object, color: Color = "rgb", *, deadline_ms: float | None = None) -> Future[Geometry]:
+        """Queue one image; returns at once a future of what `estimator(image)` gives, with a span "queue" in `timings`.
+
+        The image is read and resized here, in the caller's thread, so it may be overwritten afterwards. Images of one
+        bucket are run in the order of submission. The future may be cancelled until it runs. Its callbacks are called
+        by the worker thread: keep them short.
+        deadline_ms: milliseconds from now. When the request's turn comes later than that, it is not run and ends with
+        DeadlineError; when it was started in time, its result is delivered even if late.
+        Raises ImageError, QueueFullError, ShutdownError after `close`, BackendTimeoutError after a hang. The future
+        raises DeadlineError, BackendError, BackendTimeoutError, ShutdownError or `concurrent.futures.CancelledError`.
+        """
+        if deadline_ms is not None and not deadline_ms > 0:
+            raise ConfigError(f"deadline_ms must be milliseconds above 0, not {deadline_ms!r}.")
+        return self._enqueue(image, color, math.inf if deadline_ms is None else deadline_ms, wait=False)
+
+    def stream(self, latest: bool = True, color: Color = "rgb", depth: int = 4) -> Stream:
+        """A `Stream` for a camera: frames are `put` in, and results with their stamps and ids are iterated over.
+
+        latest: only the newest frame waits, older ones are dropped and counted. Otherwise every frame is run, and
+        `put` waits while `depth` frames wait to be read. Raises ShutdownError, ConfigError.
+        """
+        with self._lock:
+            self._require_open()
+            stream = Stream(
+                lambda image: self._enqueue(image, color, math.inf, wait=True),
+                self.metrics,
+                latest=latest,
+                depth=depth,
+            )
+            self._streams.add(stream)
+        return stream
 
     def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
         """One Geometry an image, in order; the graphs take one image at a time, so images may differ in size."""
@@ -128,7 +177,7 @@ class Estimator:
                 break
         else:
             raise ConfigError(f"This bundle has no bucket for an input of shape {rgb.shape}.")
-        activations = run_network(self._backend, self.manifest.decode, bucket, rgb)
+        activations = run_network(self._backend, self.manifest.decode, bucket, rgb, Laps())
         whole = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
         prediction, normals = assemble(activations.decoded, whole)
         return {
@@ -149,9 +198,19 @@ class Estimator:
         """The device in use: "cpu" or "cuda:N"."""
         return self._backend.device
 
-    def close(self) -> None:
-        """Release the graphs; later calls raise BackendError."""
-        self._backend.close()
+    def close(self, drain: bool = True) -> None:
+        """Release the graphs; later calls raise BackendError, its kind ShutdownError for `submit` and `stream`.
+
+        drain: finish accepted requests first; otherwise those not yet started end with ShutdownError. Waits for the
+        request that is being run; while the backend hangs only `timeout_s` ends that wait, and the graphs are kept.
+        """
+        with self._lock:
+            self._closed = True
+            batcher, streams = self._batcher, list(self._streams)
+        for stream in streams:
+            stream.close()
+        if batcher is None or batcher.close(drain):
+            self._backend.close()
 
     def __enter__(self) -> Estimator:
         return self
@@ -161,6 +220,18 @@ class Estimator:
     ) -> None:
         self.close()
 
+    def _prepare(self, image: object, color: Color) -> Job:
+        laps = Laps()
+        try:
+            frame = load_image(image, color, self._max_pixels)
+            laps.lap("load")
+            bucket, rgb, placement = self._fit_to_bucket(frame)
+        except BaseException:
+            self.metrics.count("rejected")
+            raise
+        laps.lap("prepare")
+        return Job(bucket, rgb, placement, frame.size, laps)
+
     def _fit_to_bucket(self, frame: Frame) -> tuple[Bucket, Float, Placement]:
         if self._preprocessing == "authors":
             bucket = authors_bucket(self.manifest.buckets, *frame.size)
@@ -168,15 +239,49 @@ class Estimator:
         bucket = choose_bucket(self.manifest.buckets, *frame.size)
         return bucket, *prepare(frame, bucket, self._fit)
 
+    def _compute(self, job: Job) -> Geometry:
+        activations = run_network(self._backend, self.manifest.decode, job.bucket, job.rgb, job.laps)
+        prediction, normals = assemble(activations.decoded, job.placement)
+        valid = np.isfinite(prediction)
+        job.laps.lap("finish")
+        timings = {**job.laps.milliseconds, "total": job.laps.total}
+        self.metrics.observe(timings)
+        return Geometry(
+            prediction=prediction,
+            depth_kind=self.manifest.decode.depth_kind,
+            normals=normals,
+            valid=valid,
+            source_size=job.source_size,
+            timings=timings,
+            model=self.manifest.model,
+        )
 
-def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float) -> Activations:
-    """Encoder, transformer and decoder on rgb (1, 3, H, W) in [-1, 1]. Raises BackendError."""
-    timings: dict[str, float] = {}
+    def _compute_queued(self, job: Job) -> Geometry:
+        job.laps.lap("queue")
+        return self._compute(job)
+
+    def _enqueue(self, image: object, color: Color, deadline_ms: float, wait: bool) -> Future[Geometry]:
+        with self._lock:
+            self._require_open()
+            if self._batcher is None:
+                self._batcher = Batcher(self._compute_queued, self._options, self.metrics)
+            batcher = self._batcher
+        batcher.admit(wait)
+        job = self._prepare(image, color)
+        key = (job.bucket.width, job.bucket.height)
+        return batcher.submit(job, key, (deadline_ms - job.laps.total) / 1e3, wait)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ShutdownError("This estimator is closed. Make a new Estimator.")
+
+
+def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Laps) -> Activations:
+    """Encoder, transformer and decoder on rgb (1, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
 
     def run(stage: Stage, array: Float) -> Float:
-        start = time.perf_counter()
         output = backend.run(bucket, stage, array)
-        timings[stage] = timings.get(stage, 0.0) + 1e3 * (time.perf_counter() - start)
+        laps.lap(stage)
         return output
 
     latent = run("encoder", rgb)
@@ -185,11 +290,12 @@ def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float) ->
     if velocity.ndim != 3 or velocity.shape[1] != tokens:
         raise BackendError(f"The transformer returned {velocity.shape}, not (1, {tokens}, channels). Rebuild it.")
     latents = split_velocity(velocity, bucket.height, bucket.width, decode)
+    laps.lap("split")
     if bucket.decoder.inputs[0].shape[0] == 1:
         decoded = np.concatenate([run("decoder", latents[:1]), run("decoder", latents[1:])])
     else:
         decoded = run("decoder", latents)
-    return Activations(latent, velocity, decoded, timings)
+    return Activations(latent, velocity, decoded)
 
 
 def assemble(decoded: Float, placement: Placement) -> tuple[Float, Float]:

@@ -1,0 +1,318 @@
+"""The micro-batcher behind `Estimator.submit`: one queue, one worker thread, one future a request.
+
+Every accepted request ends exactly once: its result, a typed error, or its cancellation. A request belongs to the
+queue, then to the batch being run; whoever takes it out of there, under the one lock, is the only one to end it.
+
+A Python thread cannot be killed. When the backend does not return within `timeout_s`, a watchdog thread ends all
+requests with `BackendTimeoutError` and refuses new ones; the stuck worker is left alone (it is a daemon thread, so it
+does not keep the process alive) and what it may still return is thrown away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar, cast
+from weakref import WeakSet
+
+from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DeadlineError, DensegeoError, ShutdownError
+from densegeo.runtime.metrics import Metrics
+from densegeo.runtime.queueing import BoundedQueue, Entry
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+EXIT_WAIT_S = 5.0  # how long an interpreter's exit waits for a request that is being run
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """max_batch: requests a batch; max_wait_ms: how long the oldest waits for company; max_queue: requests that may
+    wait; timeout_s: longest time the backend may take for one request, None for no limit. Raises ConfigError.
+    """
+
+    max_batch: int = 8
+    max_wait_ms: float = 0.0
+    max_queue: int = 64
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_batch", self.max_batch), ("max_queue", self.max_queue)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
+        if not 0 <= self.max_wait_ms < math.inf:
+            raise ConfigError(f"max_wait_ms must be 0 or more milliseconds, not {self.max_wait_ms!r}.")
+        if self.timeout_s is not None and not 0 < self.timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(f"timeout_s must be seconds above 0, or None for no limit, not {self.timeout_s!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Request(Generic[T, R]):
+    """What a caller handed in, and the future that ends it."""
+
+    payload: T
+    future: Future[R]
+
+
+class Batcher(Generic[T, R]):
+    """Runs `run(payload)` for submitted payloads in one worker thread, which starts here.
+
+    clock: seconds, for deadlines and timeouts. Close it: an open batcher keeps its thread.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[T], R],
+        options: BatchOptions,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run, self._metrics, self._clock, self._timeout = run, metrics, clock, options.timeout_s
+        self._queue: BoundedQueue[Request[T, R]] = BoundedQueue(
+            options.max_queue, options.max_batch, options.max_wait_ms / 1e3
+        )
+        self._lock = threading.Lock()  # guards all that follows; no user code runs under it
+        self._work = threading.Condition(self._lock)  # wakes the worker
+        self._room = threading.Condition(self._lock)  # wakes submitters that wait for room
+        self._ended = threading.Condition(self._lock)  # wakes `close` and the watchdog
+        self._batch: deque[Entry[Request[T, R]]] = deque()  # what is being run, the current request first
+        self._started: float | None = None  # when the current request went to the backend
+        self._state: Literal["open", "closing", "ended", "hung"] = "open"
+        self._threads = [threading.Thread(target=self._work_loop, name="densegeo-batcher", daemon=True)]
+        if self._timeout is not None:
+            self._threads.append(
+                threading.Thread(target=self._watch_loop, args=(self._timeout,), name="densegeo-watchdog", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
+        _OPEN.add(self)
+
+    def admit(self, wait: bool = False) -> None:
+        """Raise what `submit` would raise now, so that nobody prepares a request in vain."""
+        self._drop_expired()
+        with self._lock:
+            self._require_room(wait)
+
+    def submit(self, payload: T, key: Hashable, deadline_s: float = math.inf, wait: bool = False) -> Future[R]:
+        """Queue a payload; payloads of one `key` may share a batch, and are run in order.
+
+        deadline_s: seconds from now until it must have been started. wait: wait for room instead of raising.
+        Raises QueueFullError, ShutdownError, BackendTimeoutError.
+        """
+        self._drop_expired()
+        future: Future[R] = Future()
+        with self._lock:
+            self._require_room(wait)
+            now = self._clock()
+            ticket = self._queue.put(Request(payload, future), key, now, now + deadline_s)
+            # The future may outlive the request by far, so it holds the ticket and not the payload.
+            future.add_done_callback(partial(self._forget_cancelled, ticket))
+            self._metrics.count("accepted")
+            self._work.notify()
+        return future
+
+    def close(self, drain: bool = True, wait_s: float | None = None) -> bool:
+        """Refuse new requests, then finish the accepted ones (drain) or fail those not yet started (ShutdownError).
+
+        Waits until the worker has ended, `wait_s` seconds at most, and not at all when called by the worker itself
+        (from a future's callback). Returns whether it has ended; it never does when the backend hangs.
+        """
+        with self._lock:
+            if self._state == "open":
+                self._state = "closing"
+            left = [] if drain else self._take_waiting()
+            self._work.notify()
+            self._room.notify_all()
+        self._fail(left, partial(ShutdownError, "The estimator was closed before this request was run."))
+        if threading.current_thread() in self._threads:
+            return False
+        with self._lock:
+            self._ended.wait_for(lambda: self._state in ("ended", "hung"), wait_s)
+            if self._state != "ended":
+                return False
+        for thread in self._threads:
+            thread.join()
+        _OPEN.discard(self)
+        return True
+
+    def _work_loop(self) -> None:
+        try:
+            while self._next_batch():
+                self._run_batch()
+        finally:  # reached with requests left only if something raised that nobody foresaw
+            with self._lock:
+                left = self._take_waiting()
+                if self._state != "hung":
+                    self._state = "ended"
+                self._ended.notify_all()
+                self._room.notify_all()
+            self._fail(left, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
+
+    def _next_batch(self) -> bool:
+        """Wait for requests and make them the batch; False when there will be none."""
+        while True:
+            with self._lock:
+                while (wait := self._queue.wait(self._clock())) > 0 and self._state == "open":
+                    self._work.wait(min(wait, threading.TIMEOUT_MAX))
+                batch, late = self._queue.take(self._clock())
+                self._batch.extend(batch)
+                going_on = bool(batch or late)
+                self._room.notify_all()
+            self._expire(late)
+            if batch or not going_on:
+                return going_on
+
+    def _run_batch(self) -> None:
+        """Run the batch one by one, since today's graphs take one image: a backend that takes more plugs in here."""
+        while (entry := self._start_next()) is not None:
+            future = entry.item.future
+            if entry.expired(self._clock()):
+                ended: _Ended[R] = _Ended("expired", None, _deadline_error())
+            else:
+                ended = _attempt(self._run, entry.item.payload)
+            with self._lock:
+                self._started = None
+                if not self._batch:  # the watchdog has ended this request
+                    return
+                self._batch.popleft()
+            del entry  # nothing of a finished request may stay alive while the next one is awaited
+            self._metrics.count(ended.counter)
+            ended.deliver(future)
+            del future, ended
+
+    def _start_next(self) -> Entry[Request[T, R]] | None:
+        """Make the batch's next request the current one, past the cancelled ones."""
+        with self._lock:
+            while self._batch:
+                if self._batch[0].item.future.set_running_or_notify_cancel():
+                    self._started = self._clock()
+                    return self._batch[0]
+                self._batch.popleft()
+        return None
+
+    def _watch_loop(self, timeout: float) -> None:
+        with self._lock:
+            while self._state in ("open", "closing"):
+                now = self._clock()
+                left = timeout if self._started is None else self._started + timeout - now
+                if left <= 0:
+                    break
+                self._ended.wait(left)  # a request that starts meanwhile cannot be late before this ends
+            else:
+                return
+            self._state = "hung"
+            current = self._batch.popleft()
+            behind = self._take_waiting()
+            self._ended.notify_all()
+            self._room.notify_all()
+        _OPEN.discard(self)
+        self._metrics.count("failed")
+        current.item.future.set_exception(self._refusal())
+        self._fail(behind, self._refusal)
+
+    def _take_waiting(self) -> list[Entry[Request[T, R]]]:
+        """Remove and return all requests but the current one; the lock is held."""
+        current = [] if self._started is None else [self._batch.popleft()]
+        waiting = [*self._batch, *self._queue.clear()]
+        self._batch = deque(current)
+        return waiting
+
+    def _require_room(self, wait: bool) -> None:
+        """Raise what a new request must get; the lock is held."""
+        while wait and self._state == "open" and self._queue.full:
+            self._room.wait()
+        try:
+            if self._state != "open":
+                raise self._refusal()
+            self._queue.require_room()
+        except DensegeoError:
+            self._metrics.count("rejected")
+            raise
+
+    def _refusal(self) -> BackendError:
+        if self._state == "hung":
+            return BackendTimeoutError(
+                f"The backend did not return within timeout_s = {self._timeout:g} s. It cannot be stopped, so this "
+                "estimator takes no more requests: make a new one, better in a new process."
+            )
+        return ShutdownError("This estimator is closed. Make a new Estimator.")
+
+    def _drop_expired(self) -> None:
+        """Free the places of requests that would not be run any more."""
+        with self._lock:
+            late = self._queue.expire(self._clock()) if self._queue.full else []
+            if late:
+                self._room.notify_all()
+        self._expire(late)
+
+    def _expire(self, entries: list[Entry[Request[T, R]]]) -> None:
+        self._fail(entries, _deadline_error, "expired")
+
+    def _fail(
+        self, entries: list[Entry[Request[T, R]]], error: Callable[[], DensegeoError], counter: str = "failed"
+    ) -> None:
+        """End requests that were never started; each gets an exception of its own."""
+        for entry in entries:
+            future = entry.item.future
+            if future.set_running_or_notify_cancel():
+                self._metrics.count(counter)
+                future.set_exception(error())
+
+    def _forget_cancelled(self, ticket: int, future: Future[R]) -> None:
+        """A future has ended: if by cancellation, count it and free its place."""
+        if not future.cancelled():
+            return
+        self._metrics.count("cancelled")
+        with self._lock:
+            entry = self._queue.remove(ticket)
+            self._room.notify()
+        if entry is not None:  # else whoever took it out of the queue does this
+            future.set_running_or_notify_cancel()
+
+
+@dataclass(frozen=True, eq=False)
+class _Ended(Generic[R]):
+    """How a request ended: the counter of `Metrics`, and a result or an error."""
+
+    counter: str
+    result: R | None
+    error: DensegeoError | None
+
+    def deliver(self, future: Future[R]) -> None:
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(cast(R, self.result))
+
+
+def _attempt(run: Callable[[T], R], payload: T) -> _Ended[R]:
+    """Run one request. A frame of its own: the traceback of an error must not hold the future that holds the error."""
+    try:
+        return _Ended("completed", run(payload), None)
+    except DensegeoError as error:
+        return _Ended("failed", None, error)
+    except BaseException as error:
+        wrapped = BackendError(f"The request failed: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return _Ended("failed", None, wrapped)
+
+
+def _deadline_error() -> DeadlineError:
+    return DeadlineError("The deadline passed before this request's turn came; it was not run.")
+
+
+_OPEN: WeakSet[Batcher[Any, Any]] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A worker inside a native library must not meet the interpreter's end: wait for it, but not for ever."""
+    for batcher in list(_OPEN):
+        batcher.close(drain=False, wait_s=EXIT_WAIT_S)
