@@ -5,13 +5,14 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench-rewrites clean
+.PHONY: help demo test test-slow lint kernels bench-rewrites clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
 	@echo "make test            the test suite"
 	@echo "make test-slow       the tests that take minutes"
 	@echo "make lint            ruff, mypy, import contracts"
+	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
 	@echo "make clean           remove the environment, caches and out/"
 
@@ -37,6 +38,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+kernels: $(STAMP)
+	$(BIN)/python -m densegeo.kernels.compile --output out/kernels
 
 bench-rewrites: $(STAMP)
 	$(BIN)/python benchmarks/rewrites.py

@@ -1,0 +1,225 @@
+"""Ahead-of-time compilation of every kernel in the table, on machines without a GPU.
+
+`python -m densegeo.kernels.compile` (or `make kernels`) compiles for all architectures, reads what the binaries use,
+prints a table, and fails when one spills registers or needs more shared memory than its architecture has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from densegeo.errors import KernelError
+from densegeo.kernels.contract import Argument, LaunchContract
+from densegeo.kernels.launch import FP_FUSION
+
+if TYPE_CHECKING:
+    from densegeo.kernels.table import Variant
+
+# Architecture -> most shared memory of one block, in KiB (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+ALIGNMENT = 16  # bytes, of the pointers that a row calls aligned
+HIDDEN = ("global_scratch", "profile_scratch")  # pointers Triton appends to every kernel's arguments
+CONTRACTS = "contracts.json"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one binary uses: registers of a thread, bytes of stack and local memory of a thread, shared of a block."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    contract: LaunchContract
+    resources: Resources
+    cubin: bytes
+
+
+def compile_kernels(
+    variants: Iterable[Variant] | None = None, architectures: Sequence[int] | None = None
+) -> list[Compiled]:
+    """Every variant for every architecture that supports it, in the table's order.
+
+    Raises KernelError when Triton is missing or in interpreter mode, when a kernel does not compile, spills, exceeds
+    the architecture's shared memory, or has hidden arguments this runtime does not know.
+    """
+    _require_compiler()
+    from densegeo.kernels.table import VARIANTS
+
+    return [
+        compile_kernel(variant, architecture)
+        for variant in (VARIANTS if variants is None else variants)
+        for architecture in (ARCHITECTURES if architectures is None else architectures)
+        if variant.unsupported(architecture) is None
+    ]
+
+
+def compile_kernel(variant: Variant, architecture: int) -> Compiled:
+    """One binary; raises KernelError as `compile_kernels` does."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    label = f"{variant.name} for sm_{architecture}"
+    names = list(variant.kernel.arg_names)
+    if names != [*variant.types, *variant.constants]:
+        raise KernelError(f"The table's row {variant.name} does not match the kernel's arguments: {', '.join(names)}.")
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=dict(variant.types) | dict.fromkeys(variant.constants, "constexpr"),
+        constexprs=dict(variant.constants),
+        attrs={(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
+    )
+    options = {"num_warps": variant.warps, "enable_fp_fusion": FP_FUSION}
+    try:
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    except Exception as error:  # Triton raises many kinds, none of them its own
+        raise KernelError(f"Triton {triton.__version__} cannot compile {label}: {error}") from error
+    cubin: bytes = binary.asm["cubin"]
+    _check_hidden(label, binary.asm["ptx"], len(variant.types))
+    for scratch in HIDDEN:
+        if getattr(binary.metadata, f"{scratch}_size", 0):
+            raise KernelError(f"{label} needs a {scratch} buffer, which the runtime does not allocate.")
+    used = read_resources(cubin)
+    resources = Resources(used.registers, used.stack, used.local, used.shared + binary.metadata.shared)
+    check_resources(label, resources, architecture)
+    contract = LaunchContract(
+        name=variant.name,
+        symbol=binary.metadata.name,
+        architecture=architecture,
+        arguments=[
+            Argument(name, kind, ALIGNMENT if name in variant.aligned else 0) for name, kind in variant.types.items()
+        ],
+        constants=dict(variant.constants),
+        warps=variant.warps,
+        shared=binary.metadata.shared,
+        grid=list(variant.grid),
+        hidden=list(HIDDEN),
+        fp_fusion=FP_FUSION,
+        triton=triton.__version__,
+        digest=hashlib.sha256(cubin).hexdigest(),
+    )
+    return Compiled(contract, resources, cubin)
+
+
+def check_resources(label: str, resources: Resources, architecture: int) -> None:
+    """Raises KernelError on spilled registers and on more shared memory than a block of the architecture may have."""
+    if resources.stack or resources.local:
+        raise KernelError(
+            f"{label} spills registers: {resources.stack} bytes of stack and {resources.local} of local memory a "
+            "thread. Use smaller blocks or more warps."
+        )
+    limit = SHARED_LIMIT[architecture] * 1024
+    if resources.shared > limit:
+        raise KernelError(f"{label} needs {resources.shared} bytes of shared memory; a block has at most {limit}.")
+
+
+def read_resources(cubin: bytes) -> Resources:
+    """What `cuobjdump`, from the installed Triton, says about a binary with one kernel; shared is the static part."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    if not tool.is_file():
+        raise KernelError(f"The installed Triton has no cuobjdump at {tool}; install a Linux wheel of it.")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run(
+            [str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=False
+        )
+    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout))
+    if done.returncode or len(found) != 4:
+        raise KernelError(f"cuobjdump cannot read a compiled kernel: {(done.stderr or done.stdout).strip()}")
+    return Resources(int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), int(found["SHARED"]))
+
+
+def resource_table(compiled: Sequence[Compiled], architectures: Sequence[int]) -> str:
+    """Registers a thread / bytes of shared memory a block, one row a variant; "-" where bf16 does not exist."""
+    cells = {
+        (one.contract.name, one.contract.architecture): f"{one.resources.registers}/{one.resources.shared}"
+        for one in compiled
+    }
+    names = list(dict.fromkeys(one.contract.name for one in compiled))
+    wide = max(len(name) for name in names)
+    lines = [f"{'registers/shared bytes':{wide}}" + "".join(f"{f'sm_{a}':>9}" for a in architectures)]
+    lines += [f"{name:{wide}}" + "".join(f"{cells.get((name, a), '-'):>9}" for a in architectures) for name in names]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command: compiles, optionally writes NAME.sm_N.cubin files and contracts.json, prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m densegeo.kernels.compile", description=main.__doc__)
+    parser.add_argument("--architectures", type=int, nargs="+", help="for example 80 90; default: all")
+    parser.add_argument("--output", type=Path, help="write binaries and contracts into this folder")
+    options = parser.parse_args()
+    try:
+        _require_compiler()
+        from densegeo.kernels.table import VARIANTS
+
+        architectures = options.architectures or list(ARCHITECTURES)
+        unknown = sorted(set(architectures) - set(ARCHITECTURES))
+        if unknown:
+            raise KernelError(f"Unknown architectures {unknown}; choose from {', '.join(map(str, ARCHITECTURES))}.")
+        compiled = compile_kernels(architectures=architectures)
+        if options.output:
+            _write(compiled, options.output)
+    except KernelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(resource_table(compiled, architectures))
+    for architecture in architectures:
+        for reason in sorted({variant.unsupported(architecture) or "" for variant in VARIANTS} - {""}):
+            print(f"sm_{architecture}: - is {reason}")
+    print(f"{len(compiled)} binaries, no spills, fp fusion {'on' if FP_FUSION else 'off'}")
+    return 0
+
+
+def _write(compiled: Iterable[Compiled], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    contracts = []
+    for one in compiled:
+        (folder / f"{one.contract.name}.sm_{one.contract.architecture}.cubin").write_bytes(one.cubin)
+        contracts.append(one.contract)
+    (folder / CONTRACTS).write_bytes(msgspec.json.format(msgspec.json.encode(contracts)))
+
+
+def _check_hidden(label: str, ptx: str, arguments: int) -> None:
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    count = entry.group(1).count(".param") if entry else 0
+    if count != arguments + len(HIDDEN):
+        raise KernelError(f"{label} takes {count} parameters, not its {arguments} and {', '.join(HIDDEN)}.")
+
+
+def _require_compiler() -> None:
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+        raise KernelError("Kernels cannot be compiled in Triton's interpreter mode: unset TRITON_INTERPRET.")
+    # Before Triton is imported: the same switch for anything that does not pass the option, and no source paths in
+    # the binaries, so that a checkout's folder does not change their digests.
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = str(int(FP_FUSION))
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    try:
+        import torch  # noqa: F401  (the kernels' wrappers need it)
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise KernelError(f"{error.name} is not installed: pip install 'densegeo[kernels,export]'.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

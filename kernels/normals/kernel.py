@@ -1,0 +1,107 @@
+"""`normals` in one pass: a program makes a tile of one output picture."""
+
+import torch
+import triton
+import triton.language as tl
+
+from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.normals import Matrix
+from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
+
+BLOCK_X, BLOCK_Y = 128, 4
+GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))
+
+
+@triton.jit
+def _sample(plane, row0, row1, column0, column1, down, right):
+    above = clamp_unit(tl.load(plane + row0 + column0).to(tl.float32)) * (1 - right)
+    above += clamp_unit(tl.load(plane + row0 + column1).to(tl.float32)) * right
+    below = clamp_unit(tl.load(plane + row1 + column0).to(tl.float32)) * (1 - right)
+    below += clamp_unit(tl.load(plane + row1 + column1).to(tl.float32)) * right
+    return above * (1 - down) + below * down
+
+
+@triton.jit
+def normals_kernel(
+    decoded,  # (batch, 3, H, W)
+    normals,  # (batch, height, width, 3) float32, contiguous
+    batch_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    left,
+    top,
+    box_width,
+    box_height,
+    width,
+    height,
+    m00,  # matrix[0][0], and so on
+    m01,
+    m02,
+    m10,
+    m11,
+    m12,
+    m20,
+    m21,
+    m22,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+):
+    x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    picture = tl.program_id(2)
+    x0, x1, right = taps(x, box_width, width)
+    y0, y1, down = taps(y, box_height, height)
+    right = right[None, :]
+    down = down[:, None]
+
+    plane = decoded + picture * batch_stride
+    column0 = (left + x0)[None, :] * column_stride
+    column1 = (left + x1)[None, :] * column_stride
+    row0 = (top + y0)[:, None] * row_stride
+    row1 = (top + y1)[:, None] * row_stride
+    a = _sample(plane, row0, row1, column0, column1, down, right)
+    b = _sample(plane + channel_stride, row0, row1, column0, column1, down, right)
+    c = _sample(plane + 2 * channel_stride, row0, row1, column0, column1, down, right)
+
+    length = tl.sqrt(a * a + b * b + c * c)
+    length = tl.where(length < 1e-9, 1e-9, length)  # NaN stays
+    a /= length
+    b /= length
+    c /= length
+    target = normals + ((picture * height + y[:, None]) * width + x[None, :]) * 3
+    mask = (y < height)[:, None] & (x < width)[None, :]
+    tl.store(target, m00 * a + m01 * b + m02 * c, mask=mask)
+    tl.store(target + 1, m10 * a + m11 * b + m12 * c, mask=mask)
+    tl.store(target + 2, m20 * a + m21 * b + m22 * c, mask=mask)
+
+
+def normals(
+    decoded: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int], matrix: Matrix
+) -> torch.Tensor:
+    """See `densegeo.kernels.normals.normals`."""
+    batch, channels, rows, columns = decoded.shape
+    (left, top, box_width, box_height), (width, height) = box, size
+    assert channels == 3
+    assert 0 <= left < left + box_width <= columns
+    assert 0 <= top < top + box_height <= rows
+    assert max(box_width * width, box_height * height) <= MAX_PRODUCT
+    result = torch.empty((batch, height, width, 3), dtype=torch.float32, device=decoded.device)
+    assert_small(decoded, result)
+    normals_kernel[programs(GRID, width=width, height=height, batch=batch)](
+        decoded,
+        result,
+        *decoded.stride(),
+        left,
+        top,
+        box_width,
+        box_height,
+        width,
+        height,
+        *(float(entry) for row in matrix for entry in row),
+        BLOCK_X=BLOCK_X,
+        BLOCK_Y=BLOCK_Y,
+        **OPTIONS,
+    )
+    return result

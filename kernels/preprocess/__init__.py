@@ -1,0 +1,31 @@
+"""Camera frame -> the network's input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+def preprocess(
+    frame: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    box: tuple[int, int, int, int] | None = None,
+    color: Literal["rgb", "bgr"] = "rgb",
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Frame (H, W, 3) uint8, rows and pixels may be apart -> rgb (1, 3, h, w) in [-1, 1] for size (w, h).
+
+    Antialiased bilinear (triangle filter, support grows when shrinking; torch's `interpolate(antialias=True)` on
+    floats) into the box (left, top, width, height) of the result, by default all of it; outside, edge pixels repeat.
+    dtype: of the result, default float32.
+    """
+    import torch
+
+    if frame.is_cuda:
+        from densegeo.kernels.preprocess.kernel import preprocess as run
+    else:
+        from densegeo.kernels.preprocess.reference import preprocess as run
+    return run(frame, size, box or (0, 0, *size), color == "bgr", dtype or torch.float32)

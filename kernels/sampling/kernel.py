@@ -1,0 +1,42 @@
+"""Device functions of bilinear sampling. Coordinates are exact: integers over a common denominator, no rounding."""
+
+import triton
+import triton.language as tl
+
+MAX_PRODUCT = 2**30 - 1  # of a source side and a target side, for the integers to fit 32 bits
+
+
+@triton.jit
+def taps(position, source, target):
+    """Output indices -> first tap, second tap, weight of the second, of a plain bilinear resize.
+
+    The coordinate (position + 1/2) * source / target - 1/2 is (2 position + 1) * source - target over 2 target.
+    """
+    numerator = tl.maximum((2 * position + 1) * source - target, 0)
+    first = numerator // (2 * target)
+    weight = (numerator - first * 2 * target) / (2 * target)
+    first = tl.minimum(first, source - 1)
+    second = tl.minimum(first + (weight > 0).to(tl.int32), source - 1)
+    return first, second, weight
+
+
+@triton.jit
+def first_tap(position, source, target):
+    """Output indices -> first source index whose antialiasing weight may be positive."""
+    numerator = (2 * position + 1) * source - 2 * tl.maximum(source, target) + target
+    return tl.maximum(numerator, 0) // (2 * target)
+
+
+@triton.jit
+def tap_weight(tap, position, source, target):
+    """Unnormalised triangle weight of source index `tap` for output index `position`, 0 outside the source."""
+    reach = 2 * tl.maximum(source, target)
+    distance = tl.abs((2 * tap + 1) * target - (2 * position + 1) * source)
+    weight = tl.maximum(reach - distance, 0) / reach
+    return tl.where(tap < source, weight, 0.0)
+
+
+@triton.jit
+def clamp_unit(value):
+    """Clamp to [-1, 1]; NaN stays NaN."""
+    return tl.where(value > 1.0, 1.0, tl.where(value < -1.0, -1.0, value))

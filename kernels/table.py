@@ -1,0 +1,147 @@
+"""The kernels that are compiled ahead of time, one typed row a binary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from densegeo.kernels.contract import Axis
+from densegeo.kernels.launch import WARPS
+from densegeo.kernels.log_dequantize import kernel as log_dequantize
+from densegeo.kernels.normals import kernel as normals
+from densegeo.kernels.preprocess import kernel as preprocess
+from densegeo.kernels.split import kernel as split
+from densegeo.kernels.unproject import kernel as unproject
+
+FLOATS = ("fp32", "bf16", "fp16")
+INPUT_STRIDES = ("batch_stride", "channel_stride", "row_stride", "column_stride")
+BOX = ("left", "top", "box_width", "box_height", "width", "height")
+MATRIX = tuple(f"m{row}{column}" for row in range(3) for column in range(3))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its argument types and constants.
+
+    name: unique, operation.types. kernel: the Triton function. types: argument -> Triton type, in launch order.
+    aligned: pointers whose address is a multiple of 16 bytes, as every CUDA allocation is.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, int | bool]
+    grid: tuple[Axis, ...]
+    aligned: tuple[str, ...]
+    warps: int = WARPS
+
+    def unsupported(self, architecture: int) -> str | None:
+        """Why this architecture cannot run the variant, or None."""
+        return "no bf16 before sm_80" if architecture < 80 and "*bf16" in self.types.values() else None
+
+
+def _types(pointers: Mapping[str, str], integers: tuple[str, ...], floats: tuple[str, ...] = ()) -> dict[str, str]:
+    return (
+        {name: f"*{kind}" for name, kind in pointers.items()}
+        | dict.fromkeys(integers, "i32")
+        | dict.fromkeys(floats, "fp32")
+    )
+
+
+def _split(source: str, target: str, features: int = 64) -> Variant:
+    return Variant(
+        name=f"split.{source}_{target}",
+        kernel=split.split_kernel,
+        types=_types(
+            {"velocity": source, "latents": target},
+            ("batch", "rows", "columns", "features", "batch_stride", "token_stride"),
+            ("scale", "shift", "depth_sign", "normal_sign"),
+        ),
+        constants={"BLOCK_T": split.BLOCK_T, "BLOCK_F": features},
+        grid=split.GRID,
+        aligned=("velocity", "latents"),
+    )
+
+
+def _log_dequantize(source: str, channels: int, clamp_first: bool) -> Variant:
+    order = "clamp_mean" if clamp_first else "mean_clamp"
+    return Variant(
+        name=f"log_dequantize.{order}{channels}_{source}",
+        kernel=log_dequantize.log_dequantize_kernel,
+        types=_types(
+            {"decoded": source, "depth": "fp32", "valid": "u8", "prediction": "fp32"},
+            (*INPUT_STRIDES, *BOX),
+            ("scale", "shift", "low", "high"),
+        ),
+        constants={
+            "CHANNELS": channels,
+            "CLAMP_FIRST": clamp_first,
+            "WITH_PREDICTION": True,
+            "BLOCK_X": log_dequantize.BLOCK_X,
+            "BLOCK_Y": log_dequantize.BLOCK_Y,
+        },
+        grid=log_dequantize.GRID,
+        aligned=("decoded", "depth", "valid", "prediction"),
+    )
+
+
+def _normals(source: str) -> Variant:
+    return Variant(
+        name=f"normals.{source}",
+        kernel=normals.normals_kernel,
+        types=_types({"decoded": source, "normals": "fp32"}, (*INPUT_STRIDES, *BOX), MATRIX),
+        constants={"BLOCK_X": normals.BLOCK_X, "BLOCK_Y": normals.BLOCK_Y},
+        grid=normals.GRID,
+        aligned=("decoded", "normals"),
+    )
+
+
+def _preprocess(target: str) -> Variant:
+    return Variant(
+        name=f"preprocess.u8_{target}",
+        kernel=preprocess.preprocess_kernel,
+        types=_types(
+            {"frame": "u8", "rgb": target},
+            ("source_width", "source_height", "row_stride", "pixel_stride", "red", *BOX, "taps_x", "taps_y"),
+        ),
+        constants={"BLOCK_X": preprocess.BLOCK_X, "BLOCK_Y": preprocess.BLOCK_Y},
+        grid=preprocess.GRID,
+        aligned=("rgb",),  # a camera's frame may begin anywhere
+    )
+
+
+def _unproject(with_normals: bool) -> Variant:
+    return Variant(
+        name="unproject.cloud" if with_normals else "unproject.points",
+        kernel=unproject.unproject_kernel,
+        types=_types(
+            {"depth": "fp32", "normals": "fp32", "cloud": "fp32"},
+            ("width", "height", "depth_stride", "normals_stride"),
+            ("fx", "fy", "cx", "cy"),
+        ),
+        constants={"WITH_NORMALS": with_normals, "BLOCK_X": unproject.BLOCK_X, "BLOCK_Y": unproject.BLOCK_Y},
+        grid=unproject.GRID,
+        aligned=("depth", "normals", "cloud"),
+    )
+
+
+def _rows() -> Iterator[Variant]:
+    for kind in FLOATS:
+        yield _split(kind, kind)
+    for kind in ("bf16", "fp16"):
+        yield _split(kind, "fp32")
+    for kind in FLOATS:
+        yield _log_dequantize(kind, 3, clamp_first=True)
+    for kind in FLOATS:
+        yield _log_dequantize(kind, 3, clamp_first=False)
+    yield _log_dequantize("fp32", 1, clamp_first=False)  # the mean folded into the decoder's last convolution
+    for kind in FLOATS:
+        yield _normals(kind)
+    for kind in FLOATS:
+        yield _preprocess(kind)
+    yield _unproject(False)
+    yield _unproject(True)
+
+
+VARIANTS = tuple(_rows())

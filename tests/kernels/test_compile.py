@@ -1,0 +1,103 @@
+"""Ahead-of-time compilation, in processes of its own: Triton here may be in interpreter mode."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from densegeo.errors import KernelError
+from densegeo.kernels.compile import Resources, check_resources
+from densegeo.kernels.contract import Axis, LaunchContract, programs
+from tests.kernels.conftest import INTERPRET, installed
+
+pytestmark = pytest.mark.skipif(not installed() or sys.platform != "linux", reason="needs torch and triton on Linux")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != INTERPRET}
+    return subprocess.run(
+        [sys.executable, *arguments], env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+def compile_into(folder: Path, *architectures: str, **environment: str) -> list[LaunchContract]:
+    chosen = ["--architectures", *architectures] if architectures else []
+    done = run("-m", "densegeo.kernels.compile", "--output", str(folder), *chosen, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "no spills" in done.stdout
+    return msgspec.json.decode((folder / "contracts.json").read_bytes(), type=list[LaunchContract])
+
+
+def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
+    contracts = compile_into(tmp_path, "80", "90")
+    assert len({(contract.name, contract.architecture) for contract in contracts}) == len(contracts)
+    for architecture in (80, 90):
+        names = [contract.name for contract in contracts if contract.architecture == architecture]
+        assert {name.partition(".")[0] for name in names} == {
+            "split",
+            "log_dequantize",
+            "normals",
+            "preprocess",
+            "unproject",
+        }
+    for contract in contracts:
+        cubin = (tmp_path / f"{contract.name}.sm_{contract.architecture}.cubin").read_bytes()
+        assert contract.digest == hashlib.sha256(cubin).hexdigest()
+        assert contract.symbol.encode() in cubin
+        arguments = {argument.name: argument for argument in contract.arguments}
+        assert {axis.extent for axis in contract.grid} <= {*arguments, "batch"}
+        assert all(argument.type[0] == "*" for argument in contract.arguments if argument.alignment)
+        assert contract.hidden == ["global_scratch", "profile_scratch"]
+        assert not contract.fp_fusion
+
+
+def test_a_spill_is_an_error() -> None:
+    code = """
+from dataclasses import replace
+from densegeo.errors import KernelError
+from densegeo.kernels.compile import compile_kernel
+from densegeo.kernels.table import VARIANTS
+variant = next(row for row in VARIANTS if row.name == "preprocess.u8_fp32")
+try:
+    compile_kernel(replace(variant, constants={"BLOCK_X": 128, "BLOCK_Y": 32}, warps=1), 80)
+except KernelError as error:
+    print(error)
+"""
+    done = run("-c", code)
+    assert "preprocess.u8_fp32 for sm_80 spills registers" in done.stdout, done.stderr
+
+
+def test_too_much_shared_memory_is_an_error() -> None:
+    check_resources("toy", Resources(registers=32, stack=0, local=0, shared=64 * 1024), 75)
+    with pytest.raises(KernelError, match="toy needs 65537 bytes of shared memory; a block has at most 65536"):
+        check_resources("toy", Resources(registers=32, stack=0, local=0, shared=64 * 1024 + 1), 75)
+
+
+def test_the_interpreter_cannot_compile() -> None:
+    done = run("-m", "densegeo.kernels.compile", **{INTERPRET: "1"})
+    assert done.returncode == 1
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+def test_grid_rule() -> None:
+    axes = (Axis("columns", 32), Axis("rows"), Axis("batch", times=2))
+    assert programs(axes, columns=33, rows=7, batch=3) == (2, 7, 6)
+
+
+@pytest.mark.slow
+def test_every_kernel_for_every_architecture_twice(tmp_path: Path) -> None:
+    """From an empty cache each time: the binaries' digests depend on nothing but the sources and Triton."""
+    first, second = (
+        compile_into(tmp_path / name, TRITON_CACHE_DIR=str(tmp_path / f"{name}-cache")) for name in ("first", "second")
+    )
+    assert first == second
+    supported = {contract.architecture for contract in first}
+    assert supported == {75, 80, 86, 87, 89, 90, 100, 110, 120}
+    bf16 = {contract.architecture for contract in first if "bf16" in contract.name}
+    assert bf16 == supported - {75}

@@ -1,0 +1,127 @@
+"""The references against things written without them: the runtime's numpy and Pillow code, and torch's own resizing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from densegeo.runtime import decode
+from densegeo.runtime.bundle import Bucket, Decode, Graph
+from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.images import load_image
+from densegeo.runtime.resample import Placement, prepare, restore
+
+torch = pytest.importorskip("torch")
+
+from densegeo.kernels.log_dequantize import log_dequantize  # noqa: E402
+from densegeo.kernels.normals import normals  # noqa: E402
+from densegeo.kernels.preprocess import preprocess  # noqa: E402
+from densegeo.kernels.sampling.reference import plain  # noqa: E402
+from densegeo.kernels.split import split  # noqa: E402
+from densegeo.kernels.unproject import unproject  # noqa: E402
+
+BOUND = 1e-5
+PLACEMENTS = [
+    Placement((0, 0, 40, 32), (40, 32)),
+    Placement((3, 0, 33, 32), (81, 77)),
+    Placement((0, 4, 40, 24), (17, 9)),
+]
+
+
+def noise(*shape: int) -> Any:
+    return np.random.default_rng(3).standard_normal(shape, dtype=np.float32)
+
+
+def test_split_equals_the_runtime() -> None:
+    settings = Decode("log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1)
+    velocity = noise(2, 2 * 3 * 5, 64)
+    latents = split(torch.from_numpy(velocity), 48, 80).numpy()
+    assert latents.shape == (4, 16, 6, 10)
+    for picture in range(2):
+        expected = decode.split_velocity(velocity[picture : picture + 1], 48, 80, settings)
+        np.testing.assert_allclose(latents[[picture, 2 + picture]], expected, rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (33, 17), (200, 150), (97, 71), (1, 1)])
+def test_plain_equals_torch(size: tuple[int, int]) -> None:
+    pictures = torch.from_numpy(noise(2, 3, 71, 97)).double()
+    expected = torch.nn.functional.interpolate(pictures, size[::-1], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(plain(pictures, (0, 0, 97, 71), size), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_log_dequantize_equals_the_runtime(placement: Placement) -> None:
+    decoded = noise(2, 3, 32, 40)
+    depth, valid, prediction = log_dequantize(
+        torch.from_numpy(decoded), placement.box, placement.source, scale=3.4, shift=-0.2, with_prediction=True
+    )
+    assert prediction is not None
+    assert bool(valid.all())
+    for picture in range(2):
+        expected = restore(decode.depth_prediction(decoded[picture]), placement)
+        np.testing.assert_allclose(prediction[picture], expected, atol=BOUND)
+        np.testing.assert_allclose(depth[picture], np.exp(3.4 * expected - 0.2), rtol=BOUND)
+
+
+def test_log_dequantize_averages_before_clamping_when_asked() -> None:
+    decoded = torch.tensor([3.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
+    first = log_dequantize(decoded, (0, 0, 1, 1), (1, 1), scale=1, shift=0, with_prediction=True)[2]
+    last = log_dequantize(decoded, (0, 0, 1, 1), (1, 1), scale=1, shift=0, clamp_first=False, with_prediction=True)[2]
+    assert first is not None
+    assert last is not None
+    assert first.item() == pytest.approx(1 / 3)  # mean of 1, -1, -1
+    assert last.item() == pytest.approx(2 / 3)  # mean of 3, -1, -1
+
+
+def test_log_dequantize_clips_and_marks_invalid() -> None:
+    decoded = torch.tensor([[-1.0, 0.0, 1.0, torch.nan]]).expand(1, 3, 1, 4)
+    depth, valid, prediction = log_dequantize(
+        decoded, (0, 0, 4, 1), (4, 1), scale=4.0, shift=0.0, depth_range=(2.0, 20.0)
+    )
+    assert prediction is None
+    np.testing.assert_allclose(depth.flatten(), [2.0, np.exp(2.0), 20.0, np.nan], rtol=1e-6)
+    assert valid.flatten().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_normals_equal_the_runtime(placement: Placement) -> None:
+    decoded = noise(2, 3, 32, 40)
+    ours = normals(torch.from_numpy(decoded), placement.box, placement.source).numpy()
+    for picture in range(2):
+        clamped = decode.clamped_normals(decoded[picture])
+        resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
+        expected = decode.network_to_opencv(decode.unit_normals(resized))
+        np.testing.assert_allclose(ours[picture], expected, atol=2 * BOUND)  # the resized ones are float32, and short
+
+
+@pytest.mark.parametrize("size", [(64, 48), (32, 16), (200, 160), (16, 112)])
+def test_preprocess_equals_torch(size: tuple[int, int], picture: Any) -> None:
+    floats = torch.from_numpy(picture).permute(2, 0, 1)[None].double() / 255
+    expected = torch.nn.functional.interpolate(floats, size[::-1], mode="bilinear", align_corners=False, antialias=True)
+    ours = preprocess(torch.from_numpy(picture), size, dtype=torch.float64)
+    torch.testing.assert_close(ours, 2 * expected - 1, rtol=0, atol=1e-12)
+    bgr = preprocess(torch.from_numpy(picture[..., ::-1].copy()), size, color="bgr", dtype=torch.float64)
+    torch.testing.assert_close(bgr, ours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_preprocess_equals_the_runtime(fit: str, picture: Any) -> None:
+    none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
+    bucket = Bucket(width=64, height=80, encoder=none, transformer=none, decoder=none)
+    expected, placement = prepare(load_image(picture), bucket, fit)
+    ours = preprocess(torch.from_numpy(picture), (64, 80), box=placement.box)
+    np.testing.assert_allclose(ours, expected, atol=BOUND)
+
+
+def test_unproject_equals_geometry() -> None:
+    depth = np.exp(noise(13, 17))
+    depth[2, 3] = np.nan
+    facing = noise(13, 17, 3)
+    geometry = Geometry(depth, "metric", facing, np.isfinite(depth), (17, 13))
+    intrinsics = (20.5, 21.5, 8.1, 6.4)
+    cloud = unproject(torch.from_numpy(depth), intrinsics, torch.from_numpy(facing)).numpy()
+    np.testing.assert_allclose(cloud[..., :3], geometry.points(intrinsics), rtol=BOUND)
+    np.testing.assert_array_equal(cloud[..., 3:], facing)
+    np.testing.assert_array_equal(unproject(torch.from_numpy(depth), intrinsics).numpy(), cloud[..., :3])
