@@ -82,8 +82,9 @@ class Batcher(Generic[T, R]):
         self._work = threading.Condition(self._lock)  # wakes the worker
         self._room = threading.Condition(self._lock)  # wakes submitters that wait for room
         self._ended = threading.Condition(self._lock)  # wakes `close` and the watchdog
-        self._batch: deque[Entry[Request[T, R]]] = deque()  # what is being run, the current request first
-        self._started: float | None = None  # when the current request went to the backend
+        self._batch: deque[Entry[Request[T, R]]] = deque()  # taken from the queue, not started
+        self._current: Entry[Request[T, R]] | None = None  # with the backend,
+        self._started = 0.0  # since then
         self._state: Literal["open", "closing", "ended", "hung"] = "open"
         self._threads = [threading.Thread(target=self._work_loop, name="densegeo-batcher", daemon=True)]
         if self._timeout is not None:
@@ -178,10 +179,9 @@ class Batcher(Generic[T, R]):
             else:
                 ended = _attempt(self._run, entry.item.payload)
             with self._lock:
-                self._started = None
-                if not self._batch:  # the watchdog has ended this request
+                if self._current is None:  # the watchdog has ended this request
                     return
-                self._batch.popleft()
+                self._current = None
             del entry  # nothing of a finished request may stay alive while the next one is awaited
             self._metrics.count(ended.counter)
             ended.deliver(future)
@@ -191,24 +191,24 @@ class Batcher(Generic[T, R]):
         """Make the batch's next request the current one, past the cancelled ones."""
         with self._lock:
             while self._batch:
-                if self._batch[0].item.future.set_running_or_notify_cancel():
-                    self._started = self._clock()
-                    return self._batch[0]
-                self._batch.popleft()
+                entry = self._batch.popleft()
+                if entry.item.future.set_running_or_notify_cancel():
+                    self._current, self._started = entry, self._clock()
+                    return entry
         return None
 
     def _watch_loop(self, timeout: float) -> None:
         with self._lock:
-            while self._state in ("open", "closing"):
-                now = self._clock()
-                left = timeout if self._started is None else self._started + timeout - now
-                if left <= 0:
+            while True:
+                if self._state not in ("open", "closing"):
+                    return
+                current = self._current
+                left = timeout if current is None else self._started + timeout - self._clock()
+                if current is not None and left <= 0:
                     break
+                del current
                 self._ended.wait(left)  # a request that starts meanwhile cannot be late before this ends
-            else:
-                return
-            self._state = "hung"
-            current = self._batch.popleft()
+            self._state, self._current = "hung", None
             behind = self._take_waiting()
             self._ended.notify_all()
             self._room.notify_all()
@@ -218,10 +218,9 @@ class Batcher(Generic[T, R]):
         self._fail(behind, self._refusal)
 
     def _take_waiting(self) -> list[Entry[Request[T, R]]]:
-        """Remove and return all requests but the current one; the lock is held."""
-        current = [] if self._started is None else [self._batch.popleft()]
+        """Remove and return all requests that were not started; the lock is held."""
         waiting = [*self._batch, *self._queue.clear()]
-        self._batch = deque(current)
+        self._batch.clear()
         return waiting
 
     def _require_room(self, wait: bool) -> None:
