@@ -44,7 +44,7 @@ def fails(thread: int, number: int) -> bool:
 
 
 class Flaky:
-    """A backend's hook that fails for some requests, and notes the order in which requests were run."""
+    """A backend's hook that fails for some requests, at times is slow, and notes the order of what was run."""
 
     def __init__(self) -> None:
         self.order: list[tuple[int, int, int]] = []  # thread, number, width
@@ -53,6 +53,8 @@ class Flaky:
         if stage == "encoder":
             thread, number = request_of((value + 1) / 2)
             self.order.append((thread, number, bucket.width))
+            if len(self.order) % 500 == 0:
+                time.sleep(0.05)  # the queue fills, and deadlines pass
             if fails(thread, number):
                 raise BackendError(f"failed on purpose: {thread} {number}")
 
@@ -81,7 +83,7 @@ class Caller:
             image = constant_image(level(self.thread, number), width, height)
             future = self.estimator.submit(image, deadline_ms=deadline_ms)
         except QueueFullError:
-            time.sleep(0.002)
+            time.sleep(0.005)
             return None
         future.add_done_callback(lambda _: self.endings.update([number]))
         if self.random.random() < 0.1:
@@ -118,7 +120,7 @@ def test_ten_thousand_requests(
     flaky = Flaky()
     before = threading.active_count()
     began = time.perf_counter()
-    with fake_estimator(bundle, flaky, timeout_s=20) as estimator:
+    with fake_estimator(bundle, flaky, timeout_s=20, max_queue=128) as estimator:
         run_callers(estimator, 400, run_in_threads)  # caches fill
         warm = estimator.metrics.snapshot().counters
         flaky.order.clear()
