@@ -37,7 +37,10 @@ CONTRACTS = "contracts.json"
 
 @dataclass(frozen=True)
 class Resources:
-    """What one binary uses: registers of a thread, bytes of stack and local memory of a thread, shared of a block."""
+    """What one binary uses: registers of a thread, bytes of stack and local memory of a thread, shared of a block.
+
+    shared: from sm_90 on with the 1 KiB that the system takes.
+    """
 
     registers: int
     stack: int

@@ -29,11 +29,13 @@ def first_tap(position, source, target):
 
 @triton.jit
 def tap_weight(tap, position, source, target):
-    """Unnormalised triangle weight of source index `tap` for output index `position`, 0 outside the source."""
-    reach = 2 * tl.maximum(source, target)
+    """Triangle weight of source index `tap` for output index `position`: a whole number, float32, not normalised.
+
+    In units of 1 / (2 target): the triangle's half-width less the distance of the centres. 0 outside the source.
+    """
     distance = tl.abs((2 * tap + 1) * target - (2 * position + 1) * source)
-    weight = tl.maximum(reach - distance, 0) / reach
-    return tl.where(tap < source, weight, 0.0)
+    weight = tl.maximum(2 * tl.maximum(source, target) - distance, 0)
+    return tl.where(tap < source, weight, 0).to(tl.float32)
 
 
 @triton.jit

@@ -54,6 +54,7 @@ def unproject(
         assert normals.dtype == torch.float32
         assert normals.shape == (height, width, 3)
         assert normals.stride()[1:] == (3, 1)
+        assert_small(normals)
     features = 3 if normals is None else 6
     cloud = torch.empty((height, width, features), dtype=torch.float32, device=depth.device)
     assert_small(depth, cloud)

@@ -65,7 +65,7 @@ from densegeo.kernels.compile import compile_kernel
 from densegeo.kernels.table import VARIANTS
 variant = next(row for row in VARIANTS if row.name == "preprocess.u8_fp32")
 try:
-    compile_kernel(replace(variant, constants={"BLOCK_X": 128, "BLOCK_Y": 32}, warps=1), 80)
+    compile_kernel(replace(variant, constants={"BLOCK_X": 128, "BLOCK_Y": 16}, warps=1), 80)
 except KernelError as error:
     print(error)
 """

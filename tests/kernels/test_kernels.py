@@ -120,6 +120,7 @@ def test_log_dequantize_keeps_nan_apart(device: str) -> None:
         assert int((~valid).sum()) == invalid
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's numpy
 def test_log_dequantize_depth_beyond_float32_is_invalid(device: str) -> None:
     kernel, _ = operation("log_dequantize")
     decoded = noise(1, 3, 5, 6, device=device)
@@ -147,10 +148,10 @@ def test_log_dequantize_low_precision(device: str, dtype: Any, clamp_first: bool
 def test_normals(device: str, batch: int, box: Any, size: Any) -> None:
     kernel, reference = operation("normals")
     decoded = spread(noise(batch, 3, 29, 37, device=device))
-    for matrix in (OPENCV, ((0.0, 0.0, 1.0), (-1.0, 0.0, 0.0), (0.6, -0.8, 0.0))):
-        ours = kernel.normals(decoded, box, size, matrix)
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, reference.normals(decoded, box, size, matrix), rtol=BOUND, atol=BOUND)
+    matrix = ((0.0, 0.0, 1.0), (-1.0, 0.0, 0.0), (0.6, -0.8, 0.0))
+    ours = kernel.normals(decoded, box, size, matrix)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, reference.normals(decoded, box, size, matrix), rtol=BOUND, atol=BOUND)
 
 
 def test_normals_zero_and_nan(device: str) -> None:
@@ -231,6 +232,37 @@ def test_unproject(device: str, size: tuple[int, int]) -> None:
         expected = reference.unproject(depth, intrinsics, given)
         torch.testing.assert_close(cloud, expected, rtol=BOUND, atol=1e-7, equal_nan=True)
         assert cloud[size[0] // 2, 0, :3].isnan().all()
+
+
+def test_public_functions_pick_by_device(device: str) -> None:
+    from densegeo.kernels.log_dequantize import log_dequantize
+    from densegeo.kernels.normals import normals
+    from densegeo.kernels.preprocess import preprocess
+    from densegeo.kernels.split import split
+    from densegeo.kernels.unproject import unproject
+
+    side = 0 if device == "cuda" else 1  # of (kernel, reference)
+    velocity, decoded = noise(1, 12, 64, device=device), noise(1, 3, 8, 9, device=device)
+    depth, picture = noise(5, 6, device=device), frame(8, 9, device)
+    box, size = (0, 0, 9, 8), (7, 5)
+    pairs = [
+        (split(velocity, 32, 48), operation("split")[side].split(velocity, 32, 48, *SPLIT, torch.float32)),
+        (
+            log_dequantize(decoded, box, size, scale=1.0, shift=0.5)[0],
+            operation("log_dequantize")[side].log_dequantize(decoded, box, size, 1.0, 0.5, True, (0.0, inf), False)[0],
+        ),
+        (normals(decoded, box, size), operation("normals")[side].normals(decoded, box, size, OPENCV)),
+        (
+            preprocess(picture, size, color="bgr"),
+            operation("preprocess")[side].preprocess(picture, size, (0, 0, 7, 5), True, torch.float32),
+        ),
+        (
+            unproject(depth, (5.0, 6.0, 2.0, 3.0)),
+            operation("unproject")[side].unproject(depth, (5.0, 6.0, 2.0, 3.0), None),
+        ),
+    ]
+    for public, direct in pairs:
+        assert torch.equal(public, direct)
 
 
 def test_wrappers_refuse_wrong_layouts(device: str) -> None:
