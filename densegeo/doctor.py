@@ -31,6 +31,7 @@ EXTRAS = (
     Extra("gpu", ("onnxruntime-gpu", "cuda-core", "cuda-bindings"), "run bundles on an NVIDIA GPU"),
     Extra("export", ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "huggingface_hub"), "build bundles"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
+    Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
 )
 
 

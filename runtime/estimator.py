@@ -130,7 +130,7 @@ class Estimator:
         return geometry
 
     def submit(self, image: object, color: Color = "rgb", *, deadline_ms: float | None = None) -> Future[Geometry]:
-        """Queue one image; returns at once a future of what `estimator(image)` gives, with a span "queue" in `timings`.
+        """Queue one image; a future of what `estimator(image)` gives, with a span "queue" in `timings`.
 
         The image is read and resized here, in the caller's thread, so it may be overwritten afterwards. Images of one
         bucket are run in the order of submission. The future may be cancelled until it runs. Its callbacks are called
@@ -240,8 +240,9 @@ class Estimator:
         return bucket, *prepare(frame, bucket, self._fit)
 
     def _compute(self, job: Job) -> Geometry:
-        activations = run_network(self._backend, self.manifest.decode, job.bucket, job.rgb, job.laps)
-        prediction, normals = assemble(activations.decoded, job.placement)
+        decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.rgb, job.laps).decoded
+        prediction, normals = assemble(decoded, job.placement)
+        del decoded  # freeing a large array takes time too
         valid = np.isfinite(prediction)
         job.laps.lap("finish")
         timings = {**job.laps.milliseconds, "total": job.laps.total}

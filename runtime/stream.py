@@ -47,7 +47,7 @@ class Stream:
     """Made by `Estimator.stream`. Threads may share it: usually one puts and another iterates.
 
     latest=True: a mailbox for one frame. `put` never waits; a frame that nobody took yet is replaced, and counted in
-    `dropped`. A frame is run when the consumer asks for the next result, so a result is never older than one run.
+    `dropped`. A frame is taken when the consumer asks for the next result, so no result lies waiting and gets old.
     latest=False: every frame is queued by `put`, which waits while `depth` frames have not been read. Results come in
     the order of `put`, and frames are run while the consumer is busy.
 

@@ -12,6 +12,7 @@ FORBIDDEN = (
     "transformers",
     "onnx",
     "safetensors",
+    "prometheus_client",
     "densegeo.export",
     "densegeo.models",
     "densegeo.calibration",
