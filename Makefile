@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels bench-rewrites clean
+.PHONY: help demo test test-slow lint kernels bench-rewrites train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
+	@echo "make train           train fe2e-tiny anew (two hours on two cores; resumes)"
 	@echo "make clean           remove the environment, caches and out/"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ kernels: $(STAMP)
 
 bench-rewrites: $(STAMP)
 	$(BIN)/python benchmarks/rewrites.py
+
+train: $(STAMP)
+	$(BIN)/python training/train.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

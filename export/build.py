@@ -27,7 +27,7 @@ from densegeo.export.ranges import RangeRecorder
 from densegeo.models import rewrites
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.precision import DTYPES, cast
-from densegeo.models.presets import preset
+from densegeo.models.presets import preset, write_random_checkpoint
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import (
     MANIFEST,
@@ -79,20 +79,16 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, sizes=sizes)
 
 
-def carried_weights(options: BuildOptions) -> Path | None:
-    """The directory of the weights that come with the code, unless the user named others."""
-    given = options.given
-    return None if given.checkpoint or given.dit else preset(options.model).weights
-
-
-def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
-    """The model's files and where each came from. Raises CheckpointError; see `sources.resolve`."""
-    directory = carried_weights(options)
-    if directory is None:
-        return sources.resolve(options.given)
-    given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
-    files, origins = sources.resolve(given)
-    return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
+@contextmanager
+def open_files(options: BuildOptions) -> Iterator[tuple[Files, dict[str, str]]]:
+    """The model's files; a generated model's are written to a temporary directory first."""
+    if not preset(options.model).generated or options.given.checkpoint or options.given.dit:
+        yield sources.resolve(options.given)
+        return
+    with tempfile.TemporaryDirectory(prefix="densegeo-") as directory:
+        write_random_checkpoint(Path(directory))
+        files, _ = sources.resolve(sources.Given(checkpoint=directory, no_lora=True))
+        yield files, {role: f"generated, seed 0: {getattr(files, role).name}" for role in ("dit", "vae", "prompt")}
 
 
 def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
@@ -102,24 +98,26 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     """
     options = options.validated()
     console = console or Console(quiet=True)
-    files, origins = find_files(options)
-    applied = rewrites.select(options.without)
-    plan = make_plan(files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected)
-    with _progress(console) as progress:
-        size = sum(path.stat().st_size for path in _paths(files))
-        task = progress.add_task("reading inputs", total=size, unit="")
-        inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
-    key = build_key(options, inputs)
-    if _is_current(options.output, key):
-        console.print(
-            f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
+    with open_files(options) as (files, origins):
+        applied = rewrites.select(options.without)
+        plan = make_plan(
+            files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected
         )
-        return options.output
-    check_resources(plan, options.output)
-    with _staging(options.output) as staging, _progress(console) as progress:
-        manifest = _build_into(staging, options, files, inputs, key, progress)
-        write_manifest(staging, manifest)
-        _publish(staging, options.output)
+        with _progress(console) as progress:
+            size = sum(path.stat().st_size for path in _paths(files))
+            task = progress.add_task("reading inputs", total=size, unit="")
+            inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
+        key = build_key(options, inputs)
+        if _is_current(options.output, key):
+            console.print(
+                f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
+            )
+            return options.output
+        check_resources(plan, options.output)
+        with _staging(options.output) as staging, _progress(console) as progress:
+            manifest = _build_into(staging, options, files, inputs, key, progress)
+            write_manifest(staging, manifest)
+            _publish(staging, options.output)
     _report(manifest, options.output, console)
     return options.output
 
@@ -205,7 +203,7 @@ def _build_into(
         schema_version=SCHEMA_VERSION,
         model=options.model,
         precision=options.precision,
-        weights_note=preset(options.model).weights_note if carried_weights(options) else "",
+        weights_note=preset(options.model).weights_note if preset(options.model).generated else "",
         buckets=buckets,
         decode=decode,
         rewrites=[rewrite.name for rewrite in applied],

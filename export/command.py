@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files
+from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, open_files
 from densegeo.export.plan import (
     GIB,
     Plan,
@@ -89,16 +89,18 @@ def build(
 def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
     rewrites = select(options.without)
-    files, origins = find_files(options)
-    plan = make_plan(files, list(options.sizes), options.precision, rewrites, allow_unexpected=options.allow_unexpected)
-    _print_files(plan, origins, console)
-    _print_plan(plan, options, console)
-    if plan.problems:
-        hint = ""
-        if any(report.unexpected for report in plan.reports) and not options.allow_unexpected:
-            hint = "\nIf the unexpected tensors are known to be harmless, pass --allow-unexpected."
-        raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
-    check_resources(plan, options.output)
+    with open_files(options) as (files, origins):
+        plan = make_plan(
+            files, list(options.sizes), options.precision, rewrites, allow_unexpected=options.allow_unexpected
+        )
+        _print_files(plan, origins, console)
+        _print_plan(plan, options, console)
+        if plan.problems:
+            hint = ""
+            if any(report.unexpected for report in plan.reports) and not options.allow_unexpected:
+                hint = "\nIf the unexpected tensors are known to be harmless, pass --allow-unexpected."
+            raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
+        check_resources(plan, options.output)
     console.print("The build can start.")
 
 

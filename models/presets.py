@@ -32,24 +32,23 @@ AUTHORS_FILES = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A model by name. `sizes`: default buckets (width, height). `weights`: where its files lie, if with the code."""
+    """A model by name. `sizes`: default buckets (width, height)."""
 
     name: str
     sizes: tuple[tuple[int, int], ...]
-    weights: Path | None = None
-    weights_note: str = ""  # what to know of these weights
+    generated: bool  # its checkpoint is made from a seed instead of given
+    weights_note: str = ""
 
 
 PRESETS = {
     row.name: row
     for row in (
-        Preset("fe2e", ((1024, 768),)),
+        Preset("fe2e", ((1024, 768),), generated=False),
         Preset(
             "fe2e-tiny",
             ((256, 192),),
-            weights=Path(__file__).parent / "weights" / "fe2e-tiny",
-            weights_note="A small model trained on synthetic scenes alone: good for trying things out, "
-            "no match for the full one.",
+            generated=True,
+            weights_note="These weights are random (seeded), not trained: the picture is not meaningful yet.",
         ),
     )
 }

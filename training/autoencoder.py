@@ -18,9 +18,10 @@ from densegeo.models.vae import VAE
 from densegeo.training.data import Chunk, pictures
 from densegeo.training.loop import Schedule, autocast, fit, generator
 
-SCHEDULE = Schedule(steps=2800, batch=8, rate=1.5e-3, every=100)
+SCHEDULE = Schedule(steps=2800, batch=8, rate=1.5e-3, every=100)  # on crops
+WHOLE = Schedule(steps=700, batch=1, rate=4e-4, warmup=50, every=100)  # on whole pictures, whose statistics differ
 CROP = 64  # pixels a side: many small crops vary more than few large ones
-LATE_CROP = 128  # in the last quarter, from fewer views: statistics closer to a whole picture's
+LATE_CROP = 128  # in the last quarter, from fewer views
 WEIGHTS = (0.5, 1.0, 1.0)  # of colour, depth, normals
 EDGES = 0.5  # weight of differences between neighbours
 PULL = 1e-4  # weight of the latents' mean square, reached after RAMP steps: earlier, the latents would collapse
@@ -59,7 +60,7 @@ def train(
     *,
     seed: int,
     device: torch.device,
-    schedule: Schedule = SCHEDULE,
+    schedules: tuple[Schedule, Schedule] = (SCHEDULE, WHOLE),
     until: int | None = None,
 ) -> VAE:
     """Train, or go on training; returns the averaged autoencoder, its latents scaled to a standard deviation of 1."""
@@ -68,32 +69,45 @@ def train(
     )
     vae = make(seed).to(device)
     normalise(vae, sample)  # or the first latents drown in the noise, and the decoder learns to ignore them
-    height, width = chunk.depth.shape[1:]
+    on_crops, on_whole = schedules
 
-    def loss(indices: NDArray[np.int64], step: int) -> dict[str, Tensor]:
-        random = generator(seed, step)
-        late = step >= 0.75 * schedule.steps
-        crop = LATE_CROP if late else CROP
-        views = pictures(chunk, indices[: max(1, len(indices) * CROP**2 // crop**2)])
-        crops = []
-        for index in range(views.shape[1]):
-            row, column = (int(torch.randint(0, extent - crop + 1, (), generator=random)) for extent in (height, width))
-            part = views[:, index, :, row : row + crop, column : column + crop]
-            # Mirrored normals do not fit a mirrored scene, but here only their look matters.
-            crops.append(part.flip(-1) if torch.rand((), generator=random) < 0.5 else part)
-        images = torch.stack(crops, dim=1).flatten(0, 1)
-        noise = torch.randn(len(images), TINY_VAE.z_channels, crop // 8, crop // 8, generator=random)
+    def terms(images: Tensor, random: torch.Generator, pull: float) -> dict[str, Tensor]:
+        """images (3, n, 3, h, w) -> the losses."""
+        images = images.flatten(0, 1)
+        shape = len(images), TINY_VAE.z_channels, images.shape[2] // 8, images.shape[3] // 8
+        noise = torch.randn(shape, generator=random)
         with autocast(device):
             decoded, square = reconstruct(vae, images.to(device), noise.to(device))
         colour, depth, normals = error(decoded.float(), images.to(device)).view(3, -1).mean(1)
-        total = WEIGHTS[0] * colour + WEIGHTS[1] * depth + WEIGHTS[2] * normals + PULL * min(1.0, step / RAMP) * square
+        total = WEIGHTS[0] * colour + WEIGHTS[1] * depth + WEIGHTS[2] * normals + pull * square
         return {"loss": total, "colour": colour, "depth": depth, "normals": normals, "square": square}
 
-    averaged = fit("autoencoder", vae, loss, len(chunk.rgb), schedule, folder, seed=seed, until=until)
-    vae.load_state_dict(averaged)
+    def crops(indices: NDArray[np.int64], step: int) -> dict[str, Tensor]:
+        side = LATE_CROP if step >= 0.75 * on_crops.steps else CROP
+        views = pictures(chunk, indices[: max(1, len(indices) * CROP**2 // side**2)])
+        random = generator(seed, step)
+        return terms(cut(views, side, random), random, PULL * min(1.0, step / RAMP))
+
+    def whole(indices: NDArray[np.int64], step: int) -> dict[str, Tensor]:
+        return terms(pictures(chunk, indices), generator(seed, on_crops.steps + step), PULL)
+
+    for name, loss, schedule in (("autoencoder", crops, on_crops), ("autoencoder_whole", whole, on_whole)):
+        vae.load_state_dict(fit(name, vae, loss, len(chunk.rgb), schedule, folder, seed=seed, until=until))
     vae.eval().requires_grad_(False)
     normalise(vae, sample)
     return vae
+
+
+def cut(views: Tensor, side: int, random: torch.Generator) -> Tensor:
+    """A square of each view (3, n, 3, H, W), half of them mirrored -> (3, n, 3, side, side)."""
+    height, width = views.shape[-2:]
+    squares = []
+    for view in views.unbind(1):
+        row, column = (int(torch.randint(0, extent - side + 1, (), generator=random)) for extent in (height, width))
+        square = view[..., row : row + side, column : column + side]
+        # Mirrored normals do not fit a mirrored scene, but here only their look matters.
+        squares.append(square.flip(-1) if torch.rand((), generator=random) < 0.5 else square)
+    return torch.stack(squares, dim=1)
 
 
 @torch.no_grad()
