@@ -70,7 +70,8 @@ def look(panorama: NDArray[np.uint8], photo: Photo, size: tuple[int, int] = SIZE
         pixels[row, left % columns] * (1 - across) + pixels[row, (left + 1) % columns] * across
         for row in (top, top + 1)
     )
-    return np.rint(upper * (1 - along) + lower * along).astype(np.uint8)
+    seen: NDArray[np.uint8] = np.rint(upper * (1 - along) + lower * along).astype(np.uint8)
+    return seen
 
 
 def photograph(photo: Photo) -> Image.Image:

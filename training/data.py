@@ -42,7 +42,7 @@ class Chunk:
 
 def compact(rendered: View) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int8]]:
     """A view's three pictures; normals in the network's axes (left, up, back), facing the camera in the sky."""
-    normals = np.where(rendered.valid[..., None], -rendered.normals, np.float32([0, 0, 1]))
+    normals = np.where(rendered.valid[..., None], -rendered.normals, np.array([0, 0, 1], dtype=np.float32))
     depth = log_depth(rendered.depth, rendered.valid).astype(np.float16)
     return rendered.rgb, depth, np.rint(normals * 127).astype(np.int8)
 

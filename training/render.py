@@ -69,7 +69,7 @@ def render(scene: Scene, width: int, height: int, rng: Rng) -> View:
     if scene.haze < math.inf and scene.sky is not None:
         clear = np.exp(-depth[lit] / np.float32(scene.haze))
         colour[:, lit] = colour[:, lit] * clear + scene.sky[0] * (1 - clear)
-    normals = scene.axes.T @ normals
+    normals = scene.axes.T @ (normals / np.sqrt(np.maximum(dot(normals, normals), np.float32(1e-12))))
     shape = (height, width)
     return View(
         kind=scene.kind,

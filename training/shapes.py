@@ -136,7 +136,8 @@ class Box:
 
     def holds(self, point: Array, margin: float) -> bool:
         local = self.axes.T @ (point - self.center)
-        return bool((np.abs(local) < self.half + margin).all()) != self.inside
+        reach = self.half + np.float32(-margin if self.inside else margin)
+        return bool((np.abs(local) < reach).all()) != self.inside
 
 
 @dataclass(frozen=True)

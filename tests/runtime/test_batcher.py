@@ -336,14 +336,39 @@ def test_time_between_requests_is_not_the_backends(make: Callable[..., Batcher],
 
 
 def test_finished_requests_are_not_kept_alive(make: Callable[..., Batcher]) -> None:
-    batcher = make(lambda payload: payload.sum())
+    """Neither by their futures nor by the worker, which has nothing else to do."""
+    batcher = make(lambda payload: payload + 1)
     payload = np.ones(5)
-    watched = weakref.ref(payload)
+    watched = [weakref.ref(payload)]
     future = batcher.submit(payload, "a")
     del payload
-    assert future.result(T) == 5
-    batcher.submit(np.zeros(1), "a").result(T)  # the worker has gone on
-    assert watched() is None, "the future or the idle worker holds the image"
+    watched.append(weakref.ref(future.result(T)))
+    end = time.monotonic() + T
+    while watched[0]() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert watched[0]() is None, "the image lives"
+    del future
+    while watched[1]() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert watched[1]() is None, "the result lives"
+
+
+def test_a_cancellation_lets_a_waiting_submitter_in(make: Callable[..., Batcher], gate: Gate) -> None:
+    batcher = make(max_queue=1)
+    batcher.submit(0, "a")
+    gate.wait_until_entered()
+    queued, entered = batcher.submit(1, "a"), threading.Event()
+
+    def submit() -> None:
+        batcher.submit(2, "a", wait=True)
+        entered.set()
+
+    waiting = threading.Thread(target=submit)
+    waiting.start()
+    assert not entered.wait(0.05)
+    assert queued.cancel()
+    assert entered.wait(T)
+    waiting.join(T)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +413,20 @@ def test_submit_gives_what_a_call_gives(bundle: Path, picture: np.ndarray) -> No
     assert counters == dict.fromkeys(COUNTERS, 0) | {"accepted": 2, "completed": 2, "rejected": 1}
 
 
+def test_submit_rejects_and_does_not_wait(bundle: Path, gate: Gate) -> None:
+    hold = lambda bucket, stage, value: stage != "encoder" or gate(value)  # noqa: E731
+    with fake_estimator(bundle, hold, max_queue=1) as estimator:
+        futures = [estimator.submit(constant_image(0.5))]
+        gate.wait_until_entered()
+        futures.append(estimator.submit(constant_image(0.6)))
+        for image in (constant_image(0.7), "nowhere.png"):  # the image is not even read
+            with pytest.raises(QueueFullError):
+                estimator.submit(image)
+        gate.open()
+    assert [level_of(future.result(0).prediction) for future in futures] == pytest.approx([0.5, 0.6], abs=1e-6)
+    assert estimator.metrics.snapshot().counters["rejected"] == 2
+
+
 def test_leaving_the_block_drains(bundle: Path) -> None:
     levels = [0.5 + 0.01 * i for i in range(20)]
     with fake_estimator(bundle, lambda *_: time.sleep(0.001)) as estimator:
@@ -422,31 +461,31 @@ def test_an_estimator_with_a_hanging_backend_closes(bundle: Path, gate: Gate) ->
 
 
 EXIT = """
-import sys, threading
-from densegeo.runtime.batcher import Batcher, BatchOptions
+import sys, threading, time
+import densegeo.runtime.batcher as b
 from densegeo.runtime.metrics import Metrics
 entered = threading.Event()
 def run(payload):
     entered.set()
-    {body}
-batcher = Batcher(run, BatchOptions(timeout_s={timeout}), Metrics())
+    {run}
+batcher = b.Batcher(run, b.BatchOptions(timeout_s={timeout}), Metrics())
 futures = [batcher.submit(i, "a") for i in range(3)]
+futures[2].add_done_callback(lambda future: print(type(future.exception()).__name__))
 entered.wait()
-{wait}
+{last}
 """
 
 
 @pytest.mark.parametrize(
-    ("body", "timeout", "wait_for"),
+    ("run", "timeout", "last", "ending"),
     [
-        ("__import__('time').sleep(0.2)", None, ""),  # an estimator that nobody closed
-        ("threading.Event().wait()", 0.2, "print(type(futures[2].exception()).__name__)"),  # hangs, and was noticed
-        ("threading.Event().wait()", 0.2, ""),  # hangs, noticed while leaving
-        ("threading.Event().wait()", None, "import densegeo.runtime.batcher as b; b.EXIT_WAIT_S = 0.2"),  # unnoticed
+        ("time.sleep(0.2)", None, "", "ShutdownError"),  # an estimator that nobody closed
+        ("threading.Event().wait()", 0.2, "wait = futures[2].exception()", "BackendTimeoutError"),  # a noticed hang
+        ("threading.Event().wait()", None, "b.EXIT_WAIT_S = 0.2", "ShutdownError"),  # an unnoticed one
     ],
 )
-def test_the_interpreter_leaves(body: str, timeout: float | None, wait_for: str) -> None:
-    code = EXIT.format(body=body, timeout=timeout, wait=wait_for)
+def test_the_interpreter_leaves(run: str, timeout: float | None, last: str, ending: str) -> None:
+    code = EXIT.format(run=run, timeout=timeout, last=last)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=T, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() in ("", "BackendTimeoutError")
+    assert done.stdout.strip() == ending

@@ -107,15 +107,17 @@ def test_overhead_is_itemised(
 def test_spans_sum_to_the_wall_time(bundle: Path, picture: np.ndarray) -> None:
     """On a real clock, what lies outside the spans (making the result) is small beside the call."""
     large = np.tile(picture, (8, 8, 1))
-    shares = []
+    share = 0.0
     with Estimator(bundle, device="cpu") as estimator:
-        for _ in range(15):
+        for _ in range(50):
             start = time.perf_counter()
             spans = dict(estimator(large).timings)
             wall = 1e3 * (time.perf_counter() - start)
             assert spans.pop("total") == pytest.approx(sum(spans.values()))
-            shares.append(sum(spans.values()) / wall)
-    assert 0.99 <= max(shares) <= 1  # the best of several: a busy machine may interrupt between two readings
+            share = sum(spans.values()) / wall
+            if share >= 0.99:  # one of several: a busy machine may interrupt between two readings
+                break
+    assert 0.99 <= share <= 1
 
 
 def test_exposition(bundle: Path, picture: np.ndarray) -> None:
