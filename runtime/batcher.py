@@ -182,10 +182,8 @@ class Batcher(Generic[T, R]):
                 if self._current is None:  # the watchdog has ended this request
                     return
                 self._current = None
-            del entry  # nothing of a finished request may stay alive while the next one is awaited
             self._metrics.count(ended.counter)
             ended.deliver(future)
-            del future, ended
 
     def _start_next(self) -> Entry[Request[T, R]] | None:
         """Make the batch's next request the current one, past the cancelled ones."""
