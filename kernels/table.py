@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from densegeo.kernels.contract import Axis
+from densegeo.kernels.group_norm_silu import kernel as group_norm_silu
 from densegeo.kernels.launch import WARPS
+from densegeo.kernels.layer_norm import kernel as layer_norm
 from densegeo.kernels.log_dequantize import kernel as log_dequantize
 from densegeo.kernels.normals import kernel as normals
 from densegeo.kernels.preprocess import kernel as preprocess
+from densegeo.kernels.qk_norm_rope import kernel as qk_norm_rope
 from densegeo.kernels.split import kernel as split
 from densegeo.kernels.unproject import kernel as unproject
 
@@ -126,6 +129,76 @@ def _unproject(with_normals: bool) -> Variant:
     )
 
 
+def _layer_norm(kind: str, hidden: int = 4096) -> Variant:
+    return Variant(
+        name=f"layer_norm.{kind}",
+        kernel=layer_norm.layer_norm_kernel,
+        types=_types(
+            {"x": kind, "weight": "fp32", "bias": "fp32", "normed": kind},
+            ("tokens", "hidden", "batch_stride", "token_stride"),
+            ("eps",),
+        ),
+        constants={"BLOCK_H": hidden},
+        grid=layer_norm.GRID,
+        aligned=("weight", "bias", "normed"),
+    )
+
+
+def _qk_norm_rope(kind: str, size: int = 128) -> Variant:
+    return Variant(
+        name=f"qk_norm_rope.{kind}",
+        kernel=qk_norm_rope.qk_norm_rope_kernel,
+        types=_types(
+            {
+                "qkv": kind,
+                **dict.fromkeys(("query_scale", "key_scale", "cos", "sin"), "fp32"),
+                "query": kind,
+                "key": kind,
+            },
+            ("tokens", "heads", "size", "batch_stride", "token_stride"),
+            ("eps",),
+        ),
+        constants={"BLOCK_T": qk_norm_rope.BLOCK_T, "BLOCK_S": size},
+        grid=qk_norm_rope.GRID,
+        aligned=("query", "key"),
+    )
+
+
+def _group_norm_silu(kind: str, channels: int) -> Iterator[Variant]:
+    """The launches of a picture of `channels` in 32 groups; merging does not see the picture's type."""
+    blocks: dict[str, int | bool] = {"BLOCK_P": group_norm_silu.rows_of(channels), "BLOCK_C": channels}
+    yield Variant(
+        name=f"group_norm_silu.statistics{channels}_{kind}",
+        kernel=group_norm_silu.statistics_kernel,
+        types=_types({"x": kind, "partial": "fp32"}, ("pixels", "channels", "runs", "run")),
+        constants=blocks,
+        grid=group_norm_silu.STATISTICS_GRID,
+        aligned=("x", "partial"),
+    )
+    yield Variant(
+        name=f"group_norm_silu.apply{channels}_{kind}",
+        kernel=group_norm_silu.apply_kernel,
+        types=_types({"x": kind, "affine": "fp32", "result": kind}, ("pixels", "channels")),
+        constants={"SILU": True, **blocks},
+        grid=group_norm_silu.apply_grid(channels),
+        aligned=("x", "affine", "result"),
+    )
+    if kind == "fp32":
+        width = channels // 32
+        yield Variant(
+            name=f"group_norm_silu.merge{channels}",
+            kernel=group_norm_silu.merge_kernel,
+            types=_types(
+                dict.fromkeys(("partial", "weight", "bias", "affine"), "fp32"),
+                ("pixels", "channels", "runs", "run"),
+                ("eps",),
+            ),
+            constants={"WIDTH": width, "BLOCK_R": group_norm_silu.RUNS, "BLOCK_G": width},
+            grid=group_norm_silu.merge_grid(width),
+            aligned=("partial", "weight", "bias", "affine"),
+        )
+
+
 def _rows() -> Iterator[Variant]:
     for kind in FLOATS:
         yield _split(kind, kind)
@@ -142,6 +215,11 @@ def _rows() -> Iterator[Variant]:
         yield _preprocess(kind)
     yield _unproject(False)
     yield _unproject(True)
+    for kind in FLOATS:
+        yield _layer_norm(kind)
+        yield _qk_norm_rope(kind)
+        for channels in (128, 512):  # the autoencoder's narrowest and widest
+            yield from _group_norm_silu(kind, channels)
 
 
 VARIANTS = tuple(_rows())

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 
-OPERATIONS = ("split", "log_dequantize", "normals", "preprocess", "unproject")
+OPERATIONS = (
+    "split",
+    "log_dequantize",
+    "normals",
+    "preprocess",
+    "unproject",
+    "layer_norm",
+    "qk_norm_rope",
+    "group_norm_silu",
+)
 INTERPRET = "TRITON_INTERPRET"
 
 

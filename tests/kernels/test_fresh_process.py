@@ -12,6 +12,7 @@ import pytest
 from tests.kernels.conftest import INTERPRET, OPERATIONS, installed, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = ("tests/kernels/test_kernels.py", "tests/kernels/test_network_kernels.py")
 
 
 def test_imports_are_light() -> None:
@@ -25,7 +26,7 @@ def test_imports_are_light() -> None:
 def test_interpreted_elsewhere_when_triton_came_early() -> None:
     if interpreted():
         pytest.skip("the interpreted tests run in this process")
-    command = [sys.executable, "-m", "pytest", "tests/kernels/test_kernels.py", "-m", "not gpu and not slow"]
+    command = [sys.executable, "-m", "pytest", *FILES, "-m", "not gpu and not slow"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {INTERPRET: "1"}, capture_output=True, text=True, check=False
     )

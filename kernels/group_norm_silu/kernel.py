@@ -1,0 +1,170 @@
+"""`group_norm_silu` in three launches: statistics of runs of pixels, their merger, and the application.
+
+Pixels are rows of C adjacent channels, so all reads and writes are whole rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.launch import OPTIONS, assert_small
+
+TILE = 4096  # values a program holds
+RUNS = 128  # runs of pixels a picture is cut into for its statistics
+STATISTICS_GRID = (Axis("runs"), Axis("batch"))
+
+
+def rows_of(channels: int) -> int:
+    """Pixels a program holds."""
+    return max(1, TILE // triton.next_power_of_2(channels))
+
+
+def merge_grid(width: int) -> tuple[Axis, ...]:
+    """One program a group of `width` channels."""
+    return Axis("channels", width), Axis("batch")
+
+
+def apply_grid(channels: int) -> tuple[Axis, ...]:
+    return Axis("pixels", rows_of(channels)), Axis("batch")
+
+
+@triton.jit
+def statistics_kernel(
+    x,  # (batch, pixels, channels)
+    partial,  # (batch, runs, 2, channels) float32: mean, sum of squared deviations
+    pixels,
+    channels,
+    runs,
+    run,  # pixels a run
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # channels, rounded up to a power of two
+):
+    index = tl.program_id(0)
+    picture = tl.program_id(1)
+    channel = tl.arange(0, BLOCK_C)
+    first = index * run
+    last = tl.minimum(first + run, pixels)
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        mask = (pixel < last)[:, None] & (channel < channels)[None, :]
+        source = x + (picture * pixels + pixel[:, None]) * channels + channel[None, :]
+        value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        added = tl.minimum(last - start, BLOCK_P).to(tl.float32)
+        block_mean = tl.sum(value, axis=0) / added
+        centred = tl.where(mask, value - block_mean[None, :], 0.0)
+        total = count + added
+        gap = block_mean - mean
+        squares += tl.sum(centred * centred, axis=0) + gap * gap * (count * added / total)
+        mean += gap * (added / total)
+        count = total
+    target = partial + ((picture * runs + index) * 2) * channels + channel
+    tl.store(target, mean, mask=channel < channels)
+    tl.store(target + channels, squares, mask=channel < channels)
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # (batch, runs, 2, channels) float32
+    weight,  # (channels,) float32, as bias
+    bias,
+    affine,  # (batch, 2, channels) float32: gain, offset
+    pixels,
+    channels,
+    runs,
+    run,
+    eps,
+    WIDTH: tl.constexpr,  # channels a group
+    BLOCK_R: tl.constexpr,  # runs, rounded up to a power of two
+    BLOCK_G: tl.constexpr,  # WIDTH, rounded up to a power of two
+):
+    picture = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_G)
+    channel = tl.program_id(0) * WIDTH + lane
+    index = tl.arange(0, BLOCK_R)
+    mask = (index < runs)[:, None] & (lane < WIDTH)[None, :]
+    source = partial + ((picture * runs + index[:, None]) * 2) * channels + channel[None, :]
+    means = tl.load(source, mask=mask, other=0.0)
+    squares = tl.load(source + channels, mask=mask, other=0.0)
+    count = tl.maximum(tl.minimum(pixels - index * run, run), 0).to(tl.float32)[:, None]
+    total = pixels.to(tl.float32) * WIDTH
+    mean = tl.sum(tl.sum(means * count, axis=1), axis=0) / total
+    gap = tl.where(mask, means - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(tl.sum(squares + count * gap * gap, axis=1), axis=0) / total + eps)
+    gain = tl.load(weight + channel, mask=lane < WIDTH, other=0.0) / deviation
+    offset = tl.load(bias + channel, mask=lane < WIDTH, other=0.0) - mean * gain
+    target = affine + picture * 2 * channels + channel
+    tl.store(target, gain, mask=lane < WIDTH)
+    tl.store(target + channels, offset, mask=lane < WIDTH)
+
+
+@triton.jit
+def apply_kernel(
+    x,  # (batch, pixels, channels), as result
+    affine,  # (batch, 2, channels) float32
+    result,
+    pixels,
+    channels,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    picture = tl.program_id(1)
+    channel = tl.arange(0, BLOCK_C)
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    offset = (picture * pixels + pixel[:, None]) * channels + channel[None, :]
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    line = affine + picture * 2 * channels + channel
+    gain = tl.load(line, mask=channel < channels, other=0.0)
+    shift = tl.load(line + channels, mask=channel < channels, other=0.0)
+    normed = value * gain[None, :] + shift[None, :]
+    if SILU:
+        normed = normed / (1 + tl.exp(-normed))
+    tl.store(result + offset, normed.to(result.dtype.element_ty), mask=mask)
+
+
+def group_norm_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+) -> torch.Tensor:
+    """See `densegeo.kernels.group_norm_silu.group_norm_silu`."""
+    batch, channels, height, width = x.shape
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert channels % groups == 0
+    assert weight.shape == bias.shape == (channels,)
+    assert weight.dtype == bias.dtype == torch.float32
+    assert weight.is_contiguous()
+    assert bias.is_contiguous()
+    pixels, group = height * width, channels // groups
+    block, rows = triton.next_power_of_2(channels), rows_of(channels)
+    run = rows * triton.cdiv(pixels, RUNS * rows)
+    runs = triton.cdiv(pixels, run)
+    partial = torch.empty((batch, runs, 2, channels), dtype=torch.float32, device=x.device)
+    affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
+    result = torch.empty_like(x, memory_format=torch.channels_last)
+    assert_small(x, partial)
+    statistics_kernel[programs(STATISTICS_GRID, runs=runs, batch=batch)](
+        x, partial, pixels, channels, runs, run, BLOCK_P=rows, BLOCK_C=block, **OPTIONS
+    )
+    merge_kernel[programs(merge_grid(group), channels=channels, batch=batch)](
+        partial,
+        weight,
+        bias,
+        affine,
+        pixels,
+        channels,
+        runs,
+        run,
+        eps,
+        WIDTH=group,
+        BLOCK_R=triton.next_power_of_2(runs),
+        BLOCK_G=triton.next_power_of_2(group),
+        **OPTIONS,
+    )
+    apply_kernel[programs(apply_grid(channels), pixels=pixels, batch=batch)](
+        x, affine, result, pixels, channels, SILU=silu, BLOCK_P=rows, BLOCK_C=block, **OPTIONS
+    )
+    return result

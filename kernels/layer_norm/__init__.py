@@ -1,0 +1,20 @@
+"""LayerNorm with a folded modulation: the affine norm in front of attention and MLP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x (B, T, hidden), features adjacent -> (B, T, hidden) contiguous, of x's dtype, float32 inside.
+
+    weight, bias: float32 (hidden,), "1 + scale" and "shift" of AdaLN once they are constants (DESIGN 4.2).
+    """
+    if x.is_cuda:
+        from densegeo.kernels.layer_norm.kernel import layer_norm as run
+    else:
+        from densegeo.kernels.layer_norm.reference import layer_norm as run
+    return run(x, weight, bias, eps)

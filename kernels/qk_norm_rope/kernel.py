@@ -1,0 +1,105 @@
+"""`qk_norm_rope` in one pass: a program makes a run of one head's queries and keys."""
+
+import torch
+import triton
+import triton.language as tl
+
+from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.launch import OPTIONS, assert_small
+
+BLOCK_T = 16  # tokens a program
+GRID = (Axis("tokens", BLOCK_T), Axis("heads"), Axis("batch"))
+
+
+@triton.jit
+def _normed_pairs(value, scale, feature, mask, size, eps, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(BLOCK_T, BLOCK_S) -> first and second of each pair, normed and scaled."""
+    gain = tl.load(scale + feature, mask=feature < size, other=0.0)
+    mean = tl.sum(value * value, axis=1) / size
+    normed = tl.where(mask, value / tl.sqrt(mean + eps)[:, None] * gain[None, :], 0.0)
+    return tl.split(tl.reshape(normed, (BLOCK_T, BLOCK_S // 2, 2)))
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    qkv,  # (batch, tokens, at least 2 * heads * size)
+    query_scale,  # (size,) float32, as key_scale
+    key_scale,
+    cos,  # (tokens, size / 2) float32, contiguous, as sin
+    sin,
+    query,  # (batch, heads, tokens, size), contiguous, as key
+    key,
+    tokens,
+    heads,
+    size,
+    batch_stride,
+    token_stride,
+    eps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # size, rounded up to a power of two
+):
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(1)
+    picture = tl.program_id(2)
+    feature = tl.arange(0, BLOCK_S)
+    pair = tl.arange(0, BLOCK_S // 2)
+    mask = (token < tokens)[:, None] & (feature < size)[None, :]
+    turn = token[:, None] * (size // 2) + pair[None, :]
+    turns = (token < tokens)[:, None] & (pair < size // 2)[None, :]
+    c = tl.load(cos + turn, mask=turns, other=0.0)
+    s = tl.load(sin + turn, mask=turns, other=0.0)
+    source = qkv + picture * batch_stride + token[:, None] * token_stride + head * size + feature[None, :]
+    target = ((picture * heads + head) * tokens + token[:, None]) * size + feature[None, :]
+
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    x0, x1 = _normed_pairs(value, query_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
+    turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
+    tl.store(query + target, turned.to(query.dtype.element_ty), mask=mask)
+
+    value = tl.load(source + heads * size, mask=mask, other=0.0).to(tl.float32)
+    x0, x1 = _normed_pairs(value, key_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
+    turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
+    tl.store(key + target, turned.to(key.dtype.element_ty), mask=mask)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    query_scale: torch.Tensor,
+    key_scale: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
+    batch, tokens, features = qkv.shape
+    size = len(query_scale)
+    assert size % 2 == 0
+    assert features >= 2 * heads * size
+    assert qkv.stride(2) == 1
+    assert cos.shape == sin.shape == (tokens, size // 2)
+    for table in (query_scale, key_scale, cos, sin):
+        assert table.dtype == torch.float32
+        assert table.is_contiguous()
+    query = torch.empty((batch, heads, tokens, size), dtype=qkv.dtype, device=qkv.device)
+    key = torch.empty_like(query)
+    assert_small(qkv, query)
+    qk_norm_rope_kernel[programs(GRID, tokens=tokens, heads=heads, batch=batch)](
+        qkv,
+        query_scale,
+        key_scale,
+        cos,
+        sin,
+        query,
+        key,
+        tokens,
+        heads,
+        size,
+        qkv.stride(0),
+        qkv.stride(1),
+        eps,
+        BLOCK_T=BLOCK_T,
+        BLOCK_S=triton.next_power_of_2(size),
+        **OPTIONS,
+    )
+    return query, key

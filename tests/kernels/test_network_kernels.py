@@ -1,0 +1,174 @@
+"""The kernels inside the network against their references, with the bounds of `test_kernels.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kernels.conftest import operation
+from tests.kernels.test_kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("poisoned")
+EPS = 1e-6
+
+
+def close(actual: Any, exact: Any) -> None:
+    assert torch.isfinite(actual).all()
+    assert error(actual, exact) <= BOUND
+
+
+def stored(x: Any, dtype: Any, device: str) -> Any:
+    """float32 rounded as a kernel's store rounds: to nearest, but Triton's interpreter cuts bf16's bits off."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        return (x.view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    return x.to(dtype)
+
+
+def affine(features: int, device: str) -> tuple[Any, Any]:
+    return 1 + 0.3 * noise(features, device=device, seed=1), noise(features, device=device, seed=2)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "hidden"), [(1, 5, 160), (2, 3, 77), (1, 1, 1)])
+def test_layer_norm(device: str, batch: int, tokens: int, hidden: int) -> None:
+    kernel, reference = operation("layer_norm")
+    x = noise(batch, tokens + 2, hidden + 5, device=device)[:, 2:, 3 : 3 + hidden]
+    assert tokens * hidden == 1 or not x.is_contiguous()
+    gain, offset = affine(hidden, device)
+    close(kernel.layer_norm(x, gain, offset, EPS), reference.layer_norm(x.double(), gain, offset, EPS))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_layer_norm_types(device: str, dtype: Any) -> None:
+    kernel, reference = operation("layer_norm")
+    x = 20 + noise(1, 4, 96, device=device, dtype=dtype)  # a large mean
+    gain, offset = affine(96, device)
+    plain = stored(torch.nn.functional.layer_norm(x.float(), (96,), gain, offset, EPS), dtype, device)
+    actual = kernel.layer_norm(x, gain, offset, EPS)
+    assert actual.dtype == dtype
+    assert_as_good(actual, plain, reference.layer_norm(x.double(), gain, offset, EPS))
+
+
+def rope(tokens: int, size: int, device: str) -> tuple[Any, Any]:
+    angles = 2 * noise(tokens, size // 2, device=device, seed=3)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "size", "more"), [(1, 19, 2, 32, 0), (2, 16, 1, 128, 40), (1, 3, 3, 12, 8)]
+)
+def test_qk_norm_rope(device: str, batch: int, tokens: int, heads: int, size: int, more: int) -> None:
+    kernel, reference = operation("qk_norm_rope")
+    qkv = noise(batch, tokens, 3 * heads * size + more, device=device)
+    scales = affine(size, device)
+    tables = rope(tokens, size, device)
+    exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, heads, EPS)
+    for actual, expected in zip(kernel.qk_norm_rope(qkv, *scales, *tables, heads, EPS), exact, strict=True):
+        assert actual.shape == (batch, heads, tokens, size)
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_qk_norm_rope_types(device: str, dtype: Any) -> None:
+    from densegeo.models.layers import RMSNorm, rotate, split_qkv
+
+    kernel, reference = operation("qk_norm_rope")
+    qkv = noise(1, 9, 3 * 2 * 32, device=device, dtype=dtype)
+    scales, tables = affine(32, device), rope(9, 32, device)
+    exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, 2, EPS)
+    actual = kernel.qk_norm_rope(qkv, *scales, *tables, 2, EPS)
+    for part, scale, got, expected in zip(split_qkv(qkv, 2)[:2], scales, actual, exact, strict=True):
+        norm = RMSNorm(32).to(device)
+        norm.scale.data = scale
+        plain = rotate(norm(part), *tables).detach()  # the network's own way
+        assert got.dtype == dtype
+        assert_as_good(got, plain, expected)
+
+
+def channels_last(x: Any) -> Any:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("batch", "channels", "groups", "height", "width"), [(1, 64, 32, 7, 9), (2, 24, 8, 13, 5)])
+def test_group_norm_silu(
+    device: str, batch: int, channels: int, groups: int, height: int, width: int, silu: bool
+) -> None:
+    kernel, reference = operation("group_norm_silu")
+    x = channels_last(noise(batch, channels, height, width, device=device) * 2 + 1)
+    arguments = (*affine(channels, device), groups, EPS, silu)
+    actual = kernel.group_norm_silu(x, *arguments)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    close(actual, reference.group_norm_silu(x.double(), *arguments))
+
+
+def test_group_norm_survives_a_large_mean(device: str) -> None:
+    kernel, reference = operation("group_norm_silu")
+    x = channels_last(noise(1, 32, 40, 30, device=device) + 300)
+    gain, offset = affine(32, device)
+    plain = torch.nn.functional.group_norm(x, 8, gain, offset, EPS)
+    assert_as_good(
+        kernel.group_norm_silu(x, gain, offset, 8, EPS, False),
+        plain,
+        reference.group_norm_silu(x.double(), gain, offset, 8, EPS, False),
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_group_norm_silu_types(device: str, dtype: Any) -> None:
+    kernel, reference = operation("group_norm_silu")
+    x = channels_last(noise(1, 64, 9, 11, device=device, dtype=dtype))
+    gain, offset = affine(64, device)
+    normed = torch.nn.functional.group_norm(x, 32, gain.to(dtype), offset.to(dtype), EPS)
+    actual = kernel.group_norm_silu(x, gain, offset, 32, EPS, True)
+    assert actual.dtype == dtype
+    assert_as_good(
+        actual,
+        torch.nn.functional.silu(normed),
+        reference.group_norm_silu(x.double(), gain, offset, 32, EPS, True),
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_references_equal_the_network(dtype: Any) -> None:
+    from densegeo.models.layers import QKNorm, rotate, split_qkv
+
+    x = channels_last(torch.randn(2, 64, 5, 6, dtype=torch.float64))
+    gain, offset = affine(64, "cpu")
+    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, gain.double(), offset.double(), EPS))
+    torch.testing.assert_close(
+        operation("group_norm_silu")[1].group_norm_silu(x, gain, offset, 32, EPS, True), expected
+    )
+    tokens = torch.randn(2, 7, 64)
+    expected = torch.nn.functional.layer_norm(tokens.double(), (64,), gain.double(), offset.double(), EPS)
+    actual = operation("layer_norm")[1].layer_norm(tokens.to(dtype), gain, offset, EPS)
+    assert actual.dtype == dtype
+    bound = 2.0 * torch.finfo(dtype).eps
+    assert error(actual, expected) <= max(bound, 1e-6)
+    norm = QKNorm(16)
+    norm.query_norm.scale.data, norm.key_norm.scale.data = affine(16, "cpu")
+    qkv, tables = torch.randn(1, 7, 96), rope(7, 16, "cpu")
+    query, key = norm(*split_qkv(qkv, 2)[:2])
+    result = operation("qk_norm_rope")[1].qk_norm_rope(qkv, norm.query_norm.scale, norm.key_norm.scale, *tables, 2, EPS)
+    for got, want in zip(result, (rotate(query, *tables), rotate(key, *tables)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_wrappers_refuse_wrong_layouts(device: str) -> None:
+    layer_norm, qk_norm_rope, group_norm_silu = (
+        getattr(operation(name)[0], name) for name in ("layer_norm", "qk_norm_rope", "group_norm_silu")
+    )
+    gain, offset = affine(8, device)
+    tables = rope(3, 8, device)
+    wrong = [
+        lambda: layer_norm(noise(1, 3, 16, device=device)[..., ::2], gain, offset, EPS),
+        lambda: layer_norm(noise(1, 3, 8, device=device), gain.double(), offset, EPS),
+        lambda: qk_norm_rope(noise(1, 3, 15, device=device), gain, offset, *tables, 1, EPS),
+        lambda: qk_norm_rope(noise(1, 4, 24, device=device), gain, offset, *tables, 1, EPS),
+        lambda: group_norm_silu(noise(1, 8, 4, 3, device=device), gain, offset, 4, EPS, True),
+        lambda: group_norm_silu(channels_last(noise(1, 8, 4, 3, device=device)), gain, offset, 3, EPS, True),
+    ]
+    for call in wrong:
+        with pytest.raises(AssertionError):
+            call()
