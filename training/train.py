@@ -15,7 +15,7 @@ from densegeo.training.data import read_chunks, render_chunks
 
 SEED = 0
 SIZE = (256, 192)  # width, height in pixels
-VIEWS, AUTOENCODER_VIEWS = 6000, 3000
+VIEWS, AUTOENCODER_VIEWS = 12000, 3000
 
 
 def run(folder: Path, output: Path, views: int, until: int | None, compiled: bool, device: torch.device) -> None:
