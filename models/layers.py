@@ -143,7 +143,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -
 
     key_bias: float32 (1, 1, 1, keys), added to the logits: ln(multiplicity) of merged keys (DESIGN 4.4).
     """
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
+    if q.requires_grad and q.device.type == "cpu":  # in training: the fused kernel's backward is slower than this
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
+        out = (logits if key_bias is None else logits + key_bias).softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
     return out.transpose(1, 2).flatten(2)
 
 

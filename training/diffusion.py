@@ -27,7 +27,7 @@ from densegeo.models.vae import VAE
 from densegeo.training.data import pictures, read_chunks
 from densegeo.training.loop import Schedule, autocast, chunks, fit
 
-SCHEDULE = Schedule(steps=7200, batch=8, rate=1e-3, warmup=300, averaging=0.999, every=200)
+SCHEDULE = Schedule(steps=12000, batch=8, rate=1e-3, warmup=300, averaging=0.999, every=200)
 
 
 def prompt(seed: int) -> Prompt:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from densegeo.models import reference
+from densegeo.models.layers import attention
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.presets import TINY_TRANSFORMER
 from densegeo.training import autoencoder, diffusion, publish
@@ -30,6 +31,16 @@ def test_the_target_splits_into_the_two_latents() -> None:
         latents = reference.split(velocity[index : index + 1], 32, 48)
         torch.testing.assert_close(latents[0], depth[index])
         torch.testing.assert_close(latents[1], normals[index])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_attention_is_the_same_with_gradients(biased: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 16).unbind()
+    bias = torch.randn(1, 1, 1, 7) if biased else None
+    plain = attention(q, k, v, bias)
+    trained = attention(q.clone().requires_grad_(), k, v, bias)
+    assert trained.requires_grad
+    torch.testing.assert_close(trained.detach(), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_that_was_cut_off_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
