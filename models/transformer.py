@@ -52,6 +52,13 @@ def _repeat(x: Tensor, batch: int) -> Tensor:
     return x if x.shape[0] == batch else x.expand(batch, *x.shape[1:])
 
 
+def pack(latent: Tensor) -> Tensor:
+    """latent (B, C, h, w) -> tokens (B, hw/4, 4C): "b c (h 2) (w 2) -> b (h w) (c 2 2)"."""
+    batch, channels, height, width = latent.shape
+    pixels = latent.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return pixels.reshape(batch, -1, 4 * channels)
+
+
 def _mlp(hidden: int, wide: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, hidden))
 
@@ -190,9 +197,7 @@ class Transformer(nn.Module):
 
     def canvas(self, latent: Tensor) -> Tensor:
         """latent (B, C, h, w) -> embedded canvas [zeros | image] (B, 2L, hidden)."""
-        batch, channels, height, width = latent.shape
-        tokens = latent.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        tokens = tokens.reshape(batch, -1, 4 * channels).to(self.img_in.weight.dtype)
+        tokens = pack(latent).to(self.img_in.weight.dtype)
         if self.constant_canvas:
             image = self.img_in(tokens)
             return torch.cat([self.img_in.bias.expand_as(image), image], dim=1)

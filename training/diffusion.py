@@ -22,7 +22,7 @@ from densegeo.models.layers import Modulation
 from densegeo.models.presets import TINY_TEXT_TOKENS, TINY_TRANSFORMER, TINY_VALID_TOKENS
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline, collapse_guidance, merge_padding
-from densegeo.models.transformer import Transformer
+from densegeo.models.transformer import Transformer, pack
 from densegeo.models.vae import VAE
 from densegeo.training.data import pictures, read_chunks
 from densegeo.training.loop import Schedule, autocast, chunks, fit
@@ -56,8 +56,9 @@ def make(seed: int, vae: VAE, width: int, height: int) -> Transformer:
             nn.init.zeros_(linear.weight)
     for linear in modulations:  # gates start slightly open
         linear.bias.data.view(-1, 3, TINY_TRANSFORMER.hidden_size)[:, 2] = 0.1
-    bound = transformer.bind(prompt(seed), width, height)
-    pipeline = Pipeline(bound, vae, prompt(seed))
+    constant = prompt(seed)
+    bound = transformer.bind(constant, width, height)
+    pipeline = Pipeline(bound, vae, constant)
     collapse_guidance(pipeline)
     merge_padding(pipeline)
     return bound
@@ -65,12 +66,7 @@ def make(seed: int, vae: VAE, width: int, height: int) -> Transformer:
 
 def target(depth: Tensor, normals: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> velocity (B, 2L, 4C): minus depth on the left, plus normals on the right."""
-    halves = []
-    for latent in (-depth, normals):
-        batch, channels, rows, columns = latent.shape
-        tokens = latent.reshape(batch, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        halves.append(tokens.reshape(batch, -1, 4 * channels))
-    return torch.cat(halves, dim=1)
+    return torch.cat([pack(-depth), pack(normals)], dim=1)
 
 
 @torch.no_grad()
