@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Architecture -> most shared memory of one block, in KiB (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
 ARCHITECTURES = tuple(SHARED_LIMIT)
-ALIGNMENT = 16  # bytes, of the pointers that a row calls aligned
+ALIGNMENT = 16  # of what a row calls aligned: bytes of a pointer, the number itself of an integer
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers Triton appends to every kernel's arguments
 CONTRACTS = "contracts.json"
 
@@ -154,7 +154,7 @@ def read_resources(cubin: bytes) -> Resources:
 
 
 def resource_table(compiled: Sequence[Compiled], architectures: Sequence[int]) -> str:
-    """Registers a thread / bytes of shared memory a block, one row a variant; "-" where bf16 does not exist."""
+    """Registers a thread / bytes of shared memory a block, one row a variant; "-" where a type does not exist."""
     cells = {
         (one.contract.name, one.contract.architecture): f"{one.resources.registers}/{one.resources.shared}"
         for one in compiled

@@ -19,9 +19,10 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One launch argument: its Triton type ("*fp32" is a pointer, "i32", "fp32") and its promised alignment in bytes.
+    """One launch argument: its Triton type ("*fp32" is a pointer, "i32", "fp32") and its promised alignment.
 
-    alignment: 0 when nothing more than the element's own size is assumed.
+    alignment: what a pointer, in bytes, or an integer (a stride, a length) is a multiple of; 0 when nothing is assumed
+    but the element's own size.
     """
 
     name: str

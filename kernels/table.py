@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from densegeo.kernels.contract import Axis
+from densegeo.kernels.gated_residual import kernel as gated_residual
+from densegeo.kernels.gelu_quantize import kernel as gelu_quantize
 from densegeo.kernels.group_norm_silu import kernel as group_norm_silu
 from densegeo.kernels.launch import WARPS
 from densegeo.kernels.layer_norm import kernel as layer_norm
@@ -20,6 +22,10 @@ from densegeo.kernels.unproject import kernel as unproject
 FLOATS = ("fp32", "bf16", "fp16")
 INPUT_STRIDES = ("batch_stride", "channel_stride", "row_stride", "column_stride")
 BOX = ("left", "top", "box_width", "box_height", "width", "height")
+NEEDS = {  # type -> first architecture with it, and what to say of earlier ones
+    "*bf16": (80, "no bf16 before sm_80"),
+    "*fp8e4nv": (89, "no fp8 before sm_89"),
+}
 MATRIX = tuple(f"m{row}{column}" for row in range(3) for column in range(3))
 
 
@@ -28,7 +34,8 @@ class Variant:
     """One kernel with its argument types and constants.
 
     name: unique, operation.types. kernel: the Triton function. types: argument -> Triton type, in launch order.
-    aligned: pointers whose address is a multiple of 16 bytes, as every CUDA allocation is.
+    aligned: pointers whose address is a multiple of 16 bytes, as every CUDA allocation is, and integers (strides,
+    lengths) that are multiples of 16, so that memory is read in whole vectors.
     """
 
     name: str
@@ -41,7 +48,10 @@ class Variant:
 
     def unsupported(self, architecture: int) -> str | None:
         """Why this architecture cannot run the variant, or None."""
-        return "no bf16 before sm_80" if architecture < 80 and "*bf16" in self.types.values() else None
+        for kind, (first, reason) in NEEDS.items():
+            if architecture < first and kind in self.types.values():
+                return reason
+        return None
 
 
 def _types(pointers: Mapping[str, str], integers: tuple[str, ...], floats: tuple[str, ...] = ()) -> dict[str, str]:
@@ -164,6 +174,38 @@ def _qk_norm_rope(kind: str, size: int = 128) -> Variant:
     )
 
 
+def _gated_residual(kind: str, gated: bool, norm: bool, hidden: int = 4096) -> Variant:
+    """hidden: rounded up to a power of two; hidden and strides are multiples of 16."""
+    strides = tuple(f"{tensor}_{axis}_stride" for tensor in ("x", "update") for axis in ("batch", "token"))
+    pointers = {
+        "x": kind,
+        "update": kind,
+        **dict.fromkeys(("gate", "weight", "bias"), "fp32"),
+        "residual": kind,
+        "normed": kind,
+    }
+    return Variant(
+        name=f"gated_residual.{'gated' if gated else 'plain'}{'_norm' if norm else ''}_{kind}",
+        kernel=gated_residual.gated_residual_kernel,
+        types=_types(pointers, ("tokens", "hidden", *strides), ("eps",)),
+        constants={"GATED": gated, "NORM": norm, "BLOCK_H": hidden},
+        grid=gated_residual.GRID,
+        aligned=(*pointers, "hidden", *strides),
+    )
+
+
+def _gelu_quantize(source: str, target: str) -> Variant:
+    strides = tuple(f"{tensor}_{axis}_stride" for tensor in ("x", "result") for axis in ("batch", "token"))
+    return Variant(
+        name=f"gelu_quantize.{source}_{target}",
+        kernel=gelu_quantize.gelu_quantize_kernel,
+        types=_types({"x": source, "result": target}, ("tokens", "features", *strides), ("inverse_scale",)),
+        constants={"LIMIT": {"fp8e4nv": 448, "i8": 127}.get(target, 0), "BLOCK_F": gelu_quantize.BLOCK_F},
+        grid=gelu_quantize.GRID,
+        aligned=("x", "result", "features", *strides),
+    )
+
+
 def _group_norm_silu(kind: str, channels: int) -> Iterator[Variant]:
     """The launches of a picture of `channels` in 32 groups; merging does not see the picture's type."""
     blocks: dict[str, int | bool] = {"BLOCK_P": group_norm_silu.rows_of(channels), "BLOCK_C": channels}
@@ -218,6 +260,11 @@ def _rows() -> Iterator[Variant]:
     for kind in FLOATS:
         yield _layer_norm(kind)
         yield _qk_norm_rope(kind)
+        for gated in (False, True):
+            for norm in (False, True):
+                yield _gated_residual(kind, gated, norm)
+        for target in (kind, "fp8e4nv", "i8") if kind != "fp32" else (kind,):
+            yield _gelu_quantize(kind, target)
         for channels in (128, 512):  # the autoencoder's narrowest and widest
             yield from _group_norm_silu(kind, channels)
 

@@ -24,6 +24,8 @@ OPERATIONS = (
     "layer_norm",
     "qk_norm_rope",
     "group_norm_silu",
+    "gated_residual",
+    "gelu_quantize",
 )
 INTERPRET = "TRITON_INTERPRET"
 
@@ -68,12 +70,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised tensors hold NaN, or 255 in bytes: a value nobody wrote shows."""
+    """Uninitialised tensors hold NaN, 255 in bytes, -128 in signed ones: a value nobody wrote shows."""
     torch = pytest.importorskip("torch")
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: Any) -> Any:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(255)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(-128 if tensor.dtype == torch.int8 else 255)
 
     monkeypatch.setattr(torch, "empty", lambda *size, **options: poison(empty(*size, **options)))
     monkeypatch.setattr(torch, "empty_like", lambda *size, **options: poison(empty_like(*size, **options)))

@@ -40,13 +40,14 @@ def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
     for architecture in (80, 90):
         names = [contract.name for contract in contracts if contract.architecture == architecture]
         assert {name.partition(".")[0] for name in names} == set(OPERATIONS)
+        assert any("fp8" in name for name in names) == (architecture >= 89)
     for contract in contracts:
         cubin = (tmp_path / f"{contract.name}.sm_{contract.architecture}.cubin").read_bytes()
         assert contract.digest == hashlib.sha256(cubin).hexdigest()
         assert contract.symbol.encode() in cubin
         arguments = {argument.name: argument for argument in contract.arguments}
         assert {axis.extent for axis in contract.grid} <= {*arguments, "batch"}
-        assert all(argument.type[0] == "*" for argument in contract.arguments if argument.alignment)
+        assert all(argument.type[0] in "*i" for argument in contract.arguments if argument.alignment)
         assert contract.hidden == ["global_scratch", "profile_scratch"]
         assert not contract.fp_fusion
 
@@ -95,3 +96,5 @@ def test_every_kernel_for_every_architecture_twice(tmp_path: Path) -> None:
     assert supported == {75, 80, 86, 87, 89, 90, 100, 110, 120}
     bf16 = {contract.architecture for contract in first if "bf16" in contract.name}
     assert bf16 == supported - {75}
+    fp8 = {contract.architecture for contract in first if "fp8" in contract.name}
+    assert fp8 == supported - {75, 80, 86, 87}

@@ -12,7 +12,7 @@ import pytest
 from tests.kernels.conftest import INTERPRET, OPERATIONS, installed, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("tests/kernels/test_kernels.py", "tests/kernels/test_network_kernels.py")
+FILES = tuple(f"tests/kernels/test_{name}kernels.py" for name in ("", "network_", "transformer_"))
 
 
 def test_imports_are_light() -> None:

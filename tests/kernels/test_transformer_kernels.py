@@ -1,0 +1,173 @@
+"""The transformer's residual and MLP kernels against their references, with the bounds of `test_kernels.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kernels.conftest import operation
+from tests.kernels.test_kernels import FLOATS, LOW, assert_as_good, error, noise
+from tests.kernels.test_network_kernels import EPS, affine, close, stored
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("poisoned")
+FP8 = torch.float8_e4m3fn
+QUANTIZED = {FP8: 448, torch.int8: 127}
+
+
+def inner(batch: int, tokens: int, features: int, **options: Any) -> Any:
+    """A part of wider tokens, as of a joint projection."""
+    return noise(batch, tokens + 2, features + 5, **options)[:, 1 : 1 + tokens, 3 : 3 + features]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("batch", "tokens", "hidden"), [(2, 3, 77), (1, 1, 1)])
+def test_gated_residual(device: str, batch: int, tokens: int, hidden: int, gated: bool) -> None:
+    kernel, reference = operation("gated_residual")
+    x, update = (inner(batch, tokens, hidden, device=device, seed=seed) for seed in (5, 6))
+    gain, offset = affine(hidden, device)
+    gate = noise(hidden, device=device, seed=7) if gated else None
+    exact, exact_normed = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS)
+    residual, normed = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS)
+    close(residual, exact)
+    close(normed, exact_normed)
+    alone = kernel.gated_residual(x, update, gate)
+    assert alone.is_contiguous()
+    assert torch.equal(alone, residual)
+    close(reference.gated_residual(x, update, gate), exact)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_gated_residual_types(device: str, dtype: Any) -> None:
+    kernel, reference = operation("gated_residual")
+    x = 20 + noise(1, 4, 96, device=device, dtype=dtype)  # a large mean
+    update = noise(1, 4, 96, device=device, dtype=dtype, seed=6)
+    gain, offset = affine(96, device)
+    gate = noise(96, device=device, seed=7)
+    plain = stored(x + gate * update, dtype, device)
+    plain_normed = stored(torch.nn.functional.layer_norm(plain.float(), (96,), gain, offset, EPS), dtype, device)
+    exact = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS)
+    actual = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS)
+    for got, ordinary, expected in zip(actual, (plain, plain_normed), exact, strict=True):
+        assert got.dtype == dtype
+        assert_as_good(got, ordinary, expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's numpy
+@pytest.mark.parametrize(("batch", "tokens", "features"), [(2, 3, 77), (1, 2, 2051)])
+def test_gelu(device: str, batch: int, tokens: int, features: int) -> None:
+    kernel, reference = operation("gelu_quantize")
+    x = 3 * inner(batch, tokens, features, device=device)
+    exact = reference.gelu_quantize(x.double(), torch.float64, 1.0, None)
+    close(kernel.gelu_quantize(x, torch.float32, 1.0, None), exact)
+    torch.testing.assert_close(exact, torch.nn.functional.gelu(x.double(), approximate="tanh"))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's numpy
+def test_gelu_of_large_values(device: str) -> None:
+    kernel, _ = operation("gelu_quantize")
+    x = torch.tensor([[[-300.0, 300.0, 0.0, torch.inf, torch.nan]]], device=device)
+    expected = torch.tensor([[[0.0, 300.0, 0.0, torch.inf, torch.nan]]], device=device)
+    torch.testing.assert_close(kernel.gelu_quantize(x, torch.float32, 1.0, None), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_gelu_types(device: str, dtype: Any) -> None:
+    kernel, reference = operation("gelu_quantize")
+    x = noise(1, 4, 300, device=device, dtype=dtype)
+    actual = kernel.gelu_quantize(x, dtype, 1.0, None)
+    assert actual.dtype == dtype
+    plain = stored(torch.nn.functional.gelu(x.float(), approximate="tanh"), dtype, device)
+    assert_as_good(actual, plain, reference.gelu_quantize(x.double(), torch.float64, 1.0, None))
+
+
+def interpretable(device: str, target: Any) -> None:
+    if device == "cpu" and target == FP8:
+        pytest.skip("Triton's interpreter rounds fp8 wrongly (no carry into the exponent, NaN becomes 384)")
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's numpy
+@pytest.mark.parametrize("target", list(QUANTIZED))
+@pytest.mark.parametrize("source", FLOATS)
+def test_quantized_gelu(device: str, source: Any, target: Any) -> None:
+    """fp8 is checked on a GPU only, and that it compiles in `test_compile.py`."""
+    interpretable(device, target)
+    kernel, reference = operation("gelu_quantize")
+    x = 3 * noise(2, 3, 300, device=device, dtype=source)
+    x[0, 0, :4] = torch.tensor([-300.0, 300.0, torch.nan, 1e-3])
+    scale = 37.5
+    actual, exact = kernel.gelu_quantize(x, target, scale, None), reference.gelu_quantize(x, target, scale, None)
+    assert actual.dtype == exact.dtype == target
+    assert float(actual[0, 0, 1]) == QUANTIZED[target]
+    assert actual[0, 0, 2].isnan() if target == FP8 else actual[0, 0, 2] == 0
+    same = actual.view(torch.uint8) == exact.view(torch.uint8)
+    assert same.float().mean() > 0.998  # float32 may fall on the other side of a tie
+    step = torch.where(same, 0, actual.double() - exact.double()).abs()
+    assert (step <= torch.maximum(exact.double().abs() / 8, torch.tensor(1.0 if target == torch.int8 else 2**-9))).all()
+
+
+@pytest.mark.parametrize("target", list(QUANTIZED))
+def test_quantized_gelu_is_gelu(target: Any) -> None:
+    """The reference: half a step from the unquantized value, ties to even, saturation."""
+    _, reference = operation("gelu_quantize")
+    x = noise(1, 5, 200, device="cpu")
+    scale = QUANTIZED[target] / 3
+    quantized = reference.gelu_quantize(x, target, scale, None).double()
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh") * scale
+    expected = expected.clamp(-QUANTIZED[target], QUANTIZED[target])
+    half_step = 0.5 if target == torch.int8 else torch.maximum(expected.abs() / 16, torch.tensor(2.0**-10))
+    assert ((quantized - expected).abs() <= half_step * (1 + 1e-9)).all()
+    large = torch.tensor([[[20.5, 21.5, 1e9, torch.nan]]])
+    result = reference.gelu_quantize(large, target, 1.0, None).double()
+    assert result[0, 0, :2].tolist() == [20.0, 22.0]  # both types' nearest, ties to even
+    assert result[0, 0, 2] == QUANTIZED[target]
+
+
+@pytest.mark.parametrize("target", [torch.float32, *QUANTIZED])
+def test_gelu_into_a_wider_buffer(device: str, target: Any) -> None:
+    interpretable(device, target)
+    kernel, _ = operation("gelu_quantize")
+    x = inner(2, 3, 50, device=device)
+    scale = 1.0 if target == torch.float32 else 30.0
+    joint = torch.zeros((2, 3, 70), dtype=torch.float32, device=device).to(target)
+    result = kernel.gelu_quantize(x, target, scale, joint[..., 20:])
+    assert result.data_ptr() == joint[..., 20:].data_ptr()
+    expected = kernel.gelu_quantize(x, target, scale, None)
+    assert torch.equal(joint[..., 20:].float(), expected.float())
+    assert not joint[..., :20].float().any()
+
+
+def test_public_names_on_a_cpu() -> None:
+    from densegeo.kernels.gated_residual import gated_residual, residual_layer_norm
+    from densegeo.kernels.gelu_quantize import gelu_quantize
+
+    x, update = noise(1, 3, 16, device="cpu"), noise(1, 3, 16, device="cpu", seed=1)
+    gain, offset = affine(16, "cpu")
+    torch.testing.assert_close(gated_residual(x, update), x + update)
+    residual, normed = residual_layer_norm(x, update, gain, gain, offset)
+    torch.testing.assert_close(residual, x + gain * update)
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(residual, (16,), gain, offset, EPS))
+    joint = torch.zeros(1, 3, 20, dtype=torch.int8)
+    assert gelu_quantize(x, inverse_scale=20.0, out=joint[..., 4:]).dtype == torch.int8
+    assert joint.any()
+    assert error(gelu_quantize(x), torch.nn.functional.gelu(x, approximate="tanh")) < 1e-6
+
+
+def test_wrappers_refuse_wrong_layouts(device: str) -> None:
+    residual, gelu = operation("gated_residual")[0], operation("gelu_quantize")[0]
+    x, gain = noise(1, 3, 8, device=device), affine(8, device)[0]
+    wrong = [
+        lambda: residual.gated_residual(noise(1, 3, 16, device=device)[..., ::2], x, None),
+        lambda: residual.gated_residual(x, x[:, :2], None),
+        lambda: residual.gated_residual(x, x.bfloat16(), None),
+        lambda: residual.gated_residual(x, x, gain.double()),
+        lambda: residual.residual_layer_norm(x, x, None, gain[:4], gain, EPS),
+        lambda: gelu.gelu_quantize(x.mT, torch.float32, 1.0, None),
+        lambda: gelu.gelu_quantize(x, torch.float32, 2.0, None),
+        lambda: gelu.gelu_quantize(x, torch.float32, 1.0, x[:, :2]),
+        lambda: gelu.gelu_quantize(x, torch.int8, 1.0, torch.empty_like(x)),
+    ]
+    for call in wrong:
+        with pytest.raises(AssertionError):
+            call()
