@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from densegeo.kernels.attention import kernel as attention
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.gated_residual import kernel as gated_residual
 from densegeo.kernels.gelu_quantize import kernel as gelu_quantize
@@ -36,6 +37,7 @@ class Variant:
     name: unique, operation.types. kernel: the Triton function. types: argument -> Triton type, in launch order.
     aligned: pointers whose address is a multiple of 16 bytes, as every CUDA allocation is, and integers (strides,
     lengths) that are multiples of 16, so that memory is read in whole vectors.
+    since: the first architecture, where it is not the types that decide, and what to say of earlier ones.
     """
 
     name: str
@@ -45,13 +47,12 @@ class Variant:
     grid: tuple[Axis, ...]
     aligned: tuple[str, ...]
     warps: int = WARPS
+    since: tuple[int, str] = (0, "")
 
     def unsupported(self, architecture: int) -> str | None:
         """Why this architecture cannot run the variant, or None."""
-        for kind, (first, reason) in NEEDS.items():
-            if architecture < first and kind in self.types.values():
-                return reason
-        return None
+        needs = [self.since, *(NEEDS[kind] for kind in self.types.values() if kind in NEEDS)]
+        return next((reason for first, reason in needs if architecture < first), None)
 
 
 def _types(pointers: Mapping[str, str], integers: tuple[str, ...], floats: tuple[str, ...] = ()) -> dict[str, str]:
@@ -206,6 +207,43 @@ def _gelu_quantize(source: str, target: str) -> Variant:
     )
 
 
+def _attention(kind: str, size: int) -> Variant:
+    """Heads of `size` features; strides are multiples of 16."""
+    element = 4 if kind == "fp32" else 2
+    strides = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "token"))
+    return Variant(
+        name=f"attention.bias{size}_{kind}",
+        kernel=attention.attention_kernel,
+        types=_types(
+            {"q": kind, "k": kind, "v": kind, "bias": "fp32", "out": kind},
+            ("heads", "queries", "keys", "biased", *strides),
+            ("scale",),
+        ),
+        constants={"SIZE": size, "BLOCK_S": size, **attention.blocks_of(element)},
+        grid=attention.grid_of(element),
+        aligned=("q", "k", "v", "bias", "out", *strides),
+        warps=attention.warps_of(element),
+        since=(80, "no attention before sm_80, where its tiles spill"),
+    )
+
+
+def _add_keys(kind: str, size: int) -> Variant:
+    strides = tuple(f"{tensor}_{axis}" for tensor in ("q", "k", "v", "out") for axis in ("batch", "head", "token"))
+    pointers = {"q": kind, "k": kind, "v": kind, "out": kind, "logsum": "fp32", "further": "i32", "bias": "fp32"}
+    return Variant(
+        name=f"attention.add{size}_{kind}",
+        kernel=attention.add_keys_kernel,
+        types=_types(
+            pointers | {"result": kind},
+            ("heads", "queries", "count", *strides, "logsum_batch", "logsum_head"),
+            ("scale",),
+        ),
+        constants={"SIZE": size, "BLOCK_S": size, "BLOCK_A": attention.BLOCK_A},
+        grid=attention.ADD_GRID,
+        aligned=(*pointers, "result", *strides),
+    )
+
+
 def _group_norm_silu(kind: str, channels: int) -> Iterator[Variant]:
     """The launches of a picture of `channels` in 32 groups; merging does not see the picture's type."""
     blocks: dict[str, int | bool] = {"BLOCK_P": group_norm_silu.rows_of(channels), "BLOCK_C": channels}
@@ -265,6 +303,9 @@ def _rows() -> Iterator[Variant]:
                 yield _gated_residual(kind, gated, norm)
         for target in (kind, "fp8e4nv", "i8") if kind != "fp32" else (kind,):
             yield _gelu_quantize(kind, target)
+        for size in (32, 128):  # a head of fe2e-tiny and of fe2e
+            yield _attention(kind, size)
+            yield _add_keys(kind, size)
         for channels in (128, 512):  # the autoencoder's narrowest and widest
             yield from _group_norm_silu(kind, channels)
 

@@ -26,6 +26,7 @@ OPERATIONS = (
     "group_norm_silu",
     "gated_residual",
     "gelu_quantize",
+    "attention",
 )
 INTERPRET = "TRITON_INTERPRET"
 

@@ -12,7 +12,9 @@ import pytest
 from tests.kernels.conftest import INTERPRET, OPERATIONS, installed, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = tuple(f"tests/kernels/test_{name}kernels.py" for name in ("", "network_", "transformer_"))
+FILES = tuple(
+    f"tests/kernels/test_{name}.py" for name in ("kernels", "network_kernels", "transformer_kernels", "attention")
+)
 
 
 def test_imports_are_light() -> None:

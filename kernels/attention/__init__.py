@@ -1,0 +1,48 @@
+"""Softmax attention in which some leading keys stand for several equal tokens (DESIGN 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from densegeo.kernels.attention.strategies import Strategy
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: Sequence[int] | None = None,
+    strategy: str = "auto",
+) -> torch.Tensor:
+    """q (B, H, Tq, S), k, v (B, H, Tk, S) -> (B, H, Tq, S): softmax(q k^T / sqrt(S) + ln(count)) v, of q's dtype.
+
+    counts: how many equal tokens each of the leading keys stands for; the keys after them, and all without it, stand
+    for themselves. strategy: a name in `strategies.STRATEGIES`, or "auto", the one that is good on q's device when
+    few keys have a count above 1; `choose` measures instead. Strides are free where a head's features are adjacent.
+
+    Raises ValueError for an unknown strategy, a count below 1, and more counts than keys.
+    """
+    from densegeo.kernels.attention.strategies import run
+
+    return run(q, k, v, counts, strategy)
+
+
+def choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: Sequence[int] | None = None,
+    runs: int = 5,
+    strategies: Mapping[str, Strategy] | None = None,
+) -> str:
+    """The name of the strategy that is fastest for these tensors on their device, by the median of `runs` runs.
+
+    strategies: default all of `strategies.STRATEGIES`. Meant for loading: a run before those compiles and allocates.
+    """
+    from densegeo.kernels.attention import strategies as table
+
+    return table.choose(q, k, v, counts, runs, table.STRATEGIES if strategies is None else strategies)

@@ -1,0 +1,249 @@
+"""Attention with a float32 bias on the leading keys, and further keys added to an attention that is done.
+
+The first is FlashAttention-2's forward pass (Dao 2023): a program keeps a run of one head's queries and walks over
+the keys with a running maximum and sum, in powers of two. The second is the merger of two partial softmaxes.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.launch import OPTIONS, assert_small
+
+LOG2E = tl.constexpr(math.log2(math.e))
+BLOCK_A = 32  # queries a program of `add_keys`
+ADD_GRID = (Axis("queries", BLOCK_A), Axis("heads"), Axis("batch"))
+
+
+def blocks_of(element: int) -> dict[str, int | bool]:
+    """Sizes of a program of `attention` for elements of so many bytes; chosen so that nothing spills."""
+    queries, keys = (128, 64) if element == 2 else (32, 32)
+    return {"BLOCK_Q": queries, "BLOCK_K": keys, "STAGES": 2}  # STAGES: steps whose keys and values are in flight
+
+
+def warps_of(element: int) -> int:
+    return 8 if element == 2 else 4
+
+
+def grid_of(element: int) -> tuple[Axis, ...]:
+    return Axis("queries", int(blocks_of(element)["BLOCK_Q"])), Axis("heads"), Axis("batch")
+
+
+@triton.jit
+def attention_kernel(
+    q,  # (batch, heads, queries, size)
+    k,  # (batch, heads, keys, size), as v
+    v,
+    bias,  # (biased,) float32, of the leading keys' logits
+    out,  # (batch, queries, heads, size), contiguous
+    heads,
+    queries,
+    keys,
+    biased,
+    q_batch,  # strides
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    scale,  # of the logits, times log2(e)
+    SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two, at least 16
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    head = tl.program_id(1)
+    picture = tl.program_id(2)
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    feature = tl.arange(0, BLOCK_S)
+    inside = feature < SIZE
+    mask = (query < queries)[:, None] & inside[None, :]
+    source = q + picture * q_batch + head * q_head
+    rows = tl.load(source + query[:, None] * q_token + feature[None, :], mask=mask, other=0.0)
+    key_source = k + picture * k_batch + head * k_head
+    value_source = v + picture * v_batch + head * v_head
+
+    peak = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    mixed = tl.zeros((BLOCK_Q, BLOCK_S), dtype=tl.float32)
+    for start in tl.range(0, keys, BLOCK_K, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_K)
+        real = (key < keys)[:, None] & inside[None, :]
+        columns = tl.load(key_source + key[:, None] * k_token + feature[None, :], mask=real, other=0.0)
+        logits = tl.dot(rows, tl.trans(columns), input_precision="ieee") * scale
+        logits += (tl.load(bias + key, mask=key < biased, other=0.0) * LOG2E)[None, :]
+        logits = tl.where((key < keys)[None, :], logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        shrink = tl.exp2(peak - higher)
+        weight = tl.exp2(logits - higher[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
+        values = tl.load(value_source + key[:, None] * v_token + feature[None, :], mask=real, other=0.0)
+        mixed = tl.dot(weight.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
+        peak = higher
+
+    mixed = mixed / total[:, None]
+    target = out + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
+    tl.store(target, mixed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_keys_kernel(
+    q,  # (batch, heads, queries, size)
+    k,  # (batch, heads, keys, size), as v
+    v,
+    out,  # (batch, heads, queries, size): attention to the keys so far
+    logsum,  # (batch, heads, queries) float32, queries adjacent: its logits' log-sum-exp
+    further,  # (count,) int32: keys to add
+    bias,  # (count,) float32: what is added to their logits
+    result,  # (batch, queries, heads, size), contiguous
+    heads,
+    queries,
+    count,
+    q_batch,  # strides
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    out_batch,
+    out_head,
+    out_token,
+    logsum_batch,
+    logsum_head,
+    scale,  # of the logits
+    SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two
+    BLOCK_A: tl.constexpr,
+):
+    head = tl.program_id(1)
+    picture = tl.program_id(2)
+    query = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    feature = tl.arange(0, BLOCK_S)
+    inside = feature < SIZE
+    mask = (query < queries)[:, None] & inside[None, :]
+    source = q + picture * q_batch + head * q_head
+    rows = tl.load(source + query[:, None] * q_token + feature[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    source = out + picture * out_batch + head * out_head
+    mixed = tl.load(source + query[:, None] * out_token + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    peak = tl.load(logsum + picture * logsum_batch + head * logsum_head + query, mask=query < queries, other=0.0)
+    total = tl.full((BLOCK_A,), 1.0, dtype=tl.float32)
+    for index in range(count):
+        key = tl.load(further + index)
+        place = picture * k_batch + head * k_head + key * k_token
+        column = tl.load(k + place + feature, mask=inside, other=0.0).to(tl.float32)
+        logit = tl.sum(rows * column[None, :], axis=1) + tl.load(bias + index)
+        higher = tl.maximum(peak, logit)
+        shrink = tl.exp(peak - higher)
+        weight = tl.exp(logit - higher)
+        place = picture * v_batch + head * v_head + key * v_token
+        value = tl.load(v + place + feature, mask=inside, other=0.0).to(tl.float32)
+        mixed = mixed * shrink[:, None] + weight[:, None] * value[None, :]
+        total = total * shrink + weight
+        peak = higher
+
+    mixed = mixed / total[:, None]
+    target = result + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
+    tl.store(target, mixed.to(result.dtype.element_ty), mask=mask)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`densegeo.kernels.attention.attention` with a bias (leading keys,), float32, on the logits."""
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    _assert_layout(q, k, v)
+    assert bias.dtype == torch.float32
+    assert bias.is_contiguous()
+    assert len(bias) <= keys
+    out = _tokens_first(q)
+    element = q.element_size()
+    attention_kernel[programs(grid_of(element), queries=queries, heads=heads, batch=batch)](
+        q,
+        k,
+        v,
+        bias,
+        out,
+        heads,
+        queries,
+        keys,
+        len(bias),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        math.log2(math.e) / math.sqrt(size),
+        SIZE=size,
+        BLOCK_S=max(16, triton.next_power_of_2(size)),
+        **blocks_of(element),
+        **(OPTIONS | {"num_warps": warps_of(element)}),
+    )
+    return out.transpose(1, 2)
+
+
+def add_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsum: torch.Tensor,
+    further: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    """Attention `out` (B, H, Tq, S), with its log-sum-exp (B, H, Tq), and the keys `further` with a bias besides."""
+    batch, heads, queries, size = q.shape
+    _assert_layout(q, k, v, out)
+    assert out.shape == q.shape
+    assert logsum.shape == q.shape[:3]
+    assert further.shape == bias.shape
+    assert logsum.dtype == bias.dtype == torch.float32
+    assert further.dtype == torch.int32
+    assert logsum.stride(2) == further.stride(0) == bias.stride(0) == 1
+    result = _tokens_first(q)
+    add_keys_kernel[programs(ADD_GRID, queries=queries, heads=heads, batch=batch)](
+        q,
+        k,
+        v,
+        out,
+        logsum,
+        further,
+        bias,
+        result,
+        heads,
+        queries,
+        len(further),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *logsum.stride()[:2],
+        size**-0.5,
+        SIZE=size,
+        BLOCK_S=triton.next_power_of_2(size),
+        BLOCK_A=BLOCK_A,
+        **OPTIONS,
+    )
+    return result.transpose(1, 2)
+
+
+def _assert_layout(q: torch.Tensor, *others: torch.Tensor) -> None:
+    for tensor in (q, *others):
+        assert tensor.shape[:2] == q.shape[:2]
+        assert tensor.shape[3] == q.shape[3]
+        assert tensor.dtype == q.dtype
+        assert tensor.stride(3) == 1
+    assert others[0].shape == others[1].shape
+    assert_small(q, *others)
+
+
+def _tokens_first(q: torch.Tensor) -> torch.Tensor:
+    """(B, Tq, H, S): joining the heads of a token then copies nothing."""
+    batch, heads, queries, size = q.shape
+    return torch.empty((batch, queries, heads, size), dtype=q.dtype, device=q.device)

@@ -1,0 +1,143 @@
+"""The ways to attend to keys that stand for several tokens: one table, and the measurement that picks a row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Counts = tuple[int, ...]  # of the leading keys
+FLASH_ARCHITECTURE = (8, 0)  # first compute capability of torch's flash kernel
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """run: (q, k, v, counts) -> (B, H, Tq, S). good: when."""
+
+    run: Callable[[Tensor, Tensor, Tensor, Counts], Tensor]
+    good: str
+
+
+def bias(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+    """ln(count) is added to the logits, in float32."""
+    logarithms = _logarithms(counts, q.device)
+    if q.is_cuda:  # torch's CUDA kernels want a mask of q's dtype, and ln(count) in bf16 is off by up to 1 %
+        from densegeo.kernels.attention.kernel import attention
+
+        return attention(q, k, v, logarithms)
+    mask = F.pad(logarithms, (0, k.shape[2] - len(counts))).to(torch.promote_types(q.dtype, torch.float32))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, None])
+
+
+def merge(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+    """Plain attention to every key once, then the count - 1 further copies of merged keys, by their log-sum-exps."""
+    out, logsum = _with_logsum(q, k, v)
+    keys, logarithms = _further(counts, q.device)
+    if q.is_cuda:
+        from densegeo.kernels.attention.kernel import add_keys
+
+        return add_keys(q, k, v, out, logsum, keys, logarithms)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) * q.shape[-1] ** -0.5) @ k[:, :, keys].to(wide).mT + logarithms
+    total = torch.logaddexp(logsum, logits.logsumexp(-1))[..., None]  # (B, H, Tq, 1)
+    further = (logits - total).exp() @ v[:, :, keys].to(wide)
+    return (out.to(wide) * (logsum[..., None] - total).exp() + further).to(q.dtype)
+
+
+def expand(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+    """Every key is repeated as often as it counts."""
+    rows = _rows(counts, k.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, k.index_select(2, rows), v.index_select(2, rows))
+
+
+STRATEGIES = {
+    "merge": Strategy(merge, "few keys count more than once: the fast plain kernel does nearly all of the work"),
+    "bias": Strategy(bias, "many keys do, or the kernel takes a float32 bias, as on a CPU"),
+    "expand": Strategy(expand, "the counts add up to few tokens, or the plain kernel is much faster than the others"),
+}
+AUTO = {"cpu": "bias", "cuda": "merge"}
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None, strategy: str) -> Tensor:
+    """See `densegeo.kernels.attention.attention`."""
+    merged = _checked(counts, k.shape[2])
+    name = AUTO[q.device.type] if strategy == "auto" else strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"Unknown attention strategy {name!r}; choose from auto, {', '.join(STRATEGIES)}.")
+    if not merged:
+        return F.scaled_dot_product_attention(q, k, v)
+    return STRATEGIES[name].run(q, k, v, merged)
+
+
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None, runs: int, strategies: Mapping[str, Strategy]
+) -> str:
+    """See `densegeo.kernels.attention.choose`."""
+    merged = _checked(counts, k.shape[2])
+    return min(strategies, key=lambda name: _seconds(lambda: strategies[name].run(q, k, v, merged), runs, q.device))
+
+
+def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
+    """Median of `runs` runs, after one that is not counted."""
+    durations = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations[1:])
+
+
+def _checked(counts: Sequence[int] | None, keys: int) -> Counts:
+    """Without trailing ones, so that nothing is left where nothing is merged."""
+    merged = list(counts or ())
+    if len(merged) > keys:
+        raise ValueError(f"{len(merged)} counts for {keys} keys.")
+    if any(count < 1 for count in merged):
+        raise ValueError(f"A key stands for at least one token: {merged}.")
+    while merged and merged[-1] == 1:
+        merged.pop()
+    return tuple(merged)
+
+
+# Small constants on the device, made once: a copy from the host at every call would stall it.
+
+
+@lru_cache(maxsize=64)
+def _logarithms(counts: Counts, device: torch.device) -> Tensor:
+    """ln(count), float32 (counts,)."""
+    return torch.tensor(counts, dtype=torch.float64).log().float().to(device)
+
+
+@lru_cache(maxsize=64)
+def _further(counts: Counts, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the keys that count more than once: index, int32, and ln(count - 1), float32."""
+    keys = [key for key, count in enumerate(counts) if count > 1]
+    copies = torch.tensor([counts[key] - 1 for key in keys], dtype=torch.float64)
+    return torch.tensor(keys, dtype=torch.int32, device=device), copies.log().float().to(device)
+
+
+@lru_cache(maxsize=64)
+def _rows(counts: Counts, keys: int, device: torch.device) -> Tensor:
+    """Every key's index as often as it counts."""
+    repeats = torch.tensor([*counts, *[1] * (keys - len(counts))])
+    return torch.arange(keys).repeat_interleave(repeats).to(device)
+
+
+def _with_logsum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain attention and the logits' log-sum-exp, float32 (B, H, Tq)."""
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        out, logsum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+    elif q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= FLASH_ARCHITECTURE:
+        out, logsum = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    else:
+        out, logsum = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    return out, logsum[..., : q.shape[2]]  # some kernels pad it
