@@ -29,8 +29,10 @@ class Extra(NamedTuple):
 EXTRAS = (
     Extra("cpu", ("onnxruntime",), "run bundles on a CPU"),
     Extra("gpu", ("onnxruntime-gpu", "cuda-core", "cuda-bindings"), "run bundles on an NVIDIA GPU"),
+    Extra("openvino", ("openvino",), "run bundles on a CPU, bf16 ones too"),
     Extra("export", ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "huggingface_hub"), "build bundles"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
+    Extra("kernels", ("triton",), "compile the GPU kernels"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
 )
 
@@ -74,7 +76,7 @@ def examine() -> Report:
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
         memory_available_bytes=available,
-        backends=_backends(bool(gpus)),
+        backends=[*_onnxruntime(bool(gpus)), _openvino()],
         gpus=gpus,
         gpu_note=gpu_note,
         missing=_missing(),
@@ -90,14 +92,14 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _backends(has_gpu: bool) -> list[Backend]:
-    """What can run a bundle here: each ONNX Runtime provider is asked of the library itself, not assumed."""
+def _onnxruntime(has_gpu: bool) -> list[Backend]:
+    """What ONNX Runtime can run a bundle on: each ONNX Runtime provider is asked of the library itself, not assumed."""
     installed = version("onnxruntime") or version("onnxruntime-gpu")
     if installed is None or find_spec("onnxruntime") is None:
         detail = 'not installed: pip install "densegeo[cpu]", or "densegeo[gpu]"'
         return [Backend("onnxruntime", None, "no", detail)]
     try:
-        import onnxruntime  # the one backend of this version; it loads in a fraction of a second
+        import onnxruntime  # it loads in a fraction of a second
 
         providers = list(onnxruntime.get_available_providers())
     except Exception as error:  # a broken installation is a finding, not a failure
@@ -112,6 +114,15 @@ def _backends(has_gpu: bool) -> list[Backend]:
         detail = "provider and GPU are there, but densegeo was never run on a GPU: `densegeo verify BUNDLE` tells"
         backends.append(Backend("onnxruntime cuda", installed, "untried", detail))
     return backends
+
+
+def _openvino() -> Backend:
+    """OpenVINO for CPUs, looked up and not imported: its import sends a usage report."""
+    installed = version("openvino")
+    if installed is None or find_spec("openvino") is None:
+        return Backend("openvino cpu", None, "no", 'not installed: pip install "densegeo[openvino]"')
+    detail = "not tried here: `densegeo verify BUNDLE --backend openvino` tells"
+    return Backend("openvino cpu", installed, "untried", detail)
 
 
 def _gpus() -> tuple[list[str], str]:

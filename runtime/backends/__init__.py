@@ -51,20 +51,34 @@ BACKENDS = (
         "onnxruntime",
         "pip install densegeo[cpu] (or densegeo[gpu] for CUDA; never both)",
     ),
+    BackendRow(
+        "openvino",
+        "densegeo.runtime.backends.openvino_cpu",
+        "openvino",
+        "pip install densegeo[openvino]",
+    ),
 )
 
 
 def open_backend(name: str, directory: Path, manifest: Manifest, device: str) -> Backend:
-    """Make the backend `name` for a bundle; "auto" takes the table's first available one.
+    """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
-    Raises ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle.
+    Raises ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle ("auto":
+    when none can; the message names every reason).
     """
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
+    reasons = []
     for row in rows:
-        if row.available():
+        if not row.available():
+            reasons.append(f"{row.name}: not installed; {row.install}")
+            continue
+        try:
             backend: Backend = import_module(row.module).open_backend(directory, manifest, device)
             return backend
-    hints = "; ".join(f"{row.name}: {row.install}" for row in rows)
-    raise BackendError(f"No backend is installed that can run this bundle. Install one: {hints}.")
+        except BackendError as error:
+            if name != "auto":
+                raise
+            reasons.append(f"{row.name}: {error}")
+    raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))

@@ -282,7 +282,7 @@ def test_a_graph_that_differs_from_the_manifest(new_bundle: Callable[..., Path],
 
 def test_bf16_on_the_cpu_provider(new_bundle: Callable[..., Path]) -> None:
     with pytest.raises(BackendError, match=r"no bf16.*--precision fp32"):
-        Estimator(new_bundle(precision="bf16"), device="cpu")
+        Estimator(new_bundle(precision="bf16"), backend="onnxruntime", device="cpu")
 
 
 def test_cuda_without_its_provider() -> None:

@@ -1,0 +1,211 @@
+"""The OpenVINO backend: the bundle's own precision, results in the right hands, and typed errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from densegeo.errors import BackendError, BundleError, ConfigError
+from densegeo.runtime import Estimator
+from densegeo.runtime import backends as table
+from densegeo.runtime.backends import BackendRow, open_backend, openvino_cpu
+from densegeo.runtime.bundle import Bucket, read_manifest
+from densegeo.runtime.verify import replay, within
+from tests.toy_bundle import write_toy_bundle
+
+if find_spec("openvino") is None:  # looked up: importing it here would send its usage report
+    pytest.skip("openvino is not installed", allow_module_level=True)
+
+NewBundle = Callable[..., Path]
+
+
+def seeded(bucket: Bucket, seed: int = 0) -> np.ndarray:
+    shape = bucket.encoder.inputs[0].shape
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles of the smallest real networks, by precision."""
+    pytest.importorskip("torch")
+    from densegeo.export.build import build_bundle
+    from tests.export import test_build
+
+    folder = tmp_path_factory.mktemp("openvino")
+    checkpoint = test_build.checkpoint.__wrapped__(folder)
+    return {
+        precision: build_bundle(test_build.options(checkpoint, folder / precision, precision=precision))
+        for precision in ("fp32", "bf16")
+    }
+
+
+def test_the_toy_bundle_gives_its_stored_outputs(tmp_path: Path) -> None:
+    checks = replay(write_toy_bundle(tmp_path / "toy"), backend="openvino")
+    assert all(check.error < 1e-6 for check in checks), checks
+
+
+def test_a_float32_bundle_is_not_lowered(built: dict[str, Path]) -> None:
+    """OpenVINO's own default is bf16 wherever the CPU has it."""
+    checks = replay(built["fp32"], backend="openvino", device="cpu")
+    assert all(check.bound <= 1e-5 and within(check) for check in checks), checks
+
+
+def test_a_bf16_bundle_is_within_its_bound(built: dict[str, Path]) -> None:
+    checks = replay(built["bf16"], backend="openvino", device="cpu")
+    assert all(check.bound < 0.1 and within(check) for check in checks), checks
+
+
+def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
+    with Estimator(built["bf16"], backend="openvino") as estimator:
+        bucket = estimator.manifest.buckets[0]
+        backend = estimator._backend
+        model = backend._model(bucket, "transformer")
+        has_bf16 = "BF16" in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    executed = [
+        {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
+        for node in model.get_runtime_model().get_ops()
+    ]
+
+    def precisions(kind: str) -> set[str]:
+        return {node["runtimePrecision"] for node in executed if node["layerType"] == kind}
+
+    assert precisions("MVN") == precisions("RMS") == precisions("Softmax") == {"f32"}
+    assert precisions("FullyConnected") == {"bf16" if has_bf16 else "f32"}
+
+
+def test_auto_runs_a_bf16_bundle_on_a_cpu(built: dict[str, Path]) -> None:
+    with Estimator(built["bf16"], device="cpu") as estimator:
+        assert (estimator.backend, estimator.device) == ("openvino", "cpu")
+
+
+def test_outputs_are_float32_whatever_the_graph_says(new_bundle: NewBundle) -> None:
+    directory = new_bundle()
+    manifest = read_manifest(directory)
+    bucket = manifest.buckets[0]
+    exact = open_backend("openvino", directory, manifest, "cpu").run(bucket, "encoder", seeded(bucket))
+    path = directory / bucket.encoder.file
+    model = onnx.load(path)
+    model.graph.node[-1].output[0] = "wide"
+    model.graph.node.append(helper.make_node("Cast", ["wide"], ["output"], to=TensorProto.BFLOAT16))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.BFLOAT16
+    onnx.save(model, path)
+    rounded = open_backend("openvino", directory, manifest, "cpu").run(bucket, "encoder", seeded(bucket))
+    assert rounded.dtype == exact.dtype == np.float32
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8)
+
+
+def test_threads_get_their_own_results(new_bundle: NewBundle, run_in_threads: Callable[..., list[object]]) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (40 + 9 * i, 70 - 9 * i, 3), dtype=np.uint8) for i in range(4)]
+    directory = new_bundle(sizes=((64, 48), (48, 64)))  # the second bucket is compiled by whichever thread needs it
+    serial = Estimator(directory, backend="openvino").batch(images)
+    shared = Estimator(directory, backend="openvino")
+    runs = run_in_threads(lambda index: [shared(images[(index + i) % 4]) for i in range(40)], 4)
+    for index, results in enumerate(runs):
+        assert isinstance(results, list), results
+        for i, result in enumerate(results):
+            np.testing.assert_array_equal(result.prediction, serial[(index + i) % 4].prediction)
+            np.testing.assert_array_equal(result.normals, serial[(index + i) % 4].normals)
+
+
+def test_results_outlive_later_calls_and_the_backend(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    bucket = manifest.buckets[0]
+    backend = open_backend("openvino", bundle, manifest, "cpu")
+    first = backend.run(bucket, "encoder", seeded(bucket, 1))
+    kept = first.copy()
+    backend.run(bucket, "encoder", seeded(bucket, 2))
+    backend.close()
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_devices(bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r'backend="onnxruntime".*densegeo\[gpu\]'):
+        Estimator(bundle, backend="openvino", device="cuda:0")
+    for device in ("tpu", "cpu:1", "GPU"):
+        with pytest.raises(ConfigError, match="device must be"):
+            Estimator(bundle, backend="openvino", device=device)
+
+
+def test_a_missing_graph(new_bundle: NewBundle) -> None:
+    directory = new_bundle()
+    manifest = read_manifest(directory)
+    (directory / "decoder_64x48.onnx").unlink()
+    with pytest.raises(BundleError, match="decoder_64x48"):
+        open_backend("openvino", directory, manifest, "cpu")
+
+
+def test_an_unreadable_graph(new_bundle: NewBundle) -> None:
+    directory = new_bundle()
+    path = directory / "encoder_64x48.onnx"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(BackendError, match="OpenVINO cannot load"):
+        Estimator(directory, backend="openvino", check_digests=False)
+
+
+def test_misuse(new_bundle: NewBundle) -> None:
+    directory = new_bundle()
+    manifest = read_manifest(directory)
+    bucket = manifest.buckets[0]
+    backend = open_backend("openvino", directory, manifest, "cpu")
+    with pytest.raises(BackendError, match=r"shape \[1, 3, 48, 64\], not \[1, 3, 8, 8\]"):
+        backend.run(bucket, "encoder", np.zeros((1, 3, 8, 8), np.float32))
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.run(bucket, "encoder", seeded(bucket))
+
+
+def test_a_graph_that_differs_from_the_manifest(new_bundle: NewBundle) -> None:
+    directory = new_bundle()
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"name": "input"', '"name": "other"'))
+    manifest = read_manifest(directory)
+    bucket = manifest.buckets[0]
+    with pytest.raises(BackendError, match="failed in encoder_64x48"):
+        open_backend("openvino", directory, manifest, "cpu").run(bucket, "encoder", seeded(bucket))
+
+
+def test_a_broken_installation(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError(f"{name}.so: undefined symbol")
+
+    monkeypatch.setattr(openvino_cpu, "import_module", broken)
+    with pytest.raises(BackendError, match=r"undefined symbol.*densegeo\[openvino\]"):
+        Estimator(bundle, backend="openvino")
+
+
+def test_auto_names_every_reason(new_bundle: NewBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    rows = {row.name: row for row in table.BACKENDS}
+    absent = BackendRow("openvino", rows["openvino"].module, "a_library_nobody_has", rows["openvino"].install)
+    monkeypatch.setattr(table, "BACKENDS", (rows["onnxruntime"], absent))
+    with pytest.raises(BackendError, match=r"onnxruntime: .*no bf16[^$]*openvino: .*densegeo\[openvino\]"):
+        Estimator(new_bundle(precision="bf16"), device="cpu")
+
+
+RUN = """
+import sys
+import numpy as np
+from densegeo.runtime import Estimator
+with Estimator(sys.argv[1], backend="openvino") as estimator:
+    estimator(np.full((50, 60, 3), 0.3, np.float32))
+print("\\n".join(sys.modules))
+"""
+
+
+def test_a_fresh_process_needs_no_torch_and_reports_to_nobody(bundle: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RUN, str(bundle)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    roots = {name.partition(".")[0] for name in done.stdout.splitlines()}
+    assert "openvino" in roots
+    assert roots.isdisjoint(
+        {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors", "openvino_telemetry"}
+    )
