@@ -61,13 +61,12 @@ STRATEGIES = {
     "bias": Strategy(bias, "many keys do, or the kernel takes a float32 bias, as on a CPU"),
     "expand": Strategy(expand, "the counts add up to few tokens, or the plain kernel is much faster than the others"),
 }
-AUTO = {"cpu": "bias", "cuda": "merge"}
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None, strategy: str) -> Tensor:
     """See `densegeo.kernels.attention.attention`."""
     merged = _checked(counts, k.shape[2])
-    name = AUTO[q.device.type] if strategy == "auto" else strategy
+    name = ("merge" if q.is_cuda else "bias") if strategy == "auto" else strategy
     if name not in STRATEGIES:
         raise ValueError(f"Unknown attention strategy {name!r}; choose from auto, {', '.join(STRATEGIES)}.")
     if not merged:
