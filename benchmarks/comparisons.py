@@ -43,11 +43,6 @@ class Comparison:
         return self.speedup["median"] >= self.target
 
 
-def relative(ours: Tensor, wanted: Tensor) -> float:
-    """Relative L2 error."""
-    return float((ours - wanted).norm() / wanted.norm())
-
-
 def geometry_errors(decoded: Tensor, wanted: Tensor) -> dict[str, float]:
     """RMS error of the log-depth prediction and mean angle of the normals, of decoded (2, 3, H, W) tensors."""
     depth = (reference.prediction(decoded) - reference.prediction(wanted)).square().mean().sqrt()
@@ -107,13 +102,13 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
     """Folded transformer against the authors' (batch of two, whole connector), both eager, at equal precision."""
     out = []
     for name, ours, theirs in (("fp32", c.folded, c.exact), (low, c.low, c.authors)):
-        error = relative(reference.transform(ours, c.latent), c.velocity)
+        error = reference.relative(reference.transform(ours, c.latent), c.velocity)
         errors = {"ours": error}
         if name == "fp32":
             if not error <= EXACT:
                 raise Wrong(f"the folded transformer differs by {error:.1e} in float32, {EXACT:.0e} is allowed")
         else:
-            errors["baseline"] = relative(theirs.transform(c.latent), c.velocity)
+            errors["baseline"] = reference.relative(theirs.transform(c.latent), c.velocity)
             _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the folded transformer")
         calls: dict[str, Callable[[], object]] = {
             "baseline": lambda theirs=theirs: theirs.transform(c.latent),  # type: ignore[misc]
@@ -182,8 +177,8 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)
     transformer = compile_(c.low.transformer)
-    error = relative(transformer_output(transformer, c.latent), c.velocity)
-    errors = {"ours": error, "baseline": relative(theirs.transform(c.latent), c.velocity)}
+    error = reference.relative(transformer_output(transformer, c.latent), c.velocity)
+    errors = {"ours": error, "baseline": reference.relative(theirs.transform(c.latent), c.velocity)}
     _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the compiled transformer")
     calls: dict[str, Callable[[], object]] = {
         "baseline": lambda: theirs.transform(c.latent),

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from densegeo.benchmarks.comparisons import EXACT, Wrong, relative
+from densegeo.benchmarks.comparisons import EXACT, Wrong
 from densegeo.benchmarks.timing import flops, interleaved, summary
 from densegeo.models import precision, reference, rewrites
 from densegeo.models.rewrites import NAMES, Pipeline
@@ -82,7 +82,7 @@ def price(plain: Pipeline, latent: Tensor, low: str, runs: int, say: Callable[[s
             run = _runner(pipeline, stage, latent)
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
             wanted = outputs[0] if wanted is None else wanted
-            error = relative(outputs[0], wanted)
+            error = reference.relative(outputs[0], wanted)
             if not error <= EXACT:
                 raise Wrong(
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"

@@ -41,6 +41,8 @@ def print_manifest(bundle: Path, manifest: Manifest) -> None:
     files = _table("files", "file", "bytes", "sha256")
     for name, file in sorted(manifest.files.items()):
         files.add_row(escape(name), amount(file.bytes, "B"), file.sha256[:16])
+    if manifest.kernels:
+        console.print("", _kernels(manifest), sep="\n")
     sources = _table("built from", "role", "path", "bytes", "sha256")
     for source in manifest.sources:
         sources.add_row(source.role, escape(source.path), amount(source.bytes, "B"), source.sha256[:16])
@@ -58,6 +60,8 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
         "weights": manifest.weights_note or "from the files below",
         "depth": f"{decode.depth_kind}, latent scale {decode.latent_scale:g}, shift {decode.latent_shift:g}",
         "rewrites": ", ".join(manifest.rewrites) or "none",
+        "on a device": f"recorded: {', '.join(manifest.capture.inside)}; for every image: "
+        f"{', '.join([*manifest.capture.before, *manifest.capture.after])}",
         "compiled for": ", ".join(manifest.target_architectures) or "nothing in particular (plain graphs)",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
     }
@@ -77,6 +81,16 @@ def _graphs(manifest: Manifest) -> Table:
     return table
 
 
+def _kernels(manifest: Manifest) -> Table:
+    table = _table("GPU kernels", "kernel", "architectures", "launch", "arguments")
+    for name in dict.fromkeys(contract.name for contract in manifest.kernels):
+        rows = [contract for contract in manifest.kernels if contract.name == name]
+        architectures = ", ".join(f"sm_{row.architecture}" for row in rows)
+        launch = f"{32 * rows[0].warps} threads, {max(row.shared for row in rows)} B shared"
+        table.add_row(name, architectures, launch, str(len(rows[0].arguments)))
+    return table
+
+
 def bucket_name(bucket: Bucket) -> str:
     """`1024x768`."""
     return f"{bucket.width}x{bucket.height}"
@@ -92,7 +106,7 @@ def amount(value: float, unit: str = "") -> str:
 
 def _table(title: str | None, *columns: str) -> Table:
     numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound"}
-    folding = {"", "file", "path", "compared with", "output"}
+    folding = {"", "file", "path", "compared with", "output", "architectures"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in numeric else "left"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 import densegeo
 from densegeo.errors import BundleError, ConfigError, ResourceError
 from densegeo.export import checks, sources
+from densegeo.export.cubins import check_architectures, write_cubins
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.export.plan import check_resources, existing_parent, make_plan
@@ -27,9 +28,11 @@ from densegeo.export.ranges import RangeRecorder
 from densegeo.models import rewrites
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.precision import DTYPES, cast
-from densegeo.models.presets import preset, write_random_checkpoint
+from densegeo.models.presets import preset
+from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import (
+    CAPTURE,
     MANIFEST,
     SCHEMA_VERSION,
     STAGES,
@@ -38,6 +41,7 @@ from densegeo.runtime.bundle import (
     Decode,
     FileDigest,
     Manifest,
+    Networks,
     Source,
     Verification,
     check_files,
@@ -47,6 +51,7 @@ from densegeo.runtime.bundle import (
 )
 
 BACKENDS = ("onnxruntime",)
+PROMPT_FILE = "prompt.safetensors"
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +65,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "onnxruntime"
     without: tuple[str, ...] = ()  # rewrites to leave out
     allow_unexpected: bool = False
+    architectures: tuple[int, ...] = ()  # GPU architectures to compile kernels for: 89 is sm_89
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
@@ -69,6 +75,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.backend not in BACKENDS:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
         rewrites.select(self.without)
+        check_architectures(self.architectures)
         sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
         for width, height in sizes:
             if width % 16 or height % 16 or min(width, height) < 32:
@@ -79,16 +86,20 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, sizes=sizes)
 
 
-@contextmanager
-def open_files(options: BuildOptions) -> Iterator[tuple[Files, dict[str, str]]]:
-    """The model's files; a generated model's are written to a temporary directory first."""
-    if not preset(options.model).generated or options.given.checkpoint or options.given.dit:
-        yield sources.resolve(options.given)
-        return
-    with tempfile.TemporaryDirectory(prefix="densegeo-") as directory:
-        write_random_checkpoint(Path(directory))
-        files, _ = sources.resolve(sources.Given(checkpoint=directory, no_lora=True))
-        yield files, {role: f"generated, seed 0: {getattr(files, role).name}" for role in ("dit", "vae", "prompt")}
+def carried_weights(options: BuildOptions) -> Path | None:
+    """The directory of the weights that come with the code, unless the user named others."""
+    given = options.given
+    return None if given.checkpoint or given.dit else preset(options.model).weights
+
+
+def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
+    """The model's files and where each came from. Raises CheckpointError; see `sources.resolve`."""
+    directory = carried_weights(options)
+    if directory is None:
+        return sources.resolve(options.given)
+    given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
+    files, origins = sources.resolve(given)
+    return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 
 
 def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
@@ -98,26 +109,24 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     """
     options = options.validated()
     console = console or Console(quiet=True)
-    with open_files(options) as (files, origins):
-        applied = rewrites.select(options.without)
-        plan = make_plan(
-            files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected
+    files, origins = find_files(options)
+    applied = rewrites.select(options.without)
+    plan = make_plan(files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected)
+    with _progress(console) as progress:
+        size = sum(path.stat().st_size for path in _paths(files))
+        task = progress.add_task("reading inputs", total=size, unit="")
+        inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
+    key = build_key(options, inputs)
+    if _is_current(options.output, key):
+        console.print(
+            f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
         )
-        with _progress(console) as progress:
-            size = sum(path.stat().st_size for path in _paths(files))
-            task = progress.add_task("reading inputs", total=size, unit="")
-            inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
-        key = build_key(options, inputs)
-        if _is_current(options.output, key):
-            console.print(
-                f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
-            )
-            return options.output
-        check_resources(plan, options.output)
-        with _staging(options.output) as staging, _progress(console) as progress:
-            manifest = _build_into(staging, options, files, inputs, key, progress)
-            write_manifest(staging, manifest)
-            _publish(staging, options.output)
+        return options.output
+    check_resources(plan, options.output)
+    with _staging(options.output) as staging, _progress(console) as progress:
+        manifest = _build_into(staging, options, files, inputs, key, progress)
+        write_manifest(staging, manifest)
+        _publish(staging, options.output)
     _report(manifest, options.output, console)
     return options.output
 
@@ -132,7 +141,7 @@ def _build_into(
 ) -> Manifest:
     applied = rewrites.select(options.without)
     low_precision = options.precision != "fp32"
-    steps = progress.add_task("loading", total=3 + 7 * len(options.sizes))
+    steps = progress.add_task("loading", total=3 + 7 * len(options.sizes) + bool(options.architectures))
 
     def step(what: str) -> None:
         progress.update(steps, description=what, advance=1)
@@ -146,7 +155,7 @@ def _build_into(
     for width, height in options.sizes:
         name = f"{width}x{height}"
         step(f"reference {name}")
-        pipeline.transformer.set_size(width, height, len(pipeline.prompt.mask))
+        pipeline.transformer.resize(width, height)
         references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height))
         if low_precision:
             errors = checks.low_precision_errors(pipeline, options.precision, references[name])
@@ -154,14 +163,13 @@ def _build_into(
         else:
             bounds[name] = dict.fromkeys(references[name], checks.FLOAT32_BOUND)
     pipeline.transformer.guidance = original_guidance
-    pipeline.transformer.set_size(*first, len(pipeline.prompt.mask))
+    pipeline.transformer.resize(*first)
 
     step("rewriting")
     rewrites.apply(pipeline, applied)
     if options.precision == "fp16":
         _check_fp16(pipeline, references[f"{first[0]}x{first[1]}"])
     cast(pipeline, options.precision)
-    text_tokens = pipeline.transformer.rope_cos.shape[0] - pipeline.transformer.image_tokens
     modules = {
         "encoder": pipeline.vae.encoder,
         "transformer": pipeline.transformer,
@@ -177,7 +185,7 @@ def _build_into(
     measured: list[Check] = []
     for width, height in options.sizes:
         name = f"{width}x{height}"
-        resize(pipeline, width, height, text_tokens)
+        pipeline.transformer.resize(width, height)
         latent = (config.z_channels, height // 8, width // 8)
         examples = {
             "encoder": ("rgb", "latent", torch.zeros(1, 3, height, width)),
@@ -198,35 +206,34 @@ def _build_into(
         buckets.append(bucket)
     step("writing")
     checks.write_inputs(staging, references)
-    names = sorted(path.name for path in staging.iterdir())
+    write_prompt(pipeline.prompt, staging / PROMPT_FILE)
+    contracts = []
+    if options.architectures:
+        step("compiling kernels")
+        contracts = write_cubins(staging, options.architectures)
+    names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=options.model,
         precision=options.precision,
-        weights_note=preset(options.model).weights_note if preset(options.model).generated else "",
+        weights_note=preset(options.model).weights_note if carried_weights(options) else "",
         buckets=buckets,
         decode=decode,
+        networks=Networks(
+            msgspec.to_builtins(pipeline.transformer.config), msgspec.to_builtins(pipeline.vae.config), PROMPT_FILE
+        ),
         rewrites=[rewrite.name for rewrite in applied],
         files={n: FileDigest((staging / n).stat().st_size, sha256_file(staging / n)) for n in names},
         sources=inputs,
         build_key=key,
         versions=versions(),
-        target_architectures=[],
+        target_architectures=[f"sm_{number}" for number in options.architectures],
+        kernels=contracts,
+        capture=CAPTURE,
         verification=Verification(
             checks.INPUTS_FILE, max(bound for by_output in bounds.values() for bound in by_output.values()), measured
         ),
     )
-
-
-def resize(pipeline: Pipeline, width: int, height: int, text_tokens: int) -> None:
-    """Move a rewritten pipeline to another image size: RoPE tables and the merged keys' bias."""
-    transformer = pipeline.transformer
-    before = transformer.image_tokens
-    transformer.set_size(width, height, text_tokens)
-    if transformer.key_bias is not None:
-        text_bias = transformer.key_bias[..., : transformer.key_bias.shape[-1] - before]
-        image_bias = torch.zeros(1, 1, 1, transformer.image_tokens)
-        transformer.key_bias = torch.cat([text_bias, image_bias], dim=-1)
 
 
 def _check_fp16(pipeline: Pipeline, wanted: checks.Outputs) -> None:
@@ -251,11 +258,19 @@ def build_key(options: BuildOptions, inputs: list[Source]) -> str:
     """Digest of everything the bundle depends on: input digests, options, versions, and the builder's own code."""
     code = hashlib.sha256()
     root = Path(densegeo.__file__).parent
-    for path in [*sorted((root / "models").rglob("*.py")), *sorted((root / "export").rglob("*.py"))]:
-        code.update(path.read_bytes())
+    for folder in ("models", "export", "kernels") if options.architectures else ("models", "export"):
+        for path in sorted((root / folder).rglob("*.py")):
+            code.update(path.read_bytes())
     facts = {
         "schema": SCHEMA_VERSION,
-        "options": [options.model, options.sizes, options.precision, options.backend, sorted(options.without)],
+        "options": [
+            options.model,
+            options.sizes,
+            options.precision,
+            options.backend,
+            sorted(options.without),
+            options.architectures,
+        ],
         "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
         "versions": versions(),
         "code": code.hexdigest(),
@@ -293,8 +308,8 @@ def _staging(output: Path) -> Iterator[Path]:
 def _publish(staging: Path, output: Path) -> None:
     """Put the finished directory in place by renaming; an older bundle there is replaced."""
     staging.chmod(0o755)
-    for path in staging.iterdir():
-        path.chmod(0o644)
+    for path in staging.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     if output.exists():
         old = staging.with_name(staging.name + "-old")
         output.rename(old)
@@ -331,5 +346,7 @@ def _report(manifest: Manifest, output: Path, console: Console) -> None:
         console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
     if manifest.precision == "bf16":
         console.print(
-            "[yellow]ONNX Runtime's CPU provider cannot run bf16: this bundle needs a GPU.[/yellow]", soft_wrap=True
+            "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo[openvino] or densegeo[torch] "
+            "runs this bundle.[/yellow]",
+            soft_wrap=True,
         )

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, open_files
+from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files
 from densegeo.export.plan import (
     GIB,
     Plan,
@@ -62,6 +62,12 @@ def build(
     no_rewrite: Annotated[
         Optional[list[str]], typer.Option("--no-rewrite", help=f"Leave one out (repeatable): {', '.join(NAMES)}.")  # noqa: UP045
     ] = None,
+    gpu_arch: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(
+            "--gpu-arch", help="Compile the GPU kernels too, for this architecture: 89 is sm_89 (repeatable)."
+        ),
+    ] = None,
     no_lora: Annotated[bool, typer.Option("--no-lora", help="Build without the FE2E LoRA.")] = False,
     allow_unexpected: Annotated[
         bool, typer.Option("--allow-unexpected", help="Ignore tensors the model does not know.")
@@ -78,6 +84,7 @@ def build(
         backend=backend,
         without=tuple(no_rewrite or ()),
         allow_unexpected=allow_unexpected,
+        architectures=tuple(dict.fromkeys(gpu_arch or ())),
     ).validated()
     console = Console()
     if dry_run:
@@ -89,18 +96,16 @@ def build(
 def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
     rewrites = select(options.without)
-    with open_files(options) as (files, origins):
-        plan = make_plan(
-            files, list(options.sizes), options.precision, rewrites, allow_unexpected=options.allow_unexpected
-        )
-        _print_files(plan, origins, console)
-        _print_plan(plan, options, console)
-        if plan.problems:
-            hint = ""
-            if any(report.unexpected for report in plan.reports) and not options.allow_unexpected:
-                hint = "\nIf the unexpected tensors are known to be harmless, pass --allow-unexpected."
-            raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
-        check_resources(plan, options.output)
+    files, origins = find_files(options)
+    plan = make_plan(files, list(options.sizes), options.precision, rewrites, allow_unexpected=options.allow_unexpected)
+    _print_files(plan, origins, console)
+    _print_plan(plan, options, console)
+    if plan.problems:
+        hint = ""
+        if any(report.unexpected for report in plan.reports) and not options.allow_unexpected:
+            hint = "\nIf the unexpected tensors are known to be harmless, pass --allow-unexpected."
+        raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
+    check_resources(plan, options.output)
     console.print("The build can start.")
 
 

@@ -170,6 +170,7 @@ def main() -> int:
     """The command: compiles, optionally writes NAME.sm_N.cubin files and contracts.json, prints the table."""
     parser = argparse.ArgumentParser(prog="python -m densegeo.kernels.compile", description=main.__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", help="for example 80 90; default: all")
+    parser.add_argument("--operations", nargs="+", help="for example split normals; default: all")
     parser.add_argument("--output", type=Path, help="write binaries and contracts into this folder")
     options = parser.parse_args()
     try:
@@ -180,7 +181,7 @@ def main() -> int:
         unknown = sorted(set(architectures) - set(ARCHITECTURES))
         if unknown:
             raise KernelError(f"Unknown architectures {unknown}; choose from {', '.join(map(str, ARCHITECTURES))}.")
-        compiled = compile_kernels(architectures=architectures)
+        compiled = compile_kernels(_of(options.operations, VARIANTS), architectures)
         if options.output:
             _write(compiled, options.output)
     except KernelError as error:
@@ -194,11 +195,19 @@ def main() -> int:
     return 0
 
 
+def _of(operations: Sequence[str] | None, variants: Sequence[Variant]) -> Sequence[Variant]:
+    """The rows of these operations, or all; raises KernelError for one that has none."""
+    known = {variant.name.partition(".")[0] for variant in variants}
+    if unknown := sorted(set(operations or ()) - known):
+        raise KernelError(f"Unknown operations {', '.join(unknown)}; choose from {', '.join(sorted(known))}.")
+    return [variant for variant in variants if not operations or variant.name.partition(".")[0] in operations]
+
+
 def _write(compiled: Iterable[Compiled], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     contracts = []
     for one in compiled:
-        (folder / f"{one.contract.name}.sm_{one.contract.architecture}.cubin").write_bytes(one.cubin)
+        (folder / one.contract.file).write_bytes(one.cubin)
         contracts.append(one.contract)
     (folder / CONTRACTS).write_bytes(msgspec.json.format(msgspec.json.encode(contracts)))
 

@@ -51,6 +51,11 @@ class LaunchContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     triton: str  # version that compiled it
     digest: str
 
+    @property
+    def file(self) -> str:
+        """The binary's file name."""
+        return f"{self.name}.sm_{self.architecture}.cubin"
+
 
 def programs(axes: Sequence[Axis], **extents: int) -> tuple[int, ...]:
     """The launch grid for these extents."""

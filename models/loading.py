@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from densegeo.errors import CheckpointError
+from densegeo.models import rewrites
 from densegeo.models.checkpoint import Entry, load_weights, read_entries
 from densegeo.models.config import (
     TransformerConfig,
@@ -19,7 +22,7 @@ from densegeo.models.config import (
     vae_config,
 )
 from densegeo.models.prompt import Prompt, load_prompt
-from densegeo.models.rewrites import Pipeline
+from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 
@@ -76,6 +79,38 @@ def load_pipeline(
     load_weights(skeleton.transformer, files.dit, lora=files.lora, allow_unexpected=allow_unexpected, progress=progress)
     load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected, progress=progress)
     return Pipeline(skeleton.transformer.bind(prompt, width, height), skeleton.vae, prompt).eval()
+
+
+def load_rewritten(
+    configs: tuple[TransformerConfig, VAEConfig],
+    prompt: Prompt,
+    applied: Iterable[Rewrite],
+    files: Mapping[str, Path],
+    size: tuple[int, int],
+    device: str = "cpu",
+) -> Pipeline:
+    """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
+
+    The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
+    their places. files: "encoder", "transformer" and "decoder". size: (width, height).
+    Raises CheckpointError when files and modules differ.
+    """
+    with torch.device("meta"):
+        transformer, vae = Transformer(configs[0]), VAE(configs[1])
+    transformer.bind(prompt, *size)
+    inputs = {name: getattr(transformer, name) for name in ("prompt_embeds", "prompt_mask", "timestep")}
+    for name, tensor in inputs.items():
+        setattr(transformer, name, tensor.to("meta"))
+    pipeline = rewrites.apply(Pipeline(transformer, vae, prompt), applied)
+    for name, tensor in inputs.items():
+        setattr(transformer, name, tensor)
+    for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
+        try:
+            module.load_state_dict(load_file(files[stage], device=device), assign=True)
+        except (RuntimeError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{files[stage]} does not hold this {stage}'s weights: {error}") from error
+        module.to(device)  # tables that are computed and not stored
+    return pipeline.eval()
 
 
 def checked_prompt(path: Path, config: TransformerConfig) -> Prompt:

@@ -32,23 +32,24 @@ AUTHORS_FILES = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A model by name. `sizes`: default buckets (width, height)."""
+    """A model by name. `sizes`: default buckets (width, height). `weights`: where its files lie, if with the code."""
 
     name: str
     sizes: tuple[tuple[int, int], ...]
-    generated: bool  # its checkpoint is made from a seed instead of given
-    weights_note: str = ""
+    weights: Path | None = None
+    weights_note: str = ""  # what to know of these weights
 
 
 PRESETS = {
     row.name: row
     for row in (
-        Preset("fe2e", ((1024, 768),), generated=False),
+        Preset("fe2e", ((1024, 768),)),
         Preset(
             "fe2e-tiny",
             ((256, 192),),
-            generated=True,
-            weights_note="These weights are random (seeded), not trained: the picture is not meaningful yet.",
+            weights=Path(__file__).parent / "weights" / "fe2e-tiny",
+            weights_note="A small model trained on synthetic scenes alone: good for trying things out, "
+            "no match for the full one.",
         ),
     )
 }

@@ -81,3 +81,10 @@ def load_prompt(path: Path) -> Prompt:
     if mask.ndim == 2 and mask.shape[0] == 1:
         mask = mask[0]
     return Prompt(np.ascontiguousarray(embeds, dtype=np.float32), mask != 0)
+
+
+def write_prompt(prompt: Prompt, path: Path) -> None:
+    """Write a prompt to a `.safetensors` file that `load_prompt` reads."""
+    from safetensors.numpy import save_file
+
+    save_file({"embeds": prompt.embeds, "masks": prompt.mask.astype(np.uint8)}, path)

@@ -48,3 +48,8 @@ def normals(decoded: Tensor) -> Tensor:
     """decoded (2, 3, H, W) -> unit normals (3, H, W) in the network's axes (left, up, back)."""
     clamped = decoded[1].clamp(-1, 1)
     return F.normalize(clamped, dim=0, eps=1e-9)
+
+
+def relative(ours: Tensor, wanted: Tensor) -> float:
+    """Relative L2 error of a tensor."""
+    return float((ours - wanted).norm() / wanted.norm())

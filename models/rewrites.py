@@ -122,11 +122,10 @@ def fold_constants(pipeline: Pipeline) -> None:
 def trim_last_block(pipeline: Pipeline) -> None:
     """After the last attention only image tokens are needed: text is projected to keys and values alone."""
     model = pipeline.transformer
-    text_tokens = model.rope_cos.shape[0] - model.image_tokens
     if model.single_blocks:
         last = model.single_blocks[-1]
         assert isinstance(last, SingleBlock)
-        model.single_blocks[-1] = TrimmedSingleBlock(last, text_tokens)
+        model.single_blocks[-1] = TrimmedSingleBlock(last, model.text_tokens)
 
 
 def batch_decoder(pipeline: Pipeline) -> None:

@@ -182,6 +182,19 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens that enter the blocks: fewer than the prompt has once its padding is merged."""
+        return self.rope_cos.shape[0] - self.image_tokens
+
+    def resize(self, width: int, height: int) -> None:
+        """Move a bound, perhaps rewritten transformer to another image size: RoPE tables and the merged keys' bias."""
+        text = self.text_tokens
+        self.set_size(width, height, text)
+        if self.key_bias is not None:
+            image = self.key_bias.new_zeros(1, 1, 1, self.image_tokens)
+            self.key_bias = torch.cat([self.key_bias[..., :text], image], dim=-1)
+
     def conditioning(self) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
         batch = 1 if self.guidance is None else 2
@@ -263,15 +276,20 @@ class TrimmedSingleBlock(nn.Module):
         rows = [*range(hidden), *range(3 * hidden, weight.shape[0])]
         self.query_mlp = _linear(weight[rows], bias[rows])
 
-    def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
-        (branch,) = self.modulation(vec)
-        normed, image, (cos, sin) = branch.norm(x), x[:, self.text_tokens :], rope
-        query, mlp = self.query_mlp(normed[:, self.text_tokens :]).split([self.hidden, self.mlp_hidden], dim=-1)
+    def project(self, normed: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Joint tokens -> image queries, joint keys (both rotated) and values, and the image tokens' MLP features."""
+        image, (cos, sin) = normed[:, self.text_tokens :], rope
+        query, mlp = self.query_mlp(image).split([self.hidden, self.mlp_hidden], dim=-1)
         k, v = (heads_first(part, self.heads) for part in self.key_value(normed).chunk(2, dim=-1))
         q, k = self.norm(heads_first(query, self.heads), k)
-        q = rotate(q, cos[self.text_tokens :], sin[self.text_tokens :])
-        mixed = attention(q, rotate(k, cos, sin), v, key_bias)
-        return branch.add(image, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1)))
+        return rotate(q, cos[self.text_tokens :], sin[self.text_tokens :]), rotate(k, cos, sin), v, mlp
+
+    def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
+        (branch,) = self.modulation(vec)
+        q, k, v, mlp = self.project(branch.norm(x), rope)
+        mixed = attention(q, k, v, key_bias)
+        update = self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
+        return branch.add(x[:, self.text_tokens :], update)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

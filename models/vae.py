@@ -17,6 +17,10 @@ class Norm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, EPS)
 
+    def silu(self, x: Tensor) -> Tensor:
+        """The norm and SiLU."""
+        return F.silu(self(x))
+
 
 class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -29,8 +33,8 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1.silu(x))
+        h = self.conv2(self.norm2.silu(h))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -165,7 +169,7 @@ class Encoder(nn.Module):
         x = self.conv_in(rgb.to(self.conv_in.weight.dtype))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out.silu(self.mid(x)))
 
     def forward(self, rgb: Tensor) -> Tensor:
         return self.scale * (self.moments(rgb)[:, : self.z_channels].float() - self.shift)
@@ -191,7 +195,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latent.to(self.conv_in.weight.dtype)))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x.to(self.norm_out.weight.dtype)))).float()
+        return self.conv_out(self.norm_out.silu(x.to(self.norm_out.weight.dtype))).float()
 
 
 class VAE(nn.Module):

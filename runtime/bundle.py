@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
+from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "transformer", "decoder"]
@@ -68,6 +69,30 @@ class Decode(Record, frozen=True):
     normal_sign: int  # normal latent = normal_sign * right half
 
 
+class Networks(Record, frozen=True):
+    """What the torch backend makes the modules from that the weight files belong to."""
+
+    transformer: dict[str, Any]  # fields of models.config.TransformerConfig
+    vae: dict[str, Any]  # fields of models.config.VAEConfig
+    prompt: str  # file with the prompt's embedding
+
+
+class Capture(Record, frozen=True):
+    """What a device backend records in one graph a bucket, and what it launches anew for every image around that.
+
+    The launches around take the source's size as arguments, so a camera of another resolution needs no new recording.
+    """
+
+    inside: list[str]  # stages and kernels, in order
+    before: list[str]
+    after: list[str]
+
+
+CAPTURE = Capture(
+    inside=["encoder", "transformer", "split", "decoder"], before=["preprocess"], after=["log_dequantize", "normals"]
+)
+
+
 class FileDigest(Record, frozen=True):
     bytes: int
     sha256: str
@@ -105,12 +130,15 @@ class Manifest(Record, frozen=True):
     weights_note: str  # empty, or a plain sentence such as "random weights: the picture is not meaningful"
     buckets: list[Bucket]
     decode: Decode
+    networks: Networks | None  # None: the graphs alone
     rewrites: list[str]  # applied, in order
     files: dict[str, FileDigest]  # every file of the bundle but the manifest
     sources: list[Source]
     build_key: str  # digest of all inputs and options: equal keys need no rebuild
     versions: dict[str, str]  # of the builder and the libraries it used
     target_architectures: list[str]  # GPU architectures of compiled parts; empty for plain ONNX
+    kernels: list[LaunchContract]  # one a binary in `kernels/`
+    capture: Capture
     verification: Verification
 
 

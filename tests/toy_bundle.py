@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from densegeo.runtime.bundle import (
+    CAPTURE,
     SCHEMA_VERSION,
     Bucket,
     Check,
@@ -83,12 +84,15 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
         weights_note="random weights",
         buckets=[bucket],
         decode=Decode("log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1),
+        networks=None,
         rewrites=["guidance"],
         files={},
         sources=[Source(role="dit", path="toy.safetensors", bytes=1, sha256="0" * 64)],
         build_key="0" * 64,
         versions={"densegeo": "0"},
         target_architectures=[],
+        kernels=[],
+        capture=CAPTURE,
         verification=Verification(inputs="verification.safetensors", replay_bound=1e-4, checks=checks),
     )
     write_manifest(directory, manifest)

@@ -1,7 +1,7 @@
 """`preprocess` in one pass: a program makes a tile of the result from taps_x * taps_y source pixels each.
 
 Two separable passes would read fewer taps when shrinking a lot, but need a float buffer of the source's height and a
-second launch; at 4K -> 1024x768 (8x6 taps) the one pass stays far below a percent of the network's time.
+second launch. 4K -> 1024x768 takes 8x6 taps; `benchmarks/gpu_check.py` times it, which was not done yet.
 """
 
 import torch

@@ -44,13 +44,17 @@ SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=
 CONFIG = '{"axes_dim": [2, 8, 6]}'
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A directory with the authors' file names, smaller than any real model."""
-    directory = tmp_path / "checkpoint"
+    directory = folder / "checkpoint"
     write_random_checkpoint(directory, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=1)
     (directory / "config.json").write_text(CONFIG)
     return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path)
 
 
 def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:

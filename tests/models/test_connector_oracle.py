@@ -150,10 +150,6 @@ PROMPTS = {  # name -> text tokens that stay when equal padding is merged
 }
 
 
-def relative(ours: Tensor, wanted: Tensor) -> float:
-    return float((ours.double() - wanted).norm() / wanted.norm())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", PROMPTS)
 def test_connector_equals_the_second_implementation(name: str) -> None:
@@ -163,10 +159,10 @@ def test_connector_equals_the_second_implementation(name: str) -> None:
     tokens, pooled = plain_connector(weights, prompt.embeds, prompt.mask, HEADS)
     ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     assert tokens.std() > 0.05
-    assert relative(ours[0], tokens) <= BOUND
-    assert relative(our_pooled[0], pooled) <= BOUND
+    assert reference.relative(ours[0], tokens) <= BOUND
+    assert reference.relative(our_pooled[0], pooled) <= BOUND
     for row in range(TOKENS):  # a wrong row must not drown among right ones
-        assert relative(ours[0, row], tokens[row]) <= BOUND
+        assert reference.relative(ours[0, row], tokens[row]) <= BOUND
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -178,7 +174,7 @@ def test_merging_padding_is_exact_for_the_whole_transformer(name: str, on: tuple
     wanted = reference.transform(plain, latent)
     assert wanted.std() > 0.05
     merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in rewrites.REWRITES if rewrite.name in on])
-    assert relative(reference.transform(merged, latent), wanted.double()) <= BOUND
+    assert reference.relative(reference.transform(merged, latent), wanted.double()) <= BOUND
     text, _ = merged.transformer.conditioning()
     assert text.shape[1] == PROMPTS[name]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from densegeo.benchmarks.baseline import make_baseline
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
@@ -70,11 +69,6 @@ CASES = (
 )
 
 
-def relative(ours: Tensor, wanted: Tensor) -> float:
-    assert ours.shape == wanted.shape
-    return float((ours - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_diffusers(case: Case) -> None:
     transformer, vae = case.configs()
@@ -93,16 +87,16 @@ def test_agrees_with_diffusers(case: Case) -> None:
     for applied in ((), rewrites.REWRITES):
         ours = rewrites.apply(copy.deepcopy(plain), applied)
         our_latent = reference.encode(ours, rgb)
-        assert relative(our_latent, latent) <= BOUND
+        assert reference.relative(our_latent, latent) <= BOUND
         our_velocity = reference.transform(ours, our_latent)
-        assert relative(our_velocity, velocity) <= BOUND
+        assert reference.relative(our_velocity, velocity) <= BOUND
         our_decoded = reference.decode(ours, reference.split(our_velocity, height, width))
-        assert relative(our_decoded, decoded) <= BOUND
+        assert reference.relative(our_decoded, decoded) <= BOUND
         # What DESIGN calls p and the unit normals, spelled out.
         clamped = decoded.clamp(-1, 1)
-        assert relative(reference.prediction(our_decoded), (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
+        assert reference.relative(reference.prediction(our_decoded), (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
         length = clamped[1].square().sum(0).sqrt().clamp(min=1e-9)
-        assert relative(reference.normals(our_decoded), clamped[1] / length) <= BOUND
+        assert reference.relative(reference.normals(our_decoded), clamped[1] / length) <= BOUND
 
 
 def test_architecture_is_read_from_the_shapes() -> None:
@@ -129,9 +123,9 @@ def test_oracle_notices_a_small_mistake(stage: str) -> None:
         velocity = oracle.transform(latent)
         for block in pipeline.transformer.double_blocks:
             block.img_mlp[1].approximate = "none"  # type: ignore[union-attr, index]
-        assert relative(reference.transform(pipeline, latent), velocity) > BOUND
+        assert reference.relative(reference.transform(pipeline, latent), velocity) > BOUND
     else:
         for module in pipeline.vae.encoder.modules():
             if isinstance(module, torch.nn.GroupNorm):
                 module.eps = 1e-4
-        assert relative(reference.encode(pipeline, rgb), latent) > BOUND
+        assert reference.relative(reference.encode(pipeline, rgb), latent) > BOUND

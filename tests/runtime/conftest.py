@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from densegeo.runtime.bundle import (
+    CAPTURE,
     SCHEMA_VERSION,
     Bucket,
     Decode,
@@ -120,16 +121,22 @@ def make_bundle(
         weights_note="",
         buckets=buckets,
         decode=DECODE,
+        networks=None,
         rewrites=[],
         files=files,
         sources=[],
         build_key="",
         versions={},
         target_architectures=[],
+        kernels=[],
+        capture=CAPTURE,
         verification=Verification(inputs="", replay_bound=1e-4, checks=[]),
     )
     write_manifest(directory, manifest)
     return directory
+
+
+BUILT_SIZES = ((48, 32), (64, 32))
 
 
 @pytest.fixture
@@ -175,3 +182,26 @@ def run_in_threads() -> Callable[[Callable[[int], object], int], list[object]]:
         return results
 
     return run
+
+
+@pytest.fixture(scope="session")
+def built_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of `built`."""
+    pytest.importorskip("torch")
+    from tests.export.test_build import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
+def built(built_checkpoint: Path) -> dict[str, Path]:
+    """Bundles of the smallest real networks at two sizes, by precision."""
+    from densegeo.export.build import build_bundle
+    from tests.export.test_build import options
+
+    return {
+        precision: build_bundle(
+            options(built_checkpoint, built_checkpoint.parent / precision, precision=precision, sizes=BUILT_SIZES)
+        )
+        for precision in ("fp32", "bf16")
+    }

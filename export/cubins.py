@@ -1,0 +1,50 @@
+"""GPU kernels of the runtime, compiled ahead of time into a bundle: binaries, and how each is launched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from densegeo.errors import ConfigError, KernelError
+from densegeo.kernels.compile import ARCHITECTURES, CONTRACTS
+from densegeo.kernels.contract import LaunchContract
+
+FOLDER = "kernels"
+# What a runtime without torch launches around the networks; the kernels within them belong to the torch backend.
+OPERATIONS = ("preprocess", "split", "log_dequantize", "normals", "unproject")
+TIMEOUT_S = 1800
+
+
+def check_architectures(architectures: Sequence[int]) -> None:
+    """Raises ConfigError for an architecture that no kernel is compiled for."""
+    if unknown := sorted(set(architectures) - set(ARCHITECTURES)):
+        raise ConfigError(
+            f"no kernel can be compiled for {', '.join(f'sm_{number}' for number in unknown)}; "
+            f"there are {', '.join(map(str, ARCHITECTURES))}"
+        )
+
+
+def write_cubins(directory: Path, architectures: Sequence[int]) -> list[LaunchContract]:
+    """Compile into `directory`/kernels and return every binary's contract. Raises KernelError.
+
+    In a process of its own: a compiler's crash is then an error, and Triton's settings stay out of this one.
+    """
+    folder = directory / FOLDER
+    command = [sys.executable, "-m", "densegeo.kernels.compile", "--output", str(folder)]
+    command += ["--architectures", *map(str, architectures), "--operations", *OPERATIONS]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"compiling the kernels took longer than {TIMEOUT_S} s") from None
+    if done.returncode:
+        raise KernelError(f"the kernels cannot be compiled: {done.stderr.strip()[-2000:] or f'exit {done.returncode}'}")
+    path = folder / CONTRACTS
+    contracts = msgspec.json.decode(path.read_bytes(), type=list[LaunchContract])
+    path.unlink()  # the manifest holds them
+    return contracts

@@ -1,0 +1,53 @@
+"""Kernels compiled into a bundle: the files, their contracts and digests, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from densegeo.errors import ConfigError, KernelError
+from densegeo.export import cubins
+from densegeo.export.build import build_bundle
+from densegeo.runtime.bundle import check_files, read_manifest
+from tests.export.test_build import leftovers, options
+
+pytest.importorskip("triton")
+
+
+def test_a_bundle_holds_its_kernels(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cubins, "OPERATIONS", ("split", "normals"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiler
+    bundle = build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(75, 90)))
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    assert manifest.target_architectures == ["sm_75", "sm_90"]
+    names = {contract.name for contract in manifest.kernels}
+    assert {"split.bf16_bf16", "normals.fp32"} <= names
+    assert {name.partition(".")[0] for name in names} == {"split", "normals"}
+    assert "split.bf16_bf16" not in {c.name for c in manifest.kernels if c.architecture == 75}  # sm_75 has no bf16
+    for contract in manifest.kernels:
+        assert contract.architecture in (75, 90)
+        data = (bundle / "kernels" / contract.file).read_bytes()
+        assert data[:4] == b"\x7fELF"
+        assert hashlib.sha256(data).hexdigest() == contract.digest
+        assert manifest.files[f"kernels/{contract.file}"].sha256 == contract.digest
+        assert contract.symbol.encode() in data
+    assert {path.name for path in (bundle / "kernels").iterdir()} == {c.file for c in manifest.kernels}
+
+
+def test_an_unknown_architecture_is_refused_before_anything_is_done(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sm_42; there are 75, 80"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(90, 42)))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_compiler_that_fails_leaves_no_bundle(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cubins, "OPERATIONS", ("split", "nonsense"))
+    with pytest.raises(KernelError, match="Unknown operations nonsense"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(90,)))
+    assert not (tmp_path / "bundle").exists()
+    assert leftovers(tmp_path) == []
