@@ -21,7 +21,10 @@ Loss = Callable[[NDArray[np.int64], int], dict[str, Tensor]]  # batch of indices
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a linear warm-up and a cosine decay to zero over `steps`."""
+    """Linear warm-up and a cosine decay to zero over `steps`.
+
+    AdamW, or with `muon` Muon for matrices (Jordan et al. 2024), its step as large as AdamW's (arXiv 2502.16982).
+    """
 
     steps: int
     batch: int
@@ -30,6 +33,8 @@ class Schedule:
     decay: float = 0.01  # weight decay, of matrices and kernels
     averaging: float = 0.998  # of the exponential moving average that is kept
     every: int = 250  # steps between checkpoints
+    muon: bool = False
+    end: int | None = None  # stop here, before the rate is zero: another stage follows
 
     def rate_at(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -68,32 +73,28 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.ckpt"
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": schedule.decay}, {"params": others, "weight_decay": 0.0}],
-        lr=schedule.rate,
-        betas=(0.9, 0.98),
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at)
+    optimizers = make_optimizers(module, schedule)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at) for optimizer in optimizers]
     average, start, history = Average(module, schedule.averaging), 0, []
     if file.exists():
         saved = torch.load(file, weights_only=True)
         module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
+        for part, states in ((optimizers, saved["optimizers"]), (schedulers, saved["schedulers"])):
+            for one, state in zip(part, states, strict=True):
+                one.load_state_dict(state)
         average.values, start, history = saved["average"], saved["step"], saved["history"]
-    end = min(schedule.steps, until or schedule.steps)
+    end = min(schedule.end or schedule.steps, until or schedule.steps)
     names: list[str] = []
     with _bar() as progress:
         task = progress.add_task(name, total=end, completed=start)
         for step, indices in zip(range(start, end), batches(count, schedule.batch, seed, start), strict=False):
             terms = loss(indices, step)
-            optimizer.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             terms["loss"].backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
             average.update(module, step)
             names = list(terms)
             history.append([float(value.detach()) for value in terms.values()])
@@ -105,8 +106,8 @@ def fit(
             if (step + 1) % schedule.every == 0 or step + 1 == end:
                 state = {
                     "module": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "average": average.values,
                     "step": step + 1,
                     "history": history,
@@ -115,6 +116,22 @@ def fit(
                 os.replace(file.with_suffix(".tmp"), file)
                 _curve(name, names, np.array(history), folder)
     return average.values
+
+
+def make_optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that share out a module's parameters; vectors are not decayed."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    groups: list[dict[str, object]] = [{"params": others, "weight_decay": 0.0}]
+    if not schedule.muon:
+        groups.insert(0, {"params": matrices, "weight_decay": schedule.decay})
+    adam = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
+    if not schedule.muon:
+        return [adam]
+    return [
+        adam,
+        torch.optim.Muon(matrices, lr=schedule.rate, weight_decay=schedule.decay, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def _bar() -> Progress:

@@ -24,10 +24,13 @@ def run(folder: Path, output: Path, views: int, until: int | None, compiled: boo
     chunk = read_chunks(files)
     vae = autoencoder.train(chunk, folder, seed=SEED, device=device, until=until)
     console.print("autoencoder, errors on its training views:", autoencoder.validate(vae, chunk))
+    weights = diffusion.readout(vae, chunk)
     del chunk
     files = render_chunks(folder / "views", SEED, "train", views, SIZE)
     latents = diffusion.encode(vae, files, folder / "latents", device)
-    transformer = diffusion.train(vae, latents, folder, seed=SEED, device=device, compiled=compiled, until=until)
+    transformer = diffusion.train(
+        vae, latents, folder, weights=weights, seed=SEED, device=device, compiled=compiled, until=until
+    )
     for file in publish.write(transformer, vae, diffusion.prompt(SEED), output):
         console.print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB)")
 
@@ -46,7 +49,7 @@ def main(
 ) -> None:
     """Render scenes, train the autoencoder, encode the scenes, train the transformer, write the weights.
 
-    About two hours on two CPU cores, minutes on a GPU. Run it again to resume.
+    About two and a half hours on two CPU cores, minutes on a GPU. Run it again to resume.
     """
     guarded(lambda: run(folder, output, views, until, compiled, torch.device(device)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from densegeo.models import reference
 from densegeo.models.layers import attention
 from densegeo.models.loading import Files, load_pipeline
-from densegeo.models.presets import TINY_TRANSFORMER
+from densegeo.models.presets import AUTHORS_FILES, PRESETS, TINY_TRANSFORMER
 from densegeo.training import autoencoder, diffusion, publish
-from densegeo.training.data import Chunk
-from densegeo.training.loop import Schedule, fit
+from densegeo.training.data import Chunk, pictures
+from densegeo.training.loop import Schedule, fit, make_optimizers
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,9 +45,10 @@ def test_attention_is_the_same_with_gradients(biased: bool) -> None:
     torch.testing.assert_close(trained.detach(), plain, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_was_cut_off_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_that_was_cut_off_ends_where_an_uninterrupted_one_does(tmp_path: Path, muon: bool) -> None:
     data = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    schedule = Schedule(steps=8, batch=4, rate=0.1, warmup=2, every=3)
+    schedule = Schedule(steps=8, batch=4, rate=0.1, warmup=2, every=3, muon=muon)
 
     def train(folder: str, *stops: int | None) -> dict[str, Tensor]:
         averaged = {}
@@ -95,7 +98,16 @@ def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     short = Schedule(steps=2, batch=2, rate=1e-3, warmup=1)
     vae = autoencoder.train(chunk, tmp_path, seed=0, device=device, schedules=(short, short))
     latents = torch.randn(3, 4, 16, 24, 32)
-    transformer = diffusion.train(vae, latents, tmp_path, seed=0, device=device, compiled=False, schedule=short)
+    transformer = diffusion.train(
+        vae,
+        latents,
+        tmp_path,
+        weights=torch.randn(16),
+        seed=0,
+        device=device,
+        compiled=False,
+        schedules=(short, dataclasses.replace(short, muon=True)),
+    )
     prompt = diffusion.prompt(0)
     dit, autoencoder_file, prompt_file = publish.write(transformer, vae, prompt, tmp_path / "out")
     pipeline = load_pipeline(Files(dit, autoencoder_file, prompt_file), 256, 192)
@@ -106,6 +118,45 @@ def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     with torch.no_grad():
         expected, got = transformer(latents[0, :1]), reference.transform(pipeline, latents[0, :1])
     assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_carried_weights_are_small_and_load() -> None:
+    directory = PRESETS["fe2e-tiny"].weights
+    assert directory is not None
+    assert sum(path.stat().st_size for path in directory.iterdir()) <= 12e6
+    paths = [directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")]
+    for path in paths[:2]:
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+    pipeline = load_pipeline(Files(*paths), 256, 192)
+    assert pipeline.transformer.config == TINY_TRANSFORMER
+    assert pipeline.vae.config == autoencoder.make(0).config
+    assert "@" not in (directory / "README.md").read_text()  # every figure of the card is filled in
+
+
+def test_the_readout_finds_the_depth_in_latents() -> None:
+    vae = autoencoder.make(0).eval().requires_grad_(False)
+    chunk = random_chunk()
+    smooth = np.cumsum(np.cumsum(np.random.default_rng(1).normal(0, 1, (4, 192, 256)), 1), 2)
+    chunk = dataclasses.replace(chunk, depth=(smooth / abs(smooth).max()).astype(np.float16))
+    weights = diffusion.readout(vae, chunk)
+    assert weights.shape == (16,)
+    depth = pictures(chunk, np.arange(4))[1]
+    read = (vae.encoder(depth) * weights[:, None, None]).sum(1)
+    blocks = torch.nn.functional.avg_pool2d(depth[:, 0], 8)
+    residual = (read - read.mean()) - (blocks - blocks.mean())
+    # least squares: no other combination of the same channels does better, and random features tell much already
+    assert residual.var() < 0.2 * blocks.var()
+    other = (vae.encoder(depth) * (weights + 0.1 * torch.randn(16))[:, None, None]).sum(1)
+    assert ((other - other.mean()) - (blocks - blocks.mean())).var() > residual.var()
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_every_parameter_has_one_optimizer(muon: bool) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizers = make_optimizers(module, Schedule(steps=1, batch=1, rate=0.1, muon=muon))
+    found = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in module.parameters())
+    assert len(optimizers) == 1 + muon
 
 
 def test_latents_get_unit_deviation_and_pictures_stay_the_same() -> None:
