@@ -30,6 +30,7 @@ EXTRAS = (
     Extra("cpu", ("onnxruntime",), "run bundles on a CPU"),
     Extra("gpu", ("onnxruntime-gpu", "cuda-core", "cuda-bindings"), "run bundles on an NVIDIA GPU"),
     Extra("openvino", ("openvino",), "run bundles on a CPU, bf16 ones too"),
+    Extra("torch", ("torch", "safetensors"), "run bundles with torch, bf16 ones too"),
     Extra("export", ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "huggingface_hub"), "build bundles"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
     Extra("kernels", ("triton",), "compile the GPU kernels"),
@@ -76,7 +77,7 @@ def examine() -> Report:
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
         memory_available_bytes=available,
-        backends=[*_onnxruntime(bool(gpus)), _openvino()],
+        backends=[*_onnxruntime(bool(gpus)), _looked_up("openvino cpu", "openvino"), _looked_up("torch", "torch")],
         gpus=gpus,
         gpu_note=gpu_note,
         missing=_missing(),
@@ -116,13 +117,13 @@ def _onnxruntime(has_gpu: bool) -> list[Backend]:
     return backends
 
 
-def _openvino() -> Backend:
-    """OpenVINO for CPUs, looked up and not imported: its import sends a usage report."""
-    installed = version("openvino")
-    if installed is None or find_spec("openvino") is None:
-        return Backend("openvino cpu", None, "no", 'not installed: pip install "densegeo[openvino]"')
-    detail = "not tried here: `densegeo verify BUNDLE --backend openvino` tells"
-    return Backend("openvino cpu", installed, "untried", detail)
+def _looked_up(name: str, distribution: str) -> Backend:
+    """A backend that is not imported here: torch is slow to import, and importing OpenVINO sends a usage report."""
+    installed = version(distribution)
+    if installed is None or find_spec(distribution) is None:
+        return Backend(name, None, "no", f'not installed: pip install "densegeo[{distribution}]"')
+    detail = f"not tried here: `densegeo verify BUNDLE --backend {distribution}` tells"
+    return Backend(name, installed, "untried", detail)
 
 
 def _gpus() -> tuple[list[str], str]:

@@ -1,11 +1,14 @@
-"""The micro-batcher behind `Estimator.submit`: one queue, one worker thread, one future a request.
+"""The micro-batcher behind `Estimator.submit`: one queue, one worker thread a lane, one future a request.
+
+A lane runs one request at a time. One is enough where the backend computes on the host; on a device a second one copies
+and launches while the first waits, so that the copies of one image overlap the networks of another.
 
 Every accepted request ends exactly once: its result, a typed error, or its cancellation. A request belongs to the
 queue, then to the batch being run; whoever takes it out of there, under the one lock, is the only one to end it.
 
 A Python thread cannot be killed. When the backend does not return within `timeout_s`, a watchdog thread ends all
-requests with `BackendTimeoutError` and refuses new ones; the stuck worker is left alone (it is a daemon thread, so it
-does not keep the process alive) and what it may still return is thrown away.
+requests with `BackendTimeoutError` and refuses new ones; stuck workers are left alone (they are daemon threads, so they
+do not keep the process alive) and what they may still return is thrown away.
 """
 
 from __future__ import annotations
@@ -35,16 +38,18 @@ EXIT_WAIT_S = 5.0  # how long an interpreter's exit waits for a request that is 
 @dataclass(frozen=True)
 class BatchOptions:
     """max_batch: requests a batch; max_wait_ms: how long the oldest waits for company; max_queue: requests that may
-    wait; timeout_s: longest time the backend may take for one request, None for no limit. Raises ConfigError.
+    wait; timeout_s: longest time the backend may take for one request, None for no limit; lanes: worker threads.
+    Raises ConfigError.
     """
 
     max_batch: int = 8
     max_wait_ms: float = 0.0
     max_queue: int = 64
     timeout_s: float | None = None
+    lanes: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("max_batch", self.max_batch), ("max_queue", self.max_queue)):
+        for name, value in (("max_batch", self.max_batch), ("max_queue", self.max_queue), ("lanes", self.lanes)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
         if not 0 <= self.max_wait_ms < math.inf:
@@ -62,9 +67,10 @@ class Request(Generic[T, R]):
 
 
 class Batcher(Generic[T, R]):
-    """Runs `run(payload)` for submitted payloads in one worker thread, which starts here.
+    """Runs `run(payload)` for submitted payloads in worker threads, which start here.
 
-    clock: seconds, for deadlines and timeouts. Close it: an open batcher keeps its thread.
+    Requests are started in order; with several lanes they may end out of it.
+    clock: seconds, for deadlines and timeouts. Close it: an open batcher keeps its threads.
     """
 
     def __init__(
@@ -79,14 +85,17 @@ class Batcher(Generic[T, R]):
             options.max_queue, options.max_batch, options.max_wait_ms / 1e3
         )
         self._lock = threading.Lock()  # guards all that follows; no user code runs under it
-        self._work = threading.Condition(self._lock)  # wakes the worker
+        self._work = threading.Condition(self._lock)  # wakes a worker
         self._room = threading.Condition(self._lock)  # wakes submitters that wait for room
         self._ended = threading.Condition(self._lock)  # wakes `close` and the watchdog
         self._batch: deque[Entry[Request[T, R]]] = deque()  # taken from the queue, not started
-        self._current: Entry[Request[T, R]] | None = None  # with the backend,
-        self._started = 0.0  # since then
+        self._running: dict[int, tuple[Entry[Request[T, R]], float]] = {}  # by lane: with the backend, since when
         self._state: Literal["open", "closing", "ended", "hung"] = "open"
-        self._threads = [threading.Thread(target=self._work_loop, name="densegeo-batcher", daemon=True)]
+        self._lanes = options.lanes  # whose workers have not ended
+        self._threads = [
+            threading.Thread(target=self._work_loop, args=(lane,), name=f"densegeo-batcher-{lane}", daemon=True)
+            for lane in range(options.lanes)
+        ]
         if self._timeout is not None:
             self._threads.append(
                 threading.Thread(target=self._watch_loop, args=(self._timeout,), name="densegeo-watchdog", daemon=True)
@@ -129,7 +138,7 @@ class Batcher(Generic[T, R]):
             if self._state == "open":
                 self._state = "closing"
             left = [] if drain else self._take_waiting()
-            self._work.notify()
+            self._work.notify_all()
             self._room.notify_all()
         self._fail(left, partial(ShutdownError, "The estimator was closed before this request was run."))
         if threading.current_thread() in self._threads:
@@ -143,76 +152,92 @@ class Batcher(Generic[T, R]):
         _OPEN.discard(self)
         return True
 
-    def _work_loop(self) -> None:
+    def _work_loop(self, lane: int) -> None:
+        failed = True
         try:
-            while self._next_batch():
-                self._run_batch()
-        finally:  # reached with requests left only if something raised that nobody foresaw
+            while self._serve(lane):  # a frame of its own, so that nothing finished is kept alive meanwhile
+                pass
+            failed = False
+        finally:
             with self._lock:
-                left = self._take_waiting()
-                if self._state != "hung":
-                    self._state = "ended"
+                left = self._take_waiting() if failed else []  # something raised that nobody foresaw
+                self._lanes -= 1
+                if self._state != "hung" and (failed or self._lanes == 0):
+                    self._state = "closing" if self._lanes else "ended"
                 self._ended.notify_all()
                 self._room.notify_all()
+                self._work.notify_all()
             self._fail(left, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
 
-    def _next_batch(self) -> bool:
-        """Wait for requests and make them the batch; False when there will be none."""
+    def _serve(self, lane: int) -> bool:
+        """Run the next request; False when there will be none."""
+        entry = self._next(lane)
+        return entry is not None and self._run_one(lane, entry)
+
+    def _next(self, lane: int) -> Entry[Request[T, R]] | None:
+        """Wait for the next request and make it the lane's running one; None when there will be none."""
+        late: list[Entry[Request[T, R]]]
         while True:
+            late = []
             with self._lock:
-                while (wait := self._queue.wait(self._clock())) > 0 and self._state == "open":
+                while not self._batch and (wait := self._queue.wait(self._clock())) > 0 and self._state == "open":
                     self._work.wait(min(wait, threading.TIMEOUT_MAX))
-                batch, late = self._queue.take(self._clock())
-                self._batch.extend(batch)
-                going_on = bool(batch or late)
-                self._room.notify_all()
+                if not self._batch:
+                    batch, late = self._queue.take(self._clock())
+                    self._batch.extend(batch)
+                    self._room.notify_all()
+                    if not batch and not late:
+                        return None
+                entry = self._start_next(lane)
+                if self._batch:
+                    self._work.notify()  # for another lane
             self._expire(late)
-            if batch or not going_on:
-                return going_on
+            if entry is not None:
+                return entry
 
-    def _run_batch(self) -> None:
-        """Run the batch one by one, since today's graphs take one image: a backend that takes more plugs in here."""
-        while (entry := self._start_next()) is not None:
-            future = entry.item.future
-            if entry.expired(self._clock()):
-                ended: _Ended[R] = _Ended("expired", None, _deadline_error())
-            else:
-                ended = _attempt(self._run, entry.item.payload)
-            with self._lock:
-                if self._current is None:  # the watchdog has ended this request
-                    return
-                self._current = None
-            self._metrics.count(ended.counter)
-            ended.deliver(future)
-
-    def _start_next(self) -> Entry[Request[T, R]] | None:
-        """Make the batch's next request the current one, past the cancelled ones."""
-        with self._lock:
-            while self._batch:
-                entry = self._batch.popleft()
-                if entry.item.future.set_running_or_notify_cancel():
-                    self._current, self._started = entry, self._clock()
-                    return entry
+    def _start_next(self, lane: int) -> Entry[Request[T, R]] | None:
+        """Make the batch's next request the lane's, past the cancelled ones; the lock is held."""
+        while self._batch:
+            entry = self._batch.popleft()
+            if entry.item.future.set_running_or_notify_cancel():
+                self._running[lane] = entry, self._clock()
+                return entry
         return None
+
+    def _run_one(self, lane: int, entry: Entry[Request[T, R]]) -> bool:
+        """Run a request, since today's graphs take one image; False when the watchdog has ended it meanwhile."""
+        if entry.expired(self._clock()):
+            ended: _Ended[R] = _Ended("expired", None, _deadline_error())
+        else:
+            ended = _attempt(self._run, entry.item.payload)
+        with self._lock:
+            if self._running.pop(lane, None) is None:
+                return False
+        self._metrics.count(ended.counter)
+        ended.deliver(entry.item.future)
+        return True
 
     def _watch_loop(self, timeout: float) -> None:
         with self._lock:
             while True:
                 if self._state not in ("open", "closing"):
                     return
-                current = self._current
-                left = timeout if current is None else self._started + timeout - self._clock()
-                if current is not None and left <= 0:
+                oldest = min((since for _, since in self._running.values()), default=math.inf)
+                left = timeout if oldest == math.inf else oldest + timeout - self._clock()
+                if left <= 0:
                     break
-                del current
                 self._ended.wait(left)  # a request that starts meanwhile cannot be late before this ends
-            self._state, self._current = "hung", None
+            self._state = "hung"
+            stuck = [entry for entry, _ in self._running.values()]
+            self._running.clear()
             behind = self._take_waiting()
             self._ended.notify_all()
             self._room.notify_all()
+            self._work.notify_all()
         _OPEN.discard(self)
-        self._metrics.count("failed")
-        current.item.future.set_exception(self._refusal())
+        for entry in stuck:
+            self._metrics.count("failed")
+            entry.item.future.set_exception(self._refusal())
         self._fail(behind, self._refusal)
 
     def _take_waiting(self) -> list[Entry[Request[T, R]]]:

@@ -7,6 +7,7 @@ worker thread.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
@@ -15,21 +16,21 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, cast
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError, ConfigError, ShutdownError
-from densegeo.runtime.backends import Backend, open_backend
+from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.bundle import Bucket, Decode, Manifest, Stage, check_files, read_manifest
 from densegeo.runtime.decode import clamped_normals, depth_prediction, network_to_opencv, split_velocity, unit_normals
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.images import MAX_PIXELS, Color, Frame, load_image
+from densegeo.runtime.images import MAX_PIXELS, Color, Frame, device_size, load_image
 from densegeo.runtime.metrics import Laps, Metrics
-from densegeo.runtime.resample import Placement, authors_bucket, choose_bucket, prepare, prepare_authors, restore
+from densegeo.runtime.resample import Placement, authors_bucket, choose_bucket, place, prepare, prepare_authors, restore
 from densegeo.runtime.stream import Stream
 
 Float = NDArray[np.float32]
@@ -49,12 +50,14 @@ class Activations:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """An image made ready for the network: rgb (1, 3, H, W) in [-1, 1] of `bucket`, and where its time went so far."""
+    """An image made ready for its bucket, and where its time went so far.
+
+    image: rgb (1, 3, H, W) float32 in [-1, 1], or uint8 pixels (h, w, 3) for a backend that takes those.
+    """
 
     bucket: Bucket
-    rgb: Float
+    image: NDArray[Any]
     placement: Placement
-    source_size: tuple[int, int]
     laps: Laps
 
 
@@ -99,7 +102,7 @@ class Estimator:
             raise ConfigError(f'preprocessing must be "densegeo" or "authors", not {preprocessing!r}.')
         if preprocessing == "authors" and fit == "pad":
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
-        self._options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
+        options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
         directory = Path(bundle)
         self.manifest = read_manifest(directory)
         if not self.manifest.buckets:
@@ -107,6 +110,9 @@ class Estimator:
         check_files(directory, self.manifest, digests=check_digests)
         self._fit, self._preprocessing, self._max_pixels = fit, preprocessing, max_pixels
         self._backend = open_backend(backend, directory, self.manifest, device)
+        takes_frames = isinstance(self._backend, FrameBackend) and self._backend.takes_frames
+        self._frames = cast(FrameBackend, self._backend) if takes_frames else None
+        self._options = dataclasses.replace(options, lanes=2 if takes_frames else 1)
         self.metrics = Metrics()
         self._lock = threading.Lock()  # guards what follows
         self._batcher: Batcher[Job, Geometry] | None = None
@@ -160,6 +166,22 @@ class Estimator:
             )
             self._streams.add(stream)
         return stream
+
+    def tensors(self, image: Any, color: Color = "rgb") -> tuple[Any, Any]:
+        """Prediction (h, w) and unit OpenCV normals (h, w, 3), float32, left on the backend's device.
+
+        image: uint8 (h, w, 3) with DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA, numpy ...), on the host
+        or that device, where nothing is then copied. The results have DLPack, and are ready for the caller's current
+        stream. Not counted in `metrics`. Raises ImageError, and BackendError for a backend that returns host arrays.
+        """
+        if not isinstance(self._backend, FrameBackend) or self._preprocessing == "authors":
+            raise BackendError(
+                f'{self.backend} with preprocessing="{self._preprocessing}" returns host arrays. '
+                'Use backend="torch" and preprocessing="densegeo".'
+            )
+        width, height = device_size(image)
+        bucket = choose_bucket(self.manifest.buckets, width, height)
+        return self._backend.keep(bucket, image, place(bucket, (width, height), self._fit), color)
 
     def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
         """One Geometry an image, in order; the graphs take one image at a time, so images may differ in size."""
@@ -220,29 +242,39 @@ class Estimator:
     ) -> None:
         self.close()
 
-    def _prepare(self, image: object, color: Color) -> Job:
+    def _prepare(self, image: object, color: Color, *, keep: bool = False) -> Job:
+        """keep: the caller may overwrite the image before it is run."""
         laps = Laps()
         try:
             frame = load_image(image, color, self._max_pixels)
             laps.lap("load")
-            bucket, rgb, placement = self._fit_to_bucket(frame)
+            bucket, pixels, placement = self._fit_to_bucket(frame)
+            if keep and pixels is frame.pixels:
+                pixels = pixels.copy()
         except BaseException:
             self.metrics.count("rejected")
             raise
         laps.lap("prepare")
-        return Job(bucket, rgb, placement, frame.size, laps)
+        return Job(bucket, pixels, placement, laps)
 
-    def _fit_to_bucket(self, frame: Frame) -> tuple[Bucket, Float, Placement]:
+    def _fit_to_bucket(self, frame: Frame) -> tuple[Bucket, NDArray[Any], Placement]:
         if self._preprocessing == "authors":
             bucket = authors_bucket(self.manifest.buckets, *frame.size)
             return bucket, *prepare_authors(frame, bucket)
         bucket = choose_bucket(self.manifest.buckets, *frame.size)
-        return bucket, *prepare(frame, bucket, self._fit)
+        placement = place(bucket, frame.size, self._fit)
+        if self._frames is not None and frame.pixels.dtype == np.uint8:
+            return bucket, frame.pixels, placement
+        return bucket, prepare(frame, bucket, placement), placement
 
     def _compute(self, job: Job) -> Geometry:
-        decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.rgb, job.laps).decoded
-        prediction, normals = assemble(decoded, job.placement)
-        del decoded  # freeing a large array takes time too
+        if self._frames is not None and job.image.dtype == np.uint8:
+            prediction, normals = self._frames.estimate(job.bucket, job.image, job.placement)
+            job.laps.lap("device")
+        else:
+            decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.image, job.laps).decoded
+            prediction, normals = assemble(decoded, job.placement)
+            del decoded  # freeing a large array takes time too
         valid = np.isfinite(prediction)
         job.laps.lap("finish")
         timings = {**job.laps.milliseconds, "total": job.laps.total}
@@ -252,7 +284,7 @@ class Estimator:
             depth_kind=self.manifest.decode.depth_kind,
             normals=normals,
             valid=valid,
-            source_size=job.source_size,
+            source_size=job.placement.source,
             timings=timings,
             model=self.manifest.model,
         )
@@ -268,7 +300,7 @@ class Estimator:
                 self._batcher = Batcher(self._compute_queued, self._options, self.metrics)
             batcher = self._batcher
         batcher.admit(wait)
-        job = self._prepare(image, color)
+        job = self._prepare(image, color, keep=True)
         key = (job.bucket.width, job.bucket.height)
         return batcher.submit(job, key, (deadline_ms - job.laps.total) / 1e3, wait)
 

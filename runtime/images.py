@@ -59,6 +59,21 @@ def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS)
     return _from_array(_as_array(source), color, max_pixels)
 
 
+def device_size(image: Any) -> tuple[int, int]:
+    """(width, height) of a uint8 (h, w, 3) array that may lie on a device; only its shape and type are looked at.
+
+    Raises ImageError.
+    """
+    described = getattr(image, "__cuda_array_interface__", None)
+    shape: tuple[int, ...] = tuple(described["shape"] if described else getattr(image, "shape", ()))
+    kind = described["typestr"] if described else str(getattr(image, "dtype", type(image).__name__))
+    if kind.removeprefix("torch.") not in ("uint8", "|u1") or len(shape) != 3 or shape[2] != 3:
+        raise ImageError(f"On a device an image must be uint8 of shape (height, width, 3), not {kind} {shape}.")
+    if min(shape[:2]) < MIN_SIDE:
+        raise ImageError(f"The image is {shape[1]}x{shape[0]}; each side must have at least {MIN_SIDE} pixels.")
+    return int(shape[1]), int(shape[0])
+
+
 def _from_path(path: Any, max_pixels: int) -> Frame:
     name = os.fsdecode(path)
     try:

@@ -31,6 +31,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "encode": ("encoder",),
     "transformer": ("transformer",),
     "decode": ("decoder",),
+    "device": ("device",),  # copies, resizing and networks, for a backend that takes whole images
     "postprocess": ("split", "finish"),
     "end_to_end": ("total",),
 }

@@ -91,23 +91,32 @@ def authors_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def prepare(frame: Frame, bucket: Bucket, fit: str) -> tuple[Float, Placement]:
-    """Our preprocessing: antialiased bilinear into the bucket -> rgb (1, 3, H, W) float32 in [-1, 1].
+def place(bucket: Bucket, size: tuple[int, int], fit: str) -> Placement:
+    """Where an image of `size` (width, height) goes.
 
-    fit "stretch" fills the bucket; "pad" keeps the aspect ratio, centres, and repeats the edge pixels.
+    fit "stretch" fills the bucket; "pad" keeps the aspect ratio and centres.
     """
-    width, height = frame.size
+    width, height = size
     inner_width, inner_height = bucket.width, bucket.height
     if fit == "pad":
         scale = min(bucket.width / width, bucket.height / height)
         inner_width = min(bucket.width, max(1, round(width * scale)))
         inner_height = min(bucket.height, max(1, round(height * scale)))
-    rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_antialiased(plane, inner_width, inner_height))
     left, top = (bucket.width - inner_width) // 2, (bucket.height - inner_height) // 2
-    right, bottom = bucket.width - inner_width - left, bucket.height - inner_height - top
-    if (inner_width, inner_height) != (bucket.width, bucket.height):
+    return Placement((left, top, inner_width, inner_height), size)
+
+
+def prepare(frame: Frame, bucket: Bucket, placement: Placement) -> Float:
+    """Our preprocessing: antialiased bilinear into the placement's box -> rgb (1, 3, H, W) float32 in [-1, 1].
+
+    Outside the box the edge pixels repeat.
+    """
+    left, top, width, height = placement.box
+    rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_antialiased(plane, width, height))
+    if (width, height) != (bucket.width, bucket.height):
+        right, bottom = bucket.width - width - left, bucket.height - height - top
         rgb = np.pad(rgb, ((0, 0), (top, bottom), (left, right)), mode="edge")
-    return _network_range(rgb), Placement((left, top, inner_width, inner_height), frame.size)
+    return _network_range(rgb)
 
 
 def prepare_authors(frame: Frame, bucket: Bucket) -> tuple[Float, Placement]:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, ConfigError
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
+from densegeo.runtime.images import Color
+from densegeo.runtime.resample import Placement
 
 
 class Backend(Protocol):
@@ -27,6 +29,23 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release the graphs; a later `run` raises BackendError."""
+        ...
+
+
+@runtime_checkable
+class FrameBackend(Backend, Protocol):
+    """A backend that can take images as they are and resize on its device, so that little crosses the bus."""
+
+    takes_frames: bool  # whether that is the faster way on its device
+
+    def estimate(
+        self, bucket: Bucket, pixels: NDArray[np.uint8], placement: Placement
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """pixels (h, w, 3) RGB -> prediction (h, w) and unit OpenCV normals (h, w, 3). Raises BackendError."""
+        ...
+
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Any, Any]:
+        """The same for an array that may lie on the device, uint8 (h, w, 3); the results stay there, float32."""
         ...
 
 
@@ -56,6 +75,12 @@ BACKENDS = (
         "densegeo.runtime.backends.openvino_cpu",
         "openvino",
         "pip install densegeo[openvino]",
+    ),
+    BackendRow(
+        "torch",
+        "densegeo.runtime.backends.torch_modules",
+        "torch",
+        "pip install densegeo[torch]",
     ),
 )
 

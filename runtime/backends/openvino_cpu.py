@@ -6,7 +6,6 @@ Unlike ONNX Runtime's CPU provider it runs bf16 bundles.
 from __future__ import annotations
 
 import sys
-import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError, BundleError, ConfigError
-from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.errors import BackendError, ConfigError
+from densegeo.runtime.backends.graphs import GraphBackend
+from densegeo.runtime.bundle import Graph, Manifest
 
 # What float32 operations run in: bf16 ones stay bf16 where the CPU has it, while the hint "bf16" (the default on such
-# CPUs) would lower the float32 parts of a bf16 graph too, and gained no speed (tried with OpenVINO 2026.4).
+# CPUs) would lower the float32 parts of a bf16 graph too.
 _HINT = "f32"
 
 
@@ -27,7 +27,7 @@ def open_backend(directory: Path, manifest: Manifest, device: str) -> OpenVinoBa
     return OpenVinoBackend(directory, manifest, device)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(GraphBackend):
     """Compiled models over a bundle's graphs on the CPU."""
 
     name = "openvino"
@@ -42,52 +42,20 @@ class OpenVinoBackend:
             raise BackendError(
                 f"openvino cannot be imported ({error}). Reinstall it: pip install densegeo[openvino]."
             ) from error
-        self._directory = directory
-        self._models: dict[tuple[int, int, Stage], Any] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        for stage in STAGES:
-            self._model(manifest.buckets[0], stage)
+        self._start(directory, manifest)
 
-    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
-        """Run one graph; `array` is cast to float32, and so is the output. Raises BackendError."""
-        graph: Graph = getattr(bucket, stage)
-        spec = graph.inputs[0]
-        if list(array.shape) != spec.shape:
-            raise BackendError(f"{graph.file} takes {spec.name} of shape {spec.shape}, not {list(array.shape)}.")
-        model = self._model(bucket, stage)
-        feed = {spec.name: np.ascontiguousarray(array, dtype=np.float32)}
+    def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
+        feed = {graph.inputs[0].name: np.ascontiguousarray(array, dtype=np.float32)}
         try:
             # a request serves one call at a time, so every call makes its own; the result is a copy
-            output: NDArray[Any] = model.create_infer_request().infer(feed)[graph.outputs[0].name]
+            output: NDArray[Any] = loaded.create_infer_request().infer(feed)[graph.outputs[0].name]
         except Exception as error:  # RuntimeError, TypeError, KeyError: whatever the bindings let through
             raise BackendError(f"OpenVINO failed in {graph.file}: {error}") from error
         if output.dtype != np.float32:
             raise BackendError(f"OpenVINO returned {output.dtype} from {graph.file}, not float32.")
         return output
 
-    def close(self) -> None:
-        """Drop all compiled models."""
-        with self._lock:
-            self._closed = True
-            self._models.clear()
-
-    def _model(self, bucket: Bucket, stage: Stage) -> Any:
-        key = (bucket.width, bucket.height, stage)
-        model = self._models.get(key)
-        if model is not None:
-            return model
-        with self._lock:
-            if self._closed:
-                raise BackendError("This estimator is closed. Make a new Estimator.")
-            if key not in self._models:
-                self._models[key] = self._compile(getattr(bucket, stage))
-            return self._models[key]
-
-    def _compile(self, graph: Graph) -> Any:
-        path = self._directory / graph.file
-        if not path.is_file():
-            raise BundleError(f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle.")
+    def _load(self, path: Path) -> Any:
         try:
             steps = self._openvino.preprocess.PrePostProcessor(self._core.read_model(path))
             # numpy has no bf16: such outputs would come back as arrays of another type

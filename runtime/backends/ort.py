@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError, BundleError, ConfigError
-from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.errors import BackendError, ConfigError
+from densegeo.runtime.backends.graphs import GraphBackend
+from densegeo.runtime.bundle import Graph, Manifest
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -21,7 +21,7 @@ def open_backend(directory: Path, manifest: Manifest, device: str) -> OrtBackend
     return OrtBackend(directory, manifest, device)
 
 
-class OrtBackend:
+class OrtBackend(GraphBackend):
     """Sessions over a bundle's graphs on one execution provider."""
 
     name = "onnxruntime"
@@ -33,51 +33,20 @@ class OrtBackend:
             raise BackendError(
                 f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
             ) from error
-        self._directory = directory
         self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.precision)
         self._options = _provider_options(self.device)
-        self._sessions: dict[tuple[int, int, Stage], Any] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        for stage in STAGES:
-            self._session(manifest.buckets[0], stage)
+        self._start(directory, manifest)
 
-    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
-        """Run one graph; `array` is cast to its input's dtype, the output to float32. Raises BackendError."""
-        graph = _graph(bucket, stage)
+    def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
         spec = graph.inputs[0]
-        if list(array.shape) != spec.shape:
-            raise BackendError(f"{graph.file} takes {spec.name} of shape {spec.shape}, not {list(array.shape)}.")
-        session = self._session(bucket, stage)
         feed = {spec.name: np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))}
         try:
-            (output,) = session.run([graph.outputs[0].name], feed)
+            (output,) = loaded.run([graph.outputs[0].name], feed)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise BackendError(f"ONNX Runtime failed in {graph.file} on {self.device}: {error}") from error
         return np.asarray(output).astype(np.float32, copy=False)
 
-    def close(self) -> None:
-        """Drop all sessions."""
-        with self._lock:
-            self._closed = True
-            self._sessions.clear()
-
-    def _session(self, bucket: Bucket, stage: Stage) -> Any:
-        key = (bucket.width, bucket.height, stage)
-        session = self._sessions.get(key)
-        if session is not None:
-            return session
-        with self._lock:
-            if self._closed:
-                raise BackendError("This estimator is closed. Make a new Estimator.")
-            if key not in self._sessions:
-                self._sessions[key] = self._load(_graph(bucket, stage))
-            return self._sessions[key]
-
-    def _load(self, graph: Graph) -> Any:
-        path = self._directory / graph.file
-        if not path.is_file():
-            raise BundleError(f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle.")
+    def _load(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         try:
@@ -129,8 +98,3 @@ def _has_cuda_driver() -> bool:
             continue
         return True
     return False
-
-
-def _graph(bucket: Bucket, stage: Stage) -> Graph:
-    graph: Graph = getattr(bucket, stage)
-    return graph

@@ -11,7 +11,7 @@ from densegeo.runtime import decode
 from densegeo.runtime.bundle import Bucket, Decode, Graph
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import load_image
-from densegeo.runtime.resample import Placement, prepare, restore
+from densegeo.runtime.resample import Placement, place, prepare, restore
 
 torch = pytest.importorskip("torch")
 
@@ -110,7 +110,9 @@ def test_preprocess_equals_torch(size: tuple[int, int], picture: Any) -> None:
 def test_preprocess_equals_the_runtime(fit: str, picture: Any) -> None:
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
     bucket = Bucket(width=64, height=80, encoder=none, transformer=none, decoder=none)
-    expected, placement = prepare(load_image(picture), bucket, fit)
+    frame = load_image(picture)
+    placement = place(bucket, frame.size, fit)
+    expected = prepare(frame, bucket, placement)
     ours = preprocess(torch.from_numpy(picture), (64, 80), box=placement.box)
     np.testing.assert_allclose(ours, expected, atol=BOUND)
 

@@ -335,6 +335,65 @@ def test_time_between_requests_is_not_the_backends(make: Callable[..., Batcher],
     assert batcher.close()
 
 
+def test_lanes_run_together(make: Callable[..., Batcher], gate: Gate) -> None:
+    batcher = make(lanes=2)
+    futures = [batcher.submit(number, "key") for number in range(5)]
+    gate.wait_until_entered()
+    gate.wait_until_entered()  # the second is inside before the first has left
+    assert sorted(gate.calls) == [0, 1]
+    gate.open()
+    assert [future.result(T) for future in futures] == list(range(5))
+    assert batcher.close()
+    assert not threads()
+    assert counts(batcher) == {"accepted": 5, "completed": 5}
+
+
+def test_a_hang_in_one_lane_ends_what_runs_in_the_other(make: Callable[..., Batcher], gate: Gate) -> None:
+    now = [0.0]
+    batcher = make(lanes=2, timeout_s=5.0, clock=lambda: now[0])
+    first = batcher.submit(0, "key")
+    gate.wait_until_entered()
+    now[0] = 3.0
+    second = batcher.submit(1, "key")
+    gate.wait_until_entered()
+    behind = batcher.submit(2, "key")
+    now[0] = 5.0  # the first has been with the backend for too long, the second for 2 s
+    with batcher._lock:
+        batcher._ended.notify_all()  # the watchdog sleeps by the real clock
+    for future in (first, second, behind):
+        with pytest.raises(BackendTimeoutError):
+            future.result(T)
+    with pytest.raises(BackendTimeoutError):
+        batcher.submit(3, "key")
+    gate.open()
+    for thread in batcher._threads:
+        thread.join(T)
+    assert counts(batcher) == {"accepted": 3, "failed": 3, "rejected": 1}
+
+
+def test_a_lane_that_dies_loses_nobody(make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    gates = [Gate() for _ in range(3)]
+    batcher = make(run=lambda number: gates[number](number), lanes=2)
+    futures = [batcher.submit(number, "key") for number in range(3)]
+
+    def leave(_: Future) -> None:
+        raise SystemExit
+
+    futures[0].add_done_callback(leave)
+    for gate in gates[:2]:
+        gate.wait_until_entered()
+    gates[0].open()
+    with pytest.raises(BackendError, match="worker thread failed"):
+        futures[2].result(T)
+    with pytest.raises(ShutdownError):
+        batcher.submit(3, "key")
+    gates[1].open()
+    assert futures[1].result(T) == 1  # the other lane finishes what it runs
+    assert batcher.close()
+    assert not threads()
+
+
 def test_finished_requests_are_not_kept_alive(make: Callable[..., Batcher]) -> None:
     """Neither by their futures nor by the worker, which has nothing else to do."""
     batcher = make(lambda payload: payload + 1)
@@ -397,7 +456,7 @@ def test_submit_gives_what_a_call_gives(bundle: Path, picture: np.ndarray) -> No
         future = estimator.submit(image, "bgr", deadline_ms=60_000)
         image[:] = 0  # the image was read by `submit`
         result = future.result(T)
-        assert threads() == before | {"densegeo-batcher", "densegeo-watchdog"}
+        assert threads() == before | {"densegeo-batcher-0", "densegeo-watchdog"}
         with pytest.raises(ImageError):
             estimator.submit("nowhere.png")
         for wrong in (0, -1, float("nan")):

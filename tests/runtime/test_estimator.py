@@ -214,7 +214,7 @@ def test_unknown_schema_version(new_bundle: Callable[..., Path]) -> None:
         Estimator(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": "1"}', "\xff\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 2}', '{"schema_version": "1"}', "\xff\x00"])
 def test_malformed_manifest(new_bundle: Callable[..., Path], text: str) -> None:
     directory = new_bundle()
     (directory / "manifest.json").write_text(text, encoding="latin-1")

@@ -32,21 +32,6 @@ def seeded(bucket: Bucket, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Bundles of the smallest real networks, by precision."""
-    pytest.importorskip("torch")
-    from densegeo.export.build import build_bundle
-    from tests.export import test_build
-
-    folder = tmp_path_factory.mktemp("openvino")
-    checkpoint = test_build.checkpoint.__wrapped__(folder)
-    return {
-        precision: build_bundle(test_build.options(checkpoint, folder / precision, precision=precision))
-        for precision in ("fp32", "bf16")
-    }
-
-
 def test_the_toy_bundle_gives_its_stored_outputs(tmp_path: Path) -> None:
     checks = replay(write_toy_bundle(tmp_path / "toy"), backend="openvino")
     assert all(check.error < 1e-6 for check in checks), checks
@@ -67,7 +52,7 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], backend="openvino") as estimator:
         bucket = estimator.manifest.buckets[0]
         backend = estimator._backend
-        model = backend._model(bucket, "transformer")
+        model = backend._loaded(bucket, "transformer")
         has_bf16 = "BF16" in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     executed = [
         {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}

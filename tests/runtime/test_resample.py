@@ -10,12 +10,13 @@ from PIL import Image
 
 from densegeo.errors import BundleError
 from densegeo.runtime.bundle import Bucket, Graph
-from densegeo.runtime.images import load_image
+from densegeo.runtime.images import Frame, load_image
 from densegeo.runtime.resample import (
     Placement,
     authors_bucket,
     authors_size,
     choose_bucket,
+    place,
     prepare,
     prepare_authors,
     resize_antialiased,
@@ -80,8 +81,15 @@ def test_choice_is_never_beaten(width: int, height: int) -> None:
     assert abs(np.log(chosen.width / chosen.height) - ratio) <= best + 1e-9
 
 
+def fitted(frame: Frame, fit: str) -> tuple[np.ndarray, Placement]:
+    """A frame in a bucket of 64x48."""
+    (bucket,) = buckets((64, 48))
+    placement = place(bucket, frame.size, fit)
+    return prepare(frame, bucket, placement), placement
+
+
 def test_stretch_fills_the_bucket(picture: np.ndarray) -> None:
-    rgb, placement = prepare(load_image(picture), buckets((64, 48))[0], "stretch")
+    rgb, placement = fitted(load_image(picture), "stretch")
     assert rgb.shape == (1, 3, 48, 64)
     assert rgb.dtype == np.float32
     assert placement == Placement((0, 0, 64, 48), (96, 72))
@@ -93,7 +101,7 @@ def test_stretch_fills_the_bucket(picture: np.ndarray) -> None:
 @pytest.mark.parametrize(("width", "height", "box"), [(96, 48, (0, 8, 64, 32)), (48, 96, (20, 0, 24, 48))])
 def test_pad_keeps_aspect_and_repeats_edges(width: int, height: int, box: tuple[int, int, int, int]) -> None:
     pixels = np.random.default_rng(0).random((height, width, 3), dtype=np.float32)
-    rgb, placement = prepare(load_image(pixels), buckets((64, 48))[0], "pad")
+    rgb, placement = fitted(load_image(pixels), "pad")
     assert rgb.shape == (1, 3, 48, 64)
     assert placement.box == box
     left, top, inner_width, inner_height = box
@@ -109,7 +117,7 @@ def test_pad_keeps_aspect_and_repeats_edges(width: int, height: int, box: tuple[
 @given(st.integers(16, 300), st.integers(16, 300), st.sampled_from(["stretch", "pad"]))
 def test_prepare_and_restore_shapes(width: int, height: int, fit: str) -> None:
     frame = load_image(np.full((height, width, 3), 0.25, np.float32))
-    rgb, placement = prepare(frame, buckets((64, 48))[0], fit)
+    rgb, placement = fitted(frame, fit)
     assert rgb.shape == (1, 3, 48, 64)
     np.testing.assert_allclose(rgb, -0.5, atol=1e-6)  # a constant image stays constant, padding included
     assert restore(rgb[0, 0], placement).shape == (height, width)

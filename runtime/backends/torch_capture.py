@@ -1,0 +1,105 @@
+"""Work on fixed buffers, recorded once and replayed: a CUDA graph where the device has them.
+
+A graph replays addresses, not shapes: so inputs are copied into the buffers it was recorded with, one that differs in
+shape or type is an error and never a silent recording, and a recording counts only after it gave the eager result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from densegeo.errors import BackendError
+
+WARM_UP = 3  # eager runs before recording: libraries choose their algorithms and allocate workspaces
+
+log = logging.getLogger("densegeo")
+
+Work = Callable[..., Tensor]
+
+
+class Recorder(Protocol):
+    """What can record device work."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Record what `work` launches: (launch it again, the result's fixed buffer). Raises RuntimeError."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs of one device in one memory pool, recorded on a stream of their own.
+
+    Graphs of one pool may use each other's memory: read a result before another graph is replayed.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """See `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = work()
+        return graph.replay, result
+
+
+class Replay:
+    """`work` on copies of the given tensors: eager at first, and replayed if a recording gives the same bits.
+
+    name: for messages. examples: one tensor an input; their shapes, types and device are what calls must have.
+    Without a recorder, or when recording fails (which is logged), every call is eager, under the same rules.
+    """
+
+    def __init__(self, name: str, work: Work, examples: tuple[Tensor, ...], recorder: Recorder | None) -> None:
+        self.name, self._work = name, work
+        self._inputs = tuple(example.clone() for example in examples)
+        self._again: Callable[[], object] | None = None
+        self._result = torch.empty(0)
+        with torch.inference_mode():
+            for _ in range(WARM_UP):
+                eager = work(*self._inputs)
+            if recorder is not None:
+                self._record(recorder, eager.clone())
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a recording."""
+        return self._again is not None
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """The result's buffer, which the next call overwrites. Raises BackendError for other shapes or types."""
+        for buffer, tensor in zip(self._inputs, given, strict=True):
+            if (tensor.shape, tensor.dtype, tensor.device) != (buffer.shape, buffer.dtype, buffer.device):
+                raise BackendError(
+                    f"{self.name} was recorded for {_describe(buffer)} and cannot take {_describe(tensor)}."
+                )
+        with torch.inference_mode():
+            for buffer, tensor in zip(self._inputs, given, strict=True):
+                buffer.copy_(tensor)
+            if self._again is None:
+                return self._work(*self._inputs)
+            self._again()
+            return self._result
+
+    def _record(self, recorder: Recorder, eager: Tensor) -> None:
+        try:
+            again, result = recorder.record(lambda: self._work(*self._inputs))
+            again()
+        except RuntimeError as error:
+            log.warning("%s runs eager, because recording it failed: %s", self.name, error)
+            return
+        if not torch.equal(result, eager):
+            log.warning("%s runs eager, because its recording gave other numbers than the eager run.", self.name)
+            return
+        self._again, self._result = again, result
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,190 @@
+"""torch backend: the project's own modules, rebuilt from a bundle's manifest and weight files; runs bf16 on a CPU too.
+
+This and what it imports is the only part of the runtime that needs torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from densegeo.errors import BackendError, CheckpointError, ConfigError
+from densegeo.models import rewrites
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.loading import load_rewritten
+from densegeo.models.prompt import load_prompt
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.transformer import Transformer
+from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_device import DeviceNetwork
+from densegeo.runtime.backends.torch_fused import can_fuse, fuse_transformer, fuse_vae
+from densegeo.runtime.backends.torch_transfer import Ring
+from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.runtime.images import Color
+from densegeo.runtime.resample import Placement
+
+Size = tuple[int, int]  # width, height
+
+
+def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBackend:
+    """The backend of `densegeo.runtime.backends`' table. Raises BackendError, ConfigError."""
+    return TorchBackend(directory, manifest, device)
+
+
+class TorchBackend:
+    """One set of weights on one device; each bucket has its own transformer tables."""
+
+    name = "torch"
+
+    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+        self.device = _choose_device(device)
+        first = manifest.buckets[0]
+        self._pipeline: Pipeline | None = _load(directory, manifest, (first.width, first.height), self.device)
+        self._transformers: dict[Size, Transformer] = {(first.width, first.height): self._pipeline.transformer}
+        self._lock = threading.RLock()
+        self._decode = manifest.decode
+        self._recorder = CudaRecorder(self.device) if self.device != "cpu" else None
+        self._ring = Ring(self.device)
+        self._networks: dict[Size, DeviceNetwork] = {}
+        self._fused_vae = fuse_vae(self._pipeline.vae)
+        self.takes_frames = self.device != "cpu"  # on a CPU, numpy and Pillow are the faster way in and out
+        if self.takes_frames:
+            self._network(first)
+
+    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
+        """Run one stage; `array` enters as float32, the output leaves as float32. Raises BackendError."""
+        graph: Graph = getattr(bucket, stage)
+        spec = graph.inputs[0]
+        if list(array.shape) != spec.shape:
+            raise BackendError(f"The {stage} takes {spec.name} of shape {spec.shape}, not {list(array.shape)}.")
+        module = self._module(bucket, stage)
+        try:
+            with torch.inference_mode():
+                given = torch.tensor(np.asarray(array, dtype=np.float32), device=self.device)
+                result: NDArray[np.float32] = module(given).float().cpu().contiguous().numpy()
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise BackendError(f"torch failed in the {stage} on {self.device}: {error}") from error
+        return result
+
+    def estimate(
+        self, bucket: Bucket, pixels: NDArray[np.uint8], placement: Placement
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """pixels (h, w, 3) RGB -> prediction (h, w) and normals (h, w, 3), see `DeviceNetwork`. Raises BackendError.
+
+        Threads may call together: the copies of one image then overlap the networks of another.
+        """
+        network = self._network(bucket)
+        try:
+            prediction, normals = self._ring.run(pixels, lambda frame: network(frame, placement))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise BackendError(f"torch failed on {self.device}: {error}") from error
+        return prediction, normals
+
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Tensor, Tensor]:
+        """`estimate` on an array that may lie on the device; the results stay there. Raises BackendError."""
+        network = self._network(bucket)
+        try:
+            prediction, normals = self._ring.keep(image, lambda frame: network(frame, placement, color))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise BackendError(f"torch failed on {self.device}: {error}") from error
+        return prediction, normals
+
+    def close(self) -> None:
+        """Drop the weights."""
+        with self._lock:
+            self._pipeline = None
+            self._transformers.clear()
+            self._networks.clear()
+
+    def _network(self, bucket: Bucket) -> DeviceNetwork:
+        size = bucket.width, bucket.height
+        with self._lock:
+            transformer = self._module(bucket, "transformer")
+            if size not in self._networks:
+                assert isinstance(transformer, Transformer)
+                assert self._pipeline is not None
+                try:
+                    with self._ring.computing(), torch.inference_mode():
+                        self._networks[size] = DeviceNetwork(
+                            self._fused_vae,
+                            fuse_transformer(transformer) if can_fuse(transformer) else transformer,
+                            self._pipeline.decoder_batch,
+                            self._decode,
+                            bucket,
+                            self.device,
+                            self._recorder,
+                        )
+                except (RuntimeError, torch.OutOfMemoryError) as error:
+                    raise BackendError(
+                        f"torch failed on {self.device} at {size[0]}x{size[1]}, its first run: {error}"
+                    ) from error
+            return self._networks[size]
+
+    def _module(self, bucket: Bucket, stage: Stage) -> Callable[[Tensor], Tensor]:
+        with self._lock:
+            if self._pipeline is None:
+                raise BackendError("This estimator is closed. Make a new Estimator.")
+            if stage == "encoder":
+                return self._pipeline.vae.encoder
+            if stage == "decoder":
+                return self._pipeline.vae.decoder
+            size = bucket.width, bucket.height
+            if size not in self._transformers:
+                self._transformers[size] = resized(self._pipeline.transformer, size)
+            return self._transformers[size]
+
+
+def resized(transformer: Transformer, size: Size) -> Transformer:
+    """A transformer for another image size (width, height) that shares every weight with the given one."""
+    shared = {id(tensor): tensor for tensor in transformer.state_dict(keep_vars=True).values()}
+    twin = copy.deepcopy(transformer, shared)
+    device = twin.rope_cos.device
+    twin.resize(*size)
+    twin.rope_cos, twin.rope_sin = twin.rope_cos.to(device), twin.rope_sin.to(device)
+    return twin
+
+
+def _load(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipeline:
+    if manifest.networks is None:
+        raise BackendError(
+            f"{directory} holds graphs alone, and the torch backend needs the networks' description. "
+            'Use backend="onnxruntime", or rebuild the bundle.'
+        )
+    try:
+        configs = (
+            msgspec.convert(manifest.networks.transformer, TransformerConfig),
+            msgspec.convert(manifest.networks.vae, VAEConfig),
+        )
+        prompt = load_prompt(directory / manifest.networks.prompt)
+        applied = rewrites.select(set(rewrites.NAMES) - set(manifest.rewrites))
+        files: dict[str, Path] = {stage: directory / f"{stage}.safetensors" for stage in STAGES}
+        pipeline = load_rewritten(configs, prompt, applied, files, size, device)
+    except (CheckpointError, msgspec.ValidationError) as error:
+        raise BackendError(f"The networks in {directory} cannot be rebuilt: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"{device} has too little memory for this bundle's weights: {error}") from error
+    return pipeline
+
+
+def _choose_device(device: str) -> str:
+    """ "auto", "cpu", "cuda" or "cuda:N" -> "cpu" or "cuda:N"; raises ConfigError, BackendError."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if int(index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f'This torch sees {torch.cuda.device_count()} CUDA devices, so there is no {device}. Use device="cpu", or '
+            "install a CUDA build of torch and NVIDIA's driver."
+        )
+    return f"cuda:{index or 0}"

@@ -1,0 +1,207 @@
+"""Recording, the ring of buffers and the device path of the torch backend; on a CPU all but CUDA's own part of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor  # noqa: E402
+
+from densegeo.errors import BackendError, ImageError  # noqa: E402
+from densegeo.runtime import Estimator  # noqa: E402
+from densegeo.runtime.backends.torch_capture import WARM_UP, CudaRecorder, Replay  # noqa: E402
+from densegeo.runtime.backends.torch_transfer import RING, Ring  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+
+
+class Tape:
+    """A recorder for the CPU: replaying runs the work again and puts its result where the recording put it."""
+
+    def __init__(self, error: Exception | None = None, offset: float = 0.0) -> None:
+        self.error, self.offset, self.replays = error, offset, 0
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        if self.error is not None:
+            raise self.error
+        result = work()
+
+        def again() -> None:
+            self.replays += 1
+            result.copy_(work() + self.offset)
+
+        return again, result
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_a_recording_is_replayed_on_its_own_buffers() -> None:
+    calls: list[Tensor] = []
+
+    def work(x: Tensor) -> Tensor:
+        calls.append(x)
+        return double(x)
+
+    tape, example = Tape(), torch.zeros(2, 3)
+    replay = Replay("doubling", work, (example,), tape)
+    assert replay.captured
+    assert len(calls) == WARM_UP + 2  # warm-up, recording, and the replay that was compared
+    first = replay(torch.ones(2, 3))
+    assert tape.replays == 2
+    assert torch.equal(first, torch.full((2, 3), 2.0))
+    second = replay(torch.full((2, 3), 5.0))
+    assert second.data_ptr() == first.data_ptr()
+    assert torch.equal(second, torch.full((2, 3), 10.0))
+    assert all(x.data_ptr() == calls[0].data_ptr() for x in calls)
+    assert example.data_ptr() != calls[0].data_ptr()
+
+
+@pytest.mark.parametrize("recorder", [None, Tape()])
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (torch.zeros(2, 4), r"float32 \(2, 3\) on cpu and cannot take float32 \(2, 4\) on cpu"),
+        (torch.zeros(2, 3, dtype=torch.float64), "cannot take float64"),
+        (torch.zeros(2, 3, device="meta"), "on meta"),
+    ],
+)
+def test_another_shape_or_type_is_refused(recorder: Tape | None, given: Tensor, match: str) -> None:
+    replay = Replay("doubling", double, (torch.zeros(2, 3),), recorder)
+    with pytest.raises(BackendError, match=match):
+        replay(given)
+
+
+@pytest.mark.parametrize(
+    ("tape", "message"),
+    [(Tape(RuntimeError("no capture here")), "no capture here"), (Tape(offset=1e-6), "other numbers")],
+)
+def test_a_recording_that_fails_is_logged_and_not_used(
+    tape: Tape, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "densegeo"):
+        replay = Replay("doubling", double, (torch.ones(3),), tape)
+    assert not replay.captured
+    assert "doubling runs eager" in caplog.text
+    assert message in caplog.text
+    assert torch.equal(replay(torch.full((3,), 4.0)), torch.full((3,), 8.0))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_gives_the_eager_bits() -> None:
+    weight = torch.randn(64, 64, device="cuda:0")
+    replay = Replay("product", lambda x: x @ weight, (torch.randn(8, 64, device="cuda:0"),), CudaRecorder("cuda:0"))
+    assert replay.captured
+    for seed in range(3):
+        x = torch.randn(8, 64, device="cuda:0", generator=torch.Generator("cuda:0").manual_seed(seed))
+        assert torch.equal(replay(x), x @ weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ring_pairs_images_with_results(device: str) -> None:
+    ring = Ring(device)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (rng.integers(1, 90), rng.integers(1, 90), 3), dtype=np.uint8) for _ in range(60)]
+
+    def compute(frame: Tensor) -> tuple[Tensor, ...]:
+        return frame.float(), frame[..., 0].float() / 2
+
+    with ThreadPoolExecutor(5) as pool:
+        results = list(pool.map(lambda image: ring.run(image, compute), images))
+    for image, (whole, red) in zip(images, results, strict=True):
+        np.testing.assert_array_equal(whole, image)
+        np.testing.assert_array_equal(red, image[..., 0] / np.float32(2))
+
+
+def test_a_failure_gives_its_slot_back() -> None:
+    ring, image = Ring("cpu"), np.zeros((2, 2, 3), np.uint8)
+
+    def fail(frame: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("launch failed")
+
+    for _ in range(RING + 1):
+        with pytest.raises(RuntimeError, match="launch failed"):
+            ring.run(image, fail)
+    (same,) = ring.run(image, lambda frame: (frame.float(),))
+    assert same.shape == image.shape
+
+
+def test_no_more_than_the_ring_is_in_flight() -> None:
+    ring, image = Ring("cpu"), np.zeros((2, 2, 3), np.uint8)
+    entered, leave = threading.Semaphore(0), threading.Event()
+    running = 0
+
+    def upload_then_wait(frame: Tensor) -> tuple[Tensor, ...]:
+        entered.release()
+        leave.wait(10)
+        return (frame.float(),)
+
+    with ThreadPoolExecutor(RING + 2) as pool:
+        futures = [pool.submit(ring.run, image, upload_then_wait) for _ in range(RING + 2)]
+        assert entered.acquire(timeout=10)
+        running = RING - ring._free.qsize()
+        leave.set()
+        assert all(len(future.result()) == 1 for future in futures)
+    assert 1 <= running <= RING
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_whole_images_give_what_the_stages_give(built: dict[str, Path], device: str, fit: str) -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 90), (200, 120), (17, 16))]
+    with (
+        Estimator(built["fp32"], "torch", "cpu", fit=fit) as staged,  # type: ignore[arg-type]
+        Estimator(built["fp32"], "torch", device, fit=fit) as whole,  # type: ignore[arg-type]
+    ):
+        assert staged._frames is None
+        whole._frames = whole._backend  # on a CPU the other way is taken by itself
+        for image in images:
+            expected, got = staged(image), whole(image)
+            assert "device" in got.timings
+            assert "encoder" not in got.timings
+            assert got.source_size == expected.source_size
+            bound = 1e-5 if device == "cpu" else 1e-2  # a GPU's products may be TF32
+            for ours, theirs in ((got.prediction, expected.prediction), (got.normals, expected.normals)):
+                assert ours.dtype == np.float32
+                assert np.linalg.norm(ours - theirs) <= bound * np.linalg.norm(theirs)
+        assert whole.metrics.snapshot().histograms["device"].count == len(images)
+        image = images[0].copy()
+        future = whole.submit(image)
+        image[:] = 0  # the caller may reuse the array at once
+        np.testing.assert_allclose(future.result().prediction, staged(images[0]).prediction, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> None:
+    image = np.random.default_rng(2).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    with Estimator(built["fp32"], "torch", device) as estimator:
+        expected = estimator(image)
+        for given, color in (
+            (torch.from_numpy(image).to(device), "rgb"),
+            (torch.from_numpy(image).to(device).flip(2), "bgr"),
+            (image, "rgb"),
+        ):
+            prediction, normals = estimator.tensors(given, color)  # type: ignore[arg-type]
+            assert str(prediction.device) == str(normals.device) == device
+            bound = 1e-5 * np.linalg.norm(expected.prediction)
+            assert np.linalg.norm(torch.from_dlpack(prediction).cpu().numpy() - expected.prediction) <= bound
+            assert expected.normals is not None
+            assert np.linalg.norm(normals.cpu().numpy() - expected.normals) <= 1e-5 * np.linalg.norm(expected.normals)
+        for bad in (image[..., :2], image.astype(np.float32), image[:8], [1, 2, 3]):
+            with pytest.raises(ImageError):
+                estimator.tensors(bad)
+
+
+def test_host_backends_say_that_they_return_host_arrays(built: dict[str, Path]) -> None:
+    with Estimator(built["fp32"], "onnxruntime", "cpu") as estimator, pytest.raises(BackendError, match="host arrays"):
+        estimator.tensors(np.zeros((60, 90, 3), np.uint8))
