@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels bench-rewrites train clean
+.PHONY: help demo test test-slow lint kernels bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
@@ -14,7 +14,8 @@ help:
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
-	@echo "make train           train fe2e-tiny anew (two hours on two cores; resumes)"
+	@echo "make accuracy        score fe2e-tiny on held-out synthetic scenes"
+	@echo "make train           train fe2e-tiny anew (two and a half hours on two cores; resumes)"
 	@echo "make clean           remove the environment, caches and out/"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -45,6 +46,10 @@ kernels: $(STAMP)
 
 bench-rewrites: $(STAMP)
 	$(BIN)/python benchmarks/rewrites.py
+
+accuracy: $(STAMP)
+	$(BIN)/densegeo build --model fe2e-tiny --output out/fe2e-tiny
+	$(BIN)/python benchmarks/accuracy.py out/fe2e-tiny
 
 train: $(STAMP)
 	$(BIN)/python training/train.py

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from densegeo.runtime.resample import choose_bucket
 from densegeo.runtime.verify import replay, within
 
 WARM_UP = 3  # runs before timing starts
+CALLERS = (1, 2, 4)  # threads that share the estimator, for the throughput
 
 # Run in a fresh interpreter with the arguments bundle, backend, device and perhaps an image; prints milliseconds.
 _COLD_START = """
@@ -70,7 +75,10 @@ class Latency(msgspec.Struct, frozen=True):
     runs: int
     cold_ms: dict[str, float]  # in a fresh process: import, open, first
     stages: dict[str, Spread]  # by stage, and "total"
-    images_per_second: float  # one after the other, from the mean
+    images_per_second: dict[str, float]  # by how many callers run at once
+    memory_bytes: int | None  # most that this process held, the verification included
+    gpu: dict[str, float]  # after the runs: "power_watts" and "memory_bytes" by NVML; empty without it
+    ceiling_gflops: float  # of float32 matrix products in numpy on this CPU
     worst_error: float  # of the verification that came first
     error_bound: float
     machine: dict[str, Any]
@@ -98,7 +106,9 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         for _ in range(WARM_UP):
             estimator(source)
         samples = [dict(estimator(source).timings) for _ in range(runs)]
+        throughput = {str(callers): _throughput(estimator, source, callers, runs) for callers in CALLERS}
         used_backend, used_device = estimator.backend, estimator.device
+        gpu = _nvml(used_device)
     stages = summarise(samples, bucket)
     return Latency(
         model=manifest.model,
@@ -111,11 +121,56 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         runs=runs,
         cold_ms=cold,
         stages=stages,
-        images_per_second=1e3 / stages["total"].mean,
+        images_per_second=throughput,
+        memory_bytes=_peak_memory(),
+        gpu=gpu,
+        ceiling_gflops=matmul_gflops(),
         worst_error=max(check.error for check in checks),
         error_bound=manifest.verification.replay_bound,
-        **environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu")),
+        **environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch")),
     )
+
+
+def _throughput(estimator: Estimator, source: object, callers: int, runs: int) -> float:
+    """Images a second with this many callers at once."""
+    count = max(runs, 2 * callers)
+    with ThreadPoolExecutor(callers) as pool:
+        started = time.perf_counter()
+        list(pool.map(lambda _: estimator(source), range(count)))
+        return count / (time.perf_counter() - started)
+
+
+def matmul_gflops(size: int = 1536, runs: int = 5) -> float:
+    """The most float32 GFLOP/s seen in a square matrix product: what a fraction of the CPU's ceiling refers to."""
+    a = np.random.default_rng(0).random((size, size), dtype=np.float32)
+    best = math.inf
+    for _ in range(runs):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _nvml(device: str) -> dict[str, float]:
+    """Power and memory of the GPU in use, where NVML's binding (nvidia-ml-py) is installed."""
+    if not device.startswith("cuda"):
+        return {}
+    try:
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+        power, memory = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3, nvml.nvmlDeviceGetMemoryInfo(handle).used
+        return {"power_watts": power, "memory_bytes": memory}
+    except Exception:  # its errors have no public base that is there without it
+        return {}
 
 
 def generated_image(bucket: Bucket) -> NDArray[np.uint8]:
@@ -175,7 +230,14 @@ def print_latency(result: Latency, json_file: Path | None = None) -> None:
     ):
         console.print(line, soft_wrap=True)
     console.print(table)
-    console.print(f"{result.images_per_second:.2f} images/s, one after the other")
+    speeds = ", ".join(f"{value:.2f} with {callers}" for callers, value in result.images_per_second.items())
+    console.print(f"images/s by callers at once: {speeds}")
+    total = result.stages["total"].gflops
+    if total is not None and result.device == "cpu":
+        share = 100 * total / result.ceiling_gflops
+        console.print(f"{share:.0f} % of this CPU's {result.ceiling_gflops:.0f} GFLOP/s in float32 matrix products")
+    for name, value in result.gpu.items():
+        console.print(f"GPU {name}: {value:.4g}")
     line = msgspec.json.encode(result).decode()
     if json_file is not None:
         try:

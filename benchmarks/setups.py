@@ -1,4 +1,4 @@
-"""Sizes of the rewrites benchmark: the measured one and a toy for tests; weights, prompt and image are seeded."""
+"""Sizes of the benchmarks: full, one for CPUs, and a toy for tests; weights, prompt and image are seeded."""
 
 from __future__ import annotations
 
@@ -56,6 +56,30 @@ MID = Setup(
     tokens=640,
     valid=64,
     ceiling_size=4096,
+)
+FULL = Setup(  # of the released checkpoints
+    TransformerConfig(
+        hidden_size=3072,
+        num_heads=24,
+        axes_dim=(16, 56, 56),
+        depth=19,
+        depth_single_blocks=38,
+        context_in_dim=4096,
+        vec_in_dim=768,
+        prompt_dim=3584,
+        connector_hidden=4096,
+        connector_heads=32,
+        connector_depth=2,
+        mlp_hidden=12288,
+        connector_mlp_hidden=16384,
+        in_channels=64,
+    ),
+    VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16),
+    width=1024,
+    height=768,
+    tokens=640,
+    valid=64,
+    ceiling_size=8192,
 )
 SMOKE = Setup(
     TransformerConfig(

@@ -20,13 +20,13 @@ from densegeo.models.vae import VAE
 
 
 def _normal(shape: torch.Size, std: float, generator: torch.Generator, mean: float = 0.0) -> Tensor:
-    return mean + std * torch.randn(shape, generator=generator)
+    return mean + std * torch.randn(shape, generator=generator, device=generator.device)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, seed: int) -> None:
-    """Give every parameter of `model` (made on the meta device) a seeded random value in float32."""
-    generator = torch.Generator().manual_seed(seed)
+def fill(model: nn.Module, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Give every parameter of `model` (made on the meta device) a seeded random value; linears in `dtype`."""
+    generator = torch.Generator(device).manual_seed(seed)
     modulations = {
         id(linear)
         for module in model.modules()
@@ -45,7 +45,7 @@ def fill(model: nn.Module, seed: int) -> None:
                 value = _normal(parameter.shape, 0.2, generator, mean=1.0)
             else:
                 value = _normal(parameter.shape, 0.1, generator)
-            state[f"{name}.{kind}" if name else kind] = value
+            state[f"{name}.{kind}" if name else kind] = value.to(dtype) if isinstance(module, nn.Linear) else value
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(False)
 
@@ -59,15 +59,25 @@ def random_prompt(tokens: int, valid: int, features: int, seed: int) -> Prompt:
 
 
 def random_pipeline(
-    transformer: TransformerConfig, vae: VAEConfig, prompt: Prompt, width: int, height: int, seed: int
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    prompt: Prompt,
+    width: int,
+    height: int,
+    seed: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Pipeline:
-    """A float32 pipeline without any rewrite, bound to `prompt` and the size in pixels."""
+    """A pipeline without any rewrite, bound to `prompt` and the size in pixels.
+
+    dtype: of the transformer's linears; the rest is float32. At full size these alone take 48 GB in float32.
+    """
     with torch.device("meta"):
         dit, autoencoder = Transformer(transformer), VAE(vae)
-    fill(dit, seed)
-    fill(autoencoder, seed + 1)
+    fill(dit, seed, device, dtype)
+    fill(autoencoder, seed + 1, device)
     autoencoder.decoder.conv_out.weight.data *= 0.5  # most of the decoded values within [-1, 1]
-    return Pipeline(dit.bind(prompt, width, height), autoencoder, prompt).eval()
+    return Pipeline(dit.bind(prompt, width, height).to(device), autoencoder, prompt).eval()
 
 
 def random_image(width: int, height: int, seed: int) -> Tensor:

@@ -224,6 +224,24 @@ def bench(
 
 
 @app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="JSON files that `densegeo bench --json` wrote.")],
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also draw the stages into this picture (needs matplotlib)."),
+    ] = None,
+) -> None:
+    """Benchmarks of several machines, backends or precisions side by side, each against the first."""
+    from densegeo.benchmarks.compare import draw, print_comparison, read
+
+    results = read(files)
+    print_comparison(results)
+    if plot is not None:
+        draw(results, plot)
+        typer.echo(f"wrote {plot}")
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What this machine has (CPU, memory, GPUs, backends) and what is missing."""
     from densegeo.doctor import examine, print_report

@@ -61,7 +61,7 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
     code = "import sys; from densegeo import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
     code += "print({'torch', 'onnxruntime', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("build", "infer", "inspect", "verify", "bench", "doctor"):
+    for command in ("build", "infer", "inspect", "verify", "bench", "compare", "doctor"):
         assert f" {command} " in result.stdout
     assert result.stdout.strip().endswith("set()")
 
@@ -177,6 +177,32 @@ def test_bench_ends_with_json(bundle: Path, tmp_path: Path, capsys: pytest.Captu
         assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"]
     assert result["stages"]["encoder"]["gflops"] > 0
     assert result["stages"]["prepare"]["gflops"] is None
+    assert set(result["images_per_second"]) == {"1", "2", "4"}
+    assert all(speed > 0 for speed in result["images_per_second"].values())
+    assert result["ceiling_gflops"] > result["stages"]["encoder"]["gflops"]
+
+
+def test_compare_puts_benchmarks_side_by_side(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", bundle, "--runs", 2, "--json", tmp_path / "one.json") == 0
+    slow = json.loads((tmp_path / "one.json").read_text())
+    for stage in slow["stages"].values():
+        stage["p50"] *= 2
+    (tmp_path / "slow.json").write_text(json.dumps(slow | {"device": "cuda:0"}))
+    capsys.readouterr()
+    assert run("compare", tmp_path / "one.json", tmp_path / "slow.json", "--plot", tmp_path / "deep" / "plot.png") == 0
+    shown = capsys.readouterr().out
+    assert "cuda:0" in shown
+    (ratios,) = (line.split()[-2:] for line in shown.splitlines() if "times the first" in line)
+    assert ratios == ["1.00", "0.50"]
+    with Image.open(tmp_path / "deep" / "plot.png") as picture:
+        assert picture.width > 500
+
+
+def test_compare_refuses_what_is_no_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    for name, words in (("x.json", "no file of `densegeo bench"), ("y.json", "Cannot read")):
+        assert run("compare", tmp_path / name) == 1
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "bench"])

@@ -1,0 +1,195 @@
+"""Everything a GPU should prove, in one run of at most nine minutes: `python benchmarks/gpu_check.py --output FILE`.
+
+It needs torch, Triton, numpy, safetensors and msgspec, and pytest for the tests. The file is written anew after every
+step, so that a run that is cut off leaves what it measured; a step that fails says so there and does not stop the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # a bare machine has the checkout and no installation
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from densegeo.benchmarks import gpu_models  # noqa: E402
+from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
+from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
+from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
+from densegeo.runtime.resample import Placement  # noqa: E402
+
+BUDGET_S = 540.0
+TESTS = ("tests/kernels", "tests/runtime/test_torch_device.py", "tests/runtime/test_torch_fused.py")
+SIZES = ((864, 576), (1024, 768))  # DESIGN section 6 has the floors of these
+Step = Callable[["Check"], dict[str, Any]]
+
+
+class Check:
+    """One run: its device, the time it has left, and what it found so far."""
+
+    def __init__(self, output: Path, device: str, small: bool, budget: float) -> None:
+        self.output, self.device, self.small = output, device, small
+        self._end = time.monotonic() + budget
+        self.weights: gpu_models.Weights | None = None
+        self.result: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+            "small": small,
+            **environment(("torch", "triton", "numpy", "safetensors", "msgspec")),
+            "steps": {},
+        }
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self._end - time.monotonic()
+
+    def run(self, steps: dict[str, Step]) -> bool:
+        """Run the steps in order, write the file after each, and return whether all went well."""
+        good = True
+        for name, step in steps.items():
+            started = time.monotonic()
+            if self.left() < 30:
+                entry: dict[str, Any] = {"skipped": "no time left"}
+            else:
+                try:
+                    entry = step(self)
+                except Exception as error:
+                    traceback.print_exc()
+                    entry = {"failed": f"{type(error).__name__}: {error}"}
+            entry["seconds"] = round(time.monotonic() - started, 1)
+            good &= "failed" not in entry
+            self.result["steps"][name] = entry
+            write_json(self.output, self.result)
+            verdict = "failed" if "failed" in entry else "skipped" if "skipped" in entry else "done"
+            print(f"{name}: {verdict} in {entry['seconds']} s", flush=True)
+        return good
+
+
+def tests(check: Check) -> dict[str, Any]:
+    """The gpu-marked tests, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if check.device != "cpu" else "not gpu", *TESTS]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.left() / 2)
+    )
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    entry: dict[str, Any] = {"command": " ".join(command[1:]), **counts, "tail": done.stdout[-3000:]}
+    if done.returncode or not counts.get("passed"):
+        entry["failed"] = f"exit code {done.returncode}"
+    return entry
+
+
+def kernels(check: Check) -> dict[str, Any]:
+    """Bandwidth of every memory-bound kernel."""
+    return bandwidths(check.device, small=check.small)
+
+
+def numbers(check: Check) -> dict[str, Any]:
+    """Ours against plain low precision, both against float32, on a model small enough for that."""
+    errors = gpu_models.errors(check.device, check.small)
+    limit = gpu_models.ERROR_FACTOR * errors["plain"]
+    return {**errors, "limit": limit} | ({} if errors["ours"] <= limit else {"failed": "ours is off"})
+
+
+def models(check: Check) -> dict[str, Any]:
+    """Full-size FE2E at both sizes; no speed when the numbers were wrong."""
+    if "failed" in check.result["steps"]["numbers"]:
+        raise RuntimeError("the numbers are wrong, so no speed is measured")
+    check.weights = gpu_models.make_weights(check.small, check.device)
+    sizes = SIZES if not check.small else ((64, 48),)
+    rows = [gpu_models.compare(check.weights, size, 3 if check.small else 7, check.left) for size in sizes]
+    return {"sizes": rows}
+
+
+def transfers(check: Check) -> dict[str, Any]:
+    """Milliseconds an image, end to end: one image at a time against two in flight; pinned against pageable copies."""
+    size = (64, 48) if check.small else SIZES[0]
+    network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    placement = Placement((0, 0, *size), size)
+    ring, count = Ring(check.device), 8
+
+    def one(_: int) -> object:
+        return ring.run(pixels, lambda frame: network(frame, placement))
+
+    def pageable() -> None:
+        results = network(torch.from_numpy(pixels).to(check.device), placement)
+        [result.cpu() for result in results]
+
+    entry: dict[str, Any] = {"captured": network.captured, "images": count}
+    for name, workers in (("one in flight", 1), ("two in flight", 2)):
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, range(2)))
+            started = time.perf_counter()
+            list(pool.map(one, range(count)))
+            entry[name] = 1e3 * (time.perf_counter() - started) / count
+    entry["pageable"] = 1e3 * sorted(seconds_of(pageable, check.device, 5))[2]
+    return entry
+
+
+def profile(check: Check) -> dict[str, Any]:
+    """Every GPU kernel of one image, by total time."""
+    size = (64, 48) if check.small else SIZES[0]
+    network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
+    pixels = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=check.device)
+    placement = Placement((0, 0, *size), size)
+    network(pixels, placement)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if check.device != "cpu":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as recorded:
+        network(pixels, placement)
+        if check.device != "cpu":
+            torch.cuda.synchronize()
+    on_gpu = check.device != "cpu"
+    rows = [
+        {
+            "name": event.key[:160],
+            "calls": event.count,
+            "us": event.self_device_time_total if on_gpu else event.self_cpu_time_total,
+        }
+        for event in recorded.key_averages()
+    ]
+    rows = sorted((row for row in rows if row["us"] > 0), key=lambda row: -float(row["us"]))
+    return {"captured": network.captured, "kernels": rows[:120]}
+
+
+STEPS: dict[str, Step] = {
+    "numbers": numbers,
+    "kernels": kernels,
+    "models": models,
+    "transfers": transfers,
+    "profile": profile,
+    "tests": tests,
+}
+
+
+def main() -> int:
+    """The command; returns 1 when a step failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("out/gpu_check.json"), help="the JSON file to write")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these")
+    parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
+    parser.add_argument("--device", default="cuda:0", help='"cpu" tries the script where there is no GPU')
+    options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)
+        return 2
+    check = Check(options.output, options.device, options.small, BUDGET_S)
+    good = check.run({name: STEPS[name] for name in STEPS if name in options.steps})
+    print(f"wrote {options.output}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

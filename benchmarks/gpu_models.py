@@ -1,0 +1,209 @@
+"""Full-size FE2E on a GPU, with random weights made there: what the authors' code does, a hard baseline, and ours."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegeo.benchmarks.gpu_kernels import seconds_of
+from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
+from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
+from densegeo.benchmarks.timing import flops
+from densegeo.models import precision, rewrites
+from densegeo.models.reference import relative, split
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.vae import VAE
+from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_device import DeviceNetwork
+from densegeo.runtime.backends.torch_fused import fuse_transformer, fuse_vae
+from densegeo.runtime.bundle import Bucket, Decode, Graph
+
+LOW = "bf16"
+ERROR_FACTOR = 2.0  # of plain eager low precision's error against float32 (DESIGN section 10)
+WARM_UP = 2
+
+Network = Callable[[Tensor], Tensor]  # rgb (1, 3, H, W) -> decoded (2, 3, H, W)
+
+
+@dataclass
+class Weights:
+    """One set of weights: not rewritten, the transformer in low precision, the autoencoder in both."""
+
+    setup: Setup
+    plain: Pipeline
+    vae: VAE  # float32
+    device: str
+
+
+def make_weights(small: bool, device: str) -> Weights:
+    """Random weights on the device; SMOKE's size when `small`."""
+    setup, dtype = SMOKE if small else FULL, precision.DTYPES[LOW]
+    prompt = random_prompt(setup.tokens, setup.valid, setup.transformer.prompt_dim, seed=0)
+    plain = random_pipeline(
+        setup.transformer, setup.vae, prompt, setup.width, setup.height, seed=1, device=device, dtype=dtype
+    )
+    vae = copy.deepcopy(plain.vae).float()
+    precision.cast(plain, LOW)
+    return Weights(setup, plain, vae, device)
+
+
+def folded(weights: Weights, size: tuple[int, int]) -> Pipeline:
+    """A rewritten copy at another size (width, height), on the device."""
+    pipeline = copy.deepcopy(weights.plain)
+    pipeline.transformer.resize(*size)
+    rewrites.apply(pipeline, rewrites.REWRITES)
+    precision.cast(pipeline, LOW)
+    pipeline.transformer.to(weights.device)
+    pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return pipeline
+
+
+def authors(weights: Weights, size: tuple[int, int]) -> Network:
+    """What the released code does: batch of two, the whole connector, a float32 autoencoder, two decodes; eager."""
+    return _chain(_resized(weights, size), weights.vae, 1, torch.float32)
+
+
+def hard(weights: Weights, size: tuple[int, int]) -> Network:
+    """Batch 1, everything in low precision, and torch.compile on every block and on the autoencoder."""
+    pipeline = _resized(weights, size)
+    pipeline.transformer.guidance = None
+    vae = copy.deepcopy(weights.plain.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _compile(pipeline, vae)
+    return _chain(pipeline, vae, 1, precision.DTYPES[LOW])
+
+
+def _resized(weights: Weights, size: tuple[int, int]) -> Pipeline:
+    """The plain pipeline at another size, sharing its weights."""
+    model = weights.plain.transformer
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    twin.resize(*size)
+    return Pipeline(twin.to(weights.device), weights.plain.vae, weights.plain.prompt)
+
+
+def _compile(pipeline: Pipeline, vae: VAE) -> None:
+    for block in [*pipeline.transformer.double_blocks, *pipeline.transformer.single_blocks, vae.encoder, vae.decoder]:
+        block.compile()
+
+
+def _chain(pipeline: Pipeline, vae: VAE, parts: int, vae_dtype: torch.dtype) -> Network:
+    """The stages in plain torch."""
+    config = vae.config
+
+    def run(rgb: Tensor) -> Tensor:
+        height, width = rgb.shape[-2:]
+        velocity = pipeline.transformer(vae.encoder(rgb.to(vae_dtype)))
+        latents = split(velocity, height, width) / config.scale_factor + config.shift_factor
+        return torch.cat([vae.decoder(part) for part in latents.split(parts)])
+
+    return run
+
+
+def contenders(weights: Weights, size: tuple[int, int]) -> dict[str, Callable[[], Network]]:
+    """Name -> what makes the network; each is made, measured and dropped in turn, because memory is limited."""
+
+    def plain_folded(compiled: bool) -> Network:
+        pipeline = folded(weights, size)
+        if compiled:
+            _compile(pipeline, pipeline.vae)
+        return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])
+
+    def ours(captured: bool) -> Network:
+        return device_network(weights, size, captured)._replay
+
+    return {
+        "authors, eager": lambda: authors(weights, size),
+        "batch 1, bf16, compiled": lambda: hard(weights, size),
+        "folded, eager": lambda: plain_folded(False),
+        "folded, compiled": lambda: plain_folded(True),
+        "folded, kernels": lambda: ours(False),
+        "folded, kernels, graph": lambda: ours(True),
+    }
+
+
+def device_network(weights: Weights, size: tuple[int, int], captured: bool) -> DeviceNetwork:
+    """The torch backend's network of one bucket."""
+    pipeline, config = folded(weights, size), weights.setup.vae
+    decode = Decode("log_affine", config.scale_factor, config.shift_factor, depth_sign=-1, normal_sign=1)
+    none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
+    recorder = CudaRecorder(weights.device) if captured and weights.device != "cpu" else None
+    return DeviceNetwork(
+        fuse_vae(pipeline.vae),
+        fuse_transformer(pipeline.transformer),
+        pipeline.decoder_batch,
+        decode,
+        Bucket(*size, none, none, none),
+        weights.device,
+        recorder,
+    )
+
+
+@torch.inference_mode()
+def errors(device: str, small: bool) -> dict[str, float]:
+    """Relative error of the decoded pictures against float32: of plain low precision, and of ours as it is run."""
+    setup = SMOKE if small else MID
+    size, rgb = (setup.width, setup.height), setup.image().to(device)
+    exact = setup.pipeline()
+    exact.transformer.to(device)
+    exact.vae.to(device)
+    wanted = _chain(exact, exact.vae, 1, torch.float32)(rgb)
+    weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)
+    plain = _chain(weights.plain, weights.plain.vae, 1, precision.DTYPES[LOW])(rgb)
+    network = device_network(weights, size, captured=True)
+    ours, again = network._replay(rgb).clone(), network._replay(rgb)
+    return {
+        "plain": relative(plain, wanted),
+        "ours": relative(ours, wanted),
+        "captured": float(network.captured),
+        "repeated_exactly": float(torch.equal(ours, again)),
+    }
+
+
+@torch.inference_mode()
+def compare(weights: Weights, size: tuple[int, int], runs: int, left: Callable[[], float]) -> dict[str, Any]:
+    """Milliseconds of every contender at one size, and how far its output is from the authors' way.
+
+    left: seconds that may still be used; contenders that no longer fit are listed as skipped.
+    """
+    rgb = random_image(*size, seed=2).to(weights.device)
+    rows: dict[str, Any] = {}
+    wanted: Tensor | None = None
+    for name, make in contenders(weights, size).items():
+        if left() < 60:
+            rows[name] = {"skipped": "no time left"}
+            continue
+        try:
+            rows[name], decoded = _measure(make, rgb, weights.device, runs)
+            wanted = decoded if wanted is None else wanted
+            rows[name]["relative_to_authors"] = relative(decoded, wanted)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            rows[name] = {"failed": str(error)[:300]}
+        _free(weights.device)
+    pipeline = folded(weights, size)
+    work = flops(partial(_chain(pipeline, pipeline.vae, 2, precision.DTYPES[LOW]), rgb))
+    for row in rows.values():
+        if "ms" in row:
+            row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
+    return {"size": list(size), "folded_tflop": work / 1e12, "contenders": rows}
+
+
+def _measure(make: Callable[[], Network], rgb: Tensor, device: str, runs: int) -> tuple[dict[str, float], Tensor]:
+    """Milliseconds of a network that lives for this call only, and its output."""
+    network = make()
+    decoded = network(rgb).clone()
+    seconds = sorted(seconds_of(partial(network, rgb), device, runs, WARM_UP))
+    names = {"ms": seconds[len(seconds) // 2], "ms_min": seconds[0], "ms_max": seconds[-1]}
+    return {name: 1e3 * value for name, value in names.items()}, decoded
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if device != "cpu":
+        torch.cuda.empty_cache()

@@ -1,0 +1,76 @@
+"""The GPU check's script on a CPU at toy sizes: what it would measure runs, and a failure is not passed over."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from densegeo.benchmarks import gpu_check, gpu_models  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(gpu_models, "_compile", lambda pipeline, vae: None)  # takes minutes on a CPU
+    command = ["gpu_check.py", "--small", "--device", "cpu", "--output", str(output), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    code = gpu_check.main()
+    return code, json.loads(output.read_text())
+
+
+def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ("numbers", "kernels", "models", "transfers", "profile")
+    code, result = run(monkeypatch, tmp_path / "check.json", "--steps", *steps)
+    assert code == 0
+    found = result["steps"]
+    assert tuple(found) == steps
+    assert 0 < found["numbers"]["ours"] <= found["numbers"]["limit"] < 0.2
+    kernels = found["kernels"]["kernels"]
+    assert kernels["copy"]["of_copy"] == 1
+    # a token's 64 features are read once and written once
+    assert kernels["split"]["bytes"] == 2 * 4 * gpu_check.gpu_models.SMOKE.width * 48 // 256 * 64 * 2
+    (size,) = found["models"]["sizes"]
+    rows = size["contenders"]
+    assert set(rows) >= {"authors, eager", "batch 1, bf16, compiled", "folded, kernels, graph"}
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["relative_to_authors"] < 0.2
+    assert rows["folded, kernels"]["relative_to_authors"] > 0  # bf16 cannot agree with float32 to the last bit
+    assert found["transfers"]["two in flight"] > 0
+    assert len(found["profile"]["kernels"]) > 10
+    assert result["commit"] is None or len(result["commit"]) >= 40
+
+
+def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_models, "errors", lambda device, small: {"plain": 0.01, "ours": 0.03})
+    code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "numbers", "models", "kernels")
+    assert code == 1
+    assert result["steps"]["numbers"]["failed"] == "ours is off"
+    assert "no speed is measured" in result["steps"]["models"]["failed"]
+    assert "sizes" not in result["steps"]["models"]
+    assert "kernels" in result["steps"]["kernels"]  # the rest goes on
+
+
+def test_without_time_steps_are_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "BUDGET_S", 10.0)
+    code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "kernels")
+    assert code == 0
+    assert result["steps"]["kernels"]["skipped"] == "no time left"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_check.py", "--output", str(tmp_path / "check.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "check.json").exists()
