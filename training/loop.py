@@ -79,9 +79,11 @@ def fit(
     if file.exists():
         saved = torch.load(file, weights_only=True)
         module.load_state_dict(saved["module"])
-        for part, states in ((optimizers, saved["optimizers"]), (schedulers, saved["schedulers"])):
-            for one, state in zip(part, states, strict=True):
-                one.load_state_dict(state)
+        for optimizer, scheduler, *states in zip(
+            optimizers, schedulers, saved["optimizers"], saved["schedulers"], strict=True
+        ):
+            optimizer.load_state_dict(states[0])
+            scheduler.load_state_dict(states[1])
         average.values, start, history = saved["average"], saved["step"], saved["history"]
     end = min(schedule.end or schedule.steps, until or schedule.steps)
     names: list[str] = []
