@@ -37,7 +37,7 @@ def test_toy_run(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "relative", lambda ours, wanted: 2e-5)
+    monkeypatch.setattr(pricing.reference, "relative", lambda ours, wanted: 2e-5)
     status, output = invoke()
     assert status == 1
     assert "the numbers are wrong" in output

@@ -49,3 +49,11 @@ def golden_bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bui
 @pytest.fixture(scope="session")
 def expected(golden: Path) -> dict[str, object]:
     return load_file(golden / "fe2e_small" / "expected.safetensors")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A directory with the authors' file names, smaller than any real model."""
+    from tests.export.test_build import write_checkpoint
+
+    return write_checkpoint(tmp_path)

@@ -52,11 +52,6 @@ def write_checkpoint(folder: Path) -> Path:
     return directory
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path)
-
-
 def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:
     given = Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
     values: dict[str, object] = {"model": "fe2e", "output": output, "given": given, "sizes": ((48, 32),)}
