@@ -192,7 +192,7 @@ def test_compare_puts_benchmarks_side_by_side(bundle: Path, tmp_path: Path, caps
     assert run("compare", tmp_path / "one.json", tmp_path / "slow.json", "--plot", tmp_path / "deep" / "plot.png") == 0
     shown = capsys.readouterr().out
     assert "cuda:0" in shown
-    (ratios,) = (line.split()[-2:] for line in shown.splitlines() if "times the first" in line)
+    (ratios,) = (line.replace("│", " ").split()[-2:] for line in shown.splitlines() if "times the first" in line)
     assert ratios == ["1.00", "0.50"]
     with Image.open(tmp_path / "deep" / "plot.png") as picture:
         assert picture.width > 500
