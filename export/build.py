@@ -346,7 +346,7 @@ def _report(manifest: Manifest, output: Path, console: Console) -> None:
         console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
     if manifest.precision == "bf16":
         console.print(
-            "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo[openvino] or densegeo[torch] "
-            "runs this bundle.[/yellow]",
+            "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo\\[openvino] or "
+            "densegeo\\[torch] runs this bundle.[/yellow]",
             soft_wrap=True,
         )

@@ -23,6 +23,8 @@ def test_wheel_holds_the_folders_and_runs(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for module in ("cli", "runtime/estimator", "runtime/backends/ort", "models/transformer", "benchmarks/latency"):
         assert f"densegeo/{module}.py" in names
+    for file in ("step1x-edit-i1258.safetensors", "vae.safetensors", "no_info.npz"):
+        assert f"densegeo/models/weights/fe2e-tiny/{file}" in names
     assert not {name.partition("/")[0] for name in names} - {"densegeo", f"{wheel.stem.rsplit('-', 3)[0]}.dist-info"}
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
