@@ -37,8 +37,13 @@ def stages_of(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
     return {"encoder": vae.encoder, "transformer": pipeline.transformer, "decoder": vae.decoder}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("without", [(), rewrites.NAMES, *((name,) for name in rewrites.NAMES)], ids=",".join)
+@pytest.mark.parametrize(
+    ("without", "precision"),
+    [
+        *((without, "fp32") for without in ((), rewrites.NAMES, *((name,) for name in rewrites.NAMES))),
+        *((without, "bf16") for without in ((), rewrites.NAMES)),
+    ],
+)
 def test_stored_weights_give_back_the_pipeline(
     built_checkpoint: Path, tmp_path: Path, without: tuple[str, ...], precision: str
 ) -> None:
@@ -63,7 +68,7 @@ def test_stored_weights_give_back_the_pipeline(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_size_is_within_the_bundles_bound(built: dict[str, Path], precision: str) -> None:
     checks = replay(built[precision], backend="torch", device="cpu")
-    assert len({check.bucket for check in checks}) == len(BUILT_SIZES)
+    assert len({check.bucket for check in checks}) == len(read_manifest(built[precision]).buckets)
     assert all(within(check) for check in checks), checks
 
 
