@@ -23,6 +23,7 @@ from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse_transformer, fuse_vae
+from densegeo.runtime.backends.torch_modules import resized
 from densegeo.runtime.bundle import Bucket, Decode, Graph
 
 LOW = "bf16"
@@ -81,10 +82,8 @@ def hard(weights: Weights, size: tuple[int, int]) -> Network:
 
 def _resized(weights: Weights, size: tuple[int, int]) -> Pipeline:
     """The plain pipeline at another size, sharing its weights."""
-    model = weights.plain.transformer
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
-    twin.resize(*size)
-    return Pipeline(twin.to(weights.device), weights.plain.vae, weights.plain.prompt)
+    plain = weights.plain
+    return Pipeline(resized(plain.transformer, size), plain.vae, plain.prompt)
 
 
 def _compile(pipeline: Pipeline, vae: VAE) -> None:

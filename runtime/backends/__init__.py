@@ -107,3 +107,11 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
                 raise
             reasons.append(f"{row.name}: {error}")
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
+
+
+def parse_device(device: str) -> tuple[str, str]:
+    """ "auto", "cpu", "cuda" or "cuda:N" -> (kind, index or ""); raises ConfigError for anything else."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
+    return kind, index

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError, ConfigError
+from densegeo.errors import BackendError
+from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
 
@@ -65,9 +66,7 @@ class OrtBackend(GraphBackend):
 
 def _choose_provider(device: str, available: list[str], precision: str) -> tuple[str, str]:
     """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N"."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
+    kind, index = parse_device(device)
     if kind == "cuda" and CUDA not in available:
         raise BackendError(
             "This ONNX Runtime has no CUDA provider. Install it with `pip install densegeo[gpu]` in place of [cpu], "

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from densegeo.errors import BackendError, CheckpointError, ConfigError
+from densegeo.errors import BackendError, CheckpointError
 from densegeo.models import rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.loading import load_rewritten
 from densegeo.models.prompt import load_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
+from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import can_fuse, fuse_transformer, fuse_vae
@@ -177,9 +178,7 @@ def _load(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipel
 
 def _choose_device(device: str) -> str:
     """ "auto", "cpu", "cuda" or "cuda:N" -> "cpu" or "cuda:N"; raises ConfigError, BackendError."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-        raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
+    kind, index = parse_device(device)
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if int(index or 0) >= torch.cuda.device_count():
