@@ -2,10 +2,11 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels bench-rewrites accuracy train clean
+.PHONY: help demo test test-slow lint kernels fullsize bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
@@ -13,6 +14,7 @@ help:
 	@echo "make test-slow       the tests that take minutes"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
+	@echo "make fullsize        build full-size FE2E from random weights (an hour, 60 GB of disk)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
 	@echo "make accuracy        score fe2e-tiny on held-out synthetic scenes"
 	@echo "make train           train fe2e-tiny anew (two and a half hours on two cores; resumes)"
@@ -30,7 +32,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m densegeo.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600
@@ -43,6 +45,9 @@ lint: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/python -m densegeo.kernels.compile --output out/kernels
+
+fullsize: $(STAMP)
+	$(BIN)/python benchmarks/fullsize.py
 
 bench-rewrites: $(STAMP)
 	$(BIN)/python benchmarks/rewrites.py

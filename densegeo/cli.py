@@ -168,10 +168,15 @@ def _intrinsics(
 
 @app.command()
 def inspect(
-    bundle: Bundle, as_json: Annotated[bool, typer.Option("--json", help="Print the manifest itself.")] = False
+    bundle: Bundle,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest itself.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What TensorRT made of the graphs: layers by role, types, warnings.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="With --layers: list each layer.")] = False,
 ) -> None:
     """What a bundle holds: model, graphs and their cost, rewrites, files, sources, measured errors."""
-    from densegeo.inspection import print_manifest
+    from densegeo.inspection import print_layers, print_manifest
     from densegeo.runtime.bundle import read_manifest
 
     manifest = read_manifest(bundle)
@@ -179,6 +184,8 @@ def inspect(
         import msgspec
 
         typer.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode())
+    elif layers:
+        print_layers(bundle, manifest, every=every)
     else:
         print_manifest(bundle, manifest)
 
@@ -188,15 +195,19 @@ def verify(bundle: Bundle, backend: Backend = "auto", device: Device = "auto") -
     """Check every file's digest, then replay the stored verification inputs on this machine."""
     from densegeo.inspection import check_with_progress, print_checks
     from densegeo.runtime.bundle import read_manifest
+    from densegeo.runtime.verified import forget, mark_verified
     from densegeo.runtime.verify import replay, within
 
     manifest = read_manifest(bundle)
     check_with_progress(bundle, manifest)
     console = Console()
     console.print(f"{len(manifest.files)} files: sizes and SHA-256 as in the manifest")
+    forget(bundle, backend)  # until it passes again
     checks = replay(bundle, backend=backend, device=device)
     print_checks(checks, "replayed here")
-    if not all(within(check) for check in checks):
+    if all(within(check) for check in checks):
+        mark_verified(bundle, backend)
+    else:
         _fail("This machine does not reproduce the bundle's reference outputs: do not trust its results here.")
     console.print("[green]verified[/]: the numbers come out right on this machine")
 

@@ -27,6 +27,10 @@ class BackendError(DensegeoError):
     """A backend that is not installed, cannot run this bundle, or failed while running it."""
 
 
+class EngineError(BackendError):
+    """A TensorRT engine that could not be built, is stale or foreign, or is not to be trusted."""
+
+
 class QueueFullError(DensegeoError):
     """A request that was not accepted because too many wait already."""
 

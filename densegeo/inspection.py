@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from densegeo.runtime.bundle import STAGES, Bucket, Check, Graph, Manifest, check_files
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Engine, Graph, Manifest, check_files
+from densegeo.runtime.engine_log import BuildLog, parse_log, read_log, warnings
 
 
 def check_with_progress(bundle: Path, manifest: Manifest) -> None:
@@ -43,6 +44,8 @@ def print_manifest(bundle: Path, manifest: Manifest) -> None:
         files.add_row(escape(name), amount(file.bytes, "B"), file.sha256[:16])
     if manifest.kernels:
         console.print("", _kernels(manifest), sep="\n")
+    if manifest.engines:
+        console.print("", _engines(manifest), sep="\n")
     sources = _table("built from", "role", "path", "bytes", "sha256")
     for source in manifest.sources:
         sources.add_row(source.role, escape(source.path), amount(source.bytes, "B"), source.sha256[:16])
@@ -91,6 +94,74 @@ def _kernels(manifest: Manifest) -> Table:
     return table
 
 
+def _engines(manifest: Manifest) -> Table:
+    table = _table("TensorRT engines", "engine", "builder", "for", "weights", "bytes", "workspace", "seconds", "memory")
+    for engine in manifest.engines:
+        size = manifest.files[engine.file].bytes if engine.file in manifest.files else 0
+        table.add_row(
+            f"{engine.stage} {engine.bucket}",
+            f"{engine.library} {engine.version}",
+            _targets(engine),
+            engine.weights,
+            amount(size, "B"),
+            amount(engine.activation_bytes, "B"),
+            f"{engine.seconds:.1f}",
+            amount(engine.peak_bytes, "B"),
+        )
+    return table
+
+
+def _targets(engine: Engine) -> str:
+    return ", ".join(engine.architectures) or "sm_80 and later"
+
+
+def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> None:
+    """What the builder made of each graph, from the logs in the bundle: layers by role, types, and what looks wrong.
+
+    every: list each layer. Raises BundleError when a log is missing or damaged.
+    """
+    console = Console()
+    if not manifest.engines:
+        console.print("This bundle has no TensorRT engines: `densegeo build --backend tensorrt` makes them.")
+    for engine in manifest.engines:
+        log = parse_log(read_log(bundle / engine.log))
+        console.print(
+            f"[bold]{engine.stage} {engine.bucket}[/] for {_targets(engine)}, {manifest.precision}: "
+            f"{len(log.layers)} layers, workspace {amount(log.activation_bytes, 'B')}, "
+            f"weights {amount(log.weight_bytes, 'B')}",
+            _roles(log),
+            sep="\n",
+        )
+        if every:
+            console.print(_layers(log))
+        found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
+        for line in found:
+            console.print(f"[yellow]warning[/] {escape(line)}", soft_wrap=True)
+        if not found:
+            console.print("[green]nothing looks wrong[/]")
+        console.print()
+
+
+def _roles(log: BuildLog) -> Table:
+    """Layers counted by role and by the type they multiply or write."""
+    counts: dict[tuple[str, str], int] = {}
+    for layer in log.layers:
+        key = (layer.role, layer.dtype)
+        counts[key] = counts.get(key, 0) + 1
+    table = _table(None, "role", "type", "layers")
+    for (role, dtype), count in sorted(counts.items()):
+        table.add_row(role, dtype, str(count))
+    return table
+
+
+def _layers(log: BuildLog) -> Table:
+    table = _table(None, "layer", "role", "type", "output", "from")
+    for layer in log.layers:
+        shape = "x".join(map(str, layer.outputs[0].shape)) if layer.outputs else ""
+        table.add_row(escape(layer.name), layer.role, layer.dtype, shape, escape(", ".join(layer.onnx[:3])))
+    return table
+
+
 def bucket_name(bucket: Bucket) -> str:
     """`1024x768`."""
     return f"{bucket.width}x{bucket.height}"
@@ -105,8 +176,8 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def _table(title: str | None, *columns: str) -> Table:
-    numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound"}
-    folding = {"", "file", "path", "compared with", "output", "architectures"}
+    numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound", "layers", "workspace", "seconds", "memory"}
+    folding = {"", "file", "path", "compared with", "output", "architectures", "layer", "from", "for"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in numeric else "left"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 Array = NDArray[np.generic]
+CHECK_BYTES = 512 << 20  # weights that are in memory at a time
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -49,7 +50,7 @@ def _widened(node: onnx.NodeProto) -> onnx.NodeProto:
     return wide
 
 
-def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, limit: int = 512 << 20) -> list[Array]:
+def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, limit: int = CHECK_BYTES) -> list[Array]:
     """Run the graph at `path` with ONNX Runtime's CPU provider, holding about `limit` bytes of weights at a time.
 
     feeds: input name -> array. Returns the graph's outputs in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import shutil
@@ -21,16 +22,18 @@ import densegeo
 from densegeo.errors import BundleError, ConfigError, ResourceError
 from densegeo.export import checks, sources
 from densegeo.export.cubins import check_architectures, write_cubins
+from densegeo.export.engines import EngineOptions, build_engines, library_version, target_groups
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.export.plan import check_resources, existing_parent, make_plan
 from densegeo.export.ranges import RangeRecorder
 from densegeo.models import rewrites
-from densegeo.models.loading import Files, load_pipeline
-from densegeo.models.precision import DTYPES, cast
+from densegeo.models.loading import Files, open_streamed, rewritten_form
+from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.presets import preset
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.runtime.bundle import (
     CAPTURE,
     MANIFEST,
@@ -50,7 +53,7 @@ from densegeo.runtime.bundle import (
     write_manifest,
 )
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt")
 PROMPT_FILE = "prompt.safetensors"
 
 
@@ -65,7 +68,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "onnxruntime"
     without: tuple[str, ...] = ()  # rewrites to leave out
     allow_unexpected: bool = False
-    architectures: tuple[int, ...] = ()  # GPU architectures to compile kernels for: 89 is sm_89
+    architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
+    engines: EngineOptions = EngineOptions()  # of the tensorrt backend
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
@@ -76,6 +80,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
         rewrites.select(self.without)
         check_architectures(self.architectures)
+        engines = self.engines
+        if self.backend == "tensorrt":
+            engines = engines.validated()
+            target_groups(engines.library, self.precision, self.architectures)
         sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
         for width, height in sizes:
             if width % 16 or height % 16 or min(width, height) < 32:
@@ -83,7 +91,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
                     f"a size of {width}x{height} cannot be built: both sides must be multiples of 16, at least 32 "
                     f"(nearest: {max(32, round(width / 16) * 16)}x{max(32, round(height / 16) * 16)})"
                 )
-        return msgspec.structs.replace(self, sizes=sizes)
+        return msgspec.structs.replace(self, sizes=sizes, engines=engines)
 
 
 def carried_weights(options: BuildOptions) -> Path | None:
@@ -141,13 +149,17 @@ def _build_into(
 ) -> Manifest:
     applied = rewrites.select(options.without)
     low_precision = options.precision != "fp32"
-    steps = progress.add_task("loading", total=3 + 7 * len(options.sizes) + bool(options.architectures))
+    groups = 0
+    if options.backend == "tensorrt":
+        groups = len(target_groups(options.engines.library, options.precision, options.architectures))
+    total = 3 + (7 + len(STAGES) * groups) * len(options.sizes) + bool(options.architectures)
+    steps = progress.add_task("loading", total=total)
 
     def step(what: str) -> None:
         progress.update(steps, description=what, advance=1)
 
     first = options.sizes[0]
-    pipeline = load_pipeline(files, *first, allow_unexpected=options.allow_unexpected)
+    pipeline, source = open_streamed(files, *first, allow_unexpected=options.allow_unexpected)
     references: dict[str, checks.Outputs] = {}
     bounds: dict[str, dict[str, float]] = {}
     original_guidance = pipeline.transformer.guidance
@@ -166,17 +178,23 @@ def _build_into(
     pipeline.transformer.resize(*first)
 
     step("rewriting")
-    rewrites.apply(pipeline, applied)
+    form = rewritten_form((pipeline.transformer.config, pipeline.vae.config), pipeline.prompt, applied, first)
+    final = copy.deepcopy(form.transformer)
+    cast_module(final, options.precision)
+    write_rewritten(pipeline, source, final, applied, options.precision, staging / "transformer.safetensors")
+    rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.network == "vae"])
+    pipeline.transformer = form.transformer
     if options.precision == "fp16":
-        _check_fp16(pipeline, references[f"{first[0]}x{first[1]}"])
-    cast(pipeline, options.precision)
+        _check_fp16(pipeline, staging / "transformer.safetensors", references[f"{first[0]}x{first[1]}"])
+    pipeline.transformer = final
+    cast_module(pipeline.vae, options.precision)
     modules = {
         "encoder": pipeline.vae.encoder,
         "transformer": pipeline.transformer,
         "decoder": pipeline.vae.decoder,
     }
-    for stage, module in modules.items():
-        write_weights(module, staging / f"{stage}.safetensors")
+    for stage in ("encoder", "decoder"):
+        write_weights(modules[stage], staging / f"{stage}.safetensors")
     step("weights")
 
     config = pipeline.vae.config
@@ -194,9 +212,9 @@ def _build_into(
         }
         for stage, module in modules.items():
             step(f"{stage} {name}")
-            source, target, example = examples[stage]
+            taken, given, example = examples[stage]
             export_graph(
-                module, example, (source, target), staging / f"{stage}.safetensors", staging / f"{stage}_{name}.onnx"
+                module, example, (taken, given), staging / f"{stage}.safetensors", staging / f"{stage}_{name}.onnx"
             )
         bucket = Bucket(width, height, *(describe(staging / f"{stage}_{name}.onnx") for stage in STAGES))
         step(f"checking {name}")
@@ -211,6 +229,20 @@ def _build_into(
     if options.architectures:
         step("compiling kernels")
         contracts = write_cubins(staging, options.architectures)
+    engines = []
+    if options.backend == "tensorrt":
+        building = build_engines(
+            staging,
+            buckets,
+            options.precision,
+            options.architectures,
+            options.engines,
+            old=_older(options.output),
+            progress=lambda text: progress.update(steps, description=text),
+        )
+        for engine in building:
+            engines.append(engine)
+            step(engine.file)
     names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -229,6 +261,7 @@ def _build_into(
         versions=versions(),
         target_architectures=[f"sm_{number}" for number in options.architectures],
         kernels=contracts,
+        engines=engines,
         capture=CAPTURE,
         verification=Verification(
             checks.INPUTS_FILE, max(bound for by_output in bounds.values() for bound in by_output.values()), measured
@@ -236,8 +269,11 @@ def _build_into(
     )
 
 
-def _check_fp16(pipeline: Pipeline, wanted: checks.Outputs) -> None:
-    """Refuse fp16 where the seeded input's magnitudes would overflow."""
+def _check_fp16(pipeline: Pipeline, stored: Path, wanted: checks.Outputs) -> None:
+    """Refuse fp16 where the seeded input's magnitudes would overflow; `stored` are the transformer's fp16 weights."""
+    source = BlockFile(stored)
+    source.fill_outside(pipeline.transformer)
+    source.attach(pipeline.transformer)
     recorder = RangeRecorder()
     with recorder.watch(pipeline.transformer, "transformer"), recorder.watch(pipeline.vae, "vae"):
         checks.reference_outputs(pipeline, wanted["rgb"])
@@ -270,7 +306,9 @@ def build_key(options: BuildOptions, inputs: list[Source]) -> str:
             options.backend,
             sorted(options.without),
             options.architectures,
+            options.engines if options.backend == "tensorrt" else None,
         ],
+        "builder": library_version(options.engines.library) if options.backend == "tensorrt" else "",
         "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
         "versions": versions(),
         "code": code.hexdigest(),
@@ -285,6 +323,14 @@ def _is_current(output: Path, key: str) -> bool:
     except BundleError:
         return False
     return manifest.build_key == key
+
+
+def _older(output: Path) -> tuple[Path, Manifest] | None:
+    """The bundle that will be replaced, whose engines may still be current."""
+    try:
+        return output, read_manifest(output)
+    except BundleError:
+        return None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files
+from densegeo.export.engine_plan import CARDS, builder_lines, card_verdict, device_plan
+from densegeo.export.engines import EngineOptions
 from densegeo.export.plan import (
     GIB,
     Plan,
@@ -28,6 +30,7 @@ from densegeo.models.rewrites import NAMES, REWRITES, select
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Text = Optional[str]  # noqa: UP045
+_ENGINES = "TensorRT engines (--backend tensorrt)"
 _FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
 
 
@@ -65,8 +68,45 @@ def build(
     gpu_arch: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(
-            "--gpu-arch", help="Compile the GPU kernels too, for this architecture: 89 is sm_89 (repeatable)."
+            "--gpu-arch", help="Build GPU kernels and engines for this architecture: 89 is sm_89 (repeatable)."
         ),
+    ] = None,
+    builder: Annotated[
+        str, typer.Option(help="TensorRT library: auto, tensorrt or tensorrt_rtx.", rich_help_panel=_ENGINES)
+    ] = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="constant (in the engine), input (bound from the weight file), or auto: constant if the build fits.",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = "auto",
+    workspace_mib: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Limit of an engine's workspace on the GPU, in MiB.", rich_help_panel=_ENGINES),
+    ] = None,
+    optimization_level: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The builder's effort, 0 to 5.", rich_help_panel=_ENGINES),
+    ] = None,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--weight-streaming", help="Let weights stay in host memory at run time.", rich_help_panel=_ENGINES
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Engines that later TensorRT versions load too.", rich_help_panel=_ENGINES
+        ),
+    ] = False,
+    engine_timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds one engine may take.", rich_help_panel=_ENGINES)
+    ] = 7200,
+    memory_gib: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Memory the builder may take; default: 90 % of what is free.", rich_help_panel=_ENGINES),
     ] = None,
     no_lora: Annotated[bool, typer.Option("--no-lora", help="Build without the FE2E LoRA.")] = False,
     allow_unexpected: Annotated[
@@ -85,6 +125,16 @@ def build(
         without=tuple(no_rewrite or ()),
         allow_unexpected=allow_unexpected,
         architectures=tuple(dict.fromkeys(gpu_arch or ())),
+        engines=EngineOptions(
+            library=builder,
+            weights=weights,  # type: ignore[arg-type]  # checked by validated()
+            workspace_mib=workspace_mib,
+            optimization_level=optimization_level,
+            weight_streaming=weight_streaming,
+            version_compatible=version_compatible,
+            timeout_s=engine_timeout,
+            memory_gib=memory_gib,
+        ),
     ).validated()
     console = Console()
     if dry_run:
@@ -154,6 +204,8 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
         flops = transformer_flops(config, plan.text_tokens, tokens) * (1 if "guidance" in on else 2)
         table.add_row(f"{width}x{height}", f"{plan.text_tokens} + {tokens}", f"{flops / 1e9:,.1f}")
     console.print(table)
+    if options.backend == "tensorrt":
+        _print_engines(plan, options, console)
     memory = available_memory()
     console.print(
         f"parameters: {plan.loaded_parameters:,} read, about {plan.bundle_parameters:,} in the bundle\n"
@@ -162,3 +214,15 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
         + f"; disk: about {plan.disk_needed / GIB:.2f} GiB needed; output: {options.output}",
         soft_wrap=True,
     )
+
+
+def _print_engines(plan: Plan, options: BuildOptions, console: Console) -> None:
+    """What the builder needs here, and what each size needs on cards of common sizes. Raises ResourceError."""
+    for line in builder_lines(plan, options.engines, options.precision):
+        console.print(line, soft_wrap=True)
+    table = Table("size", "weights", "workspace", *(f"{card} GiB card" for card in CARDS), title="on the GPU")
+    for width, height in options.sizes:
+        needed = device_plan(plan, (width, height), options.precision)
+        amounts = (f"{count / GIB:.2f} GiB" for count in (needed.weights, needed.workspace))
+        table.add_row(f"{width}x{height}", *amounts, *(card_verdict(needed, card) for card in CARDS))
+    console.print(table)

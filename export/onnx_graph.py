@@ -6,6 +6,7 @@ engine builders can take weights as inputs (DESIGN section 7).
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -14,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import opset20, optimizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPSET = 20
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
@@ -94,9 +97,11 @@ def export_graph(module: nn.Module, example: Tensor, names: tuple[str, str], wei
 
     names: of the input and the output. `weights` (see write_weights) must lie in the same directory as `path`.
     """
-    with torch.no_grad(), _quiet():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    traced = _without_values(module, mode)
+    with torch.no_grad(), _quiet(), mode:
         program = torch.onnx.export(
-            module,
+            traced,
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -106,8 +111,7 @@ def export_graph(module: nn.Module, example: Tensor, names: tuple[str, str], wei
             optimize=False,
             verbose=False,
         )
-        assert program is not None
-        optimizer.optimize_ir(program.model, should_fold=_should_fold)
+    assert program is not None
     model = program.model
     stored = _stored_tensors(weights)
     for name, value in model.graph.initializers.items():
@@ -116,11 +120,40 @@ def export_graph(module: nn.Module, example: Tensor, names: tuple[str, str], wei
             value.const_value = ir.ExternalTensor(
                 weights.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
             )
+    optimizer.optimize_ir(model, should_fold=_should_fold)
     model.producer_name, model.producer_version = "densegeo", None
     for node in model.graph:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # file paths of the building machine
         node.metadata_props.pop("pkg.torch.onnx.fx_node", None)
     ir.save(model, path)
+
+
+def with_weight_inputs(path: Path, target: Path) -> list[str]:
+    """Write a copy of a graph that takes the matrices of its linears as inputs; returns their names.
+
+    `target` must lie in the same directory, beside the weight file that both refer to.
+    """
+    model = onnx.load(path, load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    used = (node.input[1] for node in model.graph.node if node.op_type == "Gemm")
+    names = [name for name in dict.fromkeys(used) if name in stored]
+    for name in names:
+        tensor = stored[name]
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+        model.graph.initializer.remove(tensor)
+    onnx.save(model, target)
+    return names
+
+
+def _without_values(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy to trace whose stored tensors have shapes alone; tables that belong into the graph are shared."""
+    stored = module.state_dict(keep_vars=True).values()
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    with mode:
+        for tensor in stored:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(module, memo)
 
 
 _IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}

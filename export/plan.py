@@ -11,11 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from densegeo.errors import CheckpointError, ResourceError
+from densegeo.export.blockwise import CHECK_BYTES
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
 from densegeo.models.config import TransformerConfig
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Rewrite
+from densegeo.models.streaming import blocks_of, is_block
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
@@ -79,10 +81,17 @@ def make_plan(
     kept = loaded - dropped_parameters(config, rewrites, skeleton)
     merging = any(rewrite.name == "padding" for rewrite in rewrites)
     text_tokens = len(prompt.merge_padding()[0]) if merging else len(prompt.mask)
-    # The float32 model, a copy of it that is cast for the error bound, and a decode's activations on top (full-size
-    # base channels, two pictures, three live tensors).
+    state = skeleton.transformer.state_dict()
+    outside = sum(tensor.numel() for key, tensor in state.items() if not is_block(key)) + _elements(skeleton.vae)
+    block = max(_elements(module) for _, module in blocks_of(skeleton.transformer))
+    # A decode's activations: full-size base channels, two pictures, three live tensors.
     activations = max(3 * 2 * skeleton.vae.config.ch * width * height * 4 for width, height in sizes)
-    copies = 1 if precision == "fp32" else 2
+    lora = files.lora.stat().st_size if files.lora else 0
+    copies = 1 if precision == "fp32" else 2  # the second is cast, for the error bound
+    # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
+    # handed over, and ONNX Runtime's own.
+    piece = 8 * min(CHECK_BYTES, kept * ITEM_BYTES[precision])
+    working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
     references = sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
     return Plan(
         skeleton,
@@ -92,7 +101,7 @@ def make_plan(
         loaded,
         kept,
         text_tokens,
-        memory_needed=loaded * 4 * copies + activations + GIB,  # 1 GiB: Python and its libraries
+        memory_needed=working + GIB,  # 1 GiB: Python and its libraries
         disk_needed=kept * ITEM_BYTES[precision] + references + 8 * len(sizes) * (1 << 20),
         problems=problems,
     )

@@ -99,12 +99,7 @@ def load_weights(
 
     `progress` is called with each tensor's element count. Raises CheckpointError that lists every key in the way.
     """
-    report = compare_keys(path, read_entries(path), module)
-    if problems := report.problems(allow_unexpected=allow_unexpected):
-        hint = ""
-        if report.unexpected and not (report.missing or report.misshapen or report.wrong_dtype):
-            hint = "\nIf the extra tensors are known to be harmless, pass --allow-unexpected."
-        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(problems) + hint)
+    check_keys(module, path, allow_unexpected=allow_unexpected)
     updates = read_lora(lora, module) if lora else {}
     state: dict[str, Tensor] = {}
     with _opened(path) as file:
@@ -119,9 +114,19 @@ def load_weights(
     module.requires_grad_(False)
 
 
+def check_keys(module: nn.Module, path: Path, *, allow_unexpected: bool = False) -> None:
+    """Raise CheckpointError that lists every key of a file in the way of filling `module`."""
+    report = compare_keys(path, read_entries(path), module)
+    if problems := report.problems(allow_unexpected=allow_unexpected):
+        hint = ""
+        if report.unexpected and not (report.missing or report.misshapen or report.wrong_dtype):
+            hint = "\nIf the extra tensors are known to be harmless, pass --allow-unexpected."
+        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(problems) + hint)
+
+
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One module's low-rank update; up (out, rank) and down (rank, in) in float32."""
+    """One module's low-rank update; up (out, rank) and down (rank, in) as the file has them."""
 
     up: Tensor
     down: Tensor
@@ -129,7 +134,7 @@ class LoraUpdate:
 
     def merge(self, weight: Tensor) -> Tensor:
         """W + (alpha / rank) * up @ down, in float32."""
-        return weight + self.scale * (self.up @ self.down)
+        return weight + self.scale * (self.up.float() @ self.down.float())
 
 
 _LORA_KEY = re.compile(r"(lora_unet_.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
@@ -167,7 +172,7 @@ def read_lora(path: Path, module: nn.Module) -> dict[str, LoraUpdate]:
             elif match.group(1) not in linears:
                 problems.append(f"{key}: the model has no such module")
             else:
-                tensors.setdefault(match.group(1), {})[match.group(2)] = file.get_tensor(key).float()
+                tensors.setdefault(match.group(1), {})[match.group(2)] = file.get_tensor(key)
     updates: dict[str, LoraUpdate] = {}
     for name, parts in sorted(tensors.items()):
         weight_key, layer = linears[name]

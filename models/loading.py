@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from densegeo.errors import CheckpointError
 from densegeo.models import rewrites
-from densegeo.models.checkpoint import Entry, load_weights, read_entries
+from densegeo.models.checkpoint import Entry, check_keys, load_weights, read_entries
 from densegeo.models.config import (
     TransformerConfig,
     VAEConfig,
@@ -23,6 +23,7 @@ from densegeo.models.config import (
 )
 from densegeo.models.prompt import Prompt, load_prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.models.streaming import BlockFile
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 
@@ -81,6 +82,37 @@ def load_pipeline(
     return Pipeline(skeleton.transformer.bind(prompt, width, height), skeleton.vae, prompt).eval()
 
 
+def open_streamed(
+    files: Files, width: int, height: int, *, allow_unexpected: bool = False
+) -> tuple[Pipeline, BlockFile]:
+    """The same, but the transformer's blocks stay in their file and are read when they run; see `models.streaming`."""
+    skeleton = open_skeleton(files)
+    transformer = skeleton.transformer
+    prompt = checked_prompt(files.prompt, transformer.config)
+    check_keys(transformer, files.dit, allow_unexpected=allow_unexpected)
+    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected)
+    source = BlockFile(files.dit, files.lora, transformer)
+    source.fill_outside(transformer)
+    source.attach(transformer)
+    return Pipeline(transformer.bind(prompt, width, height), skeleton.vae, prompt).eval(), source
+
+
+def rewritten_form(
+    configs: tuple[TransformerConfig, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: tuple[int, int]
+) -> Pipeline:
+    """A rewritten pipeline without values: weights on the meta device, tables that do not come from files in place."""
+    with torch.device("meta"):
+        transformer, vae = Transformer(configs[0]), VAE(configs[1])
+    transformer.bind(prompt, *size)
+    inputs = {name: getattr(transformer, name) for name in ("prompt_embeds", "prompt_mask", "timestep")}
+    for name, tensor in inputs.items():
+        setattr(transformer, name, tensor.to("meta"))
+    pipeline = rewrites.apply(Pipeline(transformer, vae, prompt), applied)
+    for name, tensor in inputs.items():
+        setattr(transformer, name, tensor)
+    return pipeline
+
+
 def load_rewritten(
     configs: tuple[TransformerConfig, VAEConfig],
     prompt: Prompt,
@@ -95,15 +127,8 @@ def load_rewritten(
     their places. files: "encoder", "transformer" and "decoder". size: (width, height).
     Raises CheckpointError when files and modules differ.
     """
-    with torch.device("meta"):
-        transformer, vae = Transformer(configs[0]), VAE(configs[1])
-    transformer.bind(prompt, *size)
-    inputs = {name: getattr(transformer, name) for name in ("prompt_embeds", "prompt_mask", "timestep")}
-    for name, tensor in inputs.items():
-        setattr(transformer, name, tensor.to("meta"))
-    pipeline = rewrites.apply(Pipeline(transformer, vae, prompt), applied)
-    for name, tensor in inputs.items():
-        setattr(transformer, name, tensor)
+    pipeline = rewritten_form(configs, prompt, applied, size)
+    transformer, vae = pipeline.transformer, pipeline.vae
     for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
         try:
             module.load_state_dict(load_file(files[stage], device=device), assign=True)

@@ -10,22 +10,29 @@ import torch
 from torch import nn
 
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.vae import Decoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cast(pipeline: Pipeline, precision: str) -> Pipeline:
     """Cast a float32 pipeline in place to "fp32", "bf16" or "fp16"; returns it."""
-    dtype = DTYPES[precision]
-    decoder = pipeline.vae.decoder
-    tail = {decoder.norm_out, decoder.conv_out}
-    for root in (pipeline.transformer, pipeline.vae):
-        for module in root.modules():
-            if module in tail:
-                continue
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
-                module.to(dtype)
-            elif getattr(module, "cast_buffers", False):
-                for name, buffer in module.named_buffers(recurse=False):
-                    module.register_buffer(name, buffer.to(dtype))
+    cast_module(pipeline.transformer, precision)
+    cast_module(pipeline.vae, precision)
     return pipeline
+
+
+def cast_module(root: nn.Module, precision: str) -> None:
+    """Cast a float32 network, or a part of one, in place."""
+    dtype = DTYPES[precision]
+    tails = {
+        part for module in root.modules() if isinstance(module, Decoder) for part in (module.norm_out, module.conv_out)
+    }
+    for module in root.modules():
+        if module in tails:
+            continue
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
+            module.to(dtype)
+        elif getattr(module, "cast_buffers", False):
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(dtype))

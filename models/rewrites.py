@@ -147,6 +147,7 @@ class Rewrite:
     apply: Callable[[Pipeline], None]
     requires: tuple[str, ...] = ()
     summary: str = ""
+    network: str = "transformer"  # which one it changes, or "vae"
 
 
 REWRITES = (
@@ -156,8 +157,8 @@ REWRITES = (
     Rewrite("padding", merge_padding, summary="equal padding tokens merge into one"),
     Rewrite("constants", fold_constants, ("modulation", "connector"), "first block projects the image half alone"),
     Rewrite("trim", trim_last_block, summary="last block updates image tokens alone"),
-    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch"),
-    Rewrite("upsample", fold_upsampling, summary="upsampling convolutions work on the small image"),
+    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch", network="vae"),
+    Rewrite("upsample", fold_upsampling, summary="upsampling convolutions work on the small image", network="vae"),
 )
 NAMES = tuple(rewrite.name for rewrite in REWRITES)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "transformer", "decoder"]
@@ -93,6 +93,32 @@ CAPTURE = Capture(
 )
 
 
+class Engine(Record, frozen=True, kw_only=True):
+    """One TensorRT engine: everything it depends on, where it lies, and what its build told.
+
+    `fingerprint` covers the fields before it (see `runtime.engines.fingerprint`): equal ones need no rebuild.
+    """
+
+    stage: Stage
+    bucket: str  # "1024x768"
+    graph_sha256: str
+    weights_sha256: str
+    precision: str
+    library: str  # "tensorrt" or "tensorrt_rtx"
+    version: str  # of the library
+    architectures: list[str]  # "sm_89"; empty: every GPU from Ampere on that the library knows
+    weights: Literal["constant", "input"]  # in the engine, or bound from the stage's weight file
+    options: dict[str, int]  # those of the builder that shape the engine
+    fingerprint: str
+    file: str
+    log: str  # the builder's, compressed: what it fused, which formats it chose
+    weight_inputs: list[str]  # inputs besides the image: names in the stage's weight file
+    seconds: float  # of building
+    peak_bytes: int  # resident memory of the builder
+    activation_bytes: int  # workspace that a run needs on the device
+    weight_bytes: int  # weights in the engine
+
+
 class FileDigest(Record, frozen=True):
     bytes: int
     sha256: str
@@ -138,6 +164,7 @@ class Manifest(Record, frozen=True):
     versions: dict[str, str]  # of the builder and the libraries it used
     target_architectures: list[str]  # GPU architectures of compiled parts; empty for plain ONNX
     kernels: list[LaunchContract]  # one a binary in `kernels/`
+    engines: list[Engine]
     capture: Capture
     verification: Verification
 
@@ -179,9 +206,28 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{path} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
                 "Rebuild the bundle, or install the densegeo version that built it."
             )
-        return msgspec.json.decode(raw, type=Manifest)
+        manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.MsgspecError as error:
         raise BundleError(f"{path} is not a valid manifest ({error}). Rebuild the bundle.") from error
+    if outside := sorted(name for name in _file_names(manifest) if not _stays_inside(name)):
+        raise BundleError(
+            f"{path} names a file outside the bundle: {outside[0]!r}. It was tampered with; do not use this bundle."
+        )
+    return manifest
+
+
+def _file_names(manifest: Manifest) -> set[str]:
+    """Every file that the manifest names."""
+    graphs = {getattr(bucket, stage).file for bucket in manifest.buckets for stage in STAGES}
+    built = {name for engine in manifest.engines for name in (engine.file, engine.log)}
+    others = {manifest.verification.inputs, manifest.networks.prompt if manifest.networks else ""}
+    return {*manifest.files, *graphs, *built, *(contract.file for contract in manifest.kernels), *others} - {""}
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is a plain path below the bundle's directory, on every system."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":", "\0"}
 
 
 class _Versioned(msgspec.Struct):

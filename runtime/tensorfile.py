@@ -51,6 +51,21 @@ def read_tensors(path: Path) -> dict[str, Array]:
     return {name: _tensor(path, name, entry, raw, start) for name, entry in entries.items()}
 
 
+def tensor_offsets(path: Path) -> tuple[int, dict[str, int]]:
+    """Where a safetensors file's data starts, and where each tensor begins in it, from the header alone.
+
+    Raises BundleError when the file is missing or malformed.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(8)
+            raw += file.read(min(_MAX_HEADER, int.from_bytes(raw, "little")))
+    except OSError as error:
+        raise BundleError(f"Cannot read {path} ({error.strerror}).") from error
+    entries, start = _header(path, raw)
+    return start, {name: entry.data_offsets[0] for name, entry in entries.items()}
+
+
 def _header(path: Path, raw: bytes) -> tuple[dict[str, _Entry], int]:
     """The header's entries, and where the data starts."""
     size = int.from_bytes(raw[:8], "little")

@@ -92,6 +92,7 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
         versions={"densegeo": "0"},
         target_architectures=[],
         kernels=[],
+        engines=[],
         capture=CAPTURE,
         verification=Verification(inputs="verification.safetensors", replay_bound=1e-4, checks=checks),
     )

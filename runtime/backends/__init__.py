@@ -15,6 +15,7 @@ from densegeo.errors import BackendError, ConfigError
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
+from densegeo.runtime.verified import is_verified
 
 
 class Backend(Protocol):
@@ -57,13 +58,24 @@ class BackendRow:
     module: str
     library: str  # the Python module whose presence means "available"
     install: str  # what to type when it is missing
+    verified_only: bool = False  # "auto" takes it only for a bundle that `densegeo verify` passed on this machine
 
     def available(self) -> bool:
         """Whether the library is installed (looked up, not imported)."""
-        return find_spec(self.library) is not None
+        try:
+            return find_spec(self.library) is not None
+        except ModuleNotFoundError:  # of a parent package
+            return False
 
 
 BACKENDS = (
+    BackendRow(
+        "tensorrt",
+        "densegeo.runtime.backends.tensorrt_engines",
+        "cuda.core",
+        "pip install densegeo[tensorrt-rtx] (or densegeo[gpu] and tensorrt)",
+        verified_only=True,
+    ),
     BackendRow(
         "onnxruntime",
         "densegeo.runtime.backends.ort",
@@ -98,6 +110,11 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
     for row in rows:
         if not row.available():
             reasons.append(f"{row.name}: not installed; {row.install}")
+            continue
+        if name == "auto" and row.verified_only and not is_verified(directory, row.name):
+            reasons.append(
+                f"{row.name}: not verified on this machine; `densegeo verify {directory} --backend {row.name}`"
+            )
             continue
         try:
             backend: Backend = import_module(row.module).open_backend(directory, manifest, device)

@@ -129,6 +129,7 @@ def make_bundle(
         versions={},
         target_architectures=[],
         kernels=[],
+        engines=[],
         capture=CAPTURE,
         verification=Verification(inputs="", replay_bound=1e-4, checks=[]),
     )

@@ -301,7 +301,8 @@ def test_provider_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_backend_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = BackendRow("onnxruntime", BACKENDS[0].module, "a_library_nobody_has", BACKENDS[0].install)
+    known = next(row for row in BACKENDS if row.name == "onnxruntime")
+    row = BackendRow("onnxruntime", known.module, "a_library_nobody_has", known.install)
     monkeypatch.setattr("densegeo.runtime.backends.BACKENDS", (row,))
     with pytest.raises(BackendError, match=r"densegeo\[cpu\]"):
         open_backend("auto", bundle, read_manifest(bundle), "auto")

@@ -1,0 +1,175 @@
+"""A full-size build on a small machine: `python benchmarks/fullsize.py --folder DIR`. Takes an hour and 60 GB of disk.
+
+Writes a seeded random checkpoint with the released files' names, keys and shapes (11.9 B block parameters, bf16, a LoRA
+on all 304 modules), builds a bundle and its engines from it, and measures: anonymous memory, time, disk, and that every
+block's stored weights are its own source's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+from torch import nn
+
+from densegeo.benchmarks.environment import environment, write_json
+from densegeo.benchmarks.setups import FULL
+from densegeo.cli import guarded
+from densegeo.errors import ResourceError
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.presets import AUTHORS_FILES
+from densegeo.models.streaming import SafetensorsWriter, is_block
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+from densegeo.runtime.bundle import read_manifest
+
+DISK = 60 * 10**9
+RANK = 16
+
+
+class Measured(msgspec.Struct):
+    """What one command took."""
+
+    seconds: float
+    anonymous_gib: float  # largest RssAnon of the process and its children, sampled
+
+
+def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfig, tokens: int, valid: int) -> None:
+    """Seeded random files, tensor by tensor; a file that is there is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {"dit": Transformer(transformer), "vae": VAE(vae)}
+    for role, module in modules.items():
+        shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        _write_random(folder / AUTHORS_FILES[role][0], shapes, seed=len(shapes))
+    linears = {name: layer for name, layer in modules["dit"].named_modules() if isinstance(layer, nn.Linear)}
+    updates: dict[str, tuple[int, ...]] = {}
+    for name, layer in linears.items():
+        if is_block(name):
+            key = "lora_unet_" + name.replace(".", "_")
+            updates[f"{key}.lora_down.weight"] = (RANK, layer.in_features)
+            updates[f"{key}.lora_up.weight"] = (layer.out_features, RANK)
+    _write_random(folder / AUTHORS_FILES["lora"][0], updates, seed=3)
+    random = np.random.default_rng(4)
+    mask = np.arange(tokens)[None] < valid
+    embeds = random.standard_normal((1, tokens, transformer.prompt_dim)).astype(np.float32) * mask[..., None]
+    np.savez(folder / AUTHORS_FILES["prompt"][0], embeds=embeds, masks=mask.astype(np.int64))
+
+
+def _write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+    """bf16 tensors that keep activations at their size: matrices scaled by width, norms near one, biases small."""
+    if path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    generator = torch.Generator().manual_seed(seed)
+    with SafetensorsWriter(partial, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}) as writer:
+        for name, shape in track(shapes.items(), description=path.name):
+            noise = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+            if len(shape) > 1:
+                noise *= float(np.prod(shape[1:])) ** -0.5
+            elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "norm_out.weight", "norm.scale")):
+                noise = 1 + 0.1 * noise
+            else:
+                noise *= 0.1
+            writer.write(name, noise)
+    partial.rename(path)
+
+
+def measure(command: list[str], log: Path) -> Measured:
+    """Run a command to its end, sampling the anonymous memory of it and its children. Raises ResourceError."""
+    started, peak = time.monotonic(), 0
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, sum(_anonymous(pid) for pid in _family(process.pid)))
+            time.sleep(0.2)
+    if process.returncode:
+        raise ResourceError(f"{' '.join(command)} failed: {log.read_text()[-2000:]}")
+    return Measured(time.monotonic() - started, peak / 2**20)
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(found for child in children for found in _family(int(child)))]
+
+
+def _anonymous(pid: int) -> int:
+    """RssAnon in KiB."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def distinct_blocks(path: Path) -> int:
+    """How many of a transformer file's matrices in blocks differ from all others, of how many; all must."""
+    seen: dict[str, str] = {}
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if is_block(name) and len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118
+        for name in track(names, description="digests"):
+            digest = hashlib.sha256(file.get_tensor(name).view(torch.uint8).numpy()).hexdigest()
+            if digest in seen:
+                raise ResourceError(f"{name} and {seen[digest]} hold the same numbers")
+            seen[digest] = name
+    return len(seen)
+
+
+def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
+    console = Console()
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    checkpoint, output = folder / "checkpoint", folder / "bundle"
+    console.print(f"needs about {DISK / 1e9:.0f} GB of disk in {folder}, {free / 1e9:.0f} GB are free")
+    if free < DISK and not checkpoint.exists():
+        raise ResourceError(f"{folder} has too little space: choose another --folder")
+    started = time.monotonic()
+    write_checkpoint(checkpoint, FULL.transformer, FULL.vae, FULL.tokens, FULL.valid)
+    console.print(f"checkpoint: {time.monotonic() - started:.0f} s")
+    command = [sys.executable, "export/build_engine.py", "--model", "fe2e", "--checkpoint", str(checkpoint)]
+    command += ["--size", size, "--precision", "bf16", "--backend", backend, "--output", str(output)]
+    dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
+    console.print(dry.stdout or dry.stderr, markup=False)
+    built = measure(command, folder / "build.log")
+    manifest = read_manifest(output)
+    report = {
+        **environment(("torch", "onnx", "onnxruntime", "tensorrt_rtx_cu13")),
+        "seconds": built.seconds,
+        "peak_anonymous_gib": built.anonymous_gib,
+        "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
+        "distinct_block_matrices": distinct_blocks(output / "transformer.safetensors"),
+        "checks": msgspec.to_builtins(manifest.verification.checks),
+        "engines": msgspec.to_builtins(manifest.engines),
+        "dry_run": dry.stdout.splitlines()[-4:],
+    }
+    if json_file is not None:
+        write_json(json_file, report)
+    console.print_json(data=report)
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where checkpoint and bundle go: 60 GB.")] = Path("out/fullsize"),
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the bundle's bucket.")] = "256x192",
+    backend: Annotated[str, typer.Option(help="onnxruntime (graphs alone) or tensorrt (engines too).")] = "tensorrt",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Build full-size FE2E from a seeded random checkpoint, and measure it."""
+    guarded(lambda: run(folder, size, backend, json_file))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,63 @@
+"""What engines will need: memory of the builder here, and of the GPU that runs them, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from densegeo.errors import ResourceError
+from densegeo.export.engines import BUILD_BASE, BUILD_FACTOR, EngineOptions, choose_weights, memory_limit
+from densegeo.export.plan import GIB, ITEM_BYTES, Plan, latent_tokens
+
+CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
+CONTEXT = GIB // 2  # of the CUDA driver and the libraries
+BASE = 16 << 20  # workspace of any engine
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Bytes on the GPU: one copy of the weights, and one workspace that the three engines share."""
+
+    weights: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + CONTEXT
+
+
+def device_plan(plan: Plan, size: tuple[int, int], precision: str) -> DevicePlan:
+    """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
+    config, vae = plan.skeleton.configs
+    width, height = size
+    item = ITEM_BYTES[precision]
+    tokens = plan.text_tokens + latent_tokens([size])[0]
+    transformer = item * tokens * (9 * config.hidden_size + 2 * config.mlp_hidden)
+    picture = 2 * vae.ch * width * height  # two pictures at full resolution: half of the last level in float32
+    logits = 2 * (width // 8 * height // 8) ** 2
+    decoder = max(picture * (2 * item + 8), logits * (4 + item))
+    return DevicePlan(plan.bundle_parameters * item, max(transformer, decoder) + BASE)
+
+
+def card_verdict(needed: DevicePlan, card_gib: int) -> str:
+    """Whether a bucket fits a card, or how much of the weights would have to be streamed."""
+    spare = card_gib * GIB - needed.total
+    if spare >= 0:
+        return f"fits, {spare / GIB:.1f} GiB to spare"
+    if needed.workspace + CONTEXT < card_gib * GIB:
+        return f"needs --weight-streaming of {-spare / GIB:.1f} GiB"
+    return "does not fit: choose a smaller --size"
+
+
+def builder_lines(plan: Plan, options: EngineOptions, precision: str) -> list[str]:
+    """What the builder will do with the weights and need, one line a finding; raises ResourceError if it cannot."""
+    weight_bytes = plan.bundle_parameters * ITEM_BYTES[precision]
+    how = choose_weights(options, weight_bytes)
+    limit = memory_limit(options)
+    needed = int(BUILD_FACTOR * weight_bytes) + BUILD_BASE if how == "constant" else 2 * BUILD_BASE
+    if limit is not None and needed > limit:
+        raise ResourceError(
+            f"building engines needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be had: "
+            "build on a larger machine and copy the bundle here"
+        )
+    place = "inside the engines" if how == "constant" else "inputs of the engines, from the bundle's weight files"
+    return [f"engines: {options.library}, weights {place}; the builder needs about {needed / GIB:.1f} GiB"]

@@ -1,0 +1,357 @@
+"""ONNX graphs -> TensorRT engines in a bundle, each built in a child process; works without a GPU with TensorRT-RTX.
+
+Networks are strongly typed: the graph says the precision. One engine serves several architectures where that costs no
+speed; fp8 engines are built one an architecture (together they lose the merged QKV product: DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from densegeo.errors import ConfigError, EngineError, ResourceError
+from densegeo.export.engine_worker import Result, Spec
+from densegeo.export.onnx_graph import with_weight_inputs
+from densegeo.export.plan import GIB, available_memory
+from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage, sha256_file
+from densegeo.runtime.engine_log import parse_log
+from densegeo.runtime.engines import FOLDER, LIBRARIES, fingerprint, reusable
+
+# Architectures that TensorRT-RTX can be told to build for; others get the engine for Ampere and later, if any.
+RTX_TARGETS = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
+FIRST = {"bf16": 80, "fp8": 89}  # precision -> first architecture that has it
+DISTRIBUTIONS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_rtx": ("tensorrt-rtx-cu13",)}
+BUILD_FACTOR = 1.65  # anonymous memory of a build with constant weights, in sizes of the weights (measured)
+BUILD_BASE = GIB  # and what any build needs
+Progress = Callable[[str], object]
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How engines are built. None leaves a setting to the library."""
+
+    library: str = "auto"  # auto, tensorrt or tensorrt_rtx
+    weights: Literal["auto", "constant", "input"] = "auto"
+    workspace_mib: int | None = None
+    optimization_level: int | None = None  # 0 to 5
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    timeout_s: int = 7200  # of one engine
+    memory_gib: float | None = None  # limit of the builder; default: what is available
+
+    def validated(self) -> EngineOptions:
+        """Raises ConfigError for an impossible setting; the library is chosen."""
+        if self.library not in ("auto", *LIBRARIES):
+            raise ConfigError(f"there is no builder {self.library!r}; there are auto, {', '.join(LIBRARIES)}")
+        if self.weights not in ("auto", "constant", "input"):
+            raise ConfigError(f"--weights {self.weights!r} is none of auto, constant, input")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise ConfigError(f"--optimization-level {self.optimization_level} is not between 0 and 5")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ConfigError(f"--workspace-mib {self.workspace_mib} is not positive")
+        return msgspec.structs.replace(self, library=find_library(self.library))
+
+    def facts(self) -> dict[str, int]:
+        """The settings that shape an engine, as the worker takes them."""
+        given = {
+            "optimization_level": self.optimization_level,
+            "workspace_bytes": None if self.workspace_mib is None else self.workspace_mib << 20,
+            "weight_streaming": int(self.weight_streaming) or None,
+            "version_compatible": int(self.version_compatible) or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def find_library(name: str) -> str:
+    """The builder to use: the named one, or with "auto" the first installed. Raises EngineError when there is none."""
+    wanted = LIBRARIES if name == "auto" else (name,)
+    for library in wanted:
+        if find_spec(library) is not None:
+            return library
+    raise EngineError(
+        f"{' or '.join(wanted)} is not installed: pip install tensorrt (data-centre GPUs, Jetson), or "
+        'pip install "densegeo[tensorrt-rtx]" (Ampere and later; builds without a GPU too)'
+    )
+
+
+def library_version(library: str) -> str:
+    """The installed version, read from its distribution without importing it. Raises EngineError."""
+    for distribution in DISTRIBUTIONS[library]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise EngineError(f"{library} can be imported, but no distribution of it is installed: reinstall it with pip")
+
+
+def target_groups(library: str, precision: str, architectures: Sequence[int]) -> list[tuple[int, ...]]:
+    """Which architectures share an engine: one group for all, or with fp8 one an architecture.
+
+    Raises ConfigError for an architecture that has no such precision or that the library cannot build for here.
+    """
+    first = FIRST.get(precision, 75)
+    if early := [number for number in architectures if number < first]:
+        raise ConfigError(
+            f"there is no {precision} before sm_{first}, so no engine for {', '.join(f'sm_{n}' for n in early)}: "
+            "leave those out, or build them with another --precision (fp16; int8 where a model has it)"
+        )
+    if library == "tensorrt_rtx" and (unknown := [number for number in architectures if number not in RTX_TARGETS]):
+        raise ConfigError(
+            f"TensorRT-RTX has no target for {', '.join(f'sm_{n}' for n in unknown)}; it has "
+            f"{', '.join(f'sm_{n}' for n in RTX_TARGETS)}. Use --builder tensorrt on a machine with that GPU, or "
+            "leave --gpu-arch out for an engine for Ampere and later."
+        )
+    if not architectures:
+        return [()]
+    return [(number,) for number in architectures] if precision == "fp8" else [tuple(sorted(architectures))]
+
+
+def choose_weights(options: EngineOptions, weight_bytes: int) -> Literal["constant", "input"]:
+    """Whether weights go into the engine or are bound at run time: constants where the build fits into memory.
+
+    Raises ResourceError when constants were asked for and do not fit.
+    """
+    if options.weights == "input":
+        return "input"
+    limit = memory_limit(options)
+    needed = int(BUILD_FACTOR * weight_bytes) + BUILD_BASE
+    if limit is None or needed <= limit:
+        return "constant"
+    if options.weights == "auto":
+        return "input"
+    raise ResourceError(
+        f"building with constant weights needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be "
+        "had: say --weights input (the engine takes them from the bundle's weight file), or use a larger machine"
+    )
+
+
+def memory_limit(options: EngineOptions) -> int | None:
+    """Bytes that the builder may take; None where the system does not tell and nothing was asked."""
+    available = available_memory()
+    if options.memory_gib is None:
+        return None if available is None else int(0.9 * available)
+    return int(options.memory_gib * GIB)
+
+
+def build_engines(
+    directory: Path,
+    buckets: Sequence[Bucket],
+    precision: str,
+    architectures: Sequence[int],
+    options: EngineOptions,
+    *,
+    old: tuple[Path, Manifest] | None,
+    progress: Progress,
+) -> Iterator[Engine]:
+    """Build every graph's engines into `directory`/engines, and give each record when it is done.
+
+    old: a bundle whose engines are taken over where their fingerprints agree. Raises EngineError, ConfigError and
+    ResourceError; nothing is left in `directory` but finished engines.
+    """
+    groups = target_groups(options.library, precision, architectures)
+    (directory / FOLDER).mkdir(exist_ok=True)
+    weight_digests = {stage: sha256_file(directory / f"{stage}.safetensors") for stage in STAGES}
+    for bucket in buckets:
+        for stage in STAGES:
+            graph = directory / getattr(bucket, stage).file
+            how = choose_weights(options, (directory / f"{stage}.safetensors").stat().st_size)
+            for group in groups:
+                wanted = _wanted(stage, bucket, graph, weight_digests[stage], precision, how, group, options)
+                progress(wanted.file)
+                found = reusable(*old, wanted.fingerprint) if old else None
+                if old and found:
+                    for name, source in ((wanted.file, found.file), (wanted.log, found.log)):
+                        shutil.copyfile(old[0] / source, directory / name)
+                    yield msgspec.structs.replace(found, file=wanted.file, log=wanted.log)
+                else:
+                    yield build_engine(directory, graph, wanted, options, group, progress)
+
+
+def _wanted(
+    stage: Stage,
+    bucket: Bucket,
+    graph: Path,
+    weights_sha256: str,
+    precision: str,
+    how: Literal["constant", "input"],
+    group: Sequence[int],
+    options: EngineOptions,
+) -> Engine:
+    """The record of an engine before it is built: what it depends on, and where it will lie."""
+    size = f"{bucket.width}x{bucket.height}"
+    stem = f"{FOLDER}/{stage}_{size}.{'+'.join(f'sm{number}' for number in group) or 'ampere'}"
+    wanted = Engine(
+        stage=stage,
+        bucket=size,
+        graph_sha256=sha256_file(graph),
+        weights_sha256=weights_sha256,
+        precision=precision,
+        library=options.library,
+        version=library_version(options.library),
+        architectures=[f"sm_{number}" for number in group],
+        weights=how,
+        options=options.facts(),
+        fingerprint="",
+        file=f"{stem}.engine",
+        log=f"{stem}.log.gz",
+        weight_inputs=[],
+        seconds=0.0,
+        peak_bytes=0,
+        activation_bytes=0,
+        weight_bytes=0,
+    )
+    return msgspec.structs.replace(wanted, fingerprint=fingerprint(wanted))
+
+
+def build_engine(
+    directory: Path, graph: Path, wanted: Engine, options: EngineOptions, group: Sequence[int], progress: Progress
+) -> Engine:
+    """Build one engine in a child process. Raises EngineError that names the graph and the last layer seen."""
+    log = directory / (wanted.log + ".text")
+    inputs: list[str] = []
+    with tempfile.TemporaryDirectory(prefix=".engine-", dir=directory) as scratch:
+        source = graph
+        if wanted.weights == "input":
+            source = graph.with_name(f".{graph.stem}.inputs.onnx")  # beside the weight file that it refers to
+            inputs = with_weight_inputs(graph, source)
+        targets = [RTX_TARGETS[number] for number in group] if wanted.library == "tensorrt_rtx" else []
+        spec = Spec(
+            library=wanted.library,
+            graph=str(source.absolute()),
+            engine=str((directory / wanted.file).absolute()),
+            log=str(log.absolute()),
+            timing_cache=str(timing_cache(wanted.library, wanted.version, targets)),
+            targets=targets,
+            options=wanted.options,
+            memory_bytes=memory_limit(options) or 0,
+        )
+        file = Path(scratch) / "spec.json"
+        file.write_bytes(msgspec.json.encode(spec))
+        try:
+            result = _run(file, log, graph.name, options.timeout_s, progress)
+        finally:
+            if source != graph:
+                source.unlink(missing_ok=True)
+    text = log.read_text(errors="replace")
+    with gzip.open(directory / wanted.log, "wt") as packed:
+        packed.write(text)
+    log.unlink()
+    built = parse_log(text)
+    return msgspec.structs.replace(
+        wanted,
+        weight_inputs=inputs,
+        seconds=round(result.seconds, 2),
+        peak_bytes=result.peak_bytes,
+        activation_bytes=built.activation_bytes,
+        weight_bytes=built.weight_bytes,
+    )
+
+
+def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) -> Result:
+    """Run the worker to its end, passing its phases to `progress`. Raises EngineError."""
+    command = [sys.executable, "-m", "densegeo.export.engine_worker", str(spec)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    expired = threading.Event()
+
+    def stop() -> None:
+        expired.set()
+        worker.kill()
+
+    timer = threading.Timer(timeout_s, stop)
+    errors: deque[str] = deque(maxlen=50)
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    drain = threading.Thread(target=errors.extend, args=(worker.stderr,), daemon=True)
+    last: dict[str, object] = {}
+    timer.start()
+    drain.start()
+    try:
+        for line in worker.stdout:
+            try:
+                last = msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                errors.append(line)  # something else was printed
+                continue
+            if "phase" in last:
+                progress(f"{graph}: {last['phase']} {last['done']}/{last['total']}")
+        code = worker.wait()
+    finally:
+        timer.cancel()
+        worker.kill()  # nothing goes on when this process is interrupted
+        worker.wait()
+        drain.join(timeout=5)
+    if code == 0 and "engine_bytes" in last:
+        return msgspec.convert(last, Result)
+    raise EngineError(_failure(graph, code, last, "".join(errors), log, timeout_s if expired.is_set() else None))
+
+
+def _failure(graph: str, code: int, last: dict[str, object], errors: str, log: Path, timeout_s: int | None) -> str:
+    """One paragraph on why a build failed: the graph, what happened, where, and the log, which is kept."""
+    kept = _keep_log(log, graph)
+    where = last_layer(log)
+    if timeout_s is not None:
+        what = f"took longer than {timeout_s} s and was stopped (--engine-timeout)"
+    elif "error" in last:
+        what = f"failed: {last['error']}"
+    elif code < 0:
+        name = signal.Signals(-code).name
+        what = f"crashed ({name}" + ("; most likely the system ran out of memory)" if name == "SIGKILL" else ")")
+    else:
+        lines = [line for line in errors.strip().splitlines() if line.strip()]
+        what = f"failed: {lines[-1] if lines else f'exit {code}'}"
+        if "MemoryError" in errors or "bad_alloc" in errors:
+            what += " (out of memory: try --weights input or --memory-gib)"
+    at = f", at {where}" if where else ""
+    return f"building the engine of {graph} {what}{at}. The builder's log: {kept}"
+
+
+def last_layer(log: Path) -> str:
+    """The last layer or node that a builder's log names."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return ""
+    pattern = r"(?:Parsing node: |Registering layer: |\[ONNX Layer: |Compiling kernel for )([^\s\]]+)"
+    found: list[str] = re.findall(pattern, text)
+    return found[-1] if found else ""
+
+
+def cache_directory() -> Path:
+    """The user's cache, mode 0700: timing caches and logs of failed builds."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(root) if root else Path.home() / ".cache") / "densegeo"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path
+
+
+def timing_cache(library: str, version: str, targets: Sequence[str]) -> Path:
+    """The timing cache of one builder version and device; without targets the device is this machine's."""
+    folder = cache_directory() / "timing"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder / f"{library}-{version}-{'+'.join(targets) or 'here'}.cache"
+
+
+def _keep_log(log: Path, graph: str) -> Path | str:
+    if not log.is_file():
+        return "none was written"
+    folder = cache_directory() / "failed"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    kept = folder / f"{Path(graph).stem}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    shutil.copyfile(log, kept)
+    return kept

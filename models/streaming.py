@@ -1,0 +1,182 @@
+"""Transformers larger than memory: blocks lie in a file and take up memory only while they run or are rewritten.
+
+The blocks' modules stay on the meta device. `BlockFile.attach` makes each block fill itself before it runs and empty
+itself after, so the plain forward is what runs; `write_rewritten` folds and casts them one by one into a new file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from densegeo.models import rewrites
+from densegeo.models.checkpoint import LoraUpdate, read_lora
+from densegeo.models.precision import cast_module
+from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.models.transformer import Transformer
+
+BLOCKS = ("double_blocks", "single_blocks")
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Rewrites of one block alone, by which block; all others fit any.
+_ONLY = {"constants": ("double_blocks", 0), "trim": ("single_blocks", -1)}
+_OUTER = ("guidance", "connector", "padding")  # what does not look at blocks, in the order that a block needs
+Progress = Callable[[int], object]
+
+
+def blocks_of(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """("double_blocks.0", module), ... in the order in which they run."""
+    for kind in BLOCKS:
+        for index, block in enumerate(getattr(transformer, kind)):
+            yield f"{kind}.{index}", block
+
+
+def is_block(key: str) -> bool:
+    """Whether a tensor belongs to a block."""
+    return key.startswith(tuple(f"{kind}." for kind in BLOCKS))
+
+
+class BlockFile:
+    """A safetensors file that modules on the meta device are filled from, LoRA merged in float32."""
+
+    def __init__(self, path: Path, lora: Path | None = None, module: nn.Module | None = None) -> None:
+        """module: the whole model, whose linears the LoRA names. Raises CheckpointError."""
+        self._path = path
+        self._updates: dict[str, LoraUpdate] = read_lora(lora, module) if lora and module is not None else {}
+
+    def fill(self, module: nn.Module, prefix: str, keys: Iterable[str] | None = None) -> None:
+        """Give the module's tensors (or those named) their values, in the dtype that they have there."""
+        wanted = module.state_dict()
+        state = {}
+        with safe_open(self._path, framework="pt") as file:
+            for key in wanted if keys is None else keys:
+                name = f"{prefix}.{key}" if prefix else key
+                tensor = file.get_tensor(name).float()
+                if name in self._updates:
+                    tensor = self._updates[name].merge(tensor)
+                state[key] = tensor.to(wanted[key].dtype)
+        module.load_state_dict(state, assign=True, strict=keys is None)
+        module.requires_grad_(False)
+
+    def fill_outside(self, transformer: Transformer) -> None:
+        """Give what lies outside the blocks its values."""
+        self.fill(transformer, "", [key for key in transformer.state_dict() if not is_block(key)])
+
+    def attach(self, transformer: Transformer) -> None:
+        """From now on each block fills itself before it runs, and is emptied after. Copies of the model do so too."""
+        for name, block in blocks_of(transformer):
+            # Plain functions, which a deep copy keeps, and which get the copy as their argument.
+            block.register_forward_pre_hook(lambda module, _, name=name: self.fill(module, name))
+            block.register_forward_hook(lambda module, *_: empty(module))
+
+
+def empty(module: nn.Module) -> None:
+    """Move a module's tensors back to the meta device, in place: their memory is free."""
+    module.to(device="meta")
+
+
+def write_rewritten(
+    pipeline: Pipeline,
+    source: BlockFile,
+    final: Transformer,
+    applied: tuple[Rewrite, ...],
+    precision: str,
+    path: Path,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Rewrite and cast the transformer of `pipeline` block by block into the safetensors file `path`.
+
+    pipeline: bound, not rewritten, blocks empty, and filled from `source`. final: the rewritten and cast transformer on
+    the meta device, which tells what is stored. `progress` gets the elements of each tensor written.
+    """
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in final.state_dict().items()}
+    outer = _without_blocks(pipeline.transformer)
+    shell = Pipeline(outer, pipeline.vae, pipeline.prompt)
+    names = {rewrite.name: rewrite for rewrite in applied}
+    rewrites.apply(shell, [names[name] for name in _OUTER if name in names])
+    counts = {kind: len(getattr(pipeline.transformer, kind)) for kind in BLOCKS}
+    with SafetensorsWriter(path, shapes) as writer:
+
+        def store(prefix: str, state: dict[str, Tensor]) -> None:
+            for key, tensor in state.items():
+                writer.write(f"{prefix}{key}", tensor)
+                progress(tensor.numel())
+
+        for name, block in blocks_of(pipeline.transformer):
+            kind, index = name.split(".")
+            here = [r for r in applied if r.name not in _OUTER and _concerns(r, kind, int(index), counts[kind])]
+            holder = _without_blocks(outer)
+            copied = copy.deepcopy(block)
+            copied._forward_pre_hooks.clear()
+            copied._forward_hooks.clear()
+            source.fill(copied, name)
+            setattr(holder, kind, nn.ModuleList([copied]))
+            rewrites.apply(Pipeline(holder, pipeline.vae, pipeline.prompt), here)
+            rewritten = getattr(holder, kind)[0]
+            cast_module(rewritten, precision)
+            store(f"{name}.", rewritten.state_dict())
+            del copied, holder, rewritten
+        rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])
+        last = copy.deepcopy(outer)  # casting must not reach the tensors that it shares
+        cast_module(last, precision)
+        store("", last.state_dict())
+
+
+def _concerns(rewrite: Rewrite, kind: str, index: int, count: int) -> bool:
+    """Whether a rewrite of blocks is applied to this one; those of the autoencoder are not."""
+    if rewrite.name in _ONLY:
+        only, which = _ONLY[rewrite.name]
+        return kind == only and index == which % count
+    return rewrite.name == "modulation"
+
+
+def _without_blocks(transformer: Transformer) -> Transformer:
+    """A copy that shares all tensors but has no blocks; rewriting it leaves the original as it is."""
+    kept = {kind: getattr(transformer, kind) for kind in BLOCKS}
+    memo: dict[int, Any] = {id(blocks): nn.ModuleList() for blocks in kept.values()}
+    tensors = (*transformer.parameters(), *transformer.buffers())
+    memo |= {id(tensor): tensor for tensor in tensors}
+    return copy.deepcopy(transformer, memo)
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor, in any order; names, shapes and dtypes are known beforehand."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._path, self._missing = path, set(tensors)
+        self._offsets: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        header: dict[str, object] = {}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+            self._offsets[name] = (begin, shape, dtype)
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # data begin aligned, as the format asks
+        self._header, self._start, self._end = encoded, 8 + len(encoded), end
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file: BinaryIO = open(self._path, "wb")
+        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._file.truncate(self._start + self._end)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{self._path} lacks {len(self._missing)} tensors: {sorted(self._missing)[:5]}")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; its shape and dtype must be those announced."""
+        begin, shape, dtype = self._offsets[name]
+        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or name not in self._missing:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not {dtype} {shape}, or comes twice")
+        self._file.seek(self._start + begin)
+        self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._missing.remove(name)

@@ -1,0 +1,75 @@
+"""Launches the bundle's compiled kernels without torch or Triton, as their contracts say."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from densegeo.errors import BackendError, DigestError
+from densegeo.kernels.contract import LaunchContract, programs
+
+FOLDER = "kernels"
+_SCALARS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
+
+
+def pack(contract: LaunchContract, values: Mapping[str, float]) -> list[Any]:
+    """Values by argument name -> C values in launch order; pointers are addresses.
+
+    Raises BackendError for a missing or unknown name, and for an address or stride that breaks the alignment the
+    kernel was compiled with.
+    """
+    names = [argument.name for argument in contract.arguments]
+    if set(names) != set(values):
+        wrong = sorted(set(names) ^ set(values))
+        raise BackendError(f"{contract.name} takes {', '.join(names)}; wrong: {', '.join(wrong)}")
+    packed: list[Any] = []
+    for argument in contract.arguments:
+        value = values[argument.name]
+        if argument.alignment and int(value) % argument.alignment:
+            raise BackendError(f"{contract.name}: {argument.name} must be a multiple of {argument.alignment}")
+        pointer = argument.type.startswith("*")
+        packed.append(ctypes.c_void_p(int(value)) if pointer else _SCALARS[argument.type](value))  # type: ignore[arg-type]
+    return packed + [ctypes.c_void_p(None)] * len(contract.hidden)
+
+
+class Kernels:
+    """The binaries of one bundle for one architecture, loaded when first launched."""
+
+    def __init__(self, directory: Path, contracts: list[LaunchContract], architecture: int) -> None:
+        """Raises BackendError when the bundle has none for this architecture."""
+        self._contracts = {c.name: c for c in contracts if c.architecture == architecture}
+        self._directory, self._loaded = directory / FOLDER, dict[str, Any]()
+        if not self._contracts:
+            raise BackendError(
+                f"{directory} has no kernels for sm_{architecture}: build it with --gpu-arch {architecture}"
+            )
+
+    def launch(self, name: str, stream: Any, values: Mapping[str, float], **extents: int) -> None:
+        """Launch one kernel; extents: what its grid is made from beyond its arguments ("batch").
+
+        Raises BackendError for a kernel the bundle lacks and for values that do not fit its contract.
+        """
+        from cuda.core import LaunchConfig, launch
+
+        contract = self._contracts.get(name)
+        if contract is None:
+            raise BackendError(f"the bundle lacks the kernel {name}: rebuild it with this version of densegeo")
+        counts = {key: int(value) for key, value in values.items() if key in {axis.extent for axis in contract.grid}}
+        grid = programs(contract.grid, **{**counts, **extents})
+        config = LaunchConfig(grid=grid, block=32 * contract.warps, shmem_size=contract.shared)
+        launch(stream, config, self._kernel(contract), *pack(contract, values))
+
+    def _kernel(self, contract: LaunchContract) -> Any:
+        if contract.name not in self._loaded:
+            from cuda.core import ObjectCode
+
+            path = self._directory / contract.file
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != contract.digest:
+                raise DigestError(f"{path} is not what its contract says: copy the bundle again or rebuild it")
+            code = ObjectCode.from_cubin(data)
+            self._loaded[contract.name] = (code, code.get_kernel(contract.symbol))
+        return self._loaded[contract.name][1]

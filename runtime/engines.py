@@ -1,0 +1,177 @@
+"""What must hold before an engine is given to TensorRT: it is from this bundle, for this library and GPU, and trusted.
+
+An engine file is code for the GPU (and may hold code for the host), so all checks come before deserialisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from densegeo.errors import EngineError
+from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, sha256_file
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+FOLDER = "engines"
+# What an engine depends on; the rest of its record says where it lies and how its build went.
+FACTS = (
+    "stage",
+    "bucket",
+    "graph_sha256",
+    "weights_sha256",
+    "precision",
+    "library",
+    "version",
+    "architectures",
+    "weights",
+    "options",
+)
+
+
+def fingerprint(engine: Engine) -> str:
+    """SHA-256 of all that the engine depends on."""
+    facts = {name: getattr(engine, name) for name in FACTS}
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
+
+
+def rebuild_command(manifest: Manifest, directory: Path) -> str:
+    """What to type to get current engines into this bundle."""
+    targets = "".join(f" --gpu-arch {name.removeprefix('sm_')}" for name in manifest.target_architectures)
+    return (
+        f"densegeo build --model {manifest.model} --precision {manifest.precision} --backend tensorrt{targets} "
+        f"--output {directory}"
+    )
+
+
+def select_engine(
+    directory: Path, manifest: Manifest, stage: Stage, bucket: Bucket, *, library: str, version: str, architecture: int
+) -> Engine:
+    """The bundle's engine of a graph for this library and GPU architecture (89 is sm_89); see `check_engine`.
+
+    Raises EngineError that names every engine of the graph and why it does not fit.
+    """
+    size = f"{bucket.width}x{bucket.height}"
+    candidates = [engine for engine in manifest.engines if (engine.stage, engine.bucket) == (stage, size)]
+    if not candidates:
+        raise EngineError(
+            f"{directory} has no TensorRT engine of the {stage} at {size}. "
+            f"Build one: {rebuild_command(manifest, directory)}"
+        )
+    reasons = []
+    for engine in candidates:
+        try:
+            check_engine(directory, manifest, engine, library=library, version=version, architecture=architecture)
+            return engine
+        except EngineError as error:
+            reasons.append(str(error))
+    raise EngineError("\n".join(reasons))
+
+
+def check_engine(
+    directory: Path, manifest: Manifest, engine: Engine, *, library: str, version: str, architecture: int | None
+) -> None:
+    """Raise EngineError, naming the mismatch and the command that rebuilds, unless the engine is this bundle's.
+
+    architecture: of the GPU that is to run it; None where there is none and only the bundle is looked at.
+    """
+    bucket = next((b for b in manifest.buckets if f"{b.width}x{b.height}" == engine.bucket), None)
+    if bucket is None:
+        _refuse(directory, manifest, engine, "size", engine.bucket, "none of the bundle's")
+    graph = getattr(bucket, engine.stage).file
+    facts = {
+        "graph": (engine.graph_sha256[:16], _digest(manifest, graph)[:16]),
+        "weights": (engine.weights_sha256[:16], _digest(manifest, f"{engine.stage}.safetensors")[:16]),
+        "precision": (engine.precision, manifest.precision),
+        "library": (engine.library, library),
+        f"{library} version": (engine.version, version),
+        "fingerprint": (engine.fingerprint[:16], fingerprint(engine)[:16]),
+    }
+    for what, (built, here) in facts.items():
+        if built != here:
+            _refuse(directory, manifest, engine, what, built, here)
+    if architecture is not None and not runs_on(engine, architecture):
+        built_for = ", ".join(engine.architectures) or "sm_80 and later"
+        _refuse(directory, manifest, engine, "GPU architecture", built_for, f"sm_{architecture}")
+
+
+def runs_on(engine: Engine, architecture: int) -> bool:
+    """Whether the engine was built for this architecture; an engine without targets is for Ampere and later."""
+    if not engine.architectures:
+        return architecture >= 80
+    return f"sm_{architecture}" in engine.architectures
+
+
+def _digest(manifest: Manifest, name: str) -> str:
+    return manifest.files[name].sha256 if name in manifest.files else ""
+
+
+def _refuse(directory: Path, manifest: Manifest, engine: Engine, what: str, built: str, here: str) -> None:
+    raise EngineError(
+        f"{directory / engine.file} does not fit: its {what} is {built}, here it is {here or 'nothing'}. "
+        f"Rebuild it: {rebuild_command(manifest, directory)}"
+    )
+
+
+def read_engine(directory: Path, manifest: Manifest, engine: Engine, *, trust: bool = False) -> bytes:
+    """The engine's bytes, checked against the manifest's digest as they are read.
+
+    trust: accept files that other users could have written. Raises EngineError.
+    """
+    path = directory / engine.file
+    if not trust:
+        for checked in (path, path.parent, directory):
+            check_owner(checked)
+    listed = manifest.files.get(engine.file)
+    if listed is None:
+        raise EngineError(f"the manifest of {directory} lists no digest of {engine.file}, so it is not loaded")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != listed.sha256:
+        raise EngineError(
+            f"{path} is corrupted or was replaced: its SHA-256 is {found[:16]}…, the manifest says "
+            f"{listed.sha256[:16]}…. Rebuild it: {rebuild_command(manifest, directory)}"
+        )
+    return data
+
+
+def check_owner(path: Path) -> None:
+    """Raise EngineError when others than this user and root could have written the file or directory."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error}") from error
+    if not hasattr(os, "geteuid"):
+        return  # no such owners on this system
+    if status.st_uid not in (os.geteuid(), 0):
+        reason, remedy = f"belongs to another user (uid {status.st_uid})", "copy the bundle"
+    elif status.st_mode & stat.S_IWOTH:
+        reason, remedy = "can be written by everybody", f"say `chmod -R o-w {path}`"
+    else:
+        return
+    raise EngineError(
+        f"{path} {reason}, and an engine runs as code: {remedy}, or set DENSEGEO_TRUST_ENGINES=1 if you know it is good"
+    )
+
+
+def trusted() -> bool:
+    """Whether the user said that engine files are good whoever could have written them."""
+    return os.environ.get("DENSEGEO_TRUST_ENGINES") == "1"
+
+
+def reusable(directory: Path, manifest: Manifest, wanted: str) -> Engine | None:
+    """The engine of an older bundle with this fingerprint whose file is still what was built, or None."""
+    for engine in manifest.engines:
+        if engine.fingerprint == wanted and fingerprint(engine) == wanted:
+            names = (engine.file, engine.log)
+            if all(name in manifest.files and (directory / name).is_file() for name in names) and all(
+                sha256_file(directory / name) == manifest.files[name].sha256 for name in names
+            ):
+                return engine
+    return None

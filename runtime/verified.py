@@ -1,0 +1,58 @@
+"""Which bundles passed `densegeo verify` on this machine, by backend: a small file each among the user's state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+from densegeo.runtime.bundle import MANIFEST
+
+
+def is_verified(bundle: Path, backend: str) -> bool:
+    """Whether this very bundle passed with this backend on this machine."""
+    marker = _marker(bundle, backend)
+    return marker is not None and marker.is_file()
+
+
+def mark_verified(bundle: Path, backend: str) -> None:
+    """Remember that it passed. A state directory that cannot be written is no error: nothing is remembered then."""
+    marker = _marker(bundle, backend)
+    try:
+        if marker is not None:
+            marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            marker.write_text(f"{bundle.resolve()} {backend}\n")
+    except OSError:
+        pass
+
+
+def forget(bundle: Path, backend: str) -> None:
+    """A bundle that failed is not verified any more."""
+    marker = _marker(bundle, backend)
+    try:
+        if marker is not None:
+            marker.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+def _marker(bundle: Path, backend: str) -> Path | None:
+    """The file for a bundle's manifest (which holds every file's digest), a backend, this machine and its driver."""
+    try:
+        manifest = (bundle / MANIFEST).read_bytes()
+    except OSError:
+        return None
+    key = hashlib.sha256(manifest)
+    key.update("|".join((backend, platform.node(), _driver())).encode())
+    root = os.environ.get("XDG_STATE_HOME")
+    folder = (Path(root) if root else Path.home() / ".local" / "state") / "densegeo" / "verified"
+    return folder / key.hexdigest()
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version line: another driver must be verified anew."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+    except OSError:
+        return ""

@@ -1,0 +1,327 @@
+"""TensorRT engines, really built (TensorRT-RTX needs no GPU): what is in them, what is reused, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
+from densegeo.export import engines
+from densegeo.export.build import build_bundle
+from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
+from densegeo.runtime.bundle import STAGES, Engine, Manifest, check_files, read_manifest, write_manifest
+from densegeo.runtime.engine_log import parse_log, read_log, warnings
+from densegeo.runtime.engines import check_engine, fingerprint, read_engine, runs_on, select_engine
+from tests.export.test_build import leftovers, options, write_checkpoint
+
+pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.timeout(900)
+TARGETS = (80, 86, 89, 120)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="session", params=[("bf16", "constant"), ("fp16", "input")], ids=lambda pair: "-".join(pair))
+def bundle(
+    request: pytest.FixtureRequest, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
+    """Engines of the smallest real networks for SM80 to SM120, with weights inside and as inputs."""
+    precision, weights = request.param
+    directory = build_bundle(
+        options(
+            checkpoint_dir,
+            tmp_path_factory.mktemp("bundle") / "bundle",
+            precision=precision,
+            backend="tensorrt",
+            architectures=TARGETS,
+            engines=EngineOptions(library="tensorrt_rtx", weights=weights),
+        )
+    )
+    return directory, read_manifest(directory)
+
+
+def test_every_graph_has_an_engine_for_all_targets(bundle: tuple[Path, Manifest]) -> None:
+    directory, manifest = bundle
+    check_files(directory, manifest)
+    assert [engine.stage for engine in manifest.engines] == list(STAGES)
+    for engine in manifest.engines:
+        assert engine.architectures == [f"sm_{number}" for number in TARGETS]
+        assert engine.fingerprint == fingerprint(engine)
+        assert {engine.file, engine.log} <= set(manifest.files)
+        assert engine.seconds > 0
+        assert engine.peak_bytes > 1 << 20
+        assert engine.activation_bytes > 0
+        check_engine(directory, manifest, engine, library="tensorrt_rtx", version=engine.version, architecture=89)
+        assert read_engine(directory, manifest, engine)[:4] != b"\0\0\0\0"
+    assert {path.name for path in (directory / "engines").iterdir()} == {
+        Path(name).name for engine in manifest.engines for name in (engine.file, engine.log)
+    }
+    assert leftovers(directory.parent) == []
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_weights_are_where_they_were_asked_to_be(bundle: tuple[Path, Manifest]) -> None:
+    directory, manifest = bundle
+    transformer = next(engine for engine in manifest.engines if engine.stage == "transformer")
+    stored = (directory / "transformer.safetensors").stat().st_size
+    if transformer.weights == "constant":
+        assert transformer.weight_inputs == []
+        assert transformer.weight_bytes > 0.5 * stored
+    else:
+        graph = onnx.load(directory / manifest.buckets[0].transformer.file, load_external_data=False)
+        matrices = {node.input[1] for node in graph.graph.node if node.op_type == "Gemm"}
+        assert set(transformer.weight_inputs) == matrices & {tensor.name for tensor in graph.graph.initializer}
+        assert "single_blocks.0.linear2.weight" in transformer.weight_inputs
+        assert transformer.weight_bytes < 0.5 * stored
+
+
+def test_attention_is_fused_and_nothing_is_float32_but_the_tail(bundle: tuple[Path, Manifest]) -> None:
+    directory, manifest = bundle
+    for engine in manifest.engines:
+        log = parse_log(read_log(directory / engine.log))
+        found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
+        assert not [line for line in found if "float32" in line], found
+        roles = [layer.role for layer in log.layers]
+        if engine.stage == "transformer":
+            assert roles.count("attention") == 2  # one a block
+            assert not [line for line in found if "not fused" in line], found
+            assert roles.count("matmul") >= 10
+        else:
+            assert roles.count("convolution") > 10
+
+
+def test_an_engine_with_the_same_fingerprint_is_not_built_again(
+    bundle: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, manifest = bundle
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("engines"))
+    monkeypatch.setattr(engines, "build_engine", lambda *_: pytest.fail("built again"))
+    settings = EngineOptions(library="tensorrt_rtx", weights=manifest.engines[0].weights)
+    found = list(
+        build_engines(
+            copy, manifest.buckets, manifest.precision, TARGETS, settings, old=(directory, manifest), progress=str
+        )
+    )
+    assert found == manifest.engines
+    for engine in found:
+        assert (copy / engine.file).read_bytes() == (directory / engine.file).read_bytes()
+
+
+def test_a_damaged_engine_is_not_reused(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
+    directory, manifest = damaged_copy(bundle, tmp_path)
+    record = manifest.engines[0]
+    assert engines.reusable(directory, manifest, record.fingerprint) is None
+    assert engines.reusable(directory, manifest, manifest.engines[1].fingerprint) == manifest.engines[1]
+
+
+def damaged_copy(bundle: tuple[Path, Manifest], tmp_path: Path) -> tuple[Path, Manifest]:
+    """The bundle with one byte of its first engine flipped."""
+    directory, manifest = bundle
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    path = copy / manifest.engines[0].file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return copy, manifest
+
+
+def test_a_flipped_byte_is_refused(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
+    directory, manifest = damaged_copy(bundle, tmp_path)
+    with pytest.raises(EngineError, match=r"corrupted or was replaced.*densegeo build"):
+        read_engine(directory, manifest, manifest.engines[0])
+    with pytest.raises(DigestError, match=r"encoder.*engine is corrupted"):
+        check_files(directory, manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "0.9"}, "version is 0.9"),
+        ({"library": "tensorrt"}, "library is tensorrt, here it is tensorrt_rtx"),
+        ({"graph_sha256": "0" * 64}, "graph is 0000"),
+        ({"weights_sha256": "0" * 64}, "weights is 0000"),
+        ({"precision": "fp8"}, "precision is fp8"),
+        ({"bucket": "640x480"}, "size is 640x480"),
+        ({"options": {"optimization_level": 5}}, "fingerprint is"),
+    ],
+)
+def test_a_stale_or_foreign_engine_is_refused(
+    bundle: tuple[Path, Manifest], change: dict[str, object], message: str
+) -> None:
+    directory, manifest = bundle
+    engine = msgspec.structs.replace(manifest.engines[0], **change)
+    with pytest.raises(EngineError, match=f"{message}.*Rebuild it: densegeo build --model fe2e"):
+        check_engine(
+            directory, manifest, engine, library="tensorrt_rtx", version=manifest.engines[0].version, architecture=89
+        )
+
+
+def test_another_architecture_is_refused_by_name(bundle: tuple[Path, Manifest]) -> None:
+    directory, manifest = bundle
+    version = manifest.engines[0].version
+    with pytest.raises(EngineError, match=r"sm_80, sm_86, sm_89, sm_120, here it is sm_90"):
+        select_engine(
+            directory,
+            manifest,
+            "encoder",
+            manifest.buckets[0],
+            library="tensorrt_rtx",
+            version=version,
+            architecture=90,
+        )
+    anywhere = msgspec.structs.replace(manifest.engines[0], architectures=[])
+    assert runs_on(anywhere, 90)
+    assert not runs_on(anywhere, 75)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs file owners")
+def test_files_that_others_could_have_written_are_refused(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
+    directory, manifest = bundle
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    engine = manifest.engines[0]
+    (copy / engine.file).chmod(0o666)
+    with pytest.raises(EngineError, match=r"can be written by everybody.*DENSEGEO_TRUST_ENGINES"):
+        read_engine(copy, manifest, engine)
+    assert read_engine(copy, manifest, engine, trust=True)
+    (copy / engine.file).chmod(0o644)
+    assert read_engine(copy, manifest, engine)
+    if os.geteuid() == 0:
+        os.chown(copy / engine.file, 12345, -1)
+        with pytest.raises(EngineError, match="uid 12345"):
+            read_engine(copy, manifest, engine)
+
+
+@pytest.mark.parametrize("name", ["../evil.engine", "/etc/passwd", "engines/../../x", "c:\\x", "a\\..\\b"])
+def test_a_manifest_cannot_name_files_outside_the_bundle(
+    bundle: tuple[Path, Manifest], tmp_path: Path, name: str
+) -> None:
+    from densegeo.errors import BundleError
+
+    _, manifest = bundle
+    engine = msgspec.structs.replace(manifest.engines[0], file=name)
+    write_manifest(tmp_path, msgspec.structs.replace(manifest, engines=[engine]))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        read_manifest(tmp_path)
+    write_manifest(tmp_path, msgspec.structs.replace(manifest, files={name: next(iter(manifest.files.values()))}))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        read_manifest(tmp_path)
+
+
+def test_impossible_targets_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    rtx = EngineOptions(library="tensorrt_rtx")
+
+    def build(**changes: object) -> None:
+        build_bundle(options(tmp_path / "nothing", tmp_path / "bundle", backend="tensorrt", engines=rtx, **changes))
+
+    with pytest.raises(ConfigError, match="no bf16 before sm_80"):
+        build(precision="bf16", architectures=(75, 89))
+    with pytest.raises(ConfigError, match=r"no target for sm_90.*--builder tensorrt"):
+        build(precision="bf16", architectures=(90,))
+    with pytest.raises(ConfigError, match="no fp8 before sm_89"):
+        target_groups("tensorrt_rtx", "fp8", (86, 89))
+    assert target_groups("tensorrt_rtx", "fp8", (89, 120)) == [(89,), (120,)]
+    assert target_groups("tensorrt_rtx", "bf16", (120, 89)) == [(89, 120)]
+    assert target_groups("tensorrt_rtx", "bf16", ()) == [()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"weights": "both"}, {"optimization_level": 6}, {"workspace_mib": 0}, {"library": "tensorfast"}],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        EngineOptions(**settings).validated()  # type: ignore[arg-type]
+
+
+def test_a_builder_that_is_not_installed_is_named() -> None:
+    with pytest.raises(EngineError, match="tensorrt is not installed: pip install tensorrt"):
+        EngineOptions(library="tensorrt").validated()
+
+
+def test_weights_become_inputs_where_constants_do_not_fit() -> None:
+    small = EngineOptions(memory_gib=4)
+    assert choose_weights(small, 1 << 30) == "constant"
+    assert choose_weights(small, 4 << 30) == "input"
+    with pytest.raises(ResourceError, match="--weights input"):
+        choose_weights(EngineOptions(memory_gib=4, weights="constant"), 4 << 30)
+
+
+def graph_of(path: Path, nodes: list[onnx.NodeProto], opset: int = 23) -> Path:
+    shape = [1, 2, 64, 32]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "test", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    return path
+
+
+def wanted(stem: str) -> Engine:
+    return Engine(
+        stage="transformer",
+        bucket="1x1",
+        graph_sha256="",
+        weights_sha256="",
+        precision="fp16",
+        library="tensorrt_rtx",
+        version=engines.library_version("tensorrt_rtx"),
+        architectures=["sm_89"],
+        weights="constant",
+        options={},
+        fingerprint="",
+        file=f"{stem}.engine",
+        log=f"{stem}.log.gz",
+        weight_inputs=[],
+        seconds=0.0,
+        peak_bytes=0,
+        activation_bytes=0,
+        weight_bytes=0,
+    )
+
+
+def test_a_crash_becomes_an_error_that_names_graph_and_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor as query and key crashes this builder: a real segmentation fault."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    graph = graph_of(tmp_path / "bad.onnx", [helper.make_node("Attention", ["x", "x", "x"], ["y"], name="same")])
+    with pytest.raises(EngineError, match=r"engine of bad\.onnx crashed \(SIGSEGV\), at same") as caught:
+        build_engine(tmp_path, graph, wanted("bad"), EngineOptions(library="tensorrt_rtx"), (89,), str)
+    log = Path(str(caught.value).rpartition("log: ")[2])
+    assert "Attention" in log.read_text()
+    assert log.parent.parent.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "bad.engine").exists()
+
+
+def test_what_the_parser_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    graph = graph_of(tmp_path / "odd.onnx", [helper.make_node("NoSuchOperator", ["x"], ["y"], name="odd")])
+    with pytest.raises(EngineError, match=r"odd\.onnx failed: .*NoSuchOperator"):
+        build_engine(tmp_path, graph, wanted("odd"), EngineOptions(library="tensorrt_rtx"), (89,), str)
+
+
+def test_a_build_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    graph = graph_of(tmp_path / "slow.onnx", [helper.make_node("Softmax", ["x"], ["y"], name="soft")])
+    settings = EngineOptions(library="tensorrt_rtx", timeout_s=0)
+    with pytest.raises(EngineError, match=r"slow\.onnx took longer than 0 s"):
+        build_engine(tmp_path, graph, wanted("slow"), settings, (89,), str)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_the_builders_memory_is_limited() -> None:
+    code = "from densegeo.export.engine_worker import limit_memory; limit_memory(1 << 29); bytearray(1 << 30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "MemoryError" in done.stderr
