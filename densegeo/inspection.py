@@ -95,24 +95,23 @@ def _kernels(manifest: Manifest) -> Table:
 
 
 def _engines(manifest: Manifest) -> Table:
-    table = _table("TensorRT engines", "engine", "builder", "for", "weights", "bytes", "workspace", "seconds", "memory")
+    builders = ", ".join(sorted({f"{engine.library} {engine.version}" for engine in manifest.engines}))
+    table = _table(f"engines, by {builders}", "engine", "for", "weights", "bytes", "workspace", "built in")
     for engine in manifest.engines:
-        size = manifest.files[engine.file].bytes if engine.file in manifest.files else 0
         table.add_row(
             f"{engine.stage} {engine.bucket}",
-            f"{engine.library} {engine.version}",
             _targets(engine),
             engine.weights,
-            amount(size, "B"),
+            amount(manifest.files[engine.file].bytes if engine.file in manifest.files else 0, "B"),
             amount(engine.activation_bytes, "B"),
-            f"{engine.seconds:.1f}",
-            amount(engine.peak_bytes, "B"),
+            f"{engine.seconds:.1f} s",
         )
     return table
 
 
 def _targets(engine: Engine) -> str:
-    return ", ".join(engine.architectures) or "sm_80 and later"
+    numbers = " ".join(name.removeprefix("sm_") for name in engine.architectures)
+    return f"sm_{numbers}" if numbers else "sm_80 and later"
 
 
 def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> None:
@@ -131,6 +130,7 @@ def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> No
             f"weights {amount(log.weight_bytes, 'B')}",
             _roles(log),
             sep="\n",
+            soft_wrap=True,
         )
         if every:
             console.print(_layers(log))
@@ -176,8 +176,8 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def _table(title: str | None, *columns: str) -> Table:
-    numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound", "layers", "workspace", "seconds", "memory"}
-    folding = {"", "file", "path", "compared with", "output", "architectures", "layer", "from", "for"}
+    numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound", "layers", "workspace"}
+    folding = {"", "file", "path", "compared with", "output", "architectures", "layer", "from"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in numeric else "left"

@@ -17,6 +17,7 @@ from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
 from densegeo.export import engines
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
+from densegeo.inspection import print_layers, print_manifest
 from densegeo.runtime.bundle import STAGES, Engine, Manifest, check_files, read_manifest, write_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from densegeo.runtime.engines import check_engine, fingerprint, read_engine, runs_on, select_engine
@@ -99,6 +100,17 @@ def test_attention_is_fused_and_nothing_is_float32_but_the_tail(bundle: tuple[Pa
             assert roles.count("matmul") >= 10
         else:
             assert roles.count("convolution") > 10
+
+
+def test_layers_are_shown_for_people(bundle: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]) -> None:
+    directory, manifest = bundle
+    print_layers(directory, manifest, every=True)
+    shown = capsys.readouterr().out
+    assert f"transformer 48x32 for sm_80 86 89 120, {manifest.precision}: " in shown
+    assert shown.count("attention is not fused") == 2  # the autoencoder's, one head over all channels: known
+    assert "gemm_mha" in shown
+    print_manifest(directory, manifest)
+    assert "engines, by tensorrt_rtx" in capsys.readouterr().out
 
 
 def test_an_engine_with_the_same_fingerprint_is_not_built_again(
