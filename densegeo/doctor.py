@@ -30,6 +30,9 @@ EXTRAS = (
     Extra("cpu", ("onnxruntime",), "run bundles on a CPU"),
     Extra("gpu", ("onnxruntime-gpu", "cuda-core", "cuda-bindings"), "run bundles on an NVIDIA GPU"),
     Extra("openvino", ("openvino",), "run bundles on a CPU, bf16 ones too"),
+    Extra(
+        "tensorrt-rtx", ("tensorrt-rtx-cu13", "cuda-core", "cuda-bindings"), "build TensorRT engines, run them on a GPU"
+    ),
     Extra("torch", ("torch", "safetensors"), "run bundles with torch, bf16 ones too"),
     Extra("export", ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "huggingface_hub"), "build bundles"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
@@ -77,7 +80,12 @@ def examine() -> Report:
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
         memory_available_bytes=available,
-        backends=[*_onnxruntime(bool(gpus)), _looked_up("openvino cpu", "openvino"), _looked_up("torch", "torch")],
+        backends=[
+            *_onnxruntime(bool(gpus)),
+            _looked_up("openvino cpu", "openvino"),
+            _tensorrt(bool(gpus)),
+            _looked_up("torch", "torch"),
+        ],
         gpus=gpus,
         gpu_note=gpu_note,
         missing=_missing(),
@@ -124,6 +132,18 @@ def _looked_up(name: str, distribution: str) -> Backend:
         return Backend(name, None, "no", f'not installed: pip install "densegeo[{distribution}]"')
     detail = f"not tried here: `densegeo verify BUNDLE --backend {distribution}` tells"
     return Backend(name, installed, "untried", detail)
+
+
+def _tensorrt(has_gpu: bool) -> Backend:
+    """What builds engines here; running them was never tried on any GPU."""
+    found = {name: version(name) for name in ("tensorrt", "tensorrt-rtx-cu13")}
+    installed = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+    if not installed:
+        return Backend("tensorrt", None, "no", 'not installed: pip install "densegeo[tensorrt-rtx]", or tensorrt')
+    if not has_gpu:
+        return Backend("tensorrt", installed, "no", "engines can be built here, but no GPU was found to run them")
+    detail = "densegeo's engines were never executed: `densegeo verify BUNDLE --backend tensorrt` tells"
+    return Backend("tensorrt", installed, "untried", detail)
 
 
 def _gpus() -> tuple[list[str], str]:

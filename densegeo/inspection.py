@@ -177,7 +177,7 @@ def amount(value: float, unit: str = "") -> str:
 
 def _table(title: str | None, *columns: str) -> Table:
     numeric = {"nodes", "parameters", "FLOP/run", "bytes", "error", "bound", "layers", "workspace"}
-    folding = {"", "file", "path", "compared with", "output", "architectures", "layer", "from"}
+    folding = {"", "file", "path", "compared with", "output", "architectures", "layer", "from", "for"}
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in numeric else "left"

@@ -264,6 +264,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["cpu_count"] >= 1
     assert report["gpu_note"]
+    backends = {backend["name"].partition(" ")[0]: backend for backend in report["backends"]}
+    assert {"onnxruntime", "openvino", "tensorrt", "torch"} <= set(backends)
+    assert backends["tensorrt"]["usable"] != "yes"  # never executed on a GPU
 
 
 def test_find_images(photos: Path) -> None:
