@@ -12,7 +12,7 @@ from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files
-from densegeo.export.engine_plan import CARDS, builder_lines, card_verdict, device_plan
+from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
 from densegeo.export.plan import (
     GIB,
@@ -218,8 +218,7 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
 
 def _print_engines(plan: Plan, options: BuildOptions, console: Console) -> None:
     """What the builder needs here, and what each size needs on cards of common sizes. Raises ResourceError."""
-    for line in builder_lines(plan, options.engines, options.precision):
-        console.print(line, soft_wrap=True)
+    console.print(builder_line(plan, options.engines, options.precision), soft_wrap=True)
     table = Table("size", "weights", "workspace", *(f"{card} GiB card" for card in CARDS), title="on the GPU")
     for width, height in options.sizes:
         needed = device_plan(plan, (width, height), options.precision)

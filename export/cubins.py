@@ -13,8 +13,8 @@ import msgspec
 from densegeo.errors import ConfigError, KernelError
 from densegeo.kernels.compile import ARCHITECTURES, CONTRACTS
 from densegeo.kernels.contract import LaunchContract
+from densegeo.runtime.backends.cuda_kernels import FOLDER
 
-FOLDER = "kernels"
 # What a runtime without torch launches around the networks; the kernels within them belong to the torch backend.
 OPERATIONS = ("preprocess", "split", "log_dequantize", "normals", "unproject")
 TIMEOUT_S = 1800

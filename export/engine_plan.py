@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from densegeo.errors import ResourceError
-from densegeo.export.engines import BUILD_BASE, BUILD_FACTOR, EngineOptions, choose_weights, memory_limit
+from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
 from densegeo.export.plan import GIB, ITEM_BYTES, Plan, latent_tokens
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
@@ -48,16 +48,16 @@ def card_verdict(needed: DevicePlan, card_gib: int) -> str:
     return "does not fit: choose a smaller --size"
 
 
-def builder_lines(plan: Plan, options: EngineOptions, precision: str) -> list[str]:
-    """What the builder will do with the weights and need, one line a finding; raises ResourceError if it cannot."""
+def builder_line(plan: Plan, options: EngineOptions, precision: str) -> str:
+    """What the builder will do with the weights and need; raises ResourceError if it cannot be had."""
     weight_bytes = plan.bundle_parameters * ITEM_BYTES[precision]
     how = choose_weights(options, weight_bytes)
     limit = memory_limit(options)
-    needed = int(BUILD_FACTOR * weight_bytes) + BUILD_BASE if how == "constant" else 2 * BUILD_BASE
+    needed = constant_memory(weight_bytes) if how == "constant" else 2 * BUILD_BASE
     if limit is not None and needed > limit:
         raise ResourceError(
             f"building engines needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be had: "
             "build on a larger machine and copy the bundle here"
         )
     place = "inside the engines" if how == "constant" else "inputs of the engines, from the bundle's weight files"
-    return [f"engines: {options.library}, weights {place}; the builder needs about {needed / GIB:.1f} GiB"]
+    return f"engines: {options.library}, weights {place}; the builder needs about {needed / GIB:.1f} GiB"

@@ -129,7 +129,7 @@ def choose_weights(options: EngineOptions, weight_bytes: int) -> Literal["consta
     if options.weights == "input":
         return "input"
     limit = memory_limit(options)
-    needed = int(BUILD_FACTOR * weight_bytes) + BUILD_BASE
+    needed = constant_memory(weight_bytes)
     if limit is None or needed <= limit:
         return "constant"
     if options.weights == "auto":
@@ -138,6 +138,11 @@ def choose_weights(options: EngineOptions, weight_bytes: int) -> Literal["consta
         f"building with constant weights needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be "
         "had: say --weights input (the engine takes them from the bundle's weight file), or use a larger machine"
     )
+
+
+def constant_memory(weight_bytes: int) -> int:
+    """Bytes that a build with the weights inside the engine needs."""
+    return int(BUILD_FACTOR * weight_bytes) + BUILD_BASE
 
 
 def memory_limit(options: EngineOptions) -> int | None:
