@@ -23,10 +23,12 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 
 from densegeo.benchmarks import gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
+from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from densegeo.runtime.resample import Placement  # noqa: E402
 
@@ -120,13 +122,13 @@ def transfers(check: Check) -> dict[str, Any]:
     ring, count = Ring(check.device), 8
 
     def one(_: int) -> object:
-        return ring.run(pixels, lambda frame: network(frame, placement))
+        return ring.run([pixels], lambda frames: network(frames, [placement]))
 
     def pageable() -> None:
-        results = network(torch.from_numpy(pixels).to(check.device), placement)
-        [result.cpu() for result in results]
+        ((prediction, normals),) = network([torch.from_numpy(pixels).to(check.device)], [placement])
+        prediction.cpu(), normals.cpu()
 
-    entry: dict[str, Any] = {"captured": network.captured, "images": count}
+    entry: dict[str, Any] = {"captured": network.recorded(1).captured, "images": count}
     for name, workers in (("one in flight", 1), ("two in flight", 2)):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(one, range(2)))
@@ -134,7 +136,23 @@ def transfers(check: Check) -> dict[str, Any]:
             list(pool.map(one, range(count)))
             entry[name] = 1e3 * (time.perf_counter() - started) / count
     entry["pageable"] = 1e3 * sorted(seconds_of(pageable, check.device, 5))[2]
+    for group in (2, 4):
+        entry[f"batch of {group}"] = _batched(ring, network, [pixels] * group, placement)
     return entry
+
+
+def _batched(ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]], placement: Placement) -> Any:
+    """Milliseconds an image when this many are run at once, or why not."""
+
+    def together() -> None:
+        ring.run(pixels, lambda frames: network(frames, [placement] * len(pixels)))
+
+    try:
+        together()  # records
+        seconds = sorted(seconds_of(together, ring.device, 5))[2]
+    except torch.OutOfMemoryError as error:
+        return {"failed": str(error)[:300]}
+    return {"ms": 1e3 * seconds / len(pixels), "captured": network.recorded(len(pixels)).captured}
 
 
 def profile(check: Check) -> dict[str, Any]:
@@ -143,12 +161,12 @@ def profile(check: Check) -> dict[str, Any]:
     network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
     pixels = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=check.device)
     placement = Placement((0, 0, *size), size)
-    network(pixels, placement)
+    network([pixels], [placement])
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if check.device != "cpu":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as recorded:
-        network(pixels, placement)
+        network([pixels], [placement])
         if check.device != "cpu":
             torch.cuda.synchronize()
     on_gpu = check.device != "cpu"
@@ -161,7 +179,7 @@ def profile(check: Check) -> dict[str, Any]:
         for event in recorded.key_averages()
     ]
     rows = sorted((row for row in rows if row["us"] > 0), key=lambda row: -float(row["us"]))
-    return {"captured": network.captured, "kernels": rows[:120]}
+    return {"captured": network.recorded(1).captured, "kernels": rows[:120]}
 
 
 STEPS: dict[str, Step] = {

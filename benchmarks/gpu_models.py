@@ -114,7 +114,7 @@ def contenders(weights: Weights, size: tuple[int, int]) -> dict[str, Callable[[]
         return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])
 
     def ours(captured: bool) -> Network:
-        return device_network(weights, size, captured)._replay
+        return device_network(weights, size, captured).recorded(1)
 
     return {
         "authors, eager": lambda: authors(weights, size),
@@ -154,8 +154,8 @@ def errors(device: str, small: bool) -> dict[str, float]:
     wanted = _chain(exact, exact.vae, 1, torch.float32)(rgb)
     weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)
     plain = _chain(weights.plain, weights.plain.vae, 1, precision.DTYPES[LOW])(rgb)
-    network = device_network(weights, size, captured=True)
-    ours, again = network._replay(rgb).clone(), network._replay(rgb)
+    network = device_network(weights, size, captured=True).recorded(1)
+    ours, again = network(rgb).clone(), network(rgb)
     return {
         "plain": relative(plain, wanted),
         "ours": relative(ours, wanted),

@@ -1,7 +1,7 @@
 """The micro-batcher behind `Estimator.submit`: one queue, one worker thread a lane, one future a request.
 
-A lane runs one request at a time. One is enough where the backend computes on the host; on a device a second one copies
-and launches while the first waits, so that the copies of one image overlap the networks of another.
+A lane runs one group of requests at a time. One lane is enough where the backend computes on the host; on a device a
+second one copies and launches while the first waits, so that the copies of one image overlap the networks of another.
 
 Every accepted request ends exactly once: its result, a typed error, or its cancellation. A request belongs to the
 queue, then to the batch being run; whoever takes it out of there, under the one lock, is the only one to end it.
@@ -38,8 +38,8 @@ EXIT_WAIT_S = 5.0  # how long an interpreter's exit waits for a request that is 
 @dataclass(frozen=True)
 class BatchOptions:
     """max_batch: requests a batch; max_wait_ms: how long the oldest waits for company; max_queue: requests that may
-    wait; timeout_s: longest time the backend may take for one request, None for no limit; lanes: worker threads.
-    Raises ConfigError.
+    wait; timeout_s: longest time the backend may take for one group, None for no limit; lanes: worker threads;
+    together: how many of a batch's requests make a group, which the backend runs at once. Raises ConfigError.
     """
 
     max_batch: int = 8
@@ -47,9 +47,11 @@ class BatchOptions:
     max_queue: int = 64
     timeout_s: float | None = None
     lanes: int = 1
+    together: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("max_batch", self.max_batch), ("max_queue", self.max_queue), ("lanes", self.lanes)):
+        for name in ("max_batch", "max_queue", "lanes", "together"):
+            value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
         if not 0 <= self.max_wait_ms < math.inf:
@@ -67,20 +69,22 @@ class Request(Generic[T, R]):
 
 
 class Batcher(Generic[T, R]):
-    """Runs `run(payload)` for submitted payloads in worker threads, which start here.
+    """Runs `run(payloads)`, one result each, for submitted payloads in worker threads, which start here.
 
-    Requests are started in order; with several lanes they may end out of it.
+    Requests are started in order; with several lanes they may end out of it. When a group fails, its requests are run
+    again one by one, so that each fails for itself alone.
     clock: seconds, for deadlines and timeouts. Close it: an open batcher keeps its threads.
     """
 
     def __init__(
         self,
-        run: Callable[[T], R],
+        run: Callable[[list[T]], list[R]],
         options: BatchOptions,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._metrics, self._clock, self._timeout = run, metrics, clock, options.timeout_s
+        self._together = options.together
         self._queue: BoundedQueue[Request[T, R]] = BoundedQueue(
             options.max_queue, options.max_batch, options.max_wait_ms / 1e3
         )
@@ -89,7 +93,7 @@ class Batcher(Generic[T, R]):
         self._room = threading.Condition(self._lock)  # wakes submitters that wait for room
         self._ended = threading.Condition(self._lock)  # wakes `close` and the watchdog
         self._batch: deque[Entry[Request[T, R]]] = deque()  # taken from the queue, not started
-        self._running: dict[int, tuple[Entry[Request[T, R]], float]] = {}  # by lane: with the backend, since when
+        self._running: dict[int, tuple[list[Entry[Request[T, R]]], float]] = {}  # by lane: with the backend, since when
         self._state: Literal["open", "closing", "ended", "hung"] = "open"
         self._lanes = options.lanes  # whose workers have not ended
         self._threads = [
@@ -170,12 +174,12 @@ class Batcher(Generic[T, R]):
             self._fail(left, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
 
     def _serve(self, lane: int) -> bool:
-        """Run the next request; False when there will be none."""
-        entry = self._next(lane)
-        return entry is not None and self._run_one(lane, entry)
+        """Run the next group; False when there will be none."""
+        group = self._next(lane)
+        return bool(group) and self._run_group(lane, group)
 
-    def _next(self, lane: int) -> Entry[Request[T, R]] | None:
-        """Wait for the next request and make it the lane's running one; None when there will be none."""
+    def _next(self, lane: int) -> list[Entry[Request[T, R]]]:
+        """Wait for the next group and make it the lane's running one; empty when there will be none."""
         late: list[Entry[Request[T, R]]]
         while True:
             late = []
@@ -187,34 +191,40 @@ class Batcher(Generic[T, R]):
                     self._batch.extend(batch)
                     self._room.notify_all()
                     if not batch and not late:
-                        return None
-                entry = self._start_next(lane)
+                        return []
+                group = self._start_next(lane)
                 if self._batch:
                     self._work.notify()  # for another lane
             self._expire(late)
-            if entry is not None:
-                return entry
+            if group:
+                return group
 
-    def _start_next(self, lane: int) -> Entry[Request[T, R]] | None:
-        """Make the batch's next request the lane's, past the cancelled ones; the lock is held."""
-        while self._batch:
+    def _start_next(self, lane: int) -> list[Entry[Request[T, R]]]:
+        """Make the batch's next group the lane's, past the cancelled requests; the lock is held."""
+        group: list[Entry[Request[T, R]]] = []
+        while self._batch and len(group) < self._together:
             entry = self._batch.popleft()
             if entry.item.future.set_running_or_notify_cancel():
-                self._running[lane] = entry, self._clock()
-                return entry
-        return None
+                group.append(entry)
+        if group:
+            self._running[lane] = group, self._clock()
+        return group
 
-    def _run_one(self, lane: int, entry: Entry[Request[T, R]]) -> bool:
-        """Run a request, since today's graphs take one image; False when the watchdog has ended it meanwhile."""
-        if entry.expired(self._clock()):
-            ended: _Ended[R] = _Ended("expired", None, _deadline_error())
-        else:
-            ended = _attempt(self._run, entry.item.payload)
+    def _run_group(self, lane: int, group: list[Entry[Request[T, R]]]) -> bool:
+        """Run a group; False when the watchdog has ended it meanwhile."""
+        now = self._clock()
+        live = [entry for entry in group if not entry.expired(now)]
+        outcomes = _attempt(self._run, [entry.item.payload for entry in live])
         with self._lock:
             if self._running.pop(lane, None) is None:
                 return False
-        self._metrics.count(ended.counter)
-        ended.deliver(entry.item.future)
+        for entry, outcome in zip(live, outcomes, strict=True):
+            self._metrics.count(outcome.counter)
+            outcome.deliver(entry.item.future)
+        for entry in group:
+            if entry not in live:
+                self._metrics.count("expired")
+                entry.item.future.set_exception(_deadline_error())
         return True
 
     def _watch_loop(self, timeout: float) -> None:
@@ -228,7 +238,7 @@ class Batcher(Generic[T, R]):
                     break
                 self._ended.wait(left)  # a request that starts meanwhile cannot be late before this ends
             self._state = "hung"
-            stuck = [entry for entry, _ in self._running.values()]
+            stuck = [entry for group, _ in self._running.values() for entry in group]
             self._running.clear()
             behind = self._take_waiting()
             self._ended.notify_all()
@@ -314,16 +324,23 @@ class _Ended(Generic[R]):
             future.set_result(cast(R, self.result))
 
 
-def _attempt(run: Callable[[T], R], payload: T) -> _Ended[R]:
-    """Run one request. A frame of its own: the traceback of an error must not hold the future that holds the error."""
+def _attempt(run: Callable[[list[T]], list[R]], payloads: list[T]) -> list[_Ended[R]]:
+    """Run a group. A frame of its own: the traceback of an error must not hold the future that holds the error."""
     try:
-        return _Ended("completed", run(payload), None)
-    except DensegeoError as error:
-        return _Ended("failed", None, error)
+        results = run(payloads) if payloads else []
+        return [_Ended("completed", result, None) for result in results]
     except BaseException as error:
-        wrapped = BackendError(f"The request failed: {type(error).__name__}: {error}")
-        wrapped.__cause__ = error
-        return _Ended("failed", None, wrapped)
+        if len(payloads) == 1:
+            return [_Ended("failed", None, _typed(error))]
+    return [outcome for payload in payloads for outcome in _attempt(run, [payload])]
+
+
+def _typed(error: BaseException) -> DensegeoError:
+    if isinstance(error, DensegeoError):
+        return error
+    wrapped = BackendError(f"The request failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _deadline_error() -> DeadlineError:

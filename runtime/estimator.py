@@ -70,8 +70,8 @@ class Estimator:
     check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
     are refused before decoding.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
-    how long the oldest waits for company (today's graphs take one image at a time, so waiting gains nothing yet);
-    max_queue, requests that may wait; timeout_s, the longest the backend may take for one image (None: no limit).
+    how long the oldest waits for company (worth it where a backend runs several at once: torch on a GPU);
+    max_queue, requests that may wait; timeout_s, the longest the backend may take for one run (None: no limit).
     Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
 
     metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
@@ -112,7 +112,10 @@ class Estimator:
         self._backend = open_backend(backend, directory, self.manifest, device)
         takes_frames = isinstance(self._backend, FrameBackend) and self._backend.takes_frames
         self._frames = cast(FrameBackend, self._backend) if takes_frames else None
-        self._options = dataclasses.replace(options, lanes=2 if takes_frames else 1)
+        if self._frames is not None:
+            together = min(max_batch, self._frames.frames_at_once)
+            options = dataclasses.replace(options, lanes=2, together=together)
+        self._options = options
         self.metrics = Metrics()
         self._lock = threading.Lock()  # guards what follows
         self._batcher: Batcher[Job, Geometry] | None = None
@@ -125,15 +128,7 @@ class Estimator:
         image: path, encoded bytes, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
         uint8 or float in [0, 1]. color: channel order of arrays. Raises ImageError and BackendError.
         """
-        job = self._prepare(image, color)
-        self.metrics.count("accepted")
-        try:
-            geometry = self._compute(job)
-        except BaseException:
-            self.metrics.count("failed")
-            raise
-        self.metrics.count("completed")
-        return geometry
+        return self._compute_counted([self._prepare(image, color)])[0]
 
     def submit(self, image: object, color: Color = "rgb", *, deadline_ms: float | None = None) -> Future[Geometry]:
         """Queue one image; a future of what `estimator(image)` gives, with a span "queue" in `timings`.
@@ -184,8 +179,20 @@ class Estimator:
         return self._backend.keep(bucket, image, place(bucket, (width, height), self._fit), color)
 
     def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
-        """One Geometry an image, in order; the graphs take one image at a time, so images may differ in size."""
-        return [self(image, color) for image in images]
+        """One Geometry an image, in order. Images may differ in size.
+
+        On a backend that runs several at once, images of one bucket that follow each other are run together, at most
+        `max_batch`. Raises what a call with the first bad image raises.
+        """
+        results: list[Geometry] = []
+        group: list[Job] = []
+        for image in images:
+            job = self._prepare(image, color)
+            if group and (len(group) == self._options.together or job.bucket is not group[0].bucket):
+                results += self._compute_counted(group)
+                group = []
+            group.append(job)
+        return results + self._compute_counted(group)
 
     def replay(self, rgb: Float) -> dict[str, Float]:
         """Run a bucket's graphs on a ready input: rgb (1, 3, H, W) in [-1, 1] of one bucket's size.
@@ -267,14 +274,35 @@ class Estimator:
             return bucket, frame.pixels, placement
         return bucket, prepare(frame, bucket, placement), placement
 
-    def _compute(self, job: Job) -> Geometry:
-        if self._frames is not None and job.image.dtype == np.uint8:
-            prediction, normals = self._frames.estimate(job.bucket, job.image, job.placement)
+    def _compute_counted(self, jobs: list[Job]) -> list[Geometry]:
+        self.metrics.count("accepted", len(jobs))
+        try:
+            geometries = self._compute(jobs)
+        except BaseException:
+            self.metrics.count("failed", len(jobs))
+            raise
+        self.metrics.count("completed", len(jobs))
+        return geometries
+
+    def _compute(self, jobs: list[Job]) -> list[Geometry]:
+        """Jobs of one bucket -> their results."""
+        whole = [job for job in jobs if job.image.dtype == np.uint8]
+        pairs: dict[Job, tuple[Float, Float]] = {}
+        if whole:
+            assert self._frames is not None  # others get ready pictures
+            found = self._frames.estimate(
+                whole[0].bucket, [job.image for job in whole], [job.placement for job in whole]
+            )
+            pairs = dict(zip(whole, found, strict=True))
+        for job in whole:
             job.laps.lap("device")
-        else:
-            decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.image, job.laps).decoded
-            prediction, normals = assemble(decoded, job.placement)
-            del decoded  # freeing a large array takes time too
+        return [self._finish(job, *(pairs.get(job) or self._by_stages(job))) for job in jobs]
+
+    def _by_stages(self, job: Job) -> tuple[Float, Float]:
+        decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.image, job.laps).decoded
+        return assemble(decoded, job.placement)
+
+    def _finish(self, job: Job, prediction: Float, normals: Float) -> Geometry:
         valid = np.isfinite(prediction)
         job.laps.lap("finish")
         timings = {**job.laps.milliseconds, "total": job.laps.total}
@@ -289,9 +317,10 @@ class Estimator:
             model=self.manifest.model,
         )
 
-    def _compute_queued(self, job: Job) -> Geometry:
-        job.laps.lap("queue")
-        return self._compute(job)
+    def _compute_queued(self, jobs: list[Job]) -> list[Geometry]:
+        for job in jobs:
+            job.laps.lap("queue")
+        return self._compute(jobs)
 
     def _enqueue(self, image: object, color: Color, deadline_ms: float, wait: bool) -> Future[Geometry]:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,11 +39,14 @@ class FrameBackend(Backend, Protocol):
     """A backend that can take images as they are and resize on its device, so that little crosses the bus."""
 
     takes_frames: bool  # whether that is the faster way on its device
+    frames_at_once: int  # how many it can run together; more than that gain nothing or do not fit
 
     def estimate(
-        self, bucket: Bucket, pixels: NDArray[np.uint8], placement: Placement
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """pixels (h, w, 3) RGB -> prediction (h, w) and unit OpenCV normals (h, w, 3). Raises BackendError."""
+        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB of one or more images -> for each its prediction (h, w) and unit OpenCV normals
+        (h, w, 3). Raises BackendError.
+        """
         ...
 
     def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Any, Any]:

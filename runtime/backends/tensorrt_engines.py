@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     takes_frames = True
+    frames_at_once = 1
 
     def __init__(self, directory: Path, manifest: Manifest, device: Any) -> None:
         self._directory, self._manifest = directory, manifest
@@ -78,15 +80,17 @@ class TensorRTBackend:
             return self._network(bucket).run(stage, np.ascontiguousarray(array, dtype=np.float32))
 
     def estimate(
-        self, bucket: Bucket, pixels: NDArray[np.uint8], placement: Placement
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """pixels (h, w, 3) RGB -> prediction (h, w) and OpenCV normals (h, w, 3). Raises BackendError."""
+        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3), in turn. Raises BackendError."""
+        results = []
         with self._lock:
             network = self._network(bucket)
-            frame = network.upload(np.ascontiguousarray(pixels))
-            strides = (3 * pixels.shape[1], 3)
-            prediction, normals = network.frame(frame, strides, placement, "rgb")
-            return network.download(prediction), network.download(normals)
+            for image, placement in zip(pixels, placements, strict=True):
+                frame = network.upload(np.ascontiguousarray(image))
+                prediction, normals = network.frame(frame, (3 * image.shape[1], 3), placement, "rgb")
+                results.append((network.download(prediction), network.download(normals)))
+        return results
 
     def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[DeviceArray, DeviceArray]:
         """The same for an array on the device, uint8 (h, w, 3), channels adjacent; the results stay there."""

@@ -45,7 +45,10 @@ class CudaRecorder:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        capturing = torch.cuda.graph(  # other threads may go on allocating
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self._device), capturing:
             result = work()
         return graph.replay, result
 

@@ -6,6 +6,9 @@ anew for every image: preprocess, log_dequantize and normals, which depend on th
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +22,16 @@ from densegeo.runtime.bundle import Bucket, Decode
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 
+MOST = 8  # images in one recording
+
+log = logging.getLogger("densegeo")
+
 
 class DeviceNetwork:
     """The networks of one bucket on one device. One call at a time: its buffers are fixed.
 
-    transformer: latent (1, C, H/8, W/8) -> velocity (1, 2L, 4C). parts: how many latents the decoder takes at once.
+    transformer: latent (B, C, H/8, W/8) -> velocity (B, 2L, 4C). parts: how many of an image's two latents the decoder
+    takes at once. The networks are recorded for 1, 2, 4 and `MOST` images, each when it is first needed (1 at once).
     """
 
     def __init__(
@@ -38,26 +46,61 @@ class DeviceNetwork:
     ) -> None:
         self._vae, self._transformer, self._parts = vae, transformer, parts
         self._decode, self._bucket, self._size = decode, bucket, (bucket.width, bucket.height)
-        example = torch.zeros(1, 3, bucket.height, bucket.width, device=device)
-        self._replay = Replay(f"The network at {bucket.width}x{bucket.height}", self._network, (example,), recorder)
+        self._device, self._recorder, self._most = device, recorder, MOST
+        self._replays: dict[int, Replay] = {}
+        self.recorded(1)
 
-    @property
-    def captured(self) -> bool:
-        """Whether the networks are replayed from a recording."""
-        return self._replay.captured
+    def recorded(self, count: int) -> Replay:
+        """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (2 count, 3, H, W), depth
+        first, then normals. Raises torch.OutOfMemoryError.
+        """
+        if count not in self._replays:
+            bucket = self._bucket
+            example = torch.zeros(count, 3, bucket.height, bucket.width, device=self._device)
+            images = "1 image" if count == 1 else f"{count} images"
+            name = f"The network at {bucket.width}x{bucket.height} for {images}"
+            self._replays[count] = Replay(name, self._network, (example,), self._recorder)
+        return self._replays[count]
 
-    def __call__(self, frame: Tensor, placement: Placement, color: Color = "rgb") -> tuple[Tensor, Tensor]:
-        """frame (h, w, 3) uint8 on the device -> prediction (h, w) and OpenCV normals (h, w, 3), float32, there."""
+    def __call__(
+        self, frames: Sequence[Tensor], placements: Sequence[Placement], color: Color = "rgb"
+    ) -> list[tuple[Tensor, Tensor]]:
+        """frames (h, w, 3) uint8 on the device -> predictions (h, w) and OpenCV normals (h, w, 3), float32, there."""
+        results: list[tuple[Tensor, Tensor]] = []
         with torch.inference_mode():
-            rgb = preprocess(frame, self._size, box=placement.box, color=color)
-            decoded = self._replay(rgb)
-            box, size = placement.box, placement.source
-            _, _, prediction = log_dequantize(decoded[:1], box, size, scale=1.0, shift=0.0, with_prediction=True)
-            assert prediction is not None
-            return prediction[0], normals(decoded[1:], box, size)[0]
+            while len(results) < len(frames):
+                replay, count = self._largest(len(frames) - len(results))
+                part = slice(len(results), len(results) + count)
+                rgb = [
+                    preprocess(frame, self._size, box=placement.box, color=color)
+                    for frame, placement in zip(frames[part], placements[part], strict=True)
+                ]
+                decoded = replay(torch.cat(rgb))
+                results += [self._finish(decoded[i::count], place) for i, place in enumerate(placements[part])]
+        return results
+
+    def _largest(self, count: int) -> tuple[Replay, int]:
+        """The recording for the largest power of two up to `count` that the device has memory for."""
+        size = min(self._most, 1 << (count.bit_length() - 1))
+        while True:
+            try:
+                return self.recorded(size), size
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                log.warning("%dx%d: no memory for %d images at once, %d from now on", *self._size, size, size // 2)
+                self._most = size = size // 2
+                torch.cuda.empty_cache()
+
+    def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """decoded (2, 3, H, W), depth and normals -> prediction (h, w) and normals (h, w, 3)."""
+        box, size = placement.box, placement.source
+        _, _, prediction = log_dequantize(decoded[:1], box, size, scale=1.0, shift=0.0, with_prediction=True)
+        assert prediction is not None
+        return prediction[0], normals(decoded[1:], box, size)[0]
 
     def _network(self, rgb: Tensor) -> Tensor:
-        """rgb (1, 3, H, W) -> decoded (2, 3, H, W) float32."""
+        """rgb (B, 3, H, W) -> decoded (2B, 3, H, W) float32."""
         velocity = self._transformer(self._vae.encoder(rgb))
         latents = split(
             velocity,
@@ -68,4 +111,4 @@ class DeviceNetwork:
             depth_sign=self._decode.depth_sign,
             normal_sign=self._decode.normal_sign,
         )
-        return torch.cat([self._vae.decoder(part) for part in latents.split(self._parts)])
+        return torch.cat([self._vae.decoder(part) for part in latents.split(self._parts * len(rgb))])

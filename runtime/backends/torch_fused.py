@@ -38,7 +38,7 @@ def can_fuse(model: Transformer) -> bool:
 
 
 class FusedTransformer(nn.Module):
-    """A rewritten transformer's forward: latent (1, C, h, w) -> velocity (1, 2L, 4C) float32.
+    """A rewritten transformer's forward: latent (B, C, h, w) -> velocity (B, 2L, 4C) float32.
 
     strategy: of `kernels.attention`, for the merged padding tokens.
     """
@@ -54,6 +54,7 @@ class FusedTransformer(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         model = self.model
         image, (text, _) = model.canvas(latent), model.conditioning()
+        text = text.expand(image.shape[0], -1, -1).contiguous()
         normed: tuple[Tensor, Tensor] | None = None  # text and image, for the next block's attention
         doubles, singles = list(model.double_blocks), list(model.single_blocks)
         for index, double in enumerate(doubles):
@@ -122,22 +123,22 @@ class FusedTransformer(nn.Module):
         return residual_layer_norm(x, block.linear2(both), None, branch.weight, branch.bias, EPS)
 
     def _project(self, block: SingleBlock, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k, normed and rotated, v (1, heads, T, size), and the MLP's features (1, T, MLP)."""
-        joint, hidden = block.linear1(normed), block.hidden  # (1, T, 3 hidden + MLP)
+        """q and k, normed and rotated, v (B, heads, T, size), and the MLP's features (B, T, MLP)."""
+        joint, hidden = block.linear1(normed), block.hidden  # (B, T, 3 hidden + MLP)
         scales = block.norm.query_norm.scale.float(), block.norm.key_norm.scale.float()
         q, k = qk_norm_rope(joint, *scales, self.model.rope_cos, self.model.rope_sin, block.heads, EPS)
         v = heads_first(joint[..., 2 * hidden : 3 * hidden], block.heads)
         return q, k, v, joint[..., 3 * hidden :]
 
     def _heads(self, attn: StreamAttention, normed: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k, normed and rotated, and v of one stream: (1, heads, tokens, size)."""
+        """q and k, normed and rotated, and v of one stream: (B, heads, tokens, size)."""
         qkv = attn.qkv(normed)
         scales = attn.norm.query_norm.scale.float(), attn.norm.key_norm.scale.float()
         q, k = qk_norm_rope(qkv, *scales, self.model.rope_cos[rows], self.model.rope_sin[rows], attn.heads, EPS)
         return q, k, heads_first(qkv.chunk(3, dim=-1)[2], attn.heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(1, heads, T, size) -> (1, T, heads * size)."""
+        """(B, heads, T, size) -> (B, T, heads * size)."""
         return attention(q, k, v, self.counts, self.strategy).transpose(1, 2).flatten(2)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder
-from densegeo.runtime.backends.torch_device import DeviceNetwork
+from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import can_fuse, fuse_transformer, fuse_vae
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
@@ -58,6 +58,7 @@ class TorchBackend:
         self._networks: dict[Size, DeviceNetwork] = {}
         self._fused_vae = fuse_vae(self._pipeline.vae)
         self.takes_frames = self.device != "cpu"  # on a CPU, numpy and Pillow are the faster way in and out
+        self.frames_at_once = MOST if self._pipeline.transformer.guidance is None else 1
         if self.takes_frames:
             self._network(first)
 
@@ -77,24 +78,24 @@ class TorchBackend:
         return result
 
     def estimate(
-        self, bucket: Bucket, pixels: NDArray[np.uint8], placement: Placement
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """pixels (h, w, 3) RGB -> prediction (h, w) and normals (h, w, 3), see `DeviceNetwork`. Raises BackendError.
+        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB -> predictions (h, w) and normals (h, w, 3), see `DeviceNetwork`. Raises BackendError.
 
-        Threads may call together: the copies of one image then overlap the networks of another.
+        Threads may call together: the copies of one group of images then overlap the networks of another.
         """
         network = self._network(bucket)
         try:
-            prediction, normals = self._ring.run(pixels, lambda frame: network(frame, placement))
+            results = self._ring.run(pixels, lambda frames: network(frames, placements))
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
-        return prediction, normals
+        return [(prediction, normals) for prediction, normals in results]
 
     def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Tensor, Tensor]:
         """`estimate` on an array that may lie on the device; the results stay there. Raises BackendError."""
         network = self._network(bucket)
         try:
-            prediction, normals = self._ring.keep(image, lambda frame: network(frame, placement, color))
+            prediction, normals = self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
         return prediction, normals

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 RING = 2  # images in flight: one computes while the other is copied
 
-Compute = Callable[[Tensor], tuple[Tensor, ...]]
+Results = tuple[Tensor, ...]  # of one image, float32
 
 
 class Ring:
-    """`RING` slots for images in flight on one device, and the streams they share."""
+    """`RING` slots for groups of images in flight on one device, and the streams they share."""
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self._cuda, self._device = device != "cpu", torch.device(device)
         self._streams = [torch.cuda.Stream(device) if self._cuda else None for _ in range(3)]
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
@@ -40,16 +41,18 @@ class Ring:
         with self._launching, self._on(1):
             yield
 
-    def run(self, pixels: NDArray[np.uint8], compute: Compute) -> tuple[NDArray[np.float32], ...]:
-        """Copy pixels in, launch `compute(tensor on the device)`, wait, and return copies of its float32 results."""
+    def run(
+        self, pixels: Sequence[NDArray[np.uint8]], compute: Callable[[list[Tensor]], Sequence[Results]]
+    ) -> list[tuple[NDArray[np.float32], ...]]:
+        """Copy images in, launch `compute(tensors on the device)`, wait, and return copies of its results."""
         slot = self._free.get()
         try:
             with self._on(0):
-                frame = slot.upload(pixels)
+                frames = slot.upload(pixels)
                 copied = self._event()
             with self.computing():
                 self._wait(copied)
-                results = compute(frame)
+                results = compute(frames)
                 computed = self._event()
             with self._on(2):
                 self._wait(computed)
@@ -57,7 +60,7 @@ class Ring:
                 done = self._event()
             if done is not None:
                 done.synchronize()
-            return tuple(buffer.numpy().copy() for buffer in buffers)
+            return [tuple(buffer.numpy().copy() for buffer in group) for group in buffers]
         except BaseException:
             if self._cuda:
                 torch.cuda.synchronize()  # nothing may still use the slot when the next image takes it
@@ -65,7 +68,7 @@ class Ring:
         finally:
             self._free.put(slot)
 
-    def keep(self, image: Any, compute: Compute) -> tuple[Tensor, ...]:
+    def keep(self, image: Any, compute: Callable[[Tensor], Results]) -> Results:
         """`compute` on an array that is or goes to the device; its results stay there, ready for the caller's stream.
 
         image: a tensor, or anything with DLPack or `__cuda_array_interface__`.
@@ -100,7 +103,7 @@ def as_tensor(image: Any) -> Tensor:
 
 
 class Slot:
-    """The buffers of one image in flight; they grow to the largest image seen."""
+    """The buffers of one group of images in flight; they grow to the largest group seen."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -108,25 +111,29 @@ class Slot:
         self._device_in = torch.empty(0, dtype=torch.uint8, device=self._device)
         self._host_out = torch.empty(0)
 
-    def upload(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """pixels (h, w, 3) -> the same on the device, on the current stream."""
-        if self._host_in.numel() < pixels.size:
-            self._host_in = self._pinned(pixels.size, torch.uint8)
-            self._device_in = torch.empty(pixels.size, dtype=torch.uint8, device=self._device)
-        host = self._host_in[: pixels.size].view(pixels.shape)
-        np.copyto(host.numpy(), pixels)
-        return self._device_in[: pixels.size].view(pixels.shape).copy_(host, non_blocking=True)
+    def upload(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
+        """Images (h, w, 3) -> the same on the device, in one copy on the current stream."""
+        sizes = [image.size for image in pixels]
+        total = sum(sizes)
+        if self._host_in.numel() < total:
+            self._host_in = self._pinned(total, torch.uint8)
+            self._device_in = torch.empty(total, dtype=torch.uint8, device=self._device)
+        for part, image in zip(self._host_in[:total].split(sizes), pixels, strict=True):
+            np.copyto(part.view(image.shape).numpy(), image)
+        there = self._device_in[:total].copy_(self._host_in[:total], non_blocking=True).split(sizes)
+        return [part.view(image.shape) for part, image in zip(there, pixels, strict=True)]
 
-    def download(self, results: tuple[Tensor, ...]) -> list[Tensor]:
+    def download(self, results: Sequence[Results]) -> list[tuple[Tensor, ...]]:
         """Float32 tensors of the device -> views of the pinned buffer, on the current stream."""
         self._results = results  # their memory must outlive the copy
-        total = sum(result.numel() for result in results)
+        sizes = [result.numel() for group in results for result in group]
+        total = sum(sizes)
         if self._host_out.numel() < total:
             self._host_out = self._pinned(total, torch.float32)
-        parts = self._host_out[:total].split([result.numel() for result in results])
+        parts = iter(self._host_out[:total].split(sizes))
         return [
-            part.view(result.shape).copy_(result, non_blocking=True)
-            for part, result in zip(parts, results, strict=True)
+            tuple(next(parts).view(result.shape).copy_(result, non_blocking=True) for result in group)
+            for group in results
         ]
 
     def _pinned(self, size: int, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,10 @@ def make(gate: Gate) -> Iterator[Callable[..., Batcher]]:
     made: list[Batcher] = []
 
     def maker(run: Callable = gate, clock: Callable[[], float] = time.monotonic, **options: object) -> Batcher:
-        made.append(Batcher(run, BatchOptions(**options), Metrics(), clock))
+        def each(payloads: list) -> list:
+            return [run(payload) for payload in payloads]
+
+        made.append(Batcher(each, BatchOptions(**options), Metrics(), clock))
         return made[-1]
 
     yield maker
@@ -80,6 +83,58 @@ def test_batches_are_of_one_key_in_order_of_arrival(
     wait(futures, T)
     assert [call[0] for call in gate.calls[1:]] == list(order)
     assert [i for key, i in gate.calls[1:] if key == "a"] == [0, 2]
+
+
+def test_a_batch_is_run_in_groups(gate: Gate) -> None:
+    with_groups = Batcher(gate, BatchOptions(max_batch=5, together=2, max_wait_ms=1e7), Metrics())  # type: ignore[arg-type]
+    futures = [with_groups.submit(i, key=None) for i in range(5)]
+    gate.wait_until_entered()
+    assert not futures[0].cancel()
+    assert not futures[1].cancel()
+    assert futures[2].cancel()
+    gate.open()
+    assert [future.result(T) for future in futures if not future.cancelled()] == [0, 1, 3, 4]
+    assert gate.calls == [[0, 1], [3, 4]]
+    assert with_groups.close()
+    assert counts(with_groups) == {"accepted": 5, "completed": 4, "cancelled": 1}
+
+
+def test_a_failing_group_is_run_one_by_one() -> None:
+    calls: list[list[int]] = []
+
+    def run(payloads: list[int]) -> list[int]:
+        calls.append(payloads)
+        if 1 in payloads:
+            raise ValueError(f"one of {len(payloads)} is odd")
+        return payloads
+
+    batcher = Batcher(run, BatchOptions(max_batch=3, together=3, max_wait_ms=1e7), Metrics())
+    futures = [batcher.submit(i, key=None) for i in range(3)]
+    assert (futures[0].result(T), futures[2].result(T)) == (0, 2)
+    error = futures[1].exception(T)
+    assert isinstance(error, BackendError)
+    assert "one of 1 is odd" in str(error)
+    assert calls == [[0, 1, 2], [0], [1], [2]]
+    assert batcher.close()
+    assert counts(batcher) == {"accepted": 3, "completed": 2, "failed": 1}
+
+
+def test_an_expired_member_of_a_group_is_not_run() -> None:
+    """Both are taken from the queue in time; the clock then jumps past the first one's deadline."""
+    now, calls = [0.0], []
+
+    def run(payloads: list[str]) -> list[str]:
+        calls.append(payloads)
+        now[0] = 10.0
+        return payloads
+
+    batcher = Batcher(run, BatchOptions(max_batch=3, together=2, max_wait_ms=1e7), Metrics(), lambda: now[0])
+    futures = [batcher.submit(name, None, deadline) for name, deadline in (("a", 99), ("b", 99), ("c", 5))]
+    assert isinstance(futures[2].exception(T), DeadlineError)
+    assert [future.result(T) for future in futures[:2]] == ["a", "b"]
+    assert calls == [["a", "b"]]
+    assert batcher.close()
+    assert counts(batcher) == {"accepted": 3, "completed": 2, "expired": 1}
 
 
 def test_a_request_waits_for_company_but_not_longer_than_needed(make: Callable[..., Batcher], gate: Gate) -> None:
@@ -523,9 +578,10 @@ import sys, threading, time
 import densegeo.runtime.batcher as b
 from densegeo.runtime.metrics import Metrics
 entered = threading.Event()
-def run(payload):
+def run(payloads):
     entered.set()
     {run}
+    return payloads
 batcher = b.Batcher(run, b.BatchOptions(timeout_s={timeout}), Metrics())
 futures = [batcher.submit(i, "a") for i in range(3)]
 futures[2].add_done_callback(lambda future: print(type(future.exception()).__name__))

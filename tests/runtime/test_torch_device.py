@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -119,9 +120,12 @@ def test_the_ring_pairs_images_with_results(device: str) -> None:
     def compute(frame: Tensor) -> tuple[Tensor, ...]:
         return frame.float(), frame[..., 0].float() / 2
 
+    groups = [images[start : start + size] for start, size in zip(range(0, 60, 3), (1, 2, 3) * 7, strict=False)]
     with ThreadPoolExecutor(5) as pool:
-        results = list(pool.map(lambda image: ring.run(image, compute), images))
-    for image, (whole, red) in zip(images, results, strict=True):
+        results = list(pool.map(lambda group: ring.run(group, lambda frames: [*map(compute, frames)]), groups))
+    pairs = [pair for group, result in zip(groups, results, strict=True) for pair in zip(group, result, strict=True)]
+    assert len(pairs) == 39
+    for image, (whole, red) in pairs:
         np.testing.assert_array_equal(whole, image)
         np.testing.assert_array_equal(red, image[..., 0] / np.float32(2))
 
@@ -129,13 +133,13 @@ def test_the_ring_pairs_images_with_results(device: str) -> None:
 def test_a_failure_gives_its_slot_back() -> None:
     ring, image = Ring("cpu"), np.zeros((2, 2, 3), np.uint8)
 
-    def fail(frame: Tensor) -> tuple[Tensor, ...]:
+    def fail(frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
         raise RuntimeError("launch failed")
 
     for _ in range(RING + 1):
         with pytest.raises(RuntimeError, match="launch failed"):
-            ring.run(image, fail)
-    (same,) = ring.run(image, lambda frame: (frame.float(),))
+            ring.run([image], fail)
+    ((same,),) = ring.run([image], lambda frames: [(frames[0].float(),)])
     assert same.shape == image.shape
 
 
@@ -144,13 +148,13 @@ def test_no_more_than_the_ring_is_in_flight() -> None:
     entered, leave = threading.Semaphore(0), threading.Event()
     running = 0
 
-    def upload_then_wait(frame: Tensor) -> tuple[Tensor, ...]:
+    def upload_then_wait(frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
         entered.release()
         leave.wait(10)
-        return (frame.float(),)
+        return [(frame.float(),) for frame in frames]
 
     with ThreadPoolExecutor(RING + 2) as pool:
-        futures = [pool.submit(ring.run, image, upload_then_wait) for _ in range(RING + 2)]
+        futures = [pool.submit(ring.run, [image], upload_then_wait) for _ in range(RING + 2)]
         assert entered.acquire(timeout=10)
         running = RING - ring._free.qsize()
         leave.set()
@@ -169,7 +173,7 @@ def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> tuple[np.nda
     placement = place(bucket, size, fit)
     rgb = preprocess(torch.from_numpy(image), (bucket.width, bucket.height), box=placement.box)
     backend = estimator._backend
-    decoded = backend._network(bucket)._replay(rgb.to(backend.device)).cpu().numpy()
+    decoded = backend._network(bucket).recorded(1)(rgb.to(backend.device)).cpu().numpy()
     wanted = run_network(backend, estimator.manifest.decode, bucket, rgb.numpy(), Laps()).decoded
     bound = 1e-5 if backend.device == "cpu" else 1e-2  # a GPU's products may be TF32
     assert np.linalg.norm(decoded - wanted) <= bound * np.linalg.norm(wanted)
@@ -224,3 +228,58 @@ def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> 
 def test_host_backends_say_that_they_return_host_arrays(built: dict[str, Path]) -> None:
     with Estimator(built["fp32"], "onnxruntime", "cpu") as estimator, pytest.raises(BackendError, match="host arrays"):
         estimator.tensors(np.zeros((60, 90, 3), np.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_run_together_give_what_they_give_alone(built: dict[str, Path], device: str) -> None:
+    rng = np.random.default_rng(3)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 90), (48, 64), (96, 128), (60, 80))]
+    images += [image[::-1].copy() for image in images]
+    images.append(np.full((60, 90, 3), 0.5, np.float32))  # not for the device's own way in
+    with Estimator(built["fp32"], "torch", device, max_batch=7) as estimator:
+        estimator._frames = estimator._backend
+        estimator._options = dataclasses.replace(estimator._options, together=7)
+        alone = [estimator(image) for image in images]
+        counts: list[int] = []
+        network = estimator._backend._network(estimator.manifest.buckets[0])
+        recorded = network.recorded
+        network.recorded = lambda count: [counts.append(count), recorded(count)][1]
+        together = estimator.batch(iter(images))
+        assert sum(counts) == 8
+        assert counts == [4, 2, 1, 1]
+        futures = [estimator.submit(image) for image in images]
+        for queued, grouped, single in zip(futures, together, alone, strict=True):
+            for ours in (queued.result(30), grouped):
+                assert ours.source_size == single.source_size
+                for name in ("prediction", "normals"):
+                    a, b = getattr(ours, name), getattr(single, name)
+                    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+        counters = estimator.metrics.snapshot().counters
+        assert counters["accepted"] == counters["completed"] == 3 * len(images)
+
+
+def test_a_group_without_memory_is_run_in_smaller_ones(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = np.random.default_rng(4).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    with Estimator(built["fp32"], "torch", "cpu") as estimator:
+        backend = estimator._backend
+        bucket = estimator.manifest.buckets[0]
+        network, place_ = backend._network(bucket), place(bucket, (90, 60), "stretch")
+        recorded, tried = network.recorded, []
+
+        def recorded_if_small(count: int) -> Replay:
+            tried.append(count)
+            if count > 2:
+                raise torch.OutOfMemoryError("no memory")
+            return recorded(count)
+
+        monkeypatch.setattr(network, "recorded", recorded_if_small)
+        with caplog.at_level(logging.WARNING, "densegeo"):
+            assert len(backend.estimate(bucket, [image] * 8, [place_] * 8)) == 8
+            assert len(backend.estimate(bucket, [image] * 4, [place_] * 4)) == 4
+        assert tried == [8, 4, 2, 2, 2, 2, 2, 2]  # the limit is remembered
+        assert caplog.text.count("no memory for") == 2
+        monkeypatch.setattr(network, "recorded", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        with pytest.raises(BackendError, match="none"):
+            backend.estimate(bucket, [image], [place_])
