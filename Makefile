@@ -6,7 +6,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels fullsize bench-rewrites accuracy train clean
+.PHONY: help demo test test-slow lint kernels engines fullsize bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow       the tests that take minutes"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
+	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
 	@echo "make fullsize        build full-size FE2E from random weights (an hour, 60 GB of disk)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
 	@echo "make accuracy        score fe2e-tiny on held-out synthetic scenes"
@@ -45,6 +46,9 @@ lint: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/python -m densegeo.kernels.compile --output out/kernels
+
+engines: $(STAMP)
+	$(BIN)/python benchmarks/engine_builds.py $(wildcard out/fullsize/bundle)
 
 fullsize: $(STAMP)
 	$(BIN)/python benchmarks/fullsize.py

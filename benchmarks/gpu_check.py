@@ -1,12 +1,15 @@
 """Everything a GPU should prove, in one run of at most nine minutes: `python benchmarks/gpu_check.py --output FILE`.
 
-It needs torch, Triton, numpy, safetensors and msgspec, and pytest for the tests. The file is written anew after every
-step, so that a run that is cut off leaves what it measured; a step that fails says so there and does not stop the rest.
+It needs torch, Triton, numpy, safetensors and msgspec, pytest for the tests, and for `--bundle` what its backends need
+(tensorrt or tensorrt_rtx and cuda-core for engines; those not installed are passed over). The file is written anew
+after every step, so that a run that is cut off leaves what it measured; a step that fails says so there and does not
+stop the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,14 @@ from numpy.typing import NDArray  # noqa: E402
 from densegeo.benchmarks import gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
+from densegeo.errors import DensegeoError  # noqa: E402
+from densegeo.runtime import Estimator  # noqa: E402
+from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
+from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
 from densegeo.runtime.resample import Placement  # noqa: E402
+from densegeo.runtime.verify import replay, within  # noqa: E402
 
 BUDGET_S = 540.0
 TESTS = ("tests/kernels", "tests/runtime/test_torch_device.py", "tests/runtime/test_torch_fused.py")
@@ -41,8 +50,8 @@ Step = Callable[["Check"], dict[str, Any]]
 class Check:
     """One run: its device, the time it has left, and what it found so far."""
 
-    def __init__(self, output: Path, device: str, small: bool, budget: float) -> None:
-        self.output, self.device, self.small = output, device, small
+    def __init__(self, output: Path, device: str, small: bool, budget: float, bundle: Path | None) -> None:
+        self.output, self.device, self.small, self.bundle = output, device, small, bundle
         self._end = time.monotonic() + budget
         self.weights: gpu_models.Weights | None = None
         self.result: dict[str, Any] = {
@@ -117,7 +126,7 @@ def transfers(check: Check) -> dict[str, Any]:
     """Milliseconds an image, end to end: one image at a time against two in flight; pinned against pageable copies."""
     size = (64, 48) if check.small else SIZES[0]
     network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    pixels = _pixels(size)
     placement = Placement((0, 0, *size), size)
     ring, count = Ring(check.device), 8
 
@@ -139,6 +148,11 @@ def transfers(check: Check) -> dict[str, Any]:
     for group in (2, 4):
         entry[f"batch of {group}"] = _batched(ring, network, [pixels] * group, placement)
     return entry
+
+
+def _pixels(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A seeded picture of a size (width, height)."""
+    return np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
 def _batched(ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]], placement: Placement) -> Any:
@@ -182,12 +196,65 @@ def profile(check: Check) -> dict[str, Any]:
     return {"captured": network.recorded(1).captured, "kernels": rows[:120]}
 
 
+def bundles(check: Check) -> dict[str, Any]:
+    """The bundle through every backend that is here: errors against the stored float32 outputs, and latency."""
+    if check.bundle is None:
+        return {"skipped": "no --bundle was given"}
+    manifest = read_manifest(check.bundle)
+    entry: dict[str, Any] = {"model": manifest.model, "precision": manifest.precision, "backends": {}}
+    for row in BACKENDS:
+        found = _backend(check, check.bundle, manifest, row.name) if row.available() else {"skipped": row.install}
+        entry["backends"][row.name] = found
+        if "failed" in found:
+            entry["failed"] = f"{row.name}: {found['failed']}"
+    return entry
+
+
+def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """One backend: its log lines (graphs that run eager say so), its errors, and if they are in bounds its speed."""
+    lines = _Lines()
+    logging.getLogger("densegeo").addHandler(lines)
+    try:
+        checks = replay(bundle, name, check.device)
+        entry: dict[str, Any] = {
+            "log": lines.seen,
+            "bound": manifest.verification.replay_bound,
+            "errors": {f"{found.bucket} {found.output}": found.error for found in checks},
+        }
+        if wrong := [found.output for found in checks if not within(found)]:
+            return {**entry, "failed": f"out of bounds: {', '.join(wrong)}"}
+        image = _pixels((manifest.buckets[0].width, manifest.buckets[0].height))
+        with Estimator(bundle, name, check.device, check_digests=False) as estimator:
+            for count in (1, 4, 8):
+                estimator.batch([image] * count)
+                seconds = sorted(seconds_of(partial(estimator.batch, [image] * count), "cpu", 7))[3]
+                entry[f"ms an image, {count} at once"] = 1e3 * seconds / count
+        return entry
+    except DensegeoError as error:
+        needed = name == "tensorrt" and manifest.engines
+        return {"failed" if needed else "refused": str(error)[:500], "log": lines.seen}
+    finally:
+        logging.getLogger("densegeo").removeHandler(lines)
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+
+
 STEPS: dict[str, Step] = {
     "numbers": numbers,
     "kernels": kernels,
     "models": models,
     "transfers": transfers,
     "profile": profile,
+    "bundles": bundles,
     "tests": tests,
 }
 
@@ -199,11 +266,12 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
     parser.add_argument("--device", default="cuda:0", help='"cpu" tries the script where there is no GPU')
+    parser.add_argument("--bundle", type=Path, help="a bundle to run through every backend that is here")
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)
         return 2
-    check = Check(options.output, options.device, options.small, BUDGET_S)
+    check = Check(options.output, options.device, options.small, BUDGET_S, options.bundle)
     good = check.run({name: STEPS[name] for name in STEPS if name in options.steps})
     print(f"wrote {options.output}")
     return 0 if good else 1

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from densegeo.benchmarks import gpu_check, gpu_models  # noqa: E402
+from densegeo.export.build import build_bundle  # noqa: E402
+from densegeo.runtime.backends import BACKENDS  # noqa: E402
+from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
+from tests.export.test_build import options, write_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +51,26 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["transfers"]["two in flight"] > 0
     assert len(found["profile"]["kernels"]) > 10
     assert result["commit"] is None or len(result["commit"]) >= 40
+
+
+def test_a_bundle_is_run_through_every_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = build_bundle(options(write_checkpoint(tmp_path), tmp_path / "bundle"))
+    arguments = ("--steps", "bundles", "--bundle", str(bundle))
+    code, result = run(monkeypatch, tmp_path / "check.json", *arguments)
+    assert code == 0
+    backends = result["steps"]["bundles"]["backends"]
+    assert set(backends) == {row.name for row in BACKENDS}
+    assert "refused" in backends["tensorrt"]
+    for name in ("onnxruntime", "torch"):
+        assert all(0 < error <= backends[name]["bound"] for error in backends[name]["errors"].values())
+        assert backends[name]["ms an image, 8 at once"] > 0
+    manifest = read_manifest(bundle)
+    verification = msgspec.structs.replace(manifest.verification, replay_bound=0.0)
+    write_manifest(bundle, msgspec.structs.replace(manifest, verification=verification))
+    code, result = run(monkeypatch, tmp_path / "check.json", *arguments)
+    assert code == 1
+    assert "out of bounds: encoder" in result["steps"]["bundles"]["failed"]
+    assert "ms an image, 1 at once" not in result["steps"]["bundles"]["backends"]["torch"]
 
 
 def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(

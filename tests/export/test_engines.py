@@ -15,34 +15,41 @@ from onnx import TensorProto, helper
 
 from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
 from densegeo.export import engines
-from densegeo.export.build import build_bundle
+from densegeo.export.build import BuildOptions, build_bundle
 from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
+from densegeo.export.sources import Given
 from densegeo.inspection import print_layers, print_manifest
+from densegeo.models.presets import PRESETS
 from densegeo.runtime.bundle import STAGES, Engine, Manifest, check_files, read_manifest, write_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from densegeo.runtime.engines import check_engine, fingerprint, read_engine, runs_on, select_engine
-from tests.export.test_build import leftovers, options, write_checkpoint
+from tests.export.conftest import golden_given
+from tests.export.test_build import leftovers, options
 
 pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.timeout(900)
 TARGETS = (80, 86, 89, 120)
 
 
-@pytest.fixture(scope="session")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("engines"))
+KINDS = [
+    ("fe2e-tiny", "bf16", "input"),
+    ("fe2e-tiny", "fp16", "constant"),
+    ("golden", "bf16", "constant"),
+    ("golden", "fp16", "input"),
+]
 
 
-@pytest.fixture(scope="session", params=[("bf16", "constant"), ("fp16", "input")], ids=lambda pair: "-".join(pair))
-def bundle(
-    request: pytest.FixtureRequest, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Manifest]:
-    """Engines of the smallest real networks for SM80 to SM120, with weights inside and as inputs."""
-    precision, weights = request.param
+@pytest.fixture(scope="session", params=KINDS, ids="-".join)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """Engines for SM80 to SM120 of the trained small model and of the reference configuration."""
+    name, precision, weights = request.param
+    model, given = (name, Given()) if name in PRESETS else ("fe2e", golden_given(request.getfixturevalue("golden")))
     directory = build_bundle(
-        options(
-            checkpoint_dir,
-            tmp_path_factory.mktemp("bundle") / "bundle",
+        BuildOptions(
+            model=model,
+            output=tmp_path_factory.mktemp("bundle") / "bundle",
+            given=given,
+            sizes=((96, 64),),
             precision=precision,
             backend="tensorrt",
             architectures=TARGETS,
@@ -89,13 +96,15 @@ def test_weights_are_where_they_were_asked_to_be(bundle: tuple[Path, Manifest]) 
 
 def test_attention_is_fused_and_nothing_is_float32_but_the_tail(bundle: tuple[Path, Manifest]) -> None:
     directory, manifest = bundle
+    assert manifest.networks is not None
+    blocks = sum(manifest.networks.transformer[name] for name in ("depth", "depth_single_blocks"))
     for engine in manifest.engines:
         log = parse_log(read_log(directory / engine.log))
         found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
         assert not [line for line in found if "float32" in line], found
         roles = [layer.role for layer in log.layers]
         if engine.stage == "transformer":
-            assert roles.count("attention") == 2  # one a block
+            assert roles.count("attention") == blocks
             assert not [line for line in found if "not fused" in line], found
             assert roles.count("matmul") >= 10
         else:
@@ -106,7 +115,7 @@ def test_layers_are_shown_for_people(bundle: tuple[Path, Manifest], capsys: pyte
     directory, manifest = bundle
     print_layers(directory, manifest, every=True)
     shown = capsys.readouterr().out
-    assert f"transformer 48x32 for sm_80 86 89 120, {manifest.precision}: " in shown
+    assert f"transformer 96x64 for sm_80 86 89 120, {manifest.precision}: " in shown
     assert shown.count("attention is not fused") == 2  # the autoencoder's, one head over all channels: known
     assert "gemm_mha" in shown
     print_manifest(directory, manifest)
@@ -175,7 +184,7 @@ def test_a_stale_or_foreign_engine_is_refused(
 ) -> None:
     directory, manifest = bundle
     engine = msgspec.structs.replace(manifest.engines[0], **change)
-    with pytest.raises(EngineError, match=f"{message}.*Rebuild it: densegeo build --model fe2e"):
+    with pytest.raises(EngineError, match=f"{message}.*Rebuild it: densegeo build --model {manifest.model}"):
         check_engine(
             directory, manifest, engine, library="tensorrt_rtx", version=manifest.engines[0].version, architecture=89
         )
