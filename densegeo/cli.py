@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -15,24 +16,19 @@ from typer.core import TyperGroup
 from densegeo.errors import ConfigError, DensegeoError
 
 _EXPORT_LIBRARIES = frozenset({"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"})
+_HEAVY = {"build": "densegeo.export.command", "calibrate": "densegeo.calibration.command"}
 _RUNTIME_LIBRARIES = frozenset({"onnxruntime"})
 
 
 class _Group(TyperGroup):
-    """Replaces the listed stand-in for `build` by the real command, which needs the export extra, when it is called."""
+    """Replaces a listed stand-in by the real command, which needs the export extra, when it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] == "build":
-            self.commands["build"] = _build_command()
+        if args and args[0] in _HEAVY:
+            holder = typer.Typer(add_completion=False)
+            holder.command(args[0])(getattr(import_module(_HEAVY[args[0]]), args[0]))
+            self.commands[args[0]] = typer.main.get_command(holder)
         return super().resolve_command(ctx, args)
-
-
-def _build_command() -> Any:
-    from densegeo.export.command import build
-
-    holder = typer.Typer(add_completion=False)
-    holder.command("build")(build)
-    return typer.main.get_command(holder)
 
 
 app = typer.Typer(
@@ -99,6 +95,12 @@ def _root(
 @app.command("build")
 def _build_stand_in() -> None:
     """Build a bundle from checkpoints (needs the export extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("calibrate")
+def _calibrate_stand_in() -> None:
+    """Measure what fp8 or int8 would change, and plan it (needs the export extra)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

@@ -71,6 +71,10 @@ class ResourceError(DensegeoError):
     """Not enough memory or disk for a build, or an output that cannot be written."""
 
 
+class QuantizationError(DensegeoError):
+    """Calibration images, statistics or a plan that 8-bit numbers cannot be made from."""
+
+
 class DatasetError(DensegeoError):
     """Evaluation data that is missing, incomplete or damaged."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -16,27 +14,27 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
 import densegeo
-from densegeo.errors import BundleError, ConfigError, ResourceError
-from densegeo.export import checks, sources
+from densegeo.errors import BundleError, ConfigError
+from densegeo.export import checks, quantization, sources
 from densegeo.export.cubins import check_architectures, write_cubins
 from densegeo.export.engines import EngineOptions, build_engines, library_version, target_groups
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
-from densegeo.export.plan import check_resources, existing_parent, make_plan
+from densegeo.export.plan import check_resources, make_plan
+from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
+from densegeo.export.staging import publish, staged
 from densegeo.models import rewrites
 from densegeo.models.loading import Files, open_streamed, rewritten_form
-from densegeo.models.precision import DTYPES, cast_module
+from densegeo.models.precision import BASES, DTYPES, cast_module
 from densegeo.models.presets import preset
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.runtime.bundle import (
     CAPTURE,
-    MANIFEST,
     SCHEMA_VERSION,
     STAGES,
     Bucket,
@@ -65,6 +63,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     given: sources.Given = sources.Given()
     sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
     precision: str = "fp32"
+    base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
+    calibration: Path | None = None  # the directory of `densegeo calibrate`, for fp8 and int8
     backend: str = "onnxruntime"
     without: tuple[str, ...] = ()  # rewrites to leave out
     allow_unexpected: bool = False
@@ -74,8 +74,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
         row = preset(self.model)
-        if self.precision not in DTYPES:
-            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(DTYPES)}")
+        if self.precision not in BASES:
+            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(BASES)}")
+        base = quantization.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in BACKENDS:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
         rewrites.select(self.without)
@@ -91,7 +92,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
                     f"a size of {width}x{height} cannot be built: both sides must be multiples of 16, at least 32 "
                     f"(nearest: {max(32, round(width / 16) * 16)}x{max(32, round(height / 16) * 16)})"
                 )
-        return msgspec.structs.replace(self, sizes=sizes, engines=engines)
+        return msgspec.structs.replace(self, sizes=sizes, engines=engines, base=base)
 
 
 def carried_weights(options: BuildOptions) -> Path | None:
@@ -119,22 +120,31 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     console = console or Console(quiet=True)
     files, origins = find_files(options)
     applied = rewrites.select(options.without)
-    plan = make_plan(files, list(options.sizes), options.precision, applied, allow_unexpected=options.allow_unexpected)
+    quantizer = Quantizer.load(options.precision, options.base, options.calibration)
+    plan = make_plan(
+        files,
+        list(options.sizes),
+        options.base,
+        applied,
+        quantizer.parameters,
+        allow_unexpected=options.allow_unexpected,
+    )
     with _progress(console) as progress:
         size = sum(path.stat().st_size for path in _paths(files))
         task = progress.add_task("reading inputs", total=size, unit="")
         inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
-    key = build_key(options, inputs)
+    quantizer.check(inputs, applied)
+    key = build_key(options, inputs, quantizer.digest)
     if _is_current(options.output, key):
         console.print(
             f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
         )
         return options.output
     check_resources(plan, options.output)
-    with _staging(options.output) as staging, _progress(console) as progress:
-        manifest = _build_into(staging, options, files, inputs, key, progress)
+    with staged(options.output) as staging, _progress(console) as progress:
+        manifest = _build_into(staging, options, files, inputs, key, quantizer, progress)
         write_manifest(staging, manifest)
-        _publish(staging, options.output)
+        publish(staging, options.output)
     _report(manifest, options.output, console)
     return options.output
 
@@ -145,10 +155,15 @@ def _paths(files: Files) -> list[Path]:
 
 @torch.no_grad()
 def _build_into(
-    staging: Path, options: BuildOptions, files: Files, inputs: list[Source], key: str, progress: Progress
+    staging: Path,
+    options: BuildOptions,
+    files: Files,
+    inputs: list[Source],
+    key: str,
+    quantizer: Quantizer,
+    progress: Progress,
 ) -> Manifest:
     applied = rewrites.select(options.without)
-    low_precision = options.precision != "fp32"
     groups = 0
     if options.backend == "tensorrt":
         groups = len(target_groups(options.engines.library, options.precision, options.architectures))
@@ -169,25 +184,31 @@ def _build_into(
         step(f"reference {name}")
         pipeline.transformer.resize(width, height)
         references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height))
-        if low_precision:
-            errors = checks.low_precision_errors(pipeline, options.precision, references[name])
-            bounds[name] = {output: checks.LOW_PRECISION_FACTOR * error for output, error in errors.items()}
-        else:
-            bounds[name] = dict.fromkeys(references[name], checks.FLOAT32_BOUND)
+        if options.precision in DTYPES:
+            bounds[name] = checks.bounds(checks.cast_copy(pipeline, options.precision), references[name])
     pipeline.transformer.guidance = original_guidance
     pipeline.transformer.resize(*first)
 
     step("rewriting")
     form = rewritten_form((pipeline.transformer.config, pipeline.vae.config), pipeline.prompt, applied, first)
     final = copy.deepcopy(form.transformer)
-    cast_module(final, options.precision)
-    write_rewritten(pipeline, source, final, applied, options.precision, staging / "transformer.safetensors")
+    quantizer.apply(final)
+    cast_module(final, options.base)
+    stored = staging / "transformer.safetensors"
+    write_rewritten(pipeline, source, final, applied, options.base, stored, quantizer)
     rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.network == "vae"])
     pipeline.transformer = form.transformer
     if options.precision == "fp16":
-        _check_fp16(pipeline, staging / "transformer.safetensors", references[f"{first[0]}x{first[1]}"])
+        _check_fp16(pipeline, stored, references[f"{first[0]}x{first[1]}"])
     pipeline.transformer = final
-    cast_module(pipeline.vae, options.precision)
+    cast_module(pipeline.vae, options.base)
+    if quantizer.linears:
+        emulated = streamed_copy(pipeline, stored)
+        for width, height in options.sizes:
+            step(f"emulating {width}x{height}")
+            emulated.transformer.resize(width, height)
+            name = f"{width}x{height}"
+            bounds[name] = checks.bounds(emulated, references[name])
     modules = {
         "encoder": pipeline.vae.encoder,
         "transformer": pipeline.transformer,
@@ -218,8 +239,8 @@ def _build_into(
             )
         bucket = Bucket(width, height, *(describe(staging / f"{stage}_{name}.onnx") for stage in STAGES))
         step(f"checking {name}")
-        outputs = checks.graph_outputs(staging, bucket, decode, references[name], widen=options.precision == "bf16")
-        what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if options.precision == "bf16" else "")
+        outputs = checks.graph_outputs(staging, bucket, decode, references[name], widen=options.base == "bf16")
+        what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if options.base == "bf16" else "")
         measured += checks.check_bucket(bucket, outputs, references[name], bounds[name], what)
         buckets.append(bucket)
     step("writing")
@@ -248,6 +269,8 @@ def _build_into(
         schema_version=SCHEMA_VERSION,
         model=options.model,
         precision=options.precision,
+        base=options.base,
+        quantization=quantizer.record,
         weights_note=preset(options.model).weights_note if carried_weights(options) else "",
         buckets=buckets,
         decode=decode,
@@ -271,13 +294,21 @@ def _build_into(
 
 def _check_fp16(pipeline: Pipeline, stored: Path, wanted: checks.Outputs) -> None:
     """Refuse fp16 where the seeded input's magnitudes would overflow; `stored` are the transformer's fp16 weights."""
-    source = BlockFile(stored)
-    source.fill_outside(pipeline.transformer)
-    source.attach(pipeline.transformer)
+    streamed = streamed_copy(pipeline, stored)
     recorder = RangeRecorder()
-    with recorder.watch(pipeline.transformer, "transformer"), recorder.watch(pipeline.vae, "vae"):
-        checks.reference_outputs(pipeline, wanted["rgb"])
+    with recorder.watch(streamed.transformer, "transformer"), recorder.watch(streamed.vae, "vae"):
+        checks.reference_outputs(streamed, wanted["rgb"])
     recorder.check_fp16()
+
+
+def streamed_copy(pipeline: Pipeline, stored: Path) -> Pipeline:
+    """The same networks, the transformer's stored tensors read when they are needed."""
+    streamed = Pipeline(copy.deepcopy(pipeline.transformer), pipeline.vae, pipeline.prompt)
+    streamed.decoder_batch = pipeline.decoder_batch
+    source = BlockFile(stored)
+    source.fill_outside(streamed.transformer)
+    source.attach(streamed.transformer)
+    return streamed
 
 
 def versions() -> dict[str, str]:
@@ -290,7 +321,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def build_key(options: BuildOptions, inputs: list[Source]) -> str:
+def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> str:
     """Digest of everything the bundle depends on: input digests, options, versions, and the builder's own code."""
     code = hashlib.sha256()
     root = Path(densegeo.__file__).parent
@@ -303,6 +334,8 @@ def build_key(options: BuildOptions, inputs: list[Source]) -> str:
             options.model,
             options.sizes,
             options.precision,
+            options.base,
+            calibration,
             options.backend,
             sorted(options.without),
             options.architectures,
@@ -334,38 +367,6 @@ def _older(output: Path) -> tuple[Path, Manifest] | None:
 
 
 @contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A hidden directory beside `output` to build in; removed whatever happens. Raises ResourceError."""
-    if output.exists() and not (output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))):
-        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
-    try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.absolute().parent))
-    except OSError as error:
-        raise ResourceError(f"cannot write to {existing_parent(output)}: {error}") from error
-    try:
-        yield staging
-    except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
-        raise ResourceError(f"cannot write the bundle: {error}. Nothing is left behind.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Put the finished directory in place by renaming; an older bundle there is replaced."""
-    staging.chmod(0o755)
-    for path in staging.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    if output.exists():
-        old = staging.with_name(staging.name + "-old")
-        output.rename(old)
-        staging.rename(output)
-        shutil.rmtree(old)
-    else:
-        staging.rename(output)
-
-
-@contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
@@ -390,7 +391,7 @@ def _report(manifest: Manifest, output: Path, console: Console) -> None:
     console.print(f"built {output}: {manifest.model}, {manifest.precision}, {size / 1e6:.1f} MB", soft_wrap=True)
     if manifest.weights_note:
         console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
-    if manifest.precision == "bf16":
+    if manifest.base == "bf16":
         console.print(
             "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo\\[openvino] or "
             "densegeo\\[torch] runs this bundle.[/yellow]",

@@ -66,13 +66,18 @@ def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = No
     return outputs
 
 
-def low_precision_errors(pipeline: Pipeline, precision: str, wanted: Outputs) -> dict[str, float]:
-    """Error of every output in plain eager low precision; `pipeline` is float32 and stays as it is."""
-    low = cast(copy.deepcopy(pipeline), precision)
+def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
+    """The float32 pipeline in plain low precision, rewrites off; itself for "fp32"."""
+    return pipeline if precision == "fp32" else cast(copy.deepcopy(pipeline), precision)
+
+
+def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
+    """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case."""
     stages = reference_outputs(low, wanted["rgb"], given=wanted)
     chained = reference_outputs(low, wanted["rgb"])
     outputs = chained | {str(stage): stages[stage] for stage in STAGES}
-    return {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
+    errors = {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
+    return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
 
 
 def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:

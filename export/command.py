@@ -23,8 +23,9 @@ from densegeo.export.plan import (
     make_plan,
     transformer_flops,
 )
+from densegeo.export.quantization import Quantizer
 from densegeo.export.sources import Given
-from densegeo.models.precision import DTYPES
+from densegeo.models.precision import BASES, EIGHT_BIT_BASES
 from densegeo.models.presets import PRESETS
 from densegeo.models.rewrites import NAMES, REWRITES, select
 
@@ -60,7 +61,14 @@ def build(
     size: Annotated[
         Optional[list[str]], typer.Option("--size", help="WIDTHxHEIGHT, multiples of 16; repeat for more buckets.")  # noqa: UP045
     ] = None,
-    precision: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "fp32",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(BASES)}.")] = "fp32",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The directory that `densegeo calibrate` made, for fp8 and int8."),
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help=f"What fp8 and int8 leave in floating point: {' (default) or '.join(EIGHT_BIT_BASES)}.")
+    ] = "",
     backend: Annotated[str, typer.Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")] = "onnxruntime",
     no_rewrite: Annotated[
         Optional[list[str]], typer.Option("--no-rewrite", help=f"Leave one out (repeatable): {', '.join(NAMES)}.")  # noqa: UP045
@@ -121,6 +129,8 @@ def build(
         given=Given(checkpoint=checkpoint, dit=dit, vae=vae, lora=lora, prompt=prompt, config=config, no_lora=no_lora),
         sizes=tuple(parse_size(text) for text in size or ()),
         precision=precision,
+        base=base,
+        calibration=calibration,
         backend=backend,
         without=tuple(no_rewrite or ()),
         allow_unexpected=allow_unexpected,
@@ -147,7 +157,15 @@ def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
     rewrites = select(options.without)
     files, origins = find_files(options)
-    plan = make_plan(files, list(options.sizes), options.precision, rewrites, allow_unexpected=options.allow_unexpected)
+    quantizer = Quantizer.load(options.precision, options.base, options.calibration)
+    plan = make_plan(
+        files,
+        list(options.sizes),
+        options.base,
+        rewrites,
+        quantizer.parameters,
+        allow_unexpected=options.allow_unexpected,
+    )
     _print_files(plan, origins, console)
     _print_plan(plan, options, console)
     if plan.problems:
@@ -218,10 +236,10 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
 
 def _print_engines(plan: Plan, options: BuildOptions, console: Console) -> None:
     """What the builder needs here, and what each size needs on cards of common sizes. Raises ResourceError."""
-    console.print(builder_line(plan, options.engines, options.precision), soft_wrap=True)
+    console.print(builder_line(plan, options.engines), soft_wrap=True)
     table = Table("size", "weights", "workspace", *(f"{card} GiB card" for card in CARDS), title="on the GPU")
     for width, height in options.sizes:
-        needed = device_plan(plan, (width, height), options.precision)
+        needed = device_plan(plan, (width, height), options.base)
         amounts = (f"{count / GIB:.2f} GiB" for count in (needed.weights, needed.workspace))
         table.add_row(f"{width}x{height}", *amounts, *(card_verdict(needed, card) for card in CARDS))
     console.print(table)

@@ -25,17 +25,17 @@ class DevicePlan:
         return self.weights + self.workspace + CONTEXT
 
 
-def device_plan(plan: Plan, size: tuple[int, int], precision: str) -> DevicePlan:
+def device_plan(plan: Plan, size: tuple[int, int], base: str) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
     config, vae = plan.skeleton.configs
     width, height = size
-    item = ITEM_BYTES[precision]
+    item = ITEM_BYTES[base]
     tokens = plan.text_tokens + latent_tokens([size])[0]
     transformer = item * tokens * (9 * config.hidden_size + 2 * config.mlp_hidden)
     picture = 2 * vae.ch * width * height  # two pictures at full resolution: half of the last level in float32
     logits = 2 * (width // 8 * height // 8) ** 2
     decoder = max(picture * (2 * item + 8), logits * (4 + item))
-    return DevicePlan(plan.bundle_parameters * item, max(transformer, decoder) + BASE)
+    return DevicePlan(plan.bundle_bytes, max(transformer, decoder) + BASE)
 
 
 def card_verdict(needed: DevicePlan, card_gib: int) -> str:
@@ -48,12 +48,11 @@ def card_verdict(needed: DevicePlan, card_gib: int) -> str:
     return "does not fit: choose a smaller --size"
 
 
-def builder_line(plan: Plan, options: EngineOptions, precision: str) -> str:
+def builder_line(plan: Plan, options: EngineOptions) -> str:
     """What the builder will do with the weights and need; raises ResourceError if it cannot be had."""
-    weight_bytes = plan.bundle_parameters * ITEM_BYTES[precision]
-    how = choose_weights(options, weight_bytes)
+    how = choose_weights(options, plan.bundle_bytes)
     limit = memory_limit(options)
-    needed = constant_memory(weight_bytes) if how == "constant" else 2 * BUILD_BASE
+    needed = constant_memory(plan.bundle_bytes) if how == "constant" else 2 * BUILD_BASE
     if limit is not None and needed > limit:
         raise ResourceError(
             f"building engines needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be had: "

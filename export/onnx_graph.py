@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -22,6 +24,8 @@ from onnxscript import opset20, optimizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import densegeo.models.quantized  # noqa: F401  (registers its operator)
 
 OPSET = 20
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
@@ -54,9 +58,21 @@ def _attention(
     return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
 
 
+def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    """An 8-bit linear in the form that TensorRT fuses: Gemm of a quantized input and a stored 8-bit weight."""
+    number = {ir.DataType.INT8: np.int8, ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn}[weight.dtype]
+    zero = op.Constant(value=ir.tensor(np.zeros((), number)))
+    shape = [int(size) for size in x.shape]
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
+    rounded = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale, zero)
+    out = op.Gemm(rounded, op.DequantizeLinear(weight, weight_scale, axis=0), bias, transB=1)
+    return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.densegeo.quantized_linear.default: _quantized_linear,
 }
 
 
@@ -65,7 +81,8 @@ def _should_fold(node: ir.Node) -> bool | None:
 
     Products of constants are left too: folding them is the rewrites' choice, and must not depend on their size.
     """
-    return False if node.op_type in ("Expand", "Slice", "Gemm", "MatMul", "Mul", "ReduceSum", "Einsum") else None
+    kept = ("Expand", "Slice", "Gemm", "MatMul", "Mul", "ReduceSum", "Einsum", "DequantizeLinear")
+    return False if node.op_type in kept else None
 
 
 @contextmanager
@@ -135,7 +152,8 @@ def with_weight_inputs(path: Path, target: Path) -> list[str]:
     """
     model = onnx.load(path, load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    used = (node.input[1] for node in model.graph.node if node.op_type == "Gemm")
+    widened = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    used = (widened.get(node.input[1], node.input[1]) for node in model.graph.node if node.op_type == "Gemm")
     names = [name for name in dict.fromkeys(used) if name in stored]
     for name in names:
         tensor = stored[name]
@@ -156,7 +174,13 @@ def _without_values(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_IR_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I8": ir.DataType.INT8,
+}
 
 
 def _stored_tensors(path: Path) -> dict[str, tuple[ir.DataType, list[int], int, int]]:

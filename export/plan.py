@@ -33,6 +33,7 @@ class Plan:
     lora_ranks: dict[str, int]
     loaded_parameters: int
     bundle_parameters: int
+    bundle_bytes: int
     text_tokens: int  # in the graph, after merging
     memory_needed: int
     disk_needed: int
@@ -61,9 +62,18 @@ def dropped_parameters(config: TransformerConfig, rewrites: tuple[Rewrite, ...],
 
 
 def make_plan(
-    files: Files, sizes: list[tuple[int, int]], precision: str, rewrites: tuple[Rewrite, ...], *, allow_unexpected: bool
+    files: Files,
+    sizes: list[tuple[int, int]],
+    base: str,
+    rewrites: tuple[Rewrite, ...],
+    eight_bit: int = 0,
+    *,
+    allow_unexpected: bool,
 ) -> Plan:
-    """Read headers and the prompt, compare keys, estimate memory and disk. Loads no weights but the LoRA's."""
+    """Read headers and the prompt, compare keys, estimate memory and disk. Loads no weights but the LoRA's.
+
+    base: the floating-point type; eight_bit: parameters that are stored in 8 bits instead.
+    """
     skeleton = open_skeleton(files)
     config = skeleton.transformer.config
     prompt = checked_prompt(files.prompt, config)
@@ -87,10 +97,11 @@ def make_plan(
     # A decode's activations: full-size base channels, two pictures, three live tensors.
     activations = max(3 * 2 * skeleton.vae.config.ch * width * height * 4 for width, height in sizes)
     lora = files.lora.stat().st_size if files.lora else 0
-    copies = 1 if precision == "fp32" else 2  # the second is cast, for the error bound
+    copies = 1 if base == "fp32" else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
     # handed over, and ONNX Runtime's own.
-    piece = 8 * min(CHECK_BYTES, kept * ITEM_BYTES[precision])
+    stored = kept * ITEM_BYTES[base] - eight_bit * (ITEM_BYTES[base] - 1)
+    piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
     references = sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
     return Plan(
@@ -100,9 +111,10 @@ def make_plan(
         ranks,
         loaded,
         kept,
+        stored,
         text_tokens,
         memory_needed=working + GIB,  # 1 GiB: Python and its libraries
-        disk_needed=kept * ITEM_BYTES[precision] + references + 8 * len(sizes) * (1 << 20),
+        disk_needed=stored + references + 8 * len(sizes) * (1 << 20),
         problems=problems,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from densegeo.errors import CheckpointError
 from densegeo.models import rewrites
@@ -23,7 +24,7 @@ from densegeo.models.config import (
 )
 from densegeo.models.prompt import Prompt, load_prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
-from densegeo.models.streaming import BlockFile
+from densegeo.models.streaming import BlockFile, blocks_of
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 
@@ -120,15 +121,20 @@ def load_rewritten(
     files: Mapping[str, Path],
     size: tuple[int, int],
     device: str = "cpu",
+    quantize: Callable[[nn.Module, str], object] | None = None,
 ) -> Pipeline:
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
     their places. files: "encoder", "transformer" and "decoder". size: (width, height).
+    quantize: gets each block and its name, and replaces what is stored as 8-bit numbers.
     Raises CheckpointError when files and modules differ.
     """
     pipeline = rewritten_form(configs, prompt, applied, size)
     transformer, vae = pipeline.transformer, pipeline.vae
+    if quantize is not None:
+        for name, block in blocks_of(transformer):
+            quantize(block, name)
     for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
         try:
             module.load_state_dict(load_file(files[stage], device=device), assign=True)

@@ -13,6 +13,9 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import Decoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Precision of a bundle -> what its floats are: all of it, or what 8-bit linears leave.
+EIGHT_BIT_BASES = ("bf16", "fp32")
+BASES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "int8": "bf16"}
 
 
 def cast(pipeline: Pipeline, precision: str) -> Pipeline:

@@ -23,7 +23,13 @@ from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.transformer import Transformer
 
 BLOCKS = ("double_blocks", "single_blocks")
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+}
 # Rewrites of one block alone, by which block; all others fit any.
 _ONLY = {"constants": ("double_blocks", 0), "trim": ("single_blocks", -1)}
 _OUTER = ("guidance", "connector", "padding")  # what does not look at blocks, in the order that a block needs
@@ -88,12 +94,14 @@ def write_rewritten(
     applied: tuple[Rewrite, ...],
     precision: str,
     path: Path,
+    quantize: Callable[[nn.Module, str], object] = lambda block, name: None,
     progress: Progress = lambda count: None,
 ) -> None:
     """Rewrite and cast the transformer of `pipeline` block by block into the safetensors file `path`.
 
-    pipeline: bound, not rewritten, blocks empty, and filled from `source`. final: the rewritten and cast transformer on
-    the meta device, which tells what is stored. `progress` gets the elements of each tensor written.
+    pipeline: bound, not rewritten, blocks empty, and filled from `source`. final: the rewritten, quantized and cast
+    transformer on the meta device, which tells what is stored. quantize: gets each rewritten block in float32, and its
+    name, and may replace its linears. `progress` gets the elements of each tensor written.
     """
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in final.state_dict().items()}
     outer = _without_blocks(pipeline.transformer)
@@ -119,6 +127,7 @@ def write_rewritten(
             setattr(holder, kind, nn.ModuleList([copied]))
             rewrites.apply(Pipeline(holder, pipeline.vae, pipeline.prompt), here)
             rewritten = getattr(holder, kind)[0]
+            quantize(rewritten, name)
             cast_module(rewritten, precision)
             store(f"{name}.", rewritten.state_dict())
             del copied, holder, rewritten

@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "transformer", "decoder"]
@@ -149,10 +149,27 @@ class Verification(Record, frozen=True):
     checks: list[Check]
 
 
+class Quantization(Record, frozen=True, kw_only=True):
+    """Which linears of the transformer are 8-bit, and what that did to the calibration's images.
+
+    depth_error: root mean square change of predictions; normal_error: mean change in degrees; None: not measured.
+    """
+
+    format: str  # "fp8" (E4M3) or "int8"
+    method: str  # how the inputs' ranges were chosen: "max", "percentile", "mse", "entropy"
+    smooth: float  # SmoothQuant's exponent, 0 for none
+    linears: list[str]
+    share: float  # of the parameters of all linears
+    depth_error: float | None
+    normal_error: float | None
+
+
 class Manifest(Record, frozen=True):
     schema_version: int
     model: str  # "fe2e", "fe2e-tiny"
-    precision: str  # "fp32", "bf16", "fp16"
+    precision: str  # "fp32", "bf16", "fp16", "fp8", "int8"
+    base: str  # the floating-point type: the precision itself, or what fp8 and int8 leave: "bf16", "fp32"
+    quantization: Quantization | None  # of fp8 and int8
     weights_note: str  # empty, or a plain sentence such as "random weights: the picture is not meaningful"
     buckets: list[Bucket]
     decode: Decode

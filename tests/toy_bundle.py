@@ -81,6 +81,8 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
         schema_version=SCHEMA_VERSION,
         model="toy",
         precision="fp32",
+        base="fp32",
+        quantization=None,
         weights_note="random weights",
         buckets=[bucket],
         decode=Decode("log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1),

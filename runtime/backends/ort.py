@@ -34,7 +34,9 @@ class OrtBackend(GraphBackend):
             raise BackendError(
                 f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
             ) from error
-        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.precision)
+        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.base)
+        # It would move fp8 into operators that have none of it.
+        self._left_out = ["QDQPropagationTransformer"] if manifest.precision == "fp8" else []
         self._options = _provider_options(self.device)
         self._start(directory, manifest)
 
@@ -52,7 +54,11 @@ class OrtBackend(GraphBackend):
         options.log_severity_level = 3  # errors only
         try:
             session = self._ort.InferenceSession(
-                str(path), options, providers=[self._provider], provider_options=[self._options]
+                str(path),
+                options,
+                providers=[self._provider],
+                provider_options=[self._options],
+                disabled_optimizers=self._left_out,
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {path} on {self.device}: {error}") from error
@@ -64,7 +70,7 @@ class OrtBackend(GraphBackend):
         return session
 
 
-def _choose_provider(device: str, available: list[str], precision: str) -> tuple[str, str]:
+def _choose_provider(device: str, available: list[str], base: str) -> tuple[str, str]:
     """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N"."""
     kind, index = parse_device(device)
     if kind == "cuda" and CUDA not in available:
@@ -74,10 +80,10 @@ def _choose_provider(device: str, available: list[str], precision: str) -> tuple
         )
     if kind == "cuda" or (kind == "auto" and CUDA in available and _has_cuda_driver()):
         return CUDA, f"cuda:{index or 0}"
-    if precision == "bf16":
+    if base == "bf16":
         raise BackendError(
             "This bundle is bf16, and ONNX Runtime's CPU provider has no bf16. "
-            "Build it with `--precision fp32` (or fp16) to run it here."
+            "Build it with `--precision fp32` or fp16 (fp8 and int8: with `--base fp32`) to run it here."
         )
     return CPU, "cpu"
 

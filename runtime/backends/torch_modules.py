@@ -21,7 +21,9 @@ from densegeo.errors import BackendError, CheckpointError
 from densegeo.models import rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.loading import load_rewritten
+from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
+from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.runtime.backends import parse_device
@@ -29,7 +31,7 @@ from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import can_fuse, fuse_transformer, fuse_vae
 from densegeo.runtime.backends.torch_transfer import Ring
-from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 
@@ -49,7 +51,7 @@ class TorchBackend:
     def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
         self.device = _choose_device(device)
         first = manifest.buckets[0]
-        self._pipeline: Pipeline | None = _load(directory, manifest, (first.width, first.height), self.device)
+        self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
         self._transformers: dict[Size, Transformer] = {(first.width, first.height): self._pipeline.transformer}
         self._lock = threading.RLock()
         self._decode = manifest.decode
@@ -155,7 +157,8 @@ def resized(transformer: Transformer, size: Size) -> Transformer:
     return twin
 
 
-def _load(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipeline:
+def load_networks(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipeline:
+    """A bundle's networks for one image size, as they are stored. Raises BackendError."""
     if manifest.networks is None:
         raise BackendError(
             f"{directory} holds graphs alone, and the torch backend needs the networks' description. "
@@ -168,13 +171,20 @@ def _load(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipel
         )
         prompt = load_prompt(directory / manifest.networks.prompt)
         applied = rewrites.select(set(rewrites.NAMES) - set(manifest.rewrites))
+        eight_bit = None if manifest.quantization is None else _eight_bit(manifest.quantization, manifest.base)
         files: dict[str, Path] = {stage: directory / f"{stage}.safetensors" for stage in STAGES}
-        pipeline = load_rewritten(configs, prompt, applied, files, size, device)
+        pipeline = load_rewritten(configs, prompt, applied, files, size, device, eight_bit)
     except (CheckpointError, msgspec.ValidationError) as error:
         raise BackendError(f"The networks in {directory} cannot be rebuilt: {error}") from error
     except torch.OutOfMemoryError as error:
         raise BackendError(f"{device} has too little memory for this bundle's weights: {error}") from error
     return pipeline
+
+
+def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Module, str], None]:
+    """Gives blocks without values the linears that were stored."""
+    plans = {name: LinearPlan(0.0) for name in quantization.linears}
+    return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])
 
 
 def _choose_device(device: str) -> str:

@@ -118,6 +118,8 @@ def make_bundle(
         schema_version=SCHEMA_VERSION,
         model="fake",
         precision=precision,
+        base="fp32",
+        quantization=None,
         weights_note="",
         buckets=buckets,
         decode=DECODE,

@@ -1,0 +1,159 @@
+"""Statistics over many images: one at a time, saved as it goes, and taken up again where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+
+from densegeo.calibration.inputs import LinearInputs
+from densegeo.calibration.statistics import Identity, Statistics, smoothing_factors
+from densegeo.errors import ImageError, QuantizationError
+from densegeo.models.quantized import smoothable
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.streaming import blocks_of
+from densegeo.runtime.backends import Backend
+from densegeo.runtime.bundle import Bucket, Manifest
+from densegeo.runtime.images import load_image
+from densegeo.runtime.resample import choose_bucket, place, prepare
+
+MINIMUM = 8  # images; fewer tell too little of what others will do
+UNREADABLE = 0.2  # the share of unreadable images from which on the folder is doubted
+SAVE_EVERY = 8  # images
+Float32 = NDArray[np.float32]
+Observe = Callable[[str, Float32], None]
+
+
+class Images:
+    """Calibration images by a name that says what is in them. Raises QuantizationError when there are too few."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if len(paths) < MINIMUM:
+            raise QuantizationError(
+                f"{len(paths)} image{'s are' if len(paths) != 1 else ' is'} too few to calibrate with: give at least "
+                f"{MINIMUM} different ones, better 64, of what the model will see"
+            )
+        self.paths = list(paths)
+        self.unreadable: list[Path] = []
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.paths)
+
+    def skip(self, path: Path, error: ImageError) -> None:
+        """Note an unreadable image. Raises QuantizationError when they are too many."""
+        if path not in self.unreadable:
+            self.unreadable.append(path)
+        if len(self.unreadable) > UNREADABLE * len(self.paths):
+            raise QuantizationError(
+                f"{len(self.unreadable)} of {len(self.paths)} images cannot be read, the last one: {error}"
+            )
+
+
+def rgb_of(path: Path, manifest: Manifest) -> tuple[Bucket, Float32]:
+    """An image as its bucket's input (1, 3, H, W). Raises ImageError."""
+    frame = load_image(path)
+    bucket = choose_bucket(manifest.buckets, *frame.size)
+    return bucket, prepare(frame, bucket, place(bucket, frame.size, "stretch"))
+
+
+def collect(
+    directory: Path,
+    manifest: Manifest,
+    images: Images,
+    backend: Backend,
+    inputs: LinearInputs,
+    form: Pipeline,
+    path: Path,
+    *,
+    smooth: float,
+    console: Console,
+) -> Statistics:
+    """Statistics of a bundle's linears, in the file `path`.
+
+    backend: runs the encoder. form: the bundle's networks; their weights may be on the meta device. smooth:
+    SmoothQuant's exponent, 0 for none; with it the images are run twice. Raises QuantizationError for statistics of
+    another bundle or another exponent in `path`, too many unreadable images, and NaN, naming the linear.
+    """
+    identity = Identity.of(manifest)
+    statistics = Statistics(identity, smooth)
+    if path.exists():
+        statistics = Statistics.load(path)
+        check_identity(statistics.identity, identity, path)
+        if statistics.smooth != smooth:
+            raise QuantizationError(
+                f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
+            )
+
+    def run(done: list[str], observers: Sequence[Observe], what: str) -> None:
+        for index, image in enumerate(track(list(images), description=what, console=console)):
+            name = hashlib.sha256(image.read_bytes()).hexdigest()
+            if name in done:
+                continue
+            try:
+                bucket, rgb = rgb_of(image, manifest)
+            except ImageError as error:
+                images.skip(image, error)
+                continue
+            for linear, rows in inputs(bucket, backend.run(bucket, "encoder", rgb)):
+                try:
+                    for observe in observers:
+                        observe(linear, rows)
+                except QuantizationError as error:
+                    raise QuantizationError(f"{error}, for {image}") from None
+            done.append(name)
+            if index % SAVE_EVERY == SAVE_EVERY - 1:
+                statistics.save(path)
+        statistics.save(path)
+
+    if smooth:
+        run(statistics.measured, [statistics.measure], "measuring channels")
+        if not statistics.factors:
+            groups = _sharing(form, set(statistics.channels))
+            columns = _column_peaks(directory / "transformer.safetensors", groups)
+            statistics.factors = smoothing_factors(statistics.channels, columns, groups, smooth)
+        run(statistics.counted, [statistics.count], "counting magnitudes")
+    else:
+        run(statistics.counted, [statistics.measure, statistics.count], "counting magnitudes")
+    if images.unreadable:
+        console.print(f"[yellow]{len(images.unreadable)} images could not be read and were left out[/]")
+    return statistics
+
+
+def check_identity(found: Identity, wanted: Identity, path: Path) -> None:
+    """Raises QuantizationError when statistics are of another network, naming what differs."""
+    for role in sorted({*found.sources, *wanted.sources}):
+        if found.sources.get(role) != wanted.sources.get(role):
+            raise QuantizationError(
+                f"{path} is of another model: its {role} file has the digest "
+                f"{found.sources.get(role, 'none')[:12]}, here it is {wanted.sources.get(role, 'none')[:12]}. "
+                "Calibrate anew, with another --output."
+            )
+    if found.rewrites != wanted.rewrites:
+        raise QuantizationError(
+            f"{path} is of a model rewritten by {', '.join(found.rewrites)}; here it is {', '.join(wanted.rewrites)}"
+        )
+
+
+def _sharing(form: Pipeline, seen: set[str]) -> list[tuple[str, ...]]:
+    """Groups of linears behind one folded norm, by full name."""
+    groups = []
+    for prefix, block in blocks_of(form.transformer):
+        for _, names in smoothable(block):
+            full = tuple(f"{prefix}.{name}" for name in names)
+            if seen.issuperset(full):
+                groups.append(full)
+    return groups
+
+
+def _column_peaks(path: Path, groups: list[tuple[str, ...]]) -> dict[str, Float32]:
+    peaks = {}
+    with safe_open(path, framework="pt") as file:
+        for name in (name for group in groups for name in group):
+            peaks[name] = file.get_tensor(f"{name}.weight").float().abs().amax(dim=0).numpy()
+    return peaks

@@ -1,0 +1,210 @@
+"""`densegeo calibrate`: a bundle and images -> statistics, and a plan of what becomes fp8 or int8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import msgspec
+import typer
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from densegeo.calibration.collect import Images, collect, rgb_of
+from densegeo.calibration.histogram import METHODS
+from densegeo.calibration.inputs import LinearInputs, OnnxInputs, TorchInputs
+from densegeo.calibration.plan import (
+    Error,
+    Judge,
+    QuantizationPlan,
+    Sensitivity,
+    input_ranges,
+    plan_file,
+    within_budget,
+)
+from densegeo.calibration.statistics import FILE, Statistics
+from densegeo.errors import BackendError, ConfigError, ImageError
+from densegeo.inputs import find_images
+from densegeo.models.quantized import FORMATS
+from densegeo.models.rewrites import Pipeline
+from densegeo.runtime.backends import open_backend
+from densegeo.runtime.backends.torch_modules import load_networks
+from densegeo.runtime.bundle import Manifest, check_files, read_manifest
+
+JUDGED = 4  # images on which errors are measured
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle in fp32, bf16 or fp16.", show_default=False)],
+    images: Annotated[list[str], typer.Option(help="Image, folder or glob; repeat for more.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Where statistics and plan go; BUNDLE.calibration by default."),
+    ] = None,
+    kind: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = "fp8",
+    method: Annotated[str, typer.Option(help=f"How ranges are chosen: {', '.join(METHODS)}.")] = "mse",
+    smooth: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="SmoothQuant's exponent, such as 0.5; 0 for none.")
+    ] = 0.0,
+    max_depth_error: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Root mean square of the depth prediction's change; 0.01 is 1 % of the log-depth range."),
+    ] = None,
+    max_normal_error: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Mean change of the normals in degrees."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the bundle: onnxruntime or torch.")] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Find out which linears can be 8-bit: statistics over images, errors of each alone, and a plan.
+
+    Without a budget every linear of the blocks is planned. Run it again to go on after an interruption, or to make
+    another format's plan from the same statistics.
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(FORMATS)}")
+    if method not in METHODS:
+        raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    budget = None
+    if max_depth_error is not None or max_normal_error is not None:
+        budget = Error(*(float("inf") if limit is None else limit for limit in (max_depth_error, max_normal_error)))
+        if not (budget.depth > 0 and budget.normals > 0):
+            raise ConfigError("a budget must be above 0")
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, digests=True)
+    folder = output or bundle.with_name(f"{bundle.name}.calibration")
+    console = Console()
+    found = Images(find_images(images))
+    running = open_backend(backend, bundle, manifest, device)
+    first = manifest.buckets[0]
+    pipeline = load_networks(bundle, manifest, (first.width, first.height), running.device)
+    for network in (pipeline.transformer, pipeline.vae):
+        network.float()
+    statistics = collect(
+        bundle,
+        manifest,
+        found,
+        running,
+        _inputs(running.name, bundle, manifest, pipeline),
+        pipeline,
+        folder / FILE,
+        smooth=smooth,
+        console=console,
+    )
+    running.close()
+    plan = make_plan(pipeline, manifest, statistics, found, kind, method, budget, console)
+    path = plan_file(folder, kind)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+    partial.replace(path)
+    print_plan(plan, console)
+    console.print(
+        f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LinearInputs:
+    if name == "onnxruntime":
+        return OnnxInputs(bundle, manifest)
+    if name == "torch":
+        return TorchInputs(pipeline)
+    raise BackendError(f"{name} does not show what enters its linears: use --backend onnxruntime or torch")
+
+
+def make_plan(
+    pipeline: Pipeline,
+    manifest: Manifest,
+    statistics: Statistics,
+    images: Images,
+    kind: str,
+    method: str,
+    budget: Error | None,
+    console: Console,
+) -> QuantizationPlan:
+    """Ranges, the error of each linear quantized alone, and what the budget allows. pipeline: float32."""
+    ranges, left = input_ranges(statistics, kind, method)
+    layers = {name: layer for name, layer in pipeline.transformer.named_modules() if isinstance(layer, nn.Linear)}
+    plan = QuantizationPlan(
+        format=kind,
+        method=method,
+        smooth=statistics.smooth,
+        identity=statistics.identity,
+        ranges=ranges,
+        left=left,
+        budget=budget,
+        error=None,
+        sensitivity=[],
+        parameters=0,
+        linear_parameters=sum(layer.weight.numel() for layer in layers.values()),
+    )
+    first = manifest.buckets[0]
+    pipeline.transformer.resize(first.width, first.height)
+    judge = Judge(pipeline, _pictures(images, manifest), kind, plan.linears(statistics))
+    sensitivity = [
+        Sensitivity(name, layers[name].weight.numel(), judge.error([name]))
+        for name in track(ranges, description="one linear at a time", console=console)
+    ]
+    chosen, error = list(ranges), judge.error(list(ranges))
+    if budget is not None and not (error.depth <= budget.depth and error.normals <= budget.normals):
+        chosen, error = within_budget(sensitivity, budget, judge.error)
+        left = left | {name: "its error does not fit into the budget" for name in ranges if name not in chosen}
+    return msgspec.structs.replace(
+        plan,
+        ranges={name: limit for name, limit in ranges.items() if name in chosen},
+        left=left,
+        error=error,
+        sensitivity=sensitivity,
+        parameters=sum(row.parameters for row in sensitivity if row.linear in chosen),
+    )
+
+
+def _pictures(images: Images, manifest: Manifest) -> list[Any]:
+    """Inputs of the first bucket, from images spread over the whole list."""
+    pictures: list[Any] = []
+    readable = [path for path in images if path not in images.unreadable]
+    for path in readable:
+        if len(pictures) == JUDGED:
+            break
+        try:
+            bucket, rgb = rgb_of(path, manifest)
+        except ImageError:
+            continue
+        if bucket is manifest.buckets[0]:
+            pictures.append(rgb)
+    if not pictures:
+        raise ConfigError("no image has the shape of the bundle's first size: add some that have")
+    return pictures
+
+
+def print_plan(plan: QuantizationPlan, console: Console) -> None:
+    """Each linear's own error as a table with bars, worst first, and what the plan amounts to."""
+    table = Table("linear", "parameters", "depth", "", "normals", "", "becomes")
+    worst = Error(
+        max((row.error.depth for row in plan.sensitivity), default=1.0) or 1.0,
+        max((row.error.normals for row in plan.sensitivity), default=1.0) or 1.0,
+    )
+    for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth):
+        table.add_row(
+            escape(row.linear),
+            f"{row.parameters:,}",
+            f"{row.error.depth:.5f}",
+            Bar(worst.depth, 0, row.error.depth, width=12),
+            f"{row.error.normals:.3f}°",
+            Bar(worst.normals, 0, row.error.normals, width=12),
+            plan.format if row.linear in plan.ranges else "as it is",
+        )
+    console.print(table)
+    for name, why in plan.left.items():
+        console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
+    share = plan.parameters / plan.linear_parameters
+    console.print(f"{share:.1%} of the linears' parameters become {plan.format} (ranges by {plan.method})")
+    if plan.error is not None:
+        console.print(f"all together: depth {plan.error.depth:.5f}, normals {plan.error.normals:.3f}°")

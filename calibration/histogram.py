@@ -1,0 +1,116 @@
+"""Magnitudes of one activation as a histogram, and four ways to choose from it the range that 8 bits shall cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import QuantizationError
+
+BINS = 2048
+PERCENTILE = 99.99
+CANDIDATES = 64  # ranges that `mse` and `entropy` try, as shares of the largest magnitude
+LOWEST = 0.2  # the smallest of these shares
+
+Array = NDArray[np.generic]
+Float64 = NDArray[np.float64]
+Rounded = Callable[[Float64, float], Float64]  # values, range -> the values as 8 bits with that range give them back
+
+
+class Histogram:
+    """Counts of magnitudes in equal bins from 0 to `limit`, which doubles when something larger comes."""
+
+    def __init__(self, counts: NDArray[np.int64] | None = None, limit: float = 0.0, peak: float = 0.0) -> None:
+        self.counts = np.zeros(BINS, np.int64) if counts is None else counts
+        self.limit, self.peak = limit, peak
+
+    def add(self, values: Array) -> None:
+        """Count an array's magnitudes. Raises QuantizationError for what is not finite."""
+        sizes = np.abs(np.asarray(values, dtype=np.float32)).ravel()
+        peak = float(sizes.max(initial=0.0))
+        if not np.isfinite(peak):
+            raise QuantizationError("NaN or infinity")
+        self.peak = max(self.peak, peak)
+        if peak > 0 and self.limit == 0:
+            self.limit = peak
+        while self.limit < peak:
+            pairs = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.concatenate([pairs, np.zeros_like(pairs)])
+            self.limit *= 2
+        if self.limit == 0:
+            self.counts[0] += sizes.size
+        else:
+            places = np.minimum((sizes * np.float32(BINS / self.limit)).astype(np.int64), BINS - 1)
+            self.counts += np.bincount(places, minlength=BINS)
+
+    @property
+    def centres(self) -> Float64:
+        """The middle of each bin."""
+        return (np.arange(BINS, dtype=np.float64) + 0.5) * (self.limit / BINS)
+
+
+def maximum(histogram: Histogram, rounded: Rounded) -> float:
+    """The largest magnitude seen: nothing is clipped."""
+    return histogram.peak
+
+
+def percentile(histogram: Histogram, rounded: Rounded) -> float:
+    """What `PERCENTILE` percent of the magnitudes stay below."""
+    shares = np.cumsum(histogram.counts) / histogram.counts.sum()
+    edge = (int(np.searchsorted(shares, PERCENTILE / 100)) + 1) * histogram.limit / BINS
+    return min(edge, histogram.peak)
+
+
+def mse(histogram: Histogram, rounded: Rounded) -> float:
+    """The range with the least mean squared error of rounding and clipping."""
+    values, weights = histogram.centres, histogram.counts
+    ranges = _candidates(histogram)
+    errors = [float(weights @ np.square(rounded(values, limit) - values)) for limit in ranges]
+    return ranges[int(np.argmin(errors))]
+
+
+def entropy(histogram: Histogram, rounded: Rounded) -> float:
+    """The range whose 8-bit values tell most of the distribution: least Kullback-Leibler divergence.
+
+    What is clipped counts as the range's end; what is rounded to one value is spread evenly over the bins it came from
+    (the method of TensorRT's int8 calibration, Migacz 2017).
+    """
+    ranges = _candidates(histogram)
+    return ranges[int(np.argmin([_divergence(histogram, rounded, limit) for limit in ranges]))]
+
+
+METHODS: dict[str, Callable[[Histogram, Rounded], float]] = {
+    "max": maximum,
+    "percentile": percentile,
+    "mse": mse,
+    "entropy": entropy,
+}
+
+
+def choose(method: str, histogram: Histogram, rounded: Rounded) -> float:
+    """The range by one of `METHODS`. Raises QuantizationError when there is nothing to choose from."""
+    if histogram.peak == 0:
+        raise QuantizationError("it is zero in every image, so it has no range")
+    return METHODS[method](histogram, rounded)
+
+
+def _candidates(histogram: Histogram) -> list[float]:
+    return [float(share) * histogram.peak for share in np.linspace(LOWEST, 1.0, CANDIDATES)]
+
+
+def _divergence(histogram: Histogram, rounded: Rounded, limit: float) -> float:
+    inside = histogram.centres <= limit
+    counts = histogram.counts[inside].astype(np.float64)
+    if not counts.any():
+        return float("inf")
+    _, groups = np.unique(rounded(histogram.centres[inside], limit), return_inverse=True)
+    filled = counts > 0
+    members = np.bincount(groups, weights=filled)
+    spread = np.where(filled, (np.bincount(groups, weights=counts) / np.maximum(members, 1))[groups], 0.0)
+    counts[-1] += histogram.counts[~inside].sum()  # the clipped ones
+    p, q = counts / counts.sum(), spread / spread.sum()
+    both = (p > 0) & (q > 0)
+    missing = float(p[(p > 0) & (q == 0)].sum())  # mass where the 8-bit distribution has none
+    return float((p[both] * np.log(p[both] / q[both])).sum()) + missing * 50

@@ -1,0 +1,174 @@
+"""Which linears become 8-bit, and what that costs: sensitivity one by one, then the most that a budget allows.
+
+Errors are those that a user sees: of the depth prediction, which is log-depth scaled to the image's own range (its root
+mean square difference, so 0.01 is one percent of the range), and of the normals (mean angle in degrees).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from densegeo.calibration.histogram import Rounded, choose
+from densegeo.calibration.statistics import Identity, Statistics
+from densegeo.errors import QuantizationError
+from densegeo.models import reference
+from densegeo.models.quantized import FORMATS, LinearPlan, quantize, quantize_block
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.streaming import blocks_of
+
+Float32 = NDArray[np.float32]
+
+
+class Error(msgspec.Struct, frozen=True):
+    """depth: root mean square difference of predictions; normals: mean angle in degrees."""
+
+    depth: float
+    normals: float
+
+
+class Sensitivity(msgspec.Struct, frozen=True):
+    """What quantizing one linear alone does."""
+
+    linear: str
+    parameters: int
+    error: Error
+
+
+class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The linears to quantize and the ranges of their inputs. left: linears that stay as they are, and why."""
+
+    format: str
+    method: str
+    smooth: float
+    identity: Identity
+    ranges: dict[str, float]
+    left: dict[str, str]
+    budget: Error | None
+    error: Error | None  # of the whole plan, against float32; None when nothing was measured
+    sensitivity: list[Sensitivity]
+    parameters: int  # in the planned linears
+    linear_parameters: int  # in all linears of the transformer
+
+    def linears(self, statistics: Statistics) -> dict[str, LinearPlan]:
+        """By full name, as `models.quantized` takes them."""
+        factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
+        return {name: LinearPlan(limit, factors.get(name)) for name, limit in self.ranges.items()}
+
+
+def plan_file(folder: Path, kind: str) -> Path:
+    """Where a format's plan lies."""
+    return folder / f"plan-{kind}.json"
+
+
+def load_plan(folder: Path, kind: str) -> QuantizationPlan:
+    """Raises QuantizationError when there is none."""
+    path = plan_file(folder, kind)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=QuantizationPlan)
+    except FileNotFoundError:
+        raise QuantizationError(
+            f"{path} is not there: make it with `densegeo calibrate BUNDLE --images DIR --format {kind} "
+            f"--output {folder}`"
+        ) from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise QuantizationError(f"{path} is no plan of `densegeo calibrate`: {error}") from error
+
+
+def input_ranges(statistics: Statistics, kind: str, method: str) -> tuple[dict[str, float], dict[str, str]]:
+    """(linear -> range, linear -> why it gets none). Raises QuantizationError when none gets one."""
+    dtype, largest = FORMATS[kind]
+
+    def rounded(values: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
+        scale = torch.tensor(limit / largest)
+        given: NDArray[np.float64] = (quantize(torch.from_numpy(values), scale, dtype).double() * scale).numpy()
+        return given
+
+    ranges, left = {}, {}
+    check: Rounded = rounded
+    for name, histogram in statistics.histograms.items():
+        try:
+            ranges[name] = choose(method, histogram, check)
+        except QuantizationError as error:
+            left[name] = str(error)
+    if not ranges:
+        raise QuantizationError("no linear has an input with a range: were all images the same?")
+    return ranges, left
+
+
+class Judge:
+    """Errors of quantized variants of a float32 pipeline on some images.
+
+    pipeline: rewritten, float32; left as it is. pictures: inputs (1, 3, H, W) of one size.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, linears: dict[str, LinearPlan]
+    ) -> None:
+        self._pipeline, self._format, self._linears = pipeline, FORMATS[kind], linears
+        self._device = pipeline.transformer.rope_cos.device
+        self._latents = [reference.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
+        self._wanted = [self._outputs(latent) for latent in self._latents]
+
+    def error(self, names: Sequence[str]) -> Error:
+        """With these linears quantized; the others stay float32. The mean over the images."""
+        plans = {name: self._linears[name] for name in names}
+        originals: list[tuple[nn.ModuleList, int, nn.Module]] = []
+        for prefix, block in blocks_of(self._pipeline.transformer):
+            if any(name.startswith(f"{prefix}.") for name in plans):
+                kind, index = prefix.split(".")
+                blocks: nn.ModuleList = getattr(self._pipeline.transformer, kind)
+                originals.append((blocks, int(index), block))
+                quantized = copy.deepcopy(block)
+                quantize_block(quantized, prefix, plans, self._format, torch.float32)
+                blocks[int(index)] = quantized
+        try:
+            errors = [self._compare(*pair) for pair in zip(self._latents, self._wanted, strict=True)]
+        finally:
+            for blocks, place, block in originals:
+                blocks[place] = block
+        return Error(*(float(np.mean(values)) for values in zip(*errors, strict=True)))
+
+    def _outputs(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = 8 * latent.shape[2], 8 * latent.shape[3]
+        velocity = reference.transform(self._pipeline, latent)
+        decoded = reference.decode(self._pipeline, reference.split(velocity, height, width))
+        return reference.prediction(decoded), reference.normals(decoded)
+
+    def _compare(self, latent: Tensor, wanted: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        depth, normals = self._outputs(latent)
+        cosines = (normals * wanted[1]).sum(0).clamp(-1, 1)
+        return float((depth - wanted[0]).square().mean().sqrt()), float(cosines.acos().rad2deg().mean())
+
+
+def within_budget(
+    sensitivity: Sequence[Sensitivity], budget: Error, measure: Callable[[Sequence[str]], Error]
+) -> tuple[list[str], Error]:
+    """As many linears as the budget allows, the least harmful for their size first; and their joint error.
+
+    The joint error is measured, not summed up; the longest run of the order that keeps to the budget is found by
+    bisection, on the ground that more quantized linears do more harm.
+    """
+    order = sorted(sensitivity, key=lambda row: _cost(row.error, budget) / row.parameters)
+    low, high = 0, len(order)  # `low` keeps to the budget
+    best = Error(0.0, 0.0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = measure([row.linear for row in order[:middle]])
+        if _cost(found, budget) <= 1:
+            low, best = middle, found
+        else:
+            high = middle - 1
+    return [row.linear for row in order[:low]], best
+
+
+def _cost(error: Error, budget: Error) -> float:
+    """The larger share of the budget that an error takes."""
+    return max(error.depth / budget.depth, error.normals / budget.normals)

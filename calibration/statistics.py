@@ -1,0 +1,130 @@
+"""What calibration saw: per linear the input's magnitudes, by channel and as a histogram; kept in one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from densegeo.calibration.histogram import Histogram
+from densegeo.errors import QuantizationError
+from densegeo.runtime.bundle import Manifest
+
+FILE = "statistics.safetensors"
+_KEY = "densegeo"
+Float32 = NDArray[np.float32]
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Which network statistics are of. graph: digest of the graph that ran; sources: role -> digest of its file."""
+
+    graph: str
+    weights: str
+    rewrites: list[str]
+    sources: dict[str, str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Identity:
+        """The transformer of a bundle, at its first bucket."""
+        files = manifest.files
+        return cls(
+            files[manifest.buckets[0].transformer.file].sha256,
+            files["transformer.safetensors"].sha256,
+            manifest.rewrites,
+            {source.role: source.sha256 for source in manifest.sources},
+        )
+
+
+class _Header(msgspec.Struct):
+    identity: Identity
+    smooth: float
+    measured: list[str]
+    counted: list[str]
+    limits: dict[str, tuple[float, float]]  # linear -> the histogram's limit and peak
+
+
+class Statistics:
+    """Statistics of every linear's input, over images that are named once they were seen.
+
+    smooth: SmoothQuant's exponent, 0 for none. channels: linear -> (K,) largest magnitude by channel; histograms: of
+    the input divided by `factors` (linear -> (K,), those that have any). measured, counted: images seen for each.
+    """
+
+    def __init__(self, identity: Identity, smooth: float = 0.0) -> None:
+        self.identity, self.smooth = identity, smooth
+        self.channels: dict[str, Float32] = {}
+        self.factors: dict[str, Float32] = {}
+        self.histograms: dict[str, Histogram] = {}
+        self.measured: list[str] = []
+        self.counted: list[str] = []
+
+    def measure(self, linear: str, rows: Float32) -> None:
+        """rows (T, K) of a linear's input: the largest magnitude of each channel."""
+        peaks = np.abs(rows).max(axis=0, initial=0.0)
+        if not np.isfinite(peaks).all():
+            raise QuantizationError(f"NaN or infinity in the input of {linear}")
+        self.channels[linear] = np.maximum(self.channels.get(linear, np.zeros_like(peaks)), peaks)
+
+    def count(self, linear: str, rows: Float32) -> None:
+        """rows (T, K) of a linear's input, into its histogram; divided by its factors first."""
+        factors = self.factors.get(linear)
+        try:
+            self.histograms.setdefault(linear, Histogram()).add(rows if factors is None else rows / factors)
+        except QuantizationError as error:
+            raise QuantizationError(f"{error} in the input of {linear}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the file; it is whole or not there."""
+        tensors: dict[str, NDArray[np.generic]] = {}
+        for prefix, arrays in (("channels", self.channels), ("factors", self.factors)):
+            tensors |= {f"{prefix}.{name}": array for name, array in arrays.items()}
+        tensors |= {f"counts.{name}": histogram.counts for name, histogram in self.histograms.items()}
+        limits = {name: (histogram.limit, histogram.peak) for name, histogram in self.histograms.items()}
+        header = _Header(self.identity, self.smooth, self.measured, self.counted, limits)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, partial, metadata={_KEY: msgspec.json.encode(header).decode()})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Raises QuantizationError for what is no such file."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = msgspec.json.decode((file.metadata() or {})[_KEY], type=_Header)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
+            raise QuantizationError(f"{path} is no file of `densegeo calibrate`: {error}") from error
+        made = cls(header.identity, header.smooth)
+        made.measured, made.counted = header.measured, header.counted
+        for name, tensor in tensors.items():
+            kind, _, linear = name.partition(".")
+            if kind == "counts":
+                made.histograms[linear] = Histogram(tensor, *header.limits[linear])
+            else:
+                getattr(made, kind)[linear] = tensor
+        return made
+
+
+def smoothing_factors(
+    channels: dict[str, Float32], columns: dict[str, Float32], groups: Iterable[tuple[str, ...]], exponent: float
+) -> dict[str, Float32]:
+    """Per linear (K,) factors that even out its input's channels: input^a / weight^(1-a), of mean logarithm 0.
+
+    columns: linear -> (K,) largest magnitude in each of the weight's columns. groups: linears that take one and the
+    same input and so share factors (arXiv 2211.10438, equation 4).
+    """
+    factors: dict[str, Float32] = {}
+    for group in groups:
+        weight = np.max([columns[name] for name in group], axis=0)
+        tiny = np.float32(1e-5)
+        raw = np.maximum(channels[group[0]], tiny) ** exponent / np.maximum(weight, tiny) ** (1 - exponent)
+        shared = (raw / np.exp(np.log(raw).mean())).astype(np.float32)
+        factors |= dict.fromkeys(group, shared)
+    return factors

@@ -1,0 +1,96 @@
+"""What a calibration makes of a build: which linears become 8-bit and with which ranges; is it of this model at all?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+from torch import nn
+
+from densegeo.calibration.collect import check_identity
+from densegeo.calibration.plan import QuantizationPlan, load_plan, plan_file
+from densegeo.calibration.statistics import FILE, Identity, Statistics
+from densegeo.errors import ConfigError
+from densegeo.models.precision import BASES, DTYPES, EIGHT_BIT_BASES
+from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
+from densegeo.models.rewrites import Rewrite
+from densegeo.models.streaming import blocks_of
+from densegeo.models.transformer import Transformer
+from densegeo.runtime.bundle import Quantization, Source
+
+
+def checked_base(precision: str, base: str, calibration: Path | None) -> str:
+    """The floating-point type of a build. Raises ConfigError for contradictions."""
+    if precision in FORMATS:
+        if calibration is None:
+            raise ConfigError(
+                f"--precision {precision} needs --calibration DIR: `densegeo calibrate BUNDLE --images DIR "
+                f"--format {precision}` makes it"
+            )
+        if base and base not in EIGHT_BIT_BASES:
+            why = " (products of 8-bit numbers overflow fp16 before they are scaled)" if base == "fp16" else ""
+            raise ConfigError(f"--base {base} is none of {', '.join(EIGHT_BIT_BASES)}{why}")
+        return base or BASES[precision]
+    if calibration is not None or (base and base != precision):
+        raise ConfigError(f"--calibration and --base are for {' and '.join(FORMATS)}, not for {precision}")
+    return precision
+
+
+class Quantizer:
+    """Quantizes blocks by a plan; does nothing without one. Called with a float32 block and its name."""
+
+    def __init__(self, base: str, plan: QuantizationPlan | None, linears: dict[str, LinearPlan], where: Path) -> None:
+        self.base, self.plan, self.linears, self._where = base, plan, linears, where
+
+    @classmethod
+    def load(cls, precision: str, base: str, calibration: Path | None) -> Quantizer:
+        """Raises QuantizationError for missing or damaged files."""
+        if calibration is None:
+            return cls(base, None, {}, Path())
+        plan = load_plan(calibration, precision)
+        return cls(base, plan, plan.linears(Statistics.load(calibration / FILE)), plan_file(calibration, precision))
+
+    def check(self, inputs: Iterable[Source], applied: Iterable[Rewrite]) -> None:
+        """Raises QuantizationError when the plan is of other files or other rewrites."""
+        if self.plan is not None:
+            found = self.plan.identity
+            sources = {source.role: source.sha256 for source in inputs}
+            wanted = Identity(found.graph, found.weights, [rewrite.name for rewrite in applied], sources)
+            check_identity(found, wanted, self._where)
+
+    def __call__(self, block: nn.Module, name: str) -> None:
+        if self.plan is not None:
+            quantize_block(block, name, self.linears, FORMATS[self.plan.format], DTYPES[self.base])
+
+    def apply(self, transformer: Transformer) -> None:
+        """Quantize all blocks."""
+        for name, block in blocks_of(transformer):
+            self(block, name)
+
+    @property
+    def parameters(self) -> int:
+        """Elements that take one byte each."""
+        return 0 if self.plan is None else self.plan.parameters
+
+    @property
+    def digest(self) -> str:
+        """Of the plan; empty without one."""
+        return "" if self.plan is None else hashlib.sha256(msgspec.json.encode(self.plan)).hexdigest()
+
+    @property
+    def record(self) -> Quantization | None:
+        """What the manifest says."""
+        if self.plan is None:
+            return None
+        plan = self.plan
+        return Quantization(
+            format=plan.format,
+            method=plan.method,
+            smooth=plan.smooth,
+            linears=sorted(plan.ranges),
+            share=plan.parameters / plan.linear_parameters,
+            depth_error=None if plan.error is None else plan.error.depth,
+            normal_error=None if plan.error is None else plan.error.normals,
+        )

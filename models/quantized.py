@@ -1,0 +1,158 @@
+"""Linears in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale, products in float32.
+
+Both sides stand here: `QuantizedLinear.prepare` and `smooth` are what happens offline to a float32 network;
+`quantized_linear` is what a device computes, and what the exporter turns into Q, DQ and Gemm nodes.
+
+NVIDIA's ModelOpt quantizes modules of this kind too. It is not used: it works on a model that is whole in memory, while
+ours are folded, quantized and written one block at a time, and it does not know which folded norms here can take up a
+migrated scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densegeo.models.layers import FoldedBranch, FoldedModulation
+from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
+
+
+class Format(NamedTuple):
+    """An 8-bit type and its largest finite value that is used."""
+
+    dtype: torch.dtype
+    largest: float
+
+
+FORMATS = {"fp8": Format(torch.float8_e4m3fn, 448.0), "int8": Format(torch.int8, 127.0)}  # int8 without -128: symmetric
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale, rounded to nearest even, saturated: ONNX's QuantizeLinear with zero point 0."""
+    largest = next(row.largest for row in FORMATS.values() if row.dtype == dtype)
+    steps = x.float() / scale.float()
+    if not dtype.is_floating_point:
+        steps = steps.round()
+    return steps.clamp(-largest, largest).to(dtype)
+
+
+@torch.library.custom_op("densegeo::quantized_linear", mutates_args=())
+def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+    """x (..., K) -> (..., N) of x's dtype.
+
+    weight (N, K) 8 bits; weight_scale (N,) and input_scale () floats; bias (N,). Where the hardware has no such product
+    the 8-bit numbers are multiplied as x's dtype, bf16 or float32, which hold them exactly.
+    """
+    rows = x.flatten(0, -2)
+    taken = quantize(rows, input_scale, weight.dtype)
+    if _has_product(taken, weight):
+        scales = input_scale.float().expand(len(rows), 1).contiguous(), weight_scale.float()[None].contiguous()
+        out = torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(x.dtype), out_dtype=x.dtype)
+    else:
+        product = F.linear(taken.to(x.dtype), weight.to(x.dtype)).float()
+        out = (product * (weight_scale.float() * input_scale.float()) + bias.float()).to(x.dtype)
+    return out.unflatten(0, x.shape[:-1])
+
+
+@quantized_linear.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _has_product(taken: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies these on their device: E4M3 from compute capability 8.9 on."""
+    if not taken.is_cuda or weight.dtype != torch.float8_e4m3fn or any(size % 16 for size in weight.shape):
+        return False
+    return torch.cuda.get_device_capability(taken.device) >= (8, 9)
+
+
+class QuantizedLinear(nn.Module):
+    """What a linear becomes. weight (N, K) 8 bits, weight_scale (N,), input_scale (), bias (N,)."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, rows: int, columns: int, kind: Format, dtype: torch.dtype, device: str | torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(rows, columns, dtype=kind.dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(rows, dtype=dtype, device=device))
+        self.register_buffer("input_scale", torch.empty((), dtype=dtype, device=device))
+        self.register_buffer("bias", torch.empty(rows, dtype=dtype, device=device))
+
+    @classmethod
+    def prepare(cls, linear: nn.Linear, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedLinear:
+        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
+        rows, columns = linear.weight.shape
+        made = cls(rows, columns, kind, dtype, linear.weight.device)
+        if linear.weight.is_meta:
+            return made
+        weight = linear.weight.detach().float()
+        peaks = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        made.weight_scale.copy_(peaks / kind.largest)
+        made.weight.copy_(quantize(weight, made.weight_scale[:, None], kind.dtype))
+        made.input_scale.fill_(input_range / kind.largest)
+        made.bias.copy_(linear.bias.detach())
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
+
+
+class LinearPlan(NamedTuple):
+    """How one linear is quantized. smooth: (K,) what its input is divided by and its columns multiplied by, or None."""
+
+    input_range: float
+    smooth: Tensor | None = None
+
+
+def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]]]:
+    """A block's folded norms, each with the names of the linears that alone take its result."""
+    if isinstance(block, DoubleBlock):
+        for stream in ("img", "txt"):
+            modulation = getattr(block, f"{stream}_mod")
+            if isinstance(modulation, FoldedModulation):
+                attention, mlp = modulation(None)
+                if hasattr(getattr(block, f"{stream}_attn"), "qkv"):
+                    yield attention, (f"{stream}_attn.qkv",)
+                yield mlp, (f"{stream}_mlp.0",)
+    elif isinstance(block, SingleBlock | TrimmedSingleBlock) and isinstance(block.modulation, FoldedModulation):
+        (branch,) = block.modulation(None)
+        yield branch, ("linear1",) if isinstance(block, SingleBlock) else ("key_value", "query_mlp")
+
+
+def quantize_block(
+    block: nn.Module, prefix: str, plans: Mapping[str, LinearPlan], kind: Format, dtype: torch.dtype
+) -> None:
+    """Replace the linears of a float32 block that have a plan, in place; smoothing goes into its norms first.
+
+    plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv").
+    """
+    for norm, names in smoothable(block):
+        factors = [plans[f"{prefix}.{name}"].smooth for name in names if f"{prefix}.{name}" in plans]
+        if factors and factors[0] is not None and not norm.weight.is_meta:
+            _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
+    for name, linear in list(block.named_modules()):
+        plan = plans.get(f"{prefix}.{name}")
+        if plan is not None and isinstance(linear, nn.Linear):
+            made = QuantizedLinear.prepare(linear, plan.input_range, kind, dtype)
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, made)
+
+
+@torch.no_grad()
+def _smooth(norm: FoldedBranch, linears: list[nn.Module], factors: Tensor) -> None:
+    """Divide a norm's result by `factors` and multiply the linears' columns by them: the same function.
+
+    SmoothQuant (arXiv 2211.10438): hard-to-quantize channels of an activation move into the weights.
+    """
+    norm.weight.data = norm.weight / factors
+    norm.bias.data = norm.bias / factors
+    for linear in linears:
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data = linear.weight * factors

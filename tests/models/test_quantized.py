@@ -1,0 +1,137 @@
+"""8-bit linears: rounding, scales, smoothing, and the blocks they are put into."""
+
+from __future__ import annotations
+
+import copy
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from densegeo.models import rewrites
+from densegeo.models.config import TransformerConfig
+from densegeo.models.prompt import Prompt
+from densegeo.models.quantized import (
+    FORMATS,
+    LinearPlan,
+    QuantizedLinear,
+    _smooth,
+    quantize,
+    quantize_block,
+    quantized_linear,
+    smoothable,
+)
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.streaming import blocks_of
+from densegeo.models.transformer import Transformer
+from densegeo.models.vae import VAE
+from tests.export.test_build import SMALL, SMALL_VAE
+
+
+def test_rounding_is_that_of_an_independent_library() -> None:
+    x = torch.cat([torch.randn(5000) * 10.0**power for power in range(-4, 4)])
+    scale = torch.tensor(0.37)
+    ours = quantize(x, scale, torch.float8_e4m3fn).float().numpy()
+    steps = np.clip(x.numpy() / scale.numpy(), -448, 448)
+    assert np.array_equal(ours, steps.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    eight = quantize(x, scale, torch.int8).numpy()
+    assert np.array_equal(eight, np.clip(np.rint(x.numpy() / scale.numpy()), -127, 127).astype(np.int8))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantized_linear_is_the_product_of_its_8_bit_numbers(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 33)
+    x = torch.randn(2, 7, 48).to(dtype)
+    ours = QuantizedLinear.prepare(linear, float(x.abs().max()), FORMATS[kind], dtype)
+    assert ours.weight.dtype == FORMATS[kind].dtype
+    assert ours.weight_scale.shape == (33,)
+    numbers = quantize(x, ours.input_scale, ours.weight.dtype).double() * ours.input_scale.double()
+    weights = ours.weight.double() * ours.weight_scale.double()[:, None]
+    wanted = numbers @ weights.T + ours.bias.double()
+    out = ours(x)
+    assert out.dtype == dtype
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (out.double() - wanted).norm() <= bound * wanted.norm()
+    exact = x.double() @ linear.weight.double().T + linear.bias.double()
+    relative = (wanted - exact).norm() / exact.norm()
+    assert relative < {"fp8": 0.06, "int8": 0.03}[kind]  # a rounding's share of its number, by the format
+    assert relative > 1e-4
+
+
+def test_the_operator_keeps_to_torchs_rules() -> None:
+    linear = QuantizedLinear.prepare(nn.Linear(16, 8), 3.0, FORMATS["int8"], torch.float32)  # its checks know no fp8
+    given = (torch.randn(3, 16), linear.weight, linear.weight_scale, linear.input_scale, linear.bias)
+    torch.library.opcheck(quantized_linear, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def rewritten(config: TransformerConfig = SMALL) -> Transformer:
+    torch.manual_seed(1)
+    transformer = Transformer(config)
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    embeds = np.random.default_rng(0).standard_normal((5, config.prompt_dim)).astype(np.float32)
+    prompt = Prompt(embeds, np.arange(5) < 2)
+    pipeline = Pipeline(transformer.bind(prompt, 64, 48), VAE(SMALL_VAE), prompt).eval()
+    with torch.no_grad():
+        return rewrites.apply(pipeline, rewrites.select(())).transformer
+
+
+@torch.no_grad()
+def test_smoothing_alone_changes_nothing() -> None:
+    transformer = rewritten()
+    latent = torch.randn(1, 16, 6, 8)
+    wanted = transformer(latent)
+    smoothed = []
+    for _, block in blocks_of(transformer):
+        for norm, names in smoothable(block):
+            before = norm.weight.clone()
+            _smooth(norm, [block.get_submodule(name) for name in names], torch.rand(len(before)) + 0.5)
+            assert not torch.equal(norm.weight, before)
+            smoothed += names
+    assert smoothed == ["img_attn.qkv", "img_mlp.0", "txt_mlp.0", "key_value", "query_mlp"]
+    assert (transformer(latent) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@torch.no_grad()
+def test_smoothing_helps_where_channels_differ() -> None:
+    """One channel of a block's norm is a thousand times the others: without smoothing they round to nothing."""
+    transformer = rewritten()
+    block = transformer.single_blocks[0]
+    ((norm, names),) = smoothable(block)
+    norm.weight.data[3] *= 1000
+    for name in names:
+        block.get_submodule(name).weight.data[:, 3] /= 1000
+    latent = torch.randn(1, 16, 6, 8)
+    wanted = transformer(latent)
+    factors = norm.weight.data.abs() / norm.weight.data.abs().median()
+    errors = {}
+    for label, smooth, limit in (("plain", None, 4000.0), ("smooth", factors, 4.0)):
+        twin = copy.deepcopy(transformer)
+        plans = {f"single_blocks.0.{name}": LinearPlan(limit, smooth) for name in names}
+        quantize_block(twin.single_blocks[0], "single_blocks.0", plans, FORMATS["int8"], torch.float32)
+        errors[label] = float((twin(latent) - wanted).norm() / wanted.norm())
+    assert errors["smooth"] < 0.2 * errors["plain"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FORMATS)
+def test_blocks_with_8_bit_linears_stay_close(kind: str) -> None:
+    transformer = rewritten()
+    latent = torch.randn(1, 16, 6, 8)
+    wanted = transformer(latent)
+    plans = {
+        f"{prefix}.{name}": LinearPlan(20.0)
+        for prefix, block in blocks_of(transformer)
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    for prefix, block in blocks_of(transformer):
+        quantize_block(block, prefix, plans, FORMATS[kind], torch.float32)
+    left = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+    assert left == ["img_in", "final_layer.linear"]
+    error = (transformer(latent) - wanted).norm() / wanted.norm()
+    assert 1e-4 < error < 0.3
