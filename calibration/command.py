@@ -12,13 +12,14 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.inputs import LinearInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.plan import (
+    Budget,
     Error,
     Judge,
     QuantizationPlan,
@@ -59,6 +60,9 @@ def calibrate(
         Optional[float],  # noqa: UP045
         typer.Option(help="Mean change of the normals in degrees."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="What runs the bundle: onnxruntime or torch.")] = "onnxruntime",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
@@ -71,11 +75,9 @@ def calibrate(
         raise ConfigError(f"there is no format {kind!r}; there are {', '.join(FORMATS)}")
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    budget = None
-    if max_depth_error is not None or max_normal_error is not None:
-        budget = Error(*(float("inf") if limit is None else limit for limit in (max_depth_error, max_normal_error)))
-        if not (budget.depth > 0 and budget.normals > 0):
-            raise ConfigError("a budget must be above 0")
+    if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
+        raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
+    budget = Budget(max_depth_error, max_normal_error)
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, digests=True)
     folder = output or bundle.with_name(f"{bundle.name}.calibration")
@@ -98,7 +100,7 @@ def calibrate(
         console=console,
     )
     running.close()
-    plan = make_plan(pipeline, manifest, statistics, found, kind, method, budget, console)
+    plan = make_plan(pipeline, manifest, statistics, found, kind, method, budget, everything, console)
     path = plan_file(folder, kind)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
@@ -126,11 +128,12 @@ def make_plan(
     images: Images,
     kind: str,
     method: str,
-    budget: Error | None,
+    budget: Budget,
+    everything: bool,
     console: Console,
 ) -> QuantizationPlan:
     """Ranges, the error of each linear quantized alone, and what the budget allows. pipeline: float32."""
-    ranges, left = input_ranges(statistics, kind, method)
+    ranges, left = input_ranges(statistics, kind, method, everything)
     layers = {name: layer for name, layer in pipeline.transformer.named_modules() if isinstance(layer, nn.Linear)}
     plan = QuantizationPlan(
         format=kind,
@@ -153,7 +156,7 @@ def make_plan(
         for name in track(ranges, description="one linear at a time", console=console)
     ]
     chosen, error = list(ranges), judge.error(list(ranges))
-    if budget is not None and not (error.depth <= budget.depth and error.normals <= budget.normals):
+    if budget.share(error) > 1:
         chosen, error = within_budget(sensitivity, budget, judge.error)
         left = left | {name: "its error does not fit into the budget" for name in ranges if name not in chosen}
     return msgspec.structs.replace(
@@ -186,7 +189,7 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
 
 def print_plan(plan: QuantizationPlan, console: Console) -> None:
     """Each linear's own error as a table with bars, worst first, and what the plan amounts to."""
-    table = Table("linear", "parameters", "depth", "", "normals", "", "becomes")
+    table = Table(Column("linear", no_wrap=True), "parameters", "depth", "", "normals", "", "becomes")
     worst = Error(
         max((row.error.depth for row in plan.sensitivity), default=1.0) or 1.0,
         max((row.error.normals for row in plan.sensitivity), default=1.0) or 1.0,

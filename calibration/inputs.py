@@ -1,4 +1,4 @@
-"""The inputs of a transformer's linears for one latent: through ONNX Runtime from the graph, or through torch."""
+"""The inputs of a transformer's linears for one latent: from its graph through ONNX Runtime, or through torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from densegeo.errors import BackendError
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import is_block
 from densegeo.runtime.bundle import Bucket, Manifest
 
 Float32 = NDArray[np.float32]
@@ -23,7 +22,7 @@ Inputs = Iterator[tuple[str, Float32]]  # a linear's name and its input (rows, K
 
 
 class LinearInputs(Protocol):
-    """Runs the transformer and shows what enters the linears of its blocks."""
+    """Runs the transformer and shows what enters its linears."""
 
     def __call__(self, bucket: Bucket, latent: Float32) -> Inputs: ...
 
@@ -60,7 +59,7 @@ class OnnxInputs:
             known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.input)}
             watched = []
             for node in model.graph.node:
-                if node.op_type == "Gemm" and is_block(node.input[1]):
+                if node.op_type == "Gemm" and node.input[1].endswith(".weight"):
                     value = known[node.input[0]]
                     size = 4 * int(np.prod([axis.dim_value for axis in value.type.tensor_type.shape.dim]))
                     watched.append((node.input[1].removesuffix(".weight"), value.name, size))
@@ -105,7 +104,7 @@ class TorchInputs:
         handles = [
             layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
             for name, layer in transformer.named_modules()
-            if isinstance(layer, nn.Linear) and is_block(name)
+            if isinstance(layer, nn.Linear)
         ]
         try:
             device = transformer.rope_cos.device

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
@@ -22,7 +22,7 @@ from densegeo.errors import QuantizationError
 from densegeo.models import reference
 from densegeo.models.quantized import FORMATS, LinearPlan, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import blocks_of
+from densegeo.models.streaming import blocks_of, is_block
 
 Float32 = NDArray[np.float32]
 
@@ -32,6 +32,18 @@ class Error(msgspec.Struct, frozen=True):
 
     depth: float
     normals: float
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """The largest error of each kind that is accepted; None for no limit."""
+
+    depth: float | None = None
+    normals: float | None = None
+
+    def share(self, error: Error) -> float:
+        """The larger share of the budget that an error takes; at most 1 if it fits."""
+        pairs = ((error.depth, self.depth), (error.normals, self.normals))
+        return max((found / limit for found, limit in pairs if limit is not None), default=0.0)
 
 
 class Sensitivity(msgspec.Struct, frozen=True):
@@ -51,7 +63,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity
     ranges: dict[str, float]
     left: dict[str, str]
-    budget: Error | None
+    budget: Budget
     error: Error | None  # of the whole plan, against float32; None when nothing was measured
     sensitivity: list[Sensitivity]
     parameters: int  # in the planned linears
@@ -82,8 +94,13 @@ def load_plan(folder: Path, kind: str) -> QuantizationPlan:
         raise QuantizationError(f"{path} is no plan of `densegeo calibrate`: {error}") from error
 
 
-def input_ranges(statistics: Statistics, kind: str, method: str) -> tuple[dict[str, float], dict[str, str]]:
-    """(linear -> range, linear -> why it gets none). Raises QuantizationError when none gets one."""
+def input_ranges(
+    statistics: Statistics, kind: str, method: str, everything: bool = False
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(linear -> range, linear -> why it gets none). everything: those outside the blocks too.
+
+    Raises QuantizationError when none gets a range.
+    """
     dtype, largest = FORMATS[kind]
 
     def rounded(values: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
@@ -93,7 +110,10 @@ def input_ranges(statistics: Statistics, kind: str, method: str) -> tuple[dict[s
 
     ranges, left = {}, {}
     check: Rounded = rounded
-    for name, histogram in statistics.histograms.items():
+    for name, histogram in sorted(statistics.histograms.items()):
+        if not everything and not is_block(name):
+            left[name] = "first and last layers keep their precision"
+            continue
         try:
             ranges[name] = choose(method, histogram, check)
         except QuantizationError as error:
@@ -120,20 +140,21 @@ class Judge:
     def error(self, names: Sequence[str]) -> Error:
         """With these linears quantized; the others stay float32. The mean over the images."""
         plans = {name: self._linears[name] for name in names}
-        originals: list[tuple[nn.ModuleList, int, nn.Module]] = []
-        for prefix, block in blocks_of(self._pipeline.transformer):
-            if any(name.startswith(f"{prefix}.") for name in plans):
-                kind, index = prefix.split(".")
-                blocks: nn.ModuleList = getattr(self._pipeline.transformer, kind)
-                originals.append((blocks, int(index), block))
-                quantized = copy.deepcopy(block)
-                quantize_block(quantized, prefix, plans, self._format, torch.float32)
-                blocks[int(index)] = quantized
+        original = self._pipeline.transformer
+        untouched = [
+            part
+            for prefix, block in blocks_of(original)
+            for part in (*block.parameters(), *block.buffers())
+            if not any(name.startswith(f"{prefix}.") for name in plans)
+        ]
+        variant = copy.deepcopy(original, {id(tensor): tensor for tensor in untouched})
+        for prefix, block in (*blocks_of(variant), ("", variant)):
+            quantize_block(block, prefix, plans, self._format, torch.float32)
+        self._pipeline.transformer = variant
         try:
             errors = [self._compare(*pair) for pair in zip(self._latents, self._wanted, strict=True)]
         finally:
-            for blocks, place, block in originals:
-                blocks[place] = block
+            self._pipeline.transformer = original
         return Error(*(float(np.mean(values)) for values in zip(*errors, strict=True)))
 
     def _outputs(self, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,26 +170,21 @@ class Judge:
 
 
 def within_budget(
-    sensitivity: Sequence[Sensitivity], budget: Error, measure: Callable[[Sequence[str]], Error]
+    sensitivity: Sequence[Sensitivity], budget: Budget, measure: Callable[[Sequence[str]], Error]
 ) -> tuple[list[str], Error]:
     """As many linears as the budget allows, the least harmful for their size first; and their joint error.
 
     The joint error is measured, not summed up; the longest run of the order that keeps to the budget is found by
     bisection, on the ground that more quantized linears do more harm.
     """
-    order = sorted(sensitivity, key=lambda row: _cost(row.error, budget) / row.parameters)
+    order = sorted(sensitivity, key=lambda row: budget.share(row.error) / row.parameters)
     low, high = 0, len(order)  # `low` keeps to the budget
     best = Error(0.0, 0.0)
     while low < high:
         middle = (low + high + 1) // 2
         found = measure([row.linear for row in order[:middle]])
-        if _cost(found, budget) <= 1:
+        if budget.share(found) <= 1:
             low, best = middle, found
         else:
             high = middle - 1
     return [row.linear for row in order[:low]], best
-
-
-def _cost(error: Error, budget: Error) -> float:
-    """The larger share of the budget that an error takes."""
-    return max(error.depth / budget.depth, error.normals / budget.normals)

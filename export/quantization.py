@@ -39,7 +39,10 @@ def checked_base(precision: str, base: str, calibration: Path | None) -> str:
 
 
 class Quantizer:
-    """Quantizes blocks by a plan; does nothing without one. Called with a float32 block and its name."""
+    """Quantizes blocks by a plan; does nothing without one.
+
+    Called with a float32 block and its name, or the rest and "".
+    """
 
     def __init__(self, base: str, plan: QuantizationPlan | None, linears: dict[str, LinearPlan], where: Path) -> None:
         self.base, self.plan, self.linears, self._where = base, plan, linears, where
@@ -65,8 +68,8 @@ class Quantizer:
             quantize_block(block, name, self.linears, FORMATS[self.plan.format], DTYPES[self.base])
 
     def apply(self, transformer: Transformer) -> None:
-        """Quantize all blocks."""
-        for name, block in blocks_of(transformer):
+        """Quantize all blocks, and what is outside them."""
+        for name, block in (*blocks_of(transformer), ("", transformer)):
             self(block, name)
 
     @property

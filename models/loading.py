@@ -127,13 +127,13 @@ def load_rewritten(
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
     their places. files: "encoder", "transformer" and "decoder". size: (width, height).
-    quantize: gets each block and its name, and replaces what is stored as 8-bit numbers.
+    quantize: gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit numbers.
     Raises CheckpointError when files and modules differ.
     """
     pipeline = rewritten_form(configs, prompt, applied, size)
     transformer, vae = pipeline.transformer, pipeline.vae
     if quantize is not None:
-        for name, block in blocks_of(transformer):
+        for name, block in (*blocks_of(transformer), ("", transformer)):
             quantize(block, name)
     for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
         try:

@@ -131,14 +131,15 @@ def quantize_block(
 ) -> None:
     """Replace the linears of a float32 block that have a plan, in place; smoothing goes into its norms first.
 
-    plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv").
+    plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv"). A transformer is a block without prefix.
     """
+    start = f"{prefix}." if prefix else ""
     for norm, names in smoothable(block):
-        factors = [plans[f"{prefix}.{name}"].smooth for name in names if f"{prefix}.{name}" in plans]
+        factors = [plans[start + name].smooth for name in names if start + name in plans]
         if factors and factors[0] is not None and not norm.weight.is_meta:
             _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
     for name, linear in list(block.named_modules()):
-        plan = plans.get(f"{prefix}.{name}")
+        plan = plans.get(start + name)
         if plan is not None and isinstance(linear, nn.Linear):
             made = QuantizedLinear.prepare(linear, plan.input_range, kind, dtype)
             parent, _, child = name.rpartition(".")

@@ -100,8 +100,9 @@ def write_rewritten(
     """Rewrite and cast the transformer of `pipeline` block by block into the safetensors file `path`.
 
     pipeline: bound, not rewritten, blocks empty, and filled from `source`. final: the rewritten, quantized and cast
-    transformer on the meta device, which tells what is stored. quantize: gets each rewritten block in float32, and its
-    name, and may replace its linears. `progress` gets the elements of each tensor written.
+    transformer on the meta device, which tells what is stored. quantize: gets each rewritten block in float32 and its
+    name, at last what is outside the blocks and "", and may replace linears. `progress` gets the elements of each
+    tensor written.
     """
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in final.state_dict().items()}
     outer = _without_blocks(pipeline.transformer)
@@ -133,6 +134,7 @@ def write_rewritten(
             del copied, holder, rewritten
         rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])
         last = copy.deepcopy(outer)  # casting must not reach the tensors that it shares
+        quantize(last, "")
         cast_module(last, precision)
         store("", last.state_dict())
 

@@ -210,7 +210,7 @@ class Transformer(nn.Module):
 
     def canvas(self, latent: Tensor) -> Tensor:
         """latent (B, C, h, w) -> embedded canvas [zeros | image] (B, 2L, hidden)."""
-        tokens = pack(latent).to(self.img_in.weight.dtype)
+        tokens = pack(latent).to(self.img_in.bias.dtype)
         if self.constant_canvas:
             image = self.img_in(tokens)
             return torch.cat([self.img_in.bias.expand_as(image), image], dim=1)

@@ -144,11 +144,11 @@ class FusedTransformer(nn.Module):
 
 def fuse_transformer(model: Transformer) -> FusedTransformer:
     """The fused form, with the attention strategy that is fastest on the model's device at its size."""
-    config, weight, tokens = model.config, model.img_in.weight, model.rope_cos.shape[0]
+    config, like, tokens = model.config, model.img_in.bias, model.rope_cos.shape[0]
     fused = FusedTransformer(model)
     if fused.counts is not None:
         shape = (1, config.num_heads, tokens, config.head_size)
-        q, k, v = (torch.randn(shape, dtype=weight.dtype, device=weight.device) for _ in range(3))
+        q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
         fused.strategy = choose(q, k, v, fused.counts)
         log.info("attention over %d tokens with merged padding: %s", tokens, fused.strategy)
     return fused

@@ -1,0 +1,307 @@
+"""From a bundle and images to 8-bit bundles, through the command; and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+
+from densegeo.calibration import command
+from densegeo.calibration.collect import MINIMUM, Images, collect
+from densegeo.calibration.command import calibrate
+from densegeo.calibration.histogram import Histogram
+from densegeo.calibration.inputs import OnnxInputs, TorchInputs
+from densegeo.calibration.plan import Budget, load_plan
+from densegeo.calibration.statistics import FILE, Statistics
+from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
+from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.sources import Given
+from densegeo.runtime import Estimator
+from densegeo.runtime.backends import open_backend
+from densegeo.runtime.backends.torch_modules import load_networks
+from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.verify import replay, within
+from tests.export.test_build import options, write_checkpoint
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint_dir: Path) -> Path:
+    return build_bundle(options(checkpoint_dir, checkpoint_dir.parent / "fp32"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        coarse = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((48, 32)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def run(bundle: Path, images: Path, output: Path, **changes: object) -> None:
+    values: dict[str, object] = {"kind": "fp8", "method": "mse", "smooth": 0.0, "everything": False}
+    values |= {"max_depth_error": None, "max_normal_error": None, "backend": "onnxruntime", "device": "cpu"}
+    calibrate(bundle, [str(images)], output, **(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def calibrated(bundle: Path, images: Path) -> Path:
+    """Statistics and both formats' plans."""
+    folder = bundle.with_name("calibration")
+    run(bundle, images, folder, kind="fp8")
+    run(bundle, images, folder, kind="int8", method="entropy")
+    return folder
+
+
+def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -> None:
+    plan = load_plan(calibrated, "fp8")
+    with safe_open(bundle / "transformer.safetensors", framework="numpy") as file:
+        matrices = {
+            name.removesuffix(".weight"): file.get_slice(name).get_shape()
+            for name in file.keys()  # noqa: SIM118
+            if len(file.get_slice(name).get_shape()) == 2
+        }
+    blocks = {name for name in matrices if name.startswith(("double_blocks", "single_blocks"))}
+    assert set(plan.ranges) == blocks
+    assert set(plan.left) == {"img_in", "final_layer.linear"}
+    assert plan.parameters == sum(int(np.prod(matrices[name])) for name in blocks)
+    assert {row.linear for row in plan.sensitivity} == blocks
+    assert plan.error is not None
+    assert 0 < plan.error.normals < 20
+    assert all(0 <= row.error.depth <= 3 * plan.error.depth for row in plan.sensitivity)
+
+
+def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle)
+    pipeline = load_networks(bundle, manifest, (48, 32), "cpu")
+    backend = open_backend("onnxruntime", bundle, manifest, "cpu")
+    found = []
+    for name, inputs in (("ort", OnnxInputs(bundle, manifest)), ("torch", TorchInputs(pipeline))):
+        chosen = Images(sorted(images.iterdir()))
+        found.append(
+            collect(
+                bundle,
+                manifest,
+                chosen,
+                backend,
+                inputs,
+                pipeline,
+                tmp_path / name,
+                smooth=0.5,
+                console=Console(quiet=True),
+            )
+        )
+    ours, theirs = found
+    assert set(ours.channels) == set(theirs.channels)
+    assert set(ours.factors) == set(theirs.factors) != set()
+    for name, channels in ours.channels.items():
+        np.testing.assert_allclose(channels, theirs.channels[name], rtol=1e-4, atol=1e-5)
+        histogram, other = ours.histograms[name], theirs.histograms[name]
+        assert histogram.counts.sum() == other.counts.sum()
+        assert histogram.peak == pytest.approx(other.peak, rel=1e-4)
+        assert np.abs(np.cumsum(histogram.counts) - np.cumsum(other.counts)).max() <= 0.01 * histogram.counts.sum()
+    for factors in ours.factors.values():
+        assert np.log(factors).mean() == pytest.approx(0, abs=1e-5)
+    assert Statistics.load(tmp_path / "ort").measured == ours.measured
+
+
+def test_an_interrupted_run_goes_on(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(bundle, images, whole)
+    add, calls = Histogram.add, []
+
+    def interrupted(self: Histogram, values: np.ndarray) -> None:
+        calls.append(1)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        add(self, values)
+
+    monkeypatch.setattr(Histogram, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(bundle, images, parts)
+    seen = len(Statistics.load(parts / FILE).counted)
+    assert seen == 8  # saved after every eighth
+    calls.clear()
+    monkeypatch.setattr(Histogram, "add", lambda self, values: (calls.append(1), add(self, values)))
+    run(bundle, images, parts)
+    statistics = Statistics.load(parts / FILE)
+    assert len(calls) == (12 - seen) * len(statistics.histograms)
+    for name, histogram in Statistics.load(whole / FILE).histograms.items():
+        assert np.array_equal(histogram.counts, statistics.histograms[name].counts)
+    assert load_plan(whole, "fp8") == load_plan(parts, "fp8")  # reproducible, too
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_8_bit_bundles_run_within_their_bounds(
+    checkpoint_dir: Path, calibrated: Path, tmp_path: Path, kind: str, base: str
+) -> None:
+    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision=kind, base=base, calibration=calibrated))
+    manifest = read_manifest(made)
+    assert (manifest.precision, manifest.base) == (kind, base)
+    assert manifest.quantization is not None
+    assert manifest.quantization.share > 0.5
+    with safe_open(made / "transformer.safetensors", framework="pt") as file:
+        for name in manifest.quantization.linears:
+            assert str(file.get_slice(f"{name}.weight").get_dtype()) == {"fp8": "F8_E4M3", "int8": "I8"}[kind]
+        assert "F8_E4M3" not in str(file.get_slice("img_in.weight").get_dtype())
+    for backend in ("torch",) if base == "bf16" else ("torch", "onnxruntime"):
+        checks = replay(made, backend, "cpu")
+        assert all(within(check) for check in checks), checks
+        transformer = next(check for check in checks if check.output == "transformer")
+        assert transformer.error > 1e-4  # it is quantized
+    with Estimator(made, "torch", "cpu") as estimator:
+        assert np.isfinite(estimator(np.zeros((32, 48, 3), np.uint8)).prediction).all()
+    if base == "bf16":
+        with pytest.raises(BackendError, match="no bf16"):
+            Estimator(made, "onnxruntime", "cpu")
+
+
+def test_everything_and_smoothing_build_too(checkpoint_dir: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
+    run(bundle, images, tmp_path / "all", everything=True, smooth=0.5, kind="int8", method="max")
+    plan = load_plan(tmp_path / "all", "int8")
+    assert {"img_in", "final_layer.linear"} <= set(plan.ranges)
+    assert plan.parameters == plan.linear_parameters
+    made = build_bundle(
+        options(checkpoint_dir, tmp_path / "made", precision="int8", base="fp32", calibration=tmp_path / "all")
+    )
+    for backend in ("torch", "onnxruntime"):
+        assert all(within(check) for check in replay(made, backend, "cpu"))
+
+
+def test_a_budget_leaves_the_most_harmful_as_they_are(bundle: Path, images: Path, calibrated: Path) -> None:
+    free = load_plan(calibrated, "fp8")
+    assert free.error is not None
+    run(bundle, images, calibrated, max_normal_error=0.5 * free.error.normals)
+    plan = load_plan(calibrated, "fp8")
+    run(bundle, images, calibrated)  # as it was
+    assert plan.budget == Budget(None, 0.5 * free.error.normals)
+    assert plan.error is not None
+    assert plan.error.normals <= 0.5 * free.error.normals
+    assert 0 < len(plan.ranges) < len(free.ranges)
+    worst = max(plan.sensitivity, key=lambda row: row.error.normals / row.parameters)
+    assert "budget" in plan.left[worst.linear]
+
+
+def test_statistics_of_another_model_are_refused(
+    checkpoint_dir: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    from densegeo.models.presets import write_random_checkpoint
+    from tests.export.test_build import CONFIG, SMALL, SMALL_VAE
+
+    other = tmp_path / "other"
+    write_random_checkpoint(other, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=9)
+    (other / "config.json").write_text(CONFIG)
+    with pytest.raises(QuantizationError, match="of another model: its dit file"):
+        build_bundle(options(other, tmp_path / "made", precision="fp8", calibration=calibrated))
+    second = build_bundle(options(other, tmp_path / "second"))
+    folder = tmp_path / "copy"
+    shutil.copytree(calibrated, folder)
+    with pytest.raises(QuantizationError, match=r"statistics\.safetensors is of another model"):
+        run(second, images, folder)
+    with pytest.raises(QuantizationError, match="rewritten by"):
+        build_bundle(
+            options(checkpoint_dir, tmp_path / "made", precision="fp8", calibration=calibrated, without=("trim",))
+        )
+    with pytest.raises(QuantizationError, match="--smooth 0"):
+        run(bundle, images, folder, smooth=0.5)
+    assert not (tmp_path / "made").exists()
+
+
+def test_contradictions_are_refused(
+    checkpoint_dir: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    def build(**changes: object) -> None:
+        build_bundle(options(checkpoint_dir, tmp_path / "made", **changes))
+
+    with pytest.raises(ConfigError, match="needs --calibration"):
+        build(precision="fp8")
+    with pytest.raises(ConfigError, match="overflow fp16"):
+        build(precision="fp8", base="fp16", calibration=calibrated)
+    with pytest.raises(ConfigError, match="not for bf16"):
+        build(precision="bf16", calibration=calibrated)
+    with pytest.raises(QuantizationError, match=r"plan-fp8\.json is not there: .*densegeo calibrate"):
+        build(precision="fp8", calibration=tmp_path)
+    (tmp_path / "plan-fp8.json").write_text("{")
+    with pytest.raises(QuantizationError, match="is no plan"):
+        build(precision="fp8", calibration=tmp_path)
+    with pytest.raises(ConfigError, match="no format 'fp4'"):
+        run(bundle, images, tmp_path, kind="fp4")
+    with pytest.raises(ConfigError, match="no method 'luck'"):
+        run(bundle, images, tmp_path, method="luck")
+    with pytest.raises(ConfigError, match="above 0"):
+        run(bundle, images, tmp_path, max_depth_error=0.0)
+
+
+def test_bad_images_are_refused_or_counted(
+    bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, few, broken = (tmp_path / name for name in ("empty", "few", "broken"))
+    empty.mkdir()
+    with pytest.raises(ImageError, match="matches no image"):
+        run(bundle, empty, tmp_path / "out")
+    few.mkdir()
+    shutil.copy(images / "00.png", few)
+    with pytest.raises(QuantizationError, match=f"1 image is too few .* at least {MINIMUM}"):
+        run(bundle, few, tmp_path / "out")
+    shutil.copytree(images, broken)
+    (broken / "05.png").write_bytes(b"no picture")
+    run(bundle, broken, tmp_path / "out")
+    assert "1 images could not be read" in capsys.readouterr().out
+    assert len(Statistics.load(tmp_path / "out" / FILE).counted) == 11
+    for name in ("01", "02", "03"):
+        (broken / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(QuantizationError, match=r"3 of 12 images cannot be read, the last one: .*03"):
+        run(bundle, broken, tmp_path / "again")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / FILE).write_bytes(b"\x00" * 20)
+    with pytest.raises(QuantizationError, match="is no file of `densegeo calibrate`"):
+        run(bundle, images, tmp_path / "bad")
+
+
+def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoiled(OnnxInputs):
+        value = np.nan
+
+        def __call__(self, bucket, latent):  # type: ignore[no-untyped-def]
+            for name, rows in super().__call__(bucket, latent):
+                yield name, np.full_like(rows, self.value) if name == "double_blocks.0.img_mlp.2" else rows
+
+    monkeypatch.setattr(command, "OnnxInputs", Spoiled)
+    with pytest.raises(QuantizationError, match=r"NaN .* input of double_blocks\.0\.img_mlp\.2, for .*00\.png"):
+        run(bundle, images, tmp_path / "nan")
+    monkeypatch.setattr(Spoiled, "value", 0.0)
+    run(bundle, images, tmp_path / "zero")
+    plan = load_plan(tmp_path / "zero", "fp8")
+    assert "zero in every image" in plan.left["double_blocks.0.img_mlp.2"]
+    assert "double_blocks.0.img_mlp.2" not in plan.ranges
+
+
+def test_a_bf16_bundle_is_calibrated_through_torch(checkpoint_dir: Path, images: Path, tmp_path: Path) -> None:
+    low = build_bundle(options(checkpoint_dir, tmp_path / "bf16", precision="bf16"))
+    with pytest.raises(BackendError, match=r"no bf16"):
+        run(low, images, tmp_path / "out")
+    run(low, images, tmp_path / "out", backend="torch")
+    assert len(load_plan(tmp_path / "out", "fp8").ranges) > 5
+
+
+def test_the_carried_model_takes_the_same_road(tmp_path: Path) -> None:
+    """A build of the model that comes with the code checks its own files' digests against the calibration's."""
+    plan = {"model": "fe2e-tiny", "output": tmp_path / "made", "given": Given(), "precision": "fp8"}
+    with pytest.raises(QuantizationError, match="is not there"):
+        build_bundle(BuildOptions(**plan, calibration=tmp_path))  # type: ignore[arg-type]
