@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 
 from densegeo.calibration import command
 from densegeo.calibration.collect import MINIMUM, Images, collect
-from densegeo.calibration.command import calibrate
 from densegeo.calibration.histogram import Histogram
 from densegeo.calibration.inputs import OnnxInputs, TorchInputs
 from densegeo.calibration.plan import Budget, load_plan
@@ -26,44 +24,10 @@ from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import replay, within
-from tests.export.test_build import options, write_checkpoint
+from tests.calibration.conftest import run
+from tests.export.test_build import options
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("calibration"))
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint_dir: Path) -> Path:
-    return build_bundle(options(checkpoint_dir, checkpoint_dir.parent / "fp32"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        coarse = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((48, 32)).save(folder / f"{index:02d}.png")
-    return folder
-
-
-def run(bundle: Path, images: Path, output: Path, **changes: object) -> None:
-    values: dict[str, object] = {"kind": "fp8", "method": "mse", "smooth": 0.0, "everything": False}
-    values |= {"max_depth_error": None, "max_normal_error": None, "backend": "onnxruntime", "device": "cpu"}
-    calibrate(bundle, [str(images)], output, **(values | changes))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def calibrated(bundle: Path, images: Path) -> Path:
-    """Statistics and both formats' plans."""
-    folder = bundle.with_name("calibration")
-    run(bundle, images, folder, kind="fp8")
-    run(bundle, images, folder, kind="int8", method="entropy")
-    return folder
 
 
 def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -> None:

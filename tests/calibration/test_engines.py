@@ -1,0 +1,75 @@
+"""8-bit graphs as TensorRT engines: the products are 8-bit there too, and architectures without fp8 are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from densegeo.errors import ConfigError
+from densegeo.export.build import build_bundle
+from densegeo.export.engines import EngineOptions
+from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.engine_log import parse_log, read_log, warnings
+from tests.export.test_build import options
+
+pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "architectures", "engines"),
+    [
+        ("fp8", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
+        ("fp8", "input", (89,), [["sm_89"]]),
+        ("int8", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
+    ],
+)
+def test_products_are_8_bit(
+    checkpoint_dir: Path,
+    calibrated: Path,
+    tmp_path: Path,
+    kind: str,
+    weights: str,
+    architectures: tuple[int, ...],
+    engines: list[list[str]],
+) -> None:
+    made = build_bundle(
+        options(
+            checkpoint_dir,
+            tmp_path / "made",
+            precision=kind,
+            calibration=calibrated,
+            backend="tensorrt",
+            architectures=architectures,
+            engines=EngineOptions(library="tensorrt_rtx", weights=weights),  # type: ignore[arg-type]
+        )
+    )
+    manifest = read_manifest(made)
+    assert manifest.quantization is not None
+    transformers = [engine for engine in manifest.engines if engine.stage == "transformer"]
+    assert [engine.architectures for engine in transformers] == engines
+    wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
+    for engine in transformers:
+        log = parse_log(read_log(made / engine.log))
+        products = [layer for layer in log.layers if layer.role == "matmul"]
+        assert sum(wanted in layer.dtype for layer in products) == len(manifest.quantization.linears)
+        assert len(products) == len(manifest.quantization.linears) + 2  # img_in and final_layer.linear
+        assert not [line for line in warnings(log, kind, float_tail=False) if "float32" in line]
+        if weights == "input":
+            assert "single_blocks.0.linear2.weight" in engine.weight_inputs
+
+
+def test_fp8_is_refused_where_there_is_none(checkpoint_dir: Path, calibrated: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no fp8 before sm_89, so no engine for sm_80, sm_86.*int8"):
+        build_bundle(
+            options(
+                checkpoint_dir,
+                tmp_path / "made",
+                precision="fp8",
+                calibration=calibrated,
+                backend="tensorrt",
+                architectures=(80, 86, 89),
+                engines=EngineOptions(library="tensorrt_rtx"),
+            )
+        )
