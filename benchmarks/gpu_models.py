@@ -10,15 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from densegeo.benchmarks.gpu_kernels import seconds_of
 from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
 from densegeo.models import precision, rewrites
+from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
 from densegeo.models.reference import relative, split
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.streaming import blocks_of, is_block
 from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import DeviceNetwork
@@ -104,7 +106,7 @@ def _chain(pipeline: Pipeline, vae: VAE, parts: int, vae_dtype: torch.dtype) -> 
     return run
 
 
-def contenders(weights: Weights, size: tuple[int, int]) -> dict[str, Callable[[], Network]]:
+def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str, Callable[[], Network]]:
     """Name -> what makes the network; each is made, measured and dropped in turn, because memory is limited."""
 
     def plain_folded(compiled: bool) -> Network:
@@ -123,12 +125,17 @@ def contenders(weights: Weights, size: tuple[int, int]) -> dict[str, Callable[[]
         "folded, compiled": lambda: plain_folded(True),
         "folded, kernels": lambda: ours(False),
         "folded, kernels, graph": lambda: ours(True),
+        "folded, kernels, graph, fp8": lambda: device_network(weights, size, True, rgb).recorded(1),
     }
 
 
-def device_network(weights: Weights, size: tuple[int, int], captured: bool) -> DeviceNetwork:
-    """The torch backend's network of one bucket."""
+def device_network(
+    weights: Weights, size: tuple[int, int], captured: bool, fp8_on: Tensor | None = None
+) -> DeviceNetwork:
+    """The torch backend's network of one bucket. fp8_on: a picture whose largest activations are fp8's ranges."""
     pipeline, config = folded(weights, size), weights.setup.vae
+    if fp8_on is not None:
+        to_fp8(pipeline, fp8_on)
     decode = Decode("log_affine", config.scale_factor, config.shift_factor, depth_sign=-1, normal_sign=1)
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
     recorder = CudaRecorder(weights.device) if captured and weights.device != "cpu" else None
@@ -141,6 +148,27 @@ def device_network(weights: Weights, size: tuple[int, int], captured: bool) -> D
         weights.device,
         recorder,
     )
+
+
+@torch.inference_mode()
+def to_fp8(pipeline: Pipeline, rgb: Tensor) -> None:
+    """Quantize all linears of the blocks in place, their inputs' ranges by one picture: for speed, not for accuracy."""
+    transformer, peaks = pipeline.transformer, dict[str, float]()
+
+    def note(name: str, x: Tensor) -> None:
+        peaks[name] = float(x.abs().max())
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and is_block(name)
+    ]
+    transformer(pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW])))
+    for handle in handles:
+        handle.remove()
+    plans = {name: LinearPlan(peak) for name, peak in peaks.items()}
+    for name, block in blocks_of(transformer):
+        quantize_block(block, name, plans, FORMATS["fp8"], precision.DTYPES[LOW])
 
 
 @torch.inference_mode()
@@ -173,7 +201,7 @@ def compare(weights: Weights, size: tuple[int, int], runs: int, left: Callable[[
     rgb = random_image(*size, seed=2).to(weights.device)
     rows: dict[str, Any] = {}
     wanted: Tensor | None = None
-    for name, make in contenders(weights, size).items():
+    for name, make in contenders(weights, size, rgb).items():
         if left() < 60:
             rows[name] = {"skipped": "no time left"}
             continue

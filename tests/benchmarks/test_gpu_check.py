@@ -47,6 +47,8 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for row in rows.values():
         assert row["ms"] > 0
         assert row["relative_to_authors"] < 0.2
+    bf16, fp8 = (rows[f"folded, kernels, graph{name}"]["relative_to_authors"] for name in ("", ", fp8"))
+    assert bf16 < fp8
     assert rows["folded, kernels"]["relative_to_authors"] > 0  # bf16 cannot agree with float32 to the last bit
     assert found["transfers"]["two in flight"] > 0
     assert len(found["profile"]["kernels"]) > 10
