@@ -60,6 +60,7 @@ def plan(bundle: Path, images: Path, folder: Path, kind: str, method: str, every
         everything=everything,
         backend="onnxruntime",
         device="cpu",
+        stream=False,
     )
 
 

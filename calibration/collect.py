@@ -18,7 +18,6 @@ from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import blocks_of
-from densegeo.runtime.backends import Backend
 from densegeo.runtime.bundle import Bucket, Manifest
 from densegeo.runtime.images import load_image
 from densegeo.runtime.resample import choose_bucket, place, prepare
@@ -66,7 +65,6 @@ def collect(
     directory: Path,
     manifest: Manifest,
     images: Images,
-    backend: Backend,
     inputs: LinearInputs,
     form: Pipeline,
     path: Path,
@@ -76,8 +74,8 @@ def collect(
 ) -> Statistics:
     """Statistics of a bundle's linears, in the file `path`.
 
-    backend: runs the encoder. form: the bundle's networks; their weights may be on the meta device. smooth:
-    SmoothQuant's exponent, 0 for none; with it the images are run twice. Raises QuantizationError for statistics of
+    form: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with it
+    the images are run twice. Raises QuantizationError for statistics of
     another bundle or another exponent in `path`, too many unreadable images, and NaN, naming the linear.
     """
     identity = Identity.of(manifest)
@@ -100,7 +98,7 @@ def collect(
             except ImageError as error:
                 images.skip(image, error)
                 continue
-            for linear, rows in inputs(bucket, backend.run(bucket, "encoder", rgb)):
+            for linear, rows in inputs(bucket, rgb):
                 try:
                     for observe in observers:
                         observe(linear, rows)

@@ -29,12 +29,11 @@ from densegeo.calibration.plan import (
     within_budget,
 )
 from densegeo.calibration.statistics import FILE, Statistics
-from densegeo.errors import BackendError, ConfigError, ImageError
+from densegeo.errors import ConfigError, ImageError
 from densegeo.inputs import find_images
 from densegeo.models.quantized import FORMATS
 from densegeo.models.rewrites import Pipeline
-from densegeo.runtime.backends import open_backend
-from densegeo.runtime.backends.torch_modules import load_networks
+from densegeo.runtime.backends.torch_modules import choose_device, load_networks
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 
 JUDGED = 4  # images on which errors are measured
@@ -64,7 +63,15 @@ def calibrate(
         bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
     ] = False,
     backend: Annotated[str, typer.Option(help="What runs the bundle: onnxruntime or torch.")] = "onnxruntime",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="With torch: auto, cpu, cuda or cuda:N.")] = "auto",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read blocks from disk as they run and measure no errors: for models larger than memory. Needs "
+            "--backend torch --device cpu.",
+        ),
+    ] = False,
 ) -> None:
     """Find out which linears can be 8-bit: statistics over images, errors of each alone, and a plan.
 
@@ -83,24 +90,25 @@ def calibrate(
     folder = output or bundle.with_name(f"{bundle.name}.calibration")
     console = Console()
     found = Images(find_images(images))
-    running = open_backend(backend, bundle, manifest, device)
+    if stream and (backend, device) != ("torch", "cpu"):
+        raise ConfigError("--stream needs --backend torch --device cpu")
     first = manifest.buckets[0]
-    pipeline = load_networks(bundle, manifest, (first.width, first.height), running.device)
+    where = choose_device(device) if backend == "torch" else "cpu"
+    pipeline = load_networks(bundle, manifest, (first.width, first.height), where, streamed=stream)
     for network in (pipeline.transformer, pipeline.vae):
         network.float()
     statistics = collect(
         bundle,
         manifest,
         found,
-        running,
-        _inputs(running.name, bundle, manifest, pipeline),
+        _inputs(backend, bundle, manifest, pipeline),
         pipeline,
         folder / FILE,
         smooth=smooth,
         console=console,
     )
-    running.close()
-    plan = make_plan(pipeline, manifest, statistics, found, kind, method, budget, everything, console)
+    pictures = [] if stream else _pictures(found, manifest)
+    plan = make_plan(pipeline, manifest, statistics, pictures, kind, method, budget, everything, console)
     path = plan_file(folder, kind)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
@@ -118,21 +126,25 @@ def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> 
         return OnnxInputs(bundle, manifest)
     if name == "torch":
         return TorchInputs(pipeline)
-    raise BackendError(f"{name} does not show what enters its linears: use --backend onnxruntime or torch")
+    raise ConfigError(f"{name} does not show what enters its linears: use --backend onnxruntime or torch")
 
 
 def make_plan(
     pipeline: Pipeline,
     manifest: Manifest,
     statistics: Statistics,
-    images: Images,
+    pictures: list[Any],
     kind: str,
     method: str,
     budget: Budget,
     everything: bool,
     console: Console,
 ) -> QuantizationPlan:
-    """Ranges, the error of each linear quantized alone, and what the budget allows. pipeline: float32."""
+    """Ranges, the error of each linear quantized alone, and what the budget allows.
+
+    pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
+    Raises ConfigError for a budget without pictures.
+    """
     ranges, left = input_ranges(statistics, kind, method, everything)
     layers = {name: layer for name, layer in pipeline.transformer.named_modules() if isinstance(layer, nn.Linear)}
     plan = QuantizationPlan(
@@ -145,12 +157,16 @@ def make_plan(
         budget=budget,
         error=None,
         sensitivity=[],
-        parameters=0,
+        parameters=sum(layers[name].weight.numel() for name in ranges),
         linear_parameters=sum(layer.weight.numel() for layer in layers.values()),
     )
+    if not pictures:
+        if budget != Budget():
+            raise ConfigError("a budget needs errors, which --stream does not measure")
+        return plan
     first = manifest.buckets[0]
     pipeline.transformer.resize(first.width, first.height)
-    judge = Judge(pipeline, _pictures(images, manifest), kind, plan.linears(statistics))
+    judge = Judge(pipeline, pictures, kind, plan.linears(statistics))
     sensitivity = [
         Sensitivity(name, layers[name].weight.numel(), judge.error([name]))
         for name in track(ranges, description="one linear at a time", console=console)
@@ -204,7 +220,8 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
             Bar(worst.normals, 0, row.error.normals, width=12),
             plan.format if row.linear in plan.ranges else "as it is",
         )
-    console.print(table)
+    if plan.sensitivity:
+        console.print(table)
     for name, why in plan.left.items():
         console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
     share = plan.parameters / plan.linear_parameters

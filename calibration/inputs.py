@@ -1,4 +1,4 @@
-"""The inputs of a transformer's linears for one latent: from its graph through ONNX Runtime, or through torch."""
+"""The inputs of a transformer's linears for one picture: from the graphs through ONNX Runtime, or through torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from densegeo.errors import BackendError
 from densegeo.models.rewrites import Pipeline
+from densegeo.runtime.backends import open_backend
 from densegeo.runtime.bundle import Bucket, Manifest
 
 Float32 = NDArray[np.float32]
@@ -22,25 +23,27 @@ Inputs = Iterator[tuple[str, Float32]]  # a linear's name and its input (rows, K
 
 
 class LinearInputs(Protocol):
-    """Runs the transformer and shows what enters its linears."""
+    """Runs encoder and transformer on rgb (1, 3, H, W) and shows what enters the transformer's linears."""
 
-    def __call__(self, bucket: Bucket, latent: Float32) -> Inputs: ...
+    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs: ...
 
 
 class OnnxInputs:
-    """Of a bundle's graph on ONNX Runtime. Raises BackendError for graphs that it cannot run here."""
+    """Of a bundle's graphs on ONNX Runtime's CPU provider. Raises BackendError for graphs that it cannot run."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        if manifest.precision == "bf16":
+        if manifest.base == "bf16":
             raise BackendError(
                 "ONNX Runtime's CPU provider has no bf16. Calibrate a bundle built with `--precision fp32`, or use "
                 "--backend torch."
             )
         self._bundle = bundle
+        self._backend = open_backend("onnxruntime", bundle, manifest, "cpu")
         self._sessions: dict[str, tuple[Any, list[tuple[str, str, int]]]] = {}
 
-    def __call__(self, bucket: Bucket, latent: Float32) -> Inputs:
+    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
         """One run for each group of inputs that fits into memory."""
+        latent = self._backend.run(bucket, "encoder", rgb)
         session, watched = self._session(bucket.transformer.file)
         feed = {bucket.transformer.inputs[0].name: latent}
         for group in _groups(watched):
@@ -90,11 +93,11 @@ class TorchInputs:
     """Of the project's own modules, on their device."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self._transformer = pipeline.transformer
+        self._pipeline = pipeline
 
-    def __call__(self, bucket: Bucket, latent: Float32) -> Inputs:
+    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
         """One run; inputs leave the device as they come."""
-        transformer = self._transformer
+        transformer = self._pipeline.transformer
         transformer.resize(bucket.width, bucket.height)
         seen: list[tuple[str, Float32]] = []
 
@@ -109,7 +112,7 @@ class TorchInputs:
         try:
             device = transformer.rope_cos.device
             with torch.inference_mode():
-                transformer(torch.from_numpy(latent).to(device))
+                transformer(self._pipeline.vae.encoder(torch.from_numpy(rgb).to(device)))
         finally:
             for handle in handles:
                 handle.remove()

@@ -122,12 +122,15 @@ def load_rewritten(
     size: tuple[int, int],
     device: str = "cpu",
     quantize: Callable[[nn.Module, str], object] | None = None,
+    *,
+    streamed: bool = False,
 ) -> Pipeline:
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
     their places. files: "encoder", "transformer" and "decoder". size: (width, height).
     quantize: gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit numbers.
+    streamed: leave the transformer's blocks in the file, see `models.streaming`.
     Raises CheckpointError when files and modules differ.
     """
     pipeline = rewritten_form(configs, prompt, applied, size)
@@ -137,6 +140,11 @@ def load_rewritten(
             quantize(block, name)
     for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
         try:
+            if streamed and module is transformer:
+                source = BlockFile(files[stage])
+                source.fill_outside(transformer)
+                source.attach(transformer)
+                continue
             module.load_state_dict(load_file(files[stage], device=device), assign=True)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{files[stage]} does not hold this {stage}'s weights: {error}") from error

@@ -49,7 +49,7 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         first = manifest.buckets[0]
         self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
         self._transformers: dict[Size, Transformer] = {(first.width, first.height): self._pipeline.transformer}
@@ -157,8 +157,11 @@ def resized(transformer: Transformer, size: Size) -> Transformer:
     return twin
 
 
-def load_networks(directory: Path, manifest: Manifest, size: Size, device: str) -> Pipeline:
-    """A bundle's networks for one image size, as they are stored. Raises BackendError."""
+def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, *, streamed: bool = False) -> Pipeline:
+    """A bundle's networks for one image size, as they are stored. Raises BackendError.
+
+    streamed: the transformer's blocks stay in their file, are read when they run, and then are float32.
+    """
     if manifest.networks is None:
         raise BackendError(
             f"{directory} holds graphs alone, and the torch backend needs the networks' description. "
@@ -173,7 +176,7 @@ def load_networks(directory: Path, manifest: Manifest, size: Size, device: str) 
         applied = rewrites.select(set(rewrites.NAMES) - set(manifest.rewrites))
         eight_bit = None if manifest.quantization is None else _eight_bit(manifest.quantization, manifest.base)
         files: dict[str, Path] = {stage: directory / f"{stage}.safetensors" for stage in STAGES}
-        pipeline = load_rewritten(configs, prompt, applied, files, size, device, eight_bit)
+        pipeline = load_rewritten(configs, prompt, applied, files, size, device, eight_bit, streamed=streamed)
     except (CheckpointError, msgspec.ValidationError) as error:
         raise BackendError(f"The networks in {directory} cannot be rebuilt: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -187,7 +190,7 @@ def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Modu
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])
 
 
-def _choose_device(device: str) -> str:
+def choose_device(device: str) -> str:
     """ "auto", "cpu", "cuda" or "cuda:N" -> "cpu" or "cuda:N"; raises ConfigError, BackendError."""
     kind, index = parse_device(device)
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):

@@ -35,7 +35,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(bundle: Path, images: Path, output: Path, **changes: object) -> None:
     values: dict[str, object] = {"kind": "fp8", "method": "mse", "smooth": 0.0, "everything": False}
-    values |= {"max_depth_error": None, "max_normal_error": None, "backend": "onnxruntime", "device": "cpu"}
+    values |= {
+        "max_depth_error": None,
+        "max_normal_error": None,
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "stream": False,
+    }
     calibrate(bundle, [str(images)], output, **(values | changes))  # type: ignore[arg-type]
 
 

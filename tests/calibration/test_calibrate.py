@@ -20,7 +20,6 @@ from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationE
 from densegeo.export.build import BuildOptions, build_bundle
 from densegeo.export.sources import Given
 from densegeo.runtime import Estimator
-from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import replay, within
@@ -51,24 +50,24 @@ def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -
 def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path: Path) -> None:
     manifest = read_manifest(bundle)
     pipeline = load_networks(bundle, manifest, (48, 32), "cpu")
-    backend = open_backend("onnxruntime", bundle, manifest, "cpu")
-    found = []
-    for name, inputs in (("ort", OnnxInputs(bundle, manifest)), ("torch", TorchInputs(pipeline))):
-        chosen = Images(sorted(images.iterdir()))
-        found.append(
-            collect(
-                bundle,
-                manifest,
-                chosen,
-                backend,
-                inputs,
-                pipeline,
-                tmp_path / name,
-                smooth=0.5,
-                console=Console(quiet=True),
-            )
+    streamed = load_networks(bundle, manifest, (48, 32), "cpu", streamed=True)
+    kinds = {"ort": OnnxInputs(bundle, manifest), "torch": TorchInputs(pipeline), "streamed": TorchInputs(streamed)}
+    found = [
+        collect(
+            bundle,
+            manifest,
+            Images(sorted(images.iterdir())),
+            inputs,
+            streamed,
+            tmp_path / name,
+            smooth=0.5,
+            console=QUIET,
         )
-    ours, theirs = found
+        for name, inputs in kinds.items()
+    ]
+    ours, theirs, last = found
+    for name, channels in theirs.channels.items():
+        assert np.array_equal(channels, last.channels[name])
     assert set(ours.channels) == set(theirs.channels)
     assert set(ours.factors) == set(theirs.factors) != set()
     for name, channels in ours.channels.items():
@@ -242,8 +241,8 @@ def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, mon
     class Spoiled(OnnxInputs):
         value = np.nan
 
-        def __call__(self, bucket, latent):  # type: ignore[no-untyped-def]
-            for name, rows in super().__call__(bucket, latent):
+        def __call__(self, bucket, rgb):  # type: ignore[no-untyped-def]
+            for name, rows in super().__call__(bucket, rgb):
                 yield name, np.full_like(rows, self.value) if name == "double_blocks.0.img_mlp.2" else rows
 
     monkeypatch.setattr(command, "OnnxInputs", Spoiled)
@@ -262,6 +261,25 @@ def test_a_bf16_bundle_is_calibrated_through_torch(checkpoint_dir: Path, images:
         run(low, images, tmp_path / "out")
     run(low, images, tmp_path / "out", backend="torch")
     assert len(load_plan(tmp_path / "out", "fp8").ranges) > 5
+
+
+def test_a_model_larger_than_memory_is_planned_without_errors(
+    checkpoint_dir: Path, calibrated: Path, images: Path, tmp_path: Path
+) -> None:
+    low = build_bundle(options(checkpoint_dir, tmp_path / "bf16", precision="bf16"))
+    streaming = {"backend": "torch", "stream": True}
+    run(low, images, tmp_path / "out", **streaming)
+    plan = load_plan(tmp_path / "out", "fp8")
+    assert (plan.error, plan.sensitivity) == (None, [])
+    assert plan.parameters == load_plan(calibrated, "fp8").parameters
+    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision="fp8", calibration=tmp_path / "out"))
+    assert all(within(check) for check in replay(made, "torch", "cpu"))
+    with pytest.raises(ConfigError, match="a budget needs errors"):
+        run(low, images, tmp_path / "out", max_depth_error=0.1, **streaming)
+    with pytest.raises(ConfigError, match="--stream needs --backend torch"):
+        run(low, images, tmp_path / "out", stream=True)
+    with pytest.raises(ConfigError, match="openvino does not show"):
+        run(low, images, tmp_path / "out", backend="openvino")
 
 
 def test_the_carried_model_takes_the_same_road(tmp_path: Path) -> None:
