@@ -132,6 +132,7 @@ def distinct_blocks(path: Path) -> int:
 
 def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
     console = Console()
+    machine = environment(("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13"))
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     checkpoint, output = folder / "checkpoint", folder / "bundle"
     console.print(f"needs about {DISK / 1e9:.0f} GB of disk in {folder}, {free / 1e9:.0f} GB are free")
@@ -147,7 +148,7 @@ def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
     built = measure(command, folder / "build.log")
     manifest = read_manifest(output)
     report = {
-        **environment(("torch", "onnx", "onnxruntime", "tensorrt_rtx_cu13")),
+        **machine,
         "seconds": built.seconds,
         "peak_anonymous_gib": built.anonymous_gib,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),

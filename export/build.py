@@ -167,7 +167,8 @@ def _build_into(
     groups = 0
     if options.backend == "tensorrt":
         groups = len(target_groups(options.engines.library, options.precision, options.architectures))
-    total = 3 + (7 + len(STAGES) * groups) * len(options.sizes) + bool(options.architectures)
+    each = 7 + len(STAGES) * groups + bool(quantizer.linears)
+    total = 3 + each * len(options.sizes) + bool(options.architectures)
     steps = progress.add_task("loading", total=total)
 
     def step(what: str) -> None:

@@ -79,8 +79,14 @@ class Quantizer:
 
     @property
     def digest(self) -> str:
-        """Of the plan; empty without one."""
-        return "" if self.plan is None else hashlib.sha256(msgspec.json.encode(self.plan)).hexdigest()
+        """Of the plan and its smoothing factors; empty without one."""
+        if self.plan is None:
+            return ""
+        digest = hashlib.sha256(msgspec.json.encode(self.plan))
+        for name, linear in sorted(self.linears.items()):
+            if linear.smooth is not None:
+                digest.update(name.encode() + linear.smooth.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def record(self) -> Quantization | None:
