@@ -65,6 +65,7 @@ def plan(bundle: Path, images: Path, folder: Path, kind: str, method: str, every
 
 
 def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
+    machine = environment(("torch", "numpy", "onnxruntime", "onnx"))
     images = folder / "images"
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
@@ -90,7 +91,9 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
     changes = {row.predictor: change(row, rows[0]) for row in rows[1:]}
     for name, found in changes.items():
         share = f", {shares[name]:.1%} of the linears' parameters in 8 bits" if name in shares else ""
-        console.print(f"{name}: AbsRel {found['abs_rel']:+.2%}, normals {found['normals']:+.3f}°{share}")
+        console.print(
+            f"{name}: AbsRel {found['abs_rel']:+.2%}, normals {found['normals']:+.3f}°{share}", soft_wrap=True
+        )
     if json_file is not None:
         report = {
             "benchmark": "quantization",
@@ -99,7 +102,7 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
             "rows": msgspec.to_builtins(rows),
             "changes": changes,
             "shares": shares,
-            **environment(("torch", "numpy", "onnxruntime", "onnx")),
+            **machine,
         }
         write_json(json_file, report)
 

@@ -12,7 +12,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 from torch import nn
 
 from densegeo.calibration.collect import Images, collect, rgb_of
@@ -205,7 +205,11 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
 
 def print_plan(plan: QuantizationPlan, console: Console) -> None:
     """Each linear's own error as a table with bars, worst first, and what the plan amounts to."""
-    table = Table(Column("linear", no_wrap=True), "parameters", "depth", "", "normals", "", "becomes")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("linear", no_wrap=True)
+    for name in ("weights", "depth", "", "normals", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("to", no_wrap=True)
     worst = Error(
         max((row.error.depth for row in plan.sensitivity), default=1.0) or 1.0,
         max((row.error.normals for row in plan.sensitivity), default=1.0) or 1.0,
@@ -215,10 +219,10 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
             escape(row.linear),
             f"{row.parameters:,}",
             f"{row.error.depth:.5f}",
-            Bar(worst.depth, 0, row.error.depth, width=12),
+            Bar(worst.depth, 0, row.error.depth, width=5),
             f"{row.error.normals:.3f}°",
-            Bar(worst.normals, 0, row.error.normals, width=12),
-            plan.format if row.linear in plan.ranges else "as it is",
+            Bar(worst.normals, 0, row.error.normals, width=5),
+            plan.format if row.linear in plan.ranges else "-",
         )
     if plan.sensitivity:
         console.print(table)
