@@ -71,17 +71,12 @@ def table_of(engines: list[dict[str, Any]]) -> Table:
     for key, group in groups.items():
         amounts = [[row["seconds"] for row in group]]
         amounts += [[row[f"{name}_bytes"] / 1e6 for row in group] for name in ("engine", "builder", "workspace")]
-        table.add_row(*key, str(len(group)), *(_spread(values) for values in amounts))
+        table.add_row(*key, str(len(group)), *(f"{max(values):.3g}" for values in amounts))
     return table
 
 
-def _spread(values: list[float]) -> str:
-    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
-    return low if low == high else f"{low}-{high}"
-
-
 def run(bundles: list[Path], json_file: Path | None) -> None:
-    console = Console()
+    console, machine = Console(), environment(("onnx", "tensorrt", "tensorrt-rtx-cu13"))
     engines = []
     with tempfile.TemporaryDirectory() as folder:
         for precision, weights in KINDS:
@@ -100,8 +95,7 @@ def run(bundles: list[Path], json_file: Path | None) -> None:
         engines += rows(bundle, read_manifest(bundle))
     console.print(table_of(engines))
     if json_file is not None:
-        versions = ("onnx", "tensorrt", "tensorrt-rtx-cu13")
-        write_json(json_file, {**environment(versions), "engines": engines})
+        write_json(json_file, {**machine, "engines": engines})
 
 
 def main(

@@ -86,6 +86,8 @@ def calibrate(
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     budget = Budget(max_depth_error, max_normal_error)
     manifest = read_manifest(bundle)
+    if manifest.quantization is not None:
+        raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate an fp32, bf16 or fp16 one")
     check_files(bundle, manifest, digests=True)
     folder = output or bundle.with_name(f"{bundle.name}.calibration")
     console = Console()

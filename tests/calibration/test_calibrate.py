@@ -274,6 +274,8 @@ def test_a_model_larger_than_memory_is_planned_without_errors(
     assert plan.parameters == load_plan(calibrated, "fp8").parameters
     made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision="fp8", calibration=tmp_path / "out"))
     assert all(within(check) for check in replay(made, "torch", "cpu"))
+    with pytest.raises(ConfigError, match="is fp8 already"):
+        run(made, images, tmp_path / "twice")
     with pytest.raises(ConfigError, match="a budget needs errors"):
         run(low, images, tmp_path / "out", max_depth_error=0.1, **streaming)
     with pytest.raises(ConfigError, match="--stream needs --backend torch"):
