@@ -232,12 +232,15 @@ def test_errors_show_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_missing_extra_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def without_torch() -> None:
+@pytest.mark.parametrize("command", ["build", "calibrate"])
+def test_missing_extra_is_explained(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_torch(name: str) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(cli, "_build_command", without_torch)
-    assert run("build", "--help") == 1
+    monkeypatch.setattr(cli, "import_module", without_torch)
+    assert run(command, "--help") == 1
     assert 'pip install "densegeo[export]"' in capsys.readouterr().err
 
 

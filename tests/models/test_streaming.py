@@ -64,7 +64,7 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
     cast_module(final, precision)
     path = tmp_path / "transformer.safetensors"
     written = []
-    write_rewritten(streamed, source, final, applied, precision, path, written.append)
+    write_rewritten(streamed, source, final, applied, precision, path, progress=written.append)
     stored, expected = load_file(path), whole.transformer.state_dict()
     assert set(stored) == set(expected)
     assert sum(written) == sum(tensor.numel() for tensor in expected.values())

@@ -118,7 +118,7 @@ def make_bundle(
         schema_version=SCHEMA_VERSION,
         model="fake",
         precision=precision,
-        base="fp32",
+        base=precision,
         quantization=None,
         weights_note="",
         buckets=buckets,
