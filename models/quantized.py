@@ -93,7 +93,8 @@ class QuantizedLinear(nn.Module):
         if linear.weight.is_meta:
             return made
         weight = linear.weight.detach().float()
-        peaks = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        peaks = weight.abs().amax(dim=1)
+        peaks = torch.where(peaks > 0, peaks, kind.largest)  # a row of zeros: any scale
         made.weight_scale.copy_(peaks / kind.largest)
         made.weight.copy_(quantize(weight, made.weight_scale[:, None], kind.dtype))
         made.input_scale.fill_(input_range / kind.largest)

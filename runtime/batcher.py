@@ -328,7 +328,7 @@ def _attempt(run: Callable[[list[T]], list[R]], payloads: list[T]) -> list[_Ende
     """Run a group. A frame of its own: the traceback of an error must not hold the future that holds the error."""
     try:
         results = run(payloads) if payloads else []
-        return [_Ended("completed", result, None) for result in results]
+        return [_Ended("completed", result, None) for _, result in zip(payloads, results, strict=True)]
     except BaseException as error:
         if len(payloads) == 1:
             return [_Ended("failed", None, _typed(error))]

@@ -62,6 +62,17 @@ def test_a_quantized_linear_is_the_product_of_its_8_bit_numbers(kind: str, dtype
     assert relative > 1e-4
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_of_zeros_stays_one(kind: str) -> None:
+    linear = nn.Linear(16, 4)
+    linear.weight.data[2] = 0
+    linear.weight.data[3] = 1e-30
+    made = QuantizedLinear.prepare(linear, 3.0, FORMATS[kind], torch.bfloat16)
+    out = made(torch.ones(1, 16, dtype=torch.bfloat16)).float()
+    assert out.isfinite().all()
+    assert (out[0, 2:] - linear.bias[2:]).abs().max() <= 0.01 * linear.bias[2:].abs().max()
+
+
 def test_the_operator_keeps_to_torchs_rules() -> None:
     linear = QuantizedLinear.prepare(nn.Linear(16, 8), 3.0, FORMATS["int8"], torch.float32)  # its checks know no fp8
     given = (torch.randn(3, 16), linear.weight, linear.weight_scale, linear.input_scale, linear.bias)

@@ -119,6 +119,13 @@ def test_a_failing_group_is_run_one_by_one() -> None:
     assert counts(batcher) == {"accepted": 3, "completed": 2, "failed": 1}
 
 
+def test_a_backend_that_returns_too_few_results_fails_them_all() -> None:
+    batcher = Batcher(lambda payloads: [], BatchOptions(max_batch=2, together=2, max_wait_ms=1e7), Metrics())
+    futures = [batcher.submit(i, key=None) for i in range(2)]
+    assert all(isinstance(future.exception(T), BackendError) for future in futures)
+    assert batcher.close()
+
+
 def test_an_expired_member_of_a_group_is_not_run() -> None:
     """Both are taken from the queue in time; the clock then jumps past the first one's deadline."""
     now, calls = [0.0], []
