@@ -7,6 +7,7 @@ block's stored weights are its own source's.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import subprocess
@@ -28,9 +29,15 @@ from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import FULL
 from densegeo.cli import guarded
 from densegeo.errors import ResourceError
+from densegeo.export.command import parse_size
+from densegeo.export.sources import Given, resolve
+from densegeo.models import rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.loading import open_streamed, rewritten_form
+from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
-from densegeo.models.streaming import SafetensorsWriter, is_block
+from densegeo.models.reference import relative
+from densegeo.models.streaming import BlockFile, SafetensorsWriter, is_block, rewritten_parts
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from densegeo.runtime.bundle import read_manifest
@@ -130,6 +137,50 @@ def distinct_blocks(path: Path) -> int:
     return len(seen)
 
 
+def check_blocks(checkpoint: Path, bundle: Path, size: tuple[int, int]) -> dict[str, float]:
+    """The worst error of a stored block against the float32 block made from the source, on random tokens.
+
+    Stored bf16 weights run in float32; the bound is twice the error of the same block in eager bf16.
+    Raises ResourceError for a block beyond its bound.
+    """
+    applied = rewrites.select(())
+    files, _ = resolve(Given(checkpoint=str(checkpoint)))
+    pipeline, source = open_streamed(files, *size)
+    form = rewritten_form(
+        (pipeline.transformer.config, pipeline.vae.config), pipeline.prompt, applied, size
+    ).transformer
+    stored = BlockFile(bundle / "transformer.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    text, image = (
+        torch.randn(1, tokens, form.config.hidden_size, generator=generator)
+        for tokens in (form.text_tokens, form.image_tokens)
+    )
+    worst = {"stored": 0.0, "eager bf16": 0.0, "share of the bound": 0.0}
+    for name, exact in track(rewritten_parts(pipeline, source, applied), description="blocks", total=58):
+        if not name:
+            break
+        again, low = copy.deepcopy(exact), copy.deepcopy(exact)
+        stored.fill(again, name)
+        cast_module(low, "bf16")
+        rope = form.rope_cos, form.rope_sin
+        given = (image, text) if name.startswith("double") else (torch.cat([text, image], dim=1),)
+        wanted = _outputs(exact, given, None, rope, form.key_bias)
+        ours = relative(_outputs(again, given, None, rope, form.key_bias), wanted)
+        plain = relative(_outputs(low, tuple(x.bfloat16() for x in given), None, rope, form.key_bias), wanted)
+        if not ours <= 2 * plain:
+            raise ResourceError(f"{name} is {ours:.2e} from its source, twice eager bf16's error is {2 * plain:.2e}")
+        found = {"stored": ours, "eager bf16": plain, "share of the bound": ours / (2 * plain)}
+        worst = {key: max(value, found[key]) for key, value in worst.items()}
+    return worst
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, given: tuple[torch.Tensor, ...], *others: object) -> torch.Tensor:
+    """What a block gives, its streams side by side, float32."""
+    found = block(*given, *others)
+    return torch.cat([part.float().flatten() for part in (found if isinstance(found, tuple) else (found,))])
+
+
 def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
     console = Console()
     machine = environment(("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13"))
@@ -153,6 +204,7 @@ def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
         "peak_anonymous_gib": built.anonymous_gib,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
         "distinct_block_matrices": distinct_blocks(output / "transformer.safetensors"),
+        "block_errors": check_blocks(checkpoint, output, parse_size(size)),
         "checks": msgspec.to_builtins(manifest.verification.checks),
         "engines": msgspec.to_builtins(manifest.engines),
         "dry_run": dry.stdout.splitlines()[-4:],

@@ -105,38 +105,41 @@ def write_rewritten(
     tensor written.
     """
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in final.state_dict().items()}
+    with SafetensorsWriter(path, shapes) as writer:
+        for name, part in rewritten_parts(pipeline, source, applied):
+            quantize(part, name)
+            cast_module(part, precision)
+            for key, tensor in part.state_dict().items():
+                writer.write(f"{name}.{key}" if name else key, tensor)
+                progress(tensor.numel())
+
+
+def rewritten_parts(
+    pipeline: Pipeline, source: BlockFile, applied: tuple[Rewrite, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Each block of `pipeline`'s transformer, filled and rewritten in float32, with its name; then the rest, named "".
+
+    pipeline: as in `write_rewritten`. What is given is the caller's to change.
+    """
     outer = _without_blocks(pipeline.transformer)
     shell = Pipeline(outer, pipeline.vae, pipeline.prompt)
     names = {rewrite.name: rewrite for rewrite in applied}
     rewrites.apply(shell, [names[name] for name in _OUTER if name in names])
     counts = {kind: len(getattr(pipeline.transformer, kind)) for kind in BLOCKS}
-    with SafetensorsWriter(path, shapes) as writer:
-
-        def store(prefix: str, state: dict[str, Tensor]) -> None:
-            for key, tensor in state.items():
-                writer.write(f"{prefix}{key}", tensor)
-                progress(tensor.numel())
-
-        for name, block in blocks_of(pipeline.transformer):
-            kind, index = name.split(".")
-            here = [r for r in applied if r.name not in _OUTER and _concerns(r, kind, int(index), counts[kind])]
-            holder = _without_blocks(outer)
-            copied = copy.deepcopy(block)
-            copied._forward_pre_hooks.clear()
-            copied._forward_hooks.clear()
-            source.fill(copied, name)
-            setattr(holder, kind, nn.ModuleList([copied]))
-            rewrites.apply(Pipeline(holder, pipeline.vae, pipeline.prompt), here)
-            rewritten = getattr(holder, kind)[0]
-            quantize(rewritten, name)
-            cast_module(rewritten, precision)
-            store(f"{name}.", rewritten.state_dict())
-            del copied, holder, rewritten
-        rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])
-        last = copy.deepcopy(outer)  # casting must not reach the tensors that it shares
-        quantize(last, "")
-        cast_module(last, precision)
-        store("", last.state_dict())
+    for name, block in blocks_of(pipeline.transformer):
+        kind, index = name.split(".")
+        here = [r for r in applied if r.name not in _OUTER and _concerns(r, kind, int(index), counts[kind])]
+        holder = _without_blocks(outer)
+        copied = copy.deepcopy(block)
+        copied._forward_pre_hooks.clear()
+        copied._forward_hooks.clear()
+        source.fill(copied, name)
+        setattr(holder, kind, nn.ModuleList([copied]))
+        rewrites.apply(Pipeline(holder, pipeline.vae, pipeline.prompt), here)
+        yield name, getattr(holder, kind)[0]
+        del copied, holder
+    rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])
+    yield "", copy.deepcopy(outer)  # changes must not reach the tensors that it shares
 
 
 def _concerns(rewrite: Rewrite, kind: str, index: int, count: int) -> bool:
