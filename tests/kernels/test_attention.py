@@ -99,7 +99,8 @@ def test_wrong_arguments() -> None:
 
 def test_choose_measures() -> None:
     q, k, v = tensors(1, 2, 5, 9, 16, "cpu")
-    assert choose(q, k, v, (2, 3), runs=1) in strategies.STRATEGIES
+    for counts in ((2, 3), (1, 1), None):
+        assert choose(q, k, v, counts, runs=1) in strategies.STRATEGIES
     calls = []
 
     def timed(name: str, seconds: float) -> strategies.Strategy:
