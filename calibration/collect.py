@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import blocks_of
-from densegeo.runtime.bundle import Bucket, Manifest
+from densegeo.runtime.bundle import Bucket, Manifest, sha256_file
 from densegeo.runtime.images import load_image
 from densegeo.runtime.resample import choose_bucket, place, prepare
 
@@ -90,7 +89,7 @@ def collect(
 
     def run(done: list[str], observers: Sequence[Observe], what: str) -> None:
         for index, image in enumerate(track(list(images), description=what, console=console)):
-            name = hashlib.sha256(image.read_bytes()).hexdigest()
+            name = sha256_file(image)
             if name in done:
                 continue
             try:

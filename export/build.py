@@ -22,7 +22,7 @@ from densegeo.export.cubins import check_architectures, write_cubins
 from densegeo.export.engines import EngineOptions, build_engines, library_version, target_groups
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
-from densegeo.export.plan import check_resources, make_plan
+from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
 from densegeo.export.staging import publish, staged
@@ -111,6 +111,19 @@ def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 
 
+def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
+    """What becomes 8-bit, and what the build does and needs. Raises QuantizationError and CheckpointError."""
+    quantizer = Quantizer.load(options.precision, options.base, options.calibration)
+    return quantizer, make_plan(
+        files,
+        list(options.sizes),
+        options.base,
+        rewrites.select(options.without),
+        quantizer.parameters,
+        allow_unexpected=options.allow_unexpected,
+    )
+
+
 def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     """Build a bundle and return its directory; nothing is left behind when the build fails or is interrupted.
 
@@ -120,15 +133,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     console = console or Console(quiet=True)
     files, origins = find_files(options)
     applied = rewrites.select(options.without)
-    quantizer = Quantizer.load(options.precision, options.base, options.calibration)
-    plan = make_plan(
-        files,
-        list(options.sizes),
-        options.base,
-        applied,
-        quantizer.parameters,
-        allow_unexpected=options.allow_unexpected,
-    )
+    quantizer, plan = plan_build(options, files)
     with _progress(console) as progress:
         size = sum(path.stat().st_size for path in _paths(files))
         task = progress.add_task("reading inputs", total=size, unit="")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files
+from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files, plan_build
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
 from densegeo.export.plan import (
@@ -20,10 +20,8 @@ from densegeo.export.plan import (
     available_memory,
     check_resources,
     latent_tokens,
-    make_plan,
     transformer_flops,
 )
-from densegeo.export.quantization import Quantizer
 from densegeo.export.sources import Given
 from densegeo.models.precision import BASES, EIGHT_BIT_BASES
 from densegeo.models.presets import PRESETS
@@ -155,17 +153,8 @@ def build(
 
 def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
-    rewrites = select(options.without)
     files, origins = find_files(options)
-    quantizer = Quantizer.load(options.precision, options.base, options.calibration)
-    plan = make_plan(
-        files,
-        list(options.sizes),
-        options.base,
-        rewrites,
-        quantizer.parameters,
-        allow_unexpected=options.allow_unexpected,
-    )
+    _, plan = plan_build(options, files)
     _print_files(plan, origins, console)
     _print_plan(plan, options, console)
     if plan.problems:
