@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.connector import Connector
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.transformer import Transformer
 
 GUIDANCE = 6.0  # the authors' default; the two prompts are identical, so its value does not matter
 
@@ -230,7 +231,8 @@ def make_baseline(
     batch: int = 2,
 ) -> Baseline:
     """The baseline of a pipeline that has no rewrite applied yet; copies its weights."""
-    model = pipeline.transformer
+    model = pipeline.denoiser
+    assert isinstance(model, Transformer)
     assert isinstance(model.connector, Connector)
     connector = copy.deepcopy(model.connector)
     for module in connector.modules():  # autocast: linears in `dtype`, norms in float32

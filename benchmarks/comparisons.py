@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.baseline import Baseline, make_baseline
 from densegeo.benchmarks.timing import flops, interleaved, speedup, summary
-from densegeo.models import precision, reference, rewrites
+from densegeo.models import fe2e, precision, reference, rewrites
 from densegeo.models.config import VAEConfig
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.transformer import log_depth, split
 
 EXACT = 1e-5  # relative L2 bound in float32
 LOW_FACTOR = 2.0  # our low-precision error is at most this many times that of plain eager low precision
@@ -45,7 +46,7 @@ class Comparison:
 
 def geometry_errors(decoded: Tensor, wanted: Tensor) -> dict[str, float]:
     """RMS error of the log-depth prediction and mean angle of the normals, of decoded (2, 3, H, W) tensors."""
-    depth = (reference.prediction(decoded) - reference.prediction(wanted)).square().mean().sqrt()
+    depth = (log_depth(decoded) - log_depth(wanted)).square().mean().sqrt()
     ours, theirs = reference.normals(decoded).double(), reference.normals(wanted).double()
     # atan2 of |a x b| and a.b: acos alone has no digits left near zero
     angle = torch.atan2(torch.linalg.cross(ours, theirs, dim=0).norm(dim=0), (ours * theirs).sum(0))
@@ -80,8 +81,8 @@ def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str, without: 
     saturated = float((decoded.abs() > 1).float().mean())
     if min(float(t.std()) for t in (latent, velocity, decoded)) < MIN_STD or saturated > MAX_SATURATED:
         raise Wrong("the random model's outputs are nearly constant or saturated: they cannot show an error")
-    folded = rewrites.apply(copy.deepcopy(plain), rewrites.REWRITES)
-    fast = precision.cast(rewrites.apply(copy.deepcopy(plain), rewrites.select(without)), low)
+    folded = rewrites.apply(copy.deepcopy(plain), fe2e.REWRITES)
+    fast = precision.cast(rewrites.apply(copy.deepcopy(plain), rewrites.select(fe2e.REWRITES, without)), low)
     fast.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     authors = make_baseline(plain, vae, dtype=dtype)
     plain_low = make_baseline(plain, vae, dtype=dtype, vae_dtype=dtype)
@@ -121,7 +122,7 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
 def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     """Image in, decoded depth and normals out: ours in `low` against the authors' choice of precisions."""
     # The autoencoder is not compiled: that took minutes, and whether it gains was never settled on a quiet machine.
-    encoder, transformer, decoder = c.low.vae.encoder, compile_(c.low.transformer), c.low.vae.decoder
+    encoder, transformer, decoder = c.low.vae.encoder, compile_(c.low.denoiser), c.low.vae.decoder
     height, width = c.rgb.shape[-2:]
     config = c.low.vae.config
     channels_last = torch.channels_last
@@ -130,7 +131,7 @@ def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     @torch.no_grad()
     def ours() -> Tensor:
         latent = encoder(c.rgb.contiguous(memory_format=channels_last))
-        latents = reference.split(transformer(latent), height, width) / config.scale_factor + config.shift_factor
+        latents = split(transformer(latent), height, width) / config.scale_factor + config.shift_factor
         parts = latents.contiguous(memory_format=channels_last).split_with_sizes(sizes)
         return torch.cat([decoder(part) for part in parts])
 
@@ -149,7 +150,7 @@ def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
         "baseline": lambda: c.authors(c.rgb),
         "ours": lambda: reference.decode(
             c.low,
-            reference.split(reference.transform(c.low, reference.encode(c.low, c.rgb)), height, width),
+            split(reference.transform(c.low, reference.encode(c.low, c.rgb)), height, width),
         ),
     }
     slow = f"authors' way, {low} transformer, float32 autoencoder, eager"
@@ -176,7 +177,7 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     theirs.batch = 1
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)
-    transformer = compile_(c.low.transformer)
+    transformer = compile_(c.low.denoiser)
     error = reference.relative(transformer_output(transformer, c.latent), c.velocity)
     errors = {"ours": error, "baseline": reference.relative(theirs.transform(c.latent), c.velocity)}
     _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the compiled transformer")

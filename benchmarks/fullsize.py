@@ -31,13 +31,14 @@ from densegeo.cli import guarded
 from densegeo.errors import ResourceError
 from densegeo.export.command import parse_size
 from densegeo.export.sources import Given, resolve
-from densegeo.models import rewrites
+from densegeo.models import fe2e
 from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.families import FE2E
 from densegeo.models.loading import open_streamed, rewritten_form
 from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.reference import relative
-from densegeo.models.streaming import BlockFile, SafetensorsWriter, is_block, rewritten_parts
+from densegeo.models.streaming import BlockFile, SafetensorsWriter, rewritten_parts
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from densegeo.runtime.bundle import read_manifest
@@ -64,7 +65,7 @@ def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfi
     linears = {name: layer for name, layer in modules["dit"].named_modules() if isinstance(layer, nn.Linear)}
     updates: dict[str, tuple[int, ...]] = {}
     for name, layer in linears.items():
-        if is_block(name):
+        if Transformer.is_block(name):
             key = "lora_unet_" + name.replace(".", "_")
             updates[f"{key}.lora_down.weight"] = (RANK, layer.in_features)
             updates[f"{key}.lora_up.weight"] = (layer.out_features, RANK)
@@ -128,7 +129,11 @@ def distinct_blocks(path: Path) -> int:
     """How many of a transformer file's matrices in blocks differ from all others, of how many; all must."""
     seen: dict[str, str] = {}
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if is_block(name) and len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118
+        names = [
+            name
+            for name in file.keys()  # noqa: SIM118
+            if Transformer.is_block(name) and len(file.get_slice(name).get_shape()) == 2
+        ]
         for name in track(names, description="digests"):
             digest = hashlib.sha256(file.get_tensor(name).view(torch.uint8).numpy()).hexdigest()
             if digest in seen:
@@ -143,13 +148,14 @@ def check_blocks(checkpoint: Path, bundle: Path, size: tuple[int, int]) -> dict[
     Stored bf16 weights run in float32; the bound is twice the error of the same block in eager bf16.
     Raises ResourceError for a block beyond its bound.
     """
-    applied = rewrites.select(())
-    files, _ = resolve(Given(checkpoint=str(checkpoint)))
+    applied = fe2e.REWRITES
+    files, _ = resolve(Given(checkpoint=str(checkpoint)), FE2E)
     pipeline, source = open_streamed(files, *size)
     form = rewritten_form(
-        (pipeline.transformer.config, pipeline.vae.config), pipeline.prompt, applied, size
-    ).transformer
-    stored = BlockFile(bundle / "transformer.safetensors")
+        FE2E, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, size
+    ).denoiser
+    assert isinstance(form, Transformer)
+    stored = BlockFile(bundle / "denoiser.safetensors")
     generator = torch.Generator().manual_seed(5)
     text, image = (
         torch.randn(1, tokens, form.config.hidden_size, generator=generator)
@@ -203,7 +209,7 @@ def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
         "seconds": built.seconds,
         "peak_anonymous_gib": built.anonymous_gib,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
-        "distinct_block_matrices": distinct_blocks(output / "transformer.safetensors"),
+        "distinct_block_matrices": distinct_blocks(output / "denoiser.safetensors"),
         "block_errors": check_blocks(checkpoint, output, parse_size(size)),
         "checks": msgspec.to_builtins(manifest.verification.checks),
         "engines": msgspec.to_builtins(manifest.engines),

@@ -16,15 +16,15 @@ from densegeo.benchmarks.gpu_kernels import seconds_of
 from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
-from densegeo.models import precision, rewrites
+from densegeo.models import fe2e, precision, rewrites
 from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
-from densegeo.models.reference import relative, split
+from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import blocks_of, is_block
+from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import DeviceNetwork
-from densegeo.runtime.backends.torch_fused import fuse_transformer, fuse_vae
+from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_modules import resized
 from densegeo.runtime.bundle import Bucket, Decode, Graph
 
@@ -60,10 +60,10 @@ def make_weights(small: bool, device: str) -> Weights:
 def folded(weights: Weights, size: tuple[int, int]) -> Pipeline:
     """A rewritten copy at another size (width, height), on the device."""
     pipeline = copy.deepcopy(weights.plain)
-    pipeline.transformer.resize(*size)
-    rewrites.apply(pipeline, rewrites.REWRITES)
+    pipeline.denoiser.resize(*size)
+    rewrites.apply(pipeline, fe2e.REWRITES)
     precision.cast(pipeline, LOW)
-    pipeline.transformer.to(weights.device)
+    pipeline.denoiser.to(weights.device)
     pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return pipeline
 
@@ -76,7 +76,7 @@ def authors(weights: Weights, size: tuple[int, int]) -> Network:
 def hard(weights: Weights, size: tuple[int, int]) -> Network:
     """Batch 1, everything in low precision, and torch.compile on every block and on the autoencoder."""
     pipeline = _resized(weights, size)
-    pipeline.transformer.guidance = None
+    pipeline.denoiser.guidance = None
     vae = copy.deepcopy(weights.plain.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _compile(pipeline, vae)
     return _chain(pipeline, vae, 1, precision.DTYPES[LOW])
@@ -85,11 +85,11 @@ def hard(weights: Weights, size: tuple[int, int]) -> Network:
 def _resized(weights: Weights, size: tuple[int, int]) -> Pipeline:
     """The plain pipeline at another size, sharing its weights."""
     plain = weights.plain
-    return Pipeline(resized(plain.transformer, size), plain.vae, plain.prompt)
+    return Pipeline(resized(plain.denoiser, size), plain.vae, plain.prompt)
 
 
 def _compile(pipeline: Pipeline, vae: VAE) -> None:
-    for block in [*pipeline.transformer.double_blocks, *pipeline.transformer.single_blocks, vae.encoder, vae.decoder]:
+    for block in [*(block for _, block in pipeline.denoiser.blocks()), vae.encoder, vae.decoder]:
         block.compile()
 
 
@@ -99,7 +99,7 @@ def _chain(pipeline: Pipeline, vae: VAE, parts: int, vae_dtype: torch.dtype) -> 
 
     def run(rgb: Tensor) -> Tensor:
         height, width = rgb.shape[-2:]
-        velocity = pipeline.transformer(vae.encoder(rgb.to(vae_dtype)))
+        velocity = pipeline.denoiser(vae.encoder(rgb.to(vae_dtype)))
         latents = split(velocity, height, width) / config.scale_factor + config.shift_factor
         return torch.cat([vae.decoder(part) for part in latents.split(parts)])
 
@@ -136,12 +136,17 @@ def device_network(
     pipeline, config = folded(weights, size), weights.setup.vae
     if fp8_on is not None:
         to_fp8(pipeline, fp8_on)
-    decode = Decode("log_affine", config.scale_factor, config.shift_factor, depth_sign=-1, normal_sign=1)
+    decode = Decode(
+        depth_kind="log_affine",
+        latent_scale=config.scale_factor,
+        latent_shift=config.shift_factor,
+        depth_sign=-1,
+    )
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
     recorder = CudaRecorder(weights.device) if captured and weights.device != "cpu" else None
     return DeviceNetwork(
-        fuse_vae(pipeline.vae),
-        fuse_transformer(pipeline.transformer),
+        fuse_norms(pipeline.vae),
+        fuse(pipeline.denoiser),
         pipeline.decoder_batch,
         decode,
         Bucket(*size, none, none, none),
@@ -153,7 +158,7 @@ def device_network(
 @torch.inference_mode()
 def to_fp8(pipeline: Pipeline, rgb: Tensor) -> None:
     """Quantize all linears of the blocks in place, their inputs' ranges by one picture: for speed, not for accuracy."""
-    transformer, peaks = pipeline.transformer, dict[str, float]()
+    transformer, peaks = pipeline.denoiser, dict[str, float]()
 
     def note(name: str, x: Tensor) -> None:
         peaks[name] = float(x.abs().max())
@@ -161,13 +166,13 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor) -> None:
     handles = [
         layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
         for name, layer in transformer.named_modules()
-        if isinstance(layer, nn.Linear) and is_block(name)
+        if isinstance(layer, nn.Linear) and Transformer.is_block(name)
     ]
     transformer(pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW])))
     for handle in handles:
         handle.remove()
     plans = {name: LinearPlan(peak) for name, peak in peaks.items()}
-    for name, block in blocks_of(transformer):
+    for name, block in transformer.blocks():
         quantize_block(block, name, plans, FORMATS["fp8"], precision.DTYPES[LOW])
 
 
@@ -177,7 +182,7 @@ def errors(device: str, small: bool) -> dict[str, float]:
     setup = SMOKE if small else MID
     size, rgb = (setup.width, setup.height), setup.image().to(device)
     exact = setup.pipeline()
-    exact.transformer.to(device)
+    exact.denoiser.to(device)
     exact.vae.to(device)
     wanted = _chain(exact, exact.vae, 1, torch.float32)(rgb)
     weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)

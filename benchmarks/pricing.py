@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.comparisons import EXACT, Wrong
 from densegeo.benchmarks.timing import flops, interleaved, summary
-from densegeo.models import precision, reference, rewrites
-from densegeo.models.rewrites import NAMES, Pipeline
+from densegeo.models import fe2e, precision, reference, rewrites
+from densegeo.models.fe2e import NAMES
+from densegeo.models.rewrites import Pipeline
 
 STAGES = {name: "decoder" if name in ("decoder", "upsample") else "transformer" for name in NAMES}
 
@@ -56,7 +57,9 @@ def _variants(stage: str) -> dict[str, frozenset[str]]:
     out = {"none": frozenset[str]()}
     for index, name in enumerate(names):
         out[f"up to {name}"] = frozenset(names[: index + 1])
-        out[f"without {name}"] = frozenset(r.name for r in rewrites.select(without=[name]) if STAGES[r.name] == stage)
+        out[f"without {name}"] = frozenset(
+            r.name for r in rewrites.select(fe2e.REWRITES, without=[name]) if STAGES[r.name] == stage
+        )
     return out
 
 
@@ -76,8 +79,8 @@ def price(plain: Pipeline, latent: Tensor, low: str, runs: int, say: Callable[[s
         wanted: Tensor | None = None
         for names in distinct:
             pipeline = _copy(plain, stage)
-            rewrites.apply(pipeline, [rewrite for rewrite in rewrites.REWRITES if rewrite.name in names])
-            module = pipeline.transformer if stage == "transformer" else pipeline.vae.decoder
+            rewrites.apply(pipeline, [rewrite for rewrite in fe2e.REWRITES if rewrite.name in names])
+            module = pipeline.denoiser if stage == "transformer" else pipeline.vae.decoder
             outputs: list[Tensor] = []
             run = _runner(pipeline, stage, latent)
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
@@ -88,7 +91,7 @@ def price(plain: Pipeline, latent: Tensor, low: str, runs: int, say: Callable[[s
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"
                 )
             if stage == "decoder":
-                pipeline.transformer = other.transformer
+                pipeline.denoiser = other.denoiser
             else:
                 pipeline.vae = other.vae
             precision.cast(pipeline, low)
@@ -118,8 +121,8 @@ def _name(variants: dict[str, frozenset[str]], names: frozenset[str]) -> str:
 def _copy(plain: Pipeline, stage: str) -> Pipeline:
     """A copy of the stage's network; the other one is shared, as it is not touched."""
     if stage == "decoder":
-        return Pipeline(plain.transformer, copy.deepcopy(plain.vae), plain.prompt)
-    return Pipeline(copy.deepcopy(plain.transformer), plain.vae, plain.prompt)
+        return Pipeline(plain.denoiser, copy.deepcopy(plain.vae), plain.prompt)
+    return Pipeline(copy.deepcopy(plain.denoiser), plain.vae, plain.prompt)
 
 
 def _runner(pipeline: Pipeline, stage: str, latent: Tensor) -> Callable[[], Tensor]:

@@ -16,7 +16,6 @@ from densegeo.calibration.statistics import Identity, Statistics, smoothing_fact
 from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import blocks_of
 from densegeo.runtime.bundle import Bucket, Manifest, sha256_file
 from densegeo.runtime.images import load_image
 from densegeo.runtime.resample import choose_bucket, place, prepare
@@ -112,7 +111,7 @@ def collect(
         run(statistics.measured, [statistics.measure], "measuring channels")
         if not statistics.factors:
             groups = _sharing(form, set(statistics.channels))
-            columns = _column_peaks(directory / "transformer.safetensors", groups)
+            columns = _column_peaks(directory / "denoiser.safetensors", groups)
             statistics.factors = smoothing_factors(statistics.channels, columns, groups, smooth)
         run(statistics.counted, [statistics.count], "counting magnitudes")
     else:
@@ -140,7 +139,7 @@ def check_identity(found: Identity, wanted: Identity, path: Path) -> None:
 def _sharing(form: Pipeline, seen: set[str]) -> list[tuple[str, ...]]:
     """Groups of linears behind one folded norm, by full name."""
     groups = []
-    for prefix, block in blocks_of(form.transformer):
+    for prefix, block in form.denoiser.blocks():
         for _, names in smoothable(block):
             full = tuple(f"{prefix}.{name}" for name in names)
             if seen.issuperset(full):

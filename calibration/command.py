@@ -97,7 +97,7 @@ def calibrate(
     first = manifest.buckets[0]
     where = choose_device(device) if backend == "torch" else "cpu"
     pipeline = load_networks(bundle, manifest, (first.width, first.height), where, streamed=stream)
-    for network in (pipeline.transformer, pipeline.vae):
+    for network in (pipeline.denoiser, pipeline.vae):
         network.float()
     statistics = collect(
         bundle,
@@ -147,8 +147,10 @@ def make_plan(
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
     Raises ConfigError for a budget without pictures.
     """
-    ranges, left = input_ranges(statistics, kind, method, everything)
-    layers = {name: layer for name, layer in pipeline.transformer.named_modules() if isinstance(layer, nn.Linear)}
+    ranges, left = input_ranges(
+        statistics, kind, method, (lambda name: True) if everything else pipeline.denoiser.quantizable
+    )
+    layers = {name: layer for name, layer in pipeline.denoiser.named_modules() if isinstance(layer, nn.Linear)}
     plan = QuantizationPlan(
         format=kind,
         method=method,
@@ -167,7 +169,7 @@ def make_plan(
             raise ConfigError("a budget needs errors, which --stream does not measure")
         return plan
     first = manifest.buckets[0]
-    pipeline.transformer.resize(first.width, first.height)
+    pipeline.denoiser.resize(first.width, first.height)
     judge = Judge(pipeline, pictures, kind, plan.linears(statistics))
     sensitivity = [
         Sensitivity(name, layers[name].weight.numel(), judge.error([name]))

@@ -44,8 +44,8 @@ class OnnxInputs:
     def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
         """One run for each group of inputs that fits into memory."""
         latent = self._backend.run(bucket, "encoder", rgb)
-        session, watched = self._session(bucket.transformer.file)
-        feed = {bucket.transformer.inputs[0].name: latent}
+        session, watched = self._session(bucket.denoiser.file)
+        feed = {bucket.denoiser.inputs[0].name: latent}
         for group in _groups(watched):
             values = dict(zip(group, session.run(group, feed), strict=True))
             for linear, value, _ in watched:
@@ -97,7 +97,7 @@ class TorchInputs:
 
     def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
         """One run; inputs leave the device as they come."""
-        transformer = self._pipeline.transformer
+        transformer = self._pipeline.denoiser
         transformer.resize(bucket.width, bucket.height)
         seen: list[tuple[str, Float32]] = []
 
@@ -110,7 +110,7 @@ class TorchInputs:
             if isinstance(layer, nn.Linear)
         ]
         try:
-            device = transformer.rope_cos.device
+            device = transformer.prompt_embeds.device
             with torch.inference_mode():
                 transformer(self._pipeline.vae.encoder(torch.from_numpy(rgb).to(device)))
         finally:

@@ -22,9 +22,9 @@ from densegeo.errors import QuantizationError
 from densegeo.models import reference
 from densegeo.models.quantized import FORMATS, LinearPlan, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import blocks_of, is_block
 
 Float32 = NDArray[np.float32]
+Outputs = tuple[Tensor, Tensor | None]  # prediction (H, W), and unit normals (3, H, W) where there are any
 
 
 class Error(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     error: Error | None  # of the whole plan, against float32; None when nothing was measured
     sensitivity: list[Sensitivity]
     parameters: int  # in the planned linears
-    linear_parameters: int  # in all linears of the transformer
+    linear_parameters: int  # in all linears of the denoiser
 
     def linears(self, statistics: Statistics) -> dict[str, LinearPlan]:
         """By full name, as `models.quantized` takes them."""
@@ -95,9 +95,9 @@ def load_plan(folder: Path, kind: str) -> QuantizationPlan:
 
 
 def input_ranges(
-    statistics: Statistics, kind: str, method: str, everything: bool = False
+    statistics: Statistics, kind: str, method: str, allowed: Callable[[str], bool]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(linear -> range, linear -> why it gets none). everything: those outside the blocks too.
+    """(linear -> range, linear -> why it gets none). allowed: whether a linear may become 8-bit.
 
     Raises QuantizationError when none gets a range.
     """
@@ -111,8 +111,8 @@ def input_ranges(
     ranges, left = {}, {}
     check: Rounded = rounded
     for name, histogram in sorted(statistics.histograms.items()):
-        if not everything and not is_block(name):
-            left[name] = "first and last layers keep their precision"
+        if not allowed(name):
+            left[name] = "first, last and thin layers keep their precision"
             continue
         try:
             ranges[name] = choose(method, histogram, check)
@@ -133,40 +133,44 @@ class Judge:
         self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, linears: dict[str, LinearPlan]
     ) -> None:
         self._pipeline, self._format, self._linears = pipeline, FORMATS[kind], linears
-        self._device = pipeline.transformer.rope_cos.device
+        self._device = pipeline.denoiser.prompt_embeds.device
         self._latents = [reference.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
         self._wanted = [self._outputs(latent) for latent in self._latents]
 
     def error(self, names: Sequence[str]) -> Error:
         """With these linears quantized; the others stay float32. The mean over the images."""
         plans = {name: self._linears[name] for name in names}
-        original = self._pipeline.transformer
-        untouched = [
-            part
-            for prefix, block in blocks_of(original)
+        original = self._pipeline.denoiser
+        changed = {  # smoothing writes to a block's tensors
+            id(part)
+            for prefix, block in original.blocks()
             for part in (*block.parameters(), *block.buffers())
-            if not any(name.startswith(f"{prefix}.") for name in plans)
-        ]
-        variant = copy.deepcopy(original, {id(tensor): tensor for tensor in untouched})
-        for prefix, block in (*blocks_of(variant), ("", variant)):
+            if any(name.startswith(f"{prefix}.") for name in plans)
+        }
+        tensors = (*original.parameters(), *original.buffers())
+        variant = copy.deepcopy(original, {id(part): part for part in tensors if id(part) not in changed})
+        for prefix, block in variant.parts():
             quantize_block(block, prefix, plans, self._format, torch.float32)
-        self._pipeline.transformer = variant
+        self._pipeline.denoiser = variant
         try:
             errors = [self._compare(*pair) for pair in zip(self._latents, self._wanted, strict=True)]
         finally:
-            self._pipeline.transformer = original
+            self._pipeline.denoiser = original
         return Error(*(float(np.mean(values)) for values in zip(*errors, strict=True)))
 
-    def _outputs(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+    def _outputs(self, latent: Tensor) -> Outputs:
         height, width = 8 * latent.shape[2], 8 * latent.shape[3]
-        velocity = reference.transform(self._pipeline, latent)
-        decoded = reference.decode(self._pipeline, reference.split(velocity, height, width))
-        return reference.prediction(decoded), reference.normals(decoded)
+        output = reference.transform(self._pipeline, latent)
+        decoded = reference.decode(self._pipeline, self._pipeline.denoiser.latents(output, height, width))
+        normals = reference.normals(decoded) if self._pipeline.denoiser.PICTURES == 2 else None
+        return self._pipeline.denoiser.prediction(decoded), normals
 
-    def _compare(self, latent: Tensor, wanted: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    def _compare(self, latent: Tensor, wanted: Outputs) -> tuple[float, float]:
         depth, normals = self._outputs(latent)
-        cosines = (normals * wanted[1]).sum(0).clamp(-1, 1)
-        return float((depth - wanted[0]).square().mean().sqrt()), float(cosines.acos().rad2deg().mean())
+        error = float((depth - wanted[0]).square().mean().sqrt())
+        if normals is None or wanted[1] is None:
+            return error, 0.0
+        return error, float((normals * wanted[1]).sum(0).clamp(-1, 1).acos().rad2deg().mean())
 
 
 def within_budget(

@@ -34,8 +34,8 @@ class Identity(msgspec.Struct, frozen=True):
         """The transformer of a bundle, at its first bucket."""
         files = manifest.files
         return cls(
-            files[manifest.buckets[0].transformer.file].sha256,
-            files["transformer.safetensors"].sha256,
+            files[manifest.buckets[0].denoiser.file].sha256,
+            files["denoiser.safetensors"].sha256,
             manifest.rewrites,
             {source.role: source.sha256 for source in manifest.sources},
         )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import densegeo
 from densegeo.errors import BundleError, ConfigError
@@ -25,8 +23,11 @@ from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
+from densegeo.export.reporting import progress_bar, report
 from densegeo.export.staging import publish, staged
 from densegeo.models import rewrites
+from densegeo.models.config import VAEConfig
+from densegeo.models.families import Family
 from densegeo.models.loading import Files, open_streamed, rewritten_form
 from densegeo.models.precision import BASES, DTYPES, cast_module
 from densegeo.models.presets import preset
@@ -53,10 +54,11 @@ from densegeo.runtime.bundle import (
 
 BACKENDS = ("onnxruntime", "tensorrt")
 PROMPT_FILE = "prompt.safetensors"
+SMALLEST = 32  # pixels of a bucket's side
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. sizes: (width, height) buckets, multiples of 16."""
+    """What to build. sizes: (width, height) buckets."""
 
     model: str
     output: Path
@@ -64,6 +66,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
     precision: str = "fp32"
     base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
+    any_size: bool = False  # take sides that are no multiples of the model's unit, if the model can
     calibration: Path | None = None  # the directory of `densegeo calibrate`, for fp8 and int8
     backend: str = "onnxruntime"
     without: tuple[str, ...] = ()  # rewrites to leave out
@@ -79,7 +82,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         base = quantization.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in BACKENDS:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
-        rewrites.select(self.without)
+        rewrites.select(row.family.rewrites, self.without)
         check_architectures(self.architectures)
         engines = self.engines
         if self.backend == "tensorrt":
@@ -87,12 +90,17 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             target_groups(engines.library, self.precision, self.architectures)
         sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
         for width, height in sizes:
-            if width % 16 or height % 16 or min(width, height) < 32:
-                raise ConfigError(
-                    f"a size of {width}x{height} cannot be built: both sides must be multiples of 16, at least 32 "
-                    f"(nearest: {max(32, round(width / 16) * 16)}x{max(32, round(height / 16) * 16)})"
-                )
+            _check_size(width, height, 1 if self.any_size and row.family.any_size else row.family.multiple)
         return msgspec.structs.replace(self, sizes=sizes, engines=engines, base=base)
+
+
+def _check_size(width: int, height: int, multiple: int) -> None:
+    if width % multiple or height % multiple or min(width, height) < SMALLEST:
+        nearest = (max(SMALLEST, round(side / multiple) * multiple) for side in (width, height))
+        raise ConfigError(
+            f"a size of {width}x{height} cannot be built: both sides must be multiples of {multiple}, at least "
+            f"{SMALLEST} (nearest: {'x'.join(map(str, nearest))})"
+        )
 
 
 def carried_weights(options: BuildOptions) -> Path | None:
@@ -104,10 +112,11 @@ def carried_weights(options: BuildOptions) -> Path | None:
 def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
     """The model's files and where each came from. Raises CheckpointError; see `sources.resolve`."""
     directory = carried_weights(options)
+    family = preset(options.model).family
     if directory is None:
-        return sources.resolve(options.given)
+        return sources.resolve(options.given, family)
     given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
-    files, origins = sources.resolve(given)
+    files, origins = sources.resolve(given, family)
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 
 
@@ -118,7 +127,7 @@ def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
         files,
         list(options.sizes),
         options.base,
-        rewrites.select(options.without),
+        rewrites.select(files.family.rewrites, options.without),
         quantizer.parameters,
         allow_unexpected=options.allow_unexpected,
     )
@@ -132,9 +141,9 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     options = options.validated()
     console = console or Console(quiet=True)
     files, origins = find_files(options)
-    applied = rewrites.select(options.without)
+    applied = rewrites.select(files.family.rewrites, options.without)
     quantizer, plan = plan_build(options, files)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         size = sum(path.stat().st_size for path in _paths(files))
         task = progress.add_task("reading inputs", total=size, unit="")
         inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
@@ -146,16 +155,16 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
         )
         return options.output
     check_resources(plan, options.output)
-    with staged(options.output) as staging, _progress(console) as progress:
+    with staged(options.output) as staging, progress_bar(console) as progress:
         manifest = _build_into(staging, options, files, inputs, key, quantizer, progress)
         write_manifest(staging, manifest)
         publish(staging, options.output)
-    _report(manifest, options.output, console)
+    report(manifest, options.output, console)
     return options.output
 
 
 def _paths(files: Files) -> list[Path]:
-    return [path for path in (files.dit, files.vae, files.prompt, files.lora, files.config) if path]
+    return list(files.paths.values())
 
 
 @torch.no_grad()
@@ -168,7 +177,8 @@ def _build_into(
     quantizer: Quantizer,
     progress: Progress,
 ) -> Manifest:
-    applied = rewrites.select(options.without)
+    family = files.family
+    applied = rewrites.select(family.rewrites, options.without)
     groups = 0
     if options.backend == "tensorrt":
         groups = len(target_groups(options.engines.library, options.precision, options.architectures))
@@ -183,58 +193,55 @@ def _build_into(
     pipeline, source = open_streamed(files, *first, allow_unexpected=options.allow_unexpected)
     references: dict[str, checks.Outputs] = {}
     bounds: dict[str, dict[str, float]] = {}
-    original_guidance = pipeline.transformer.guidance
-    pipeline.transformer.guidance = None  # two identical prompts: the reference needs one
+    original_guidance = pipeline.denoiser.guidance
+    mean = any(rewrite.name == "channel-mean" for rewrite in applied)
+    pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
     for width, height in options.sizes:
         name = f"{width}x{height}"
         step(f"reference {name}")
-        pipeline.transformer.resize(width, height)
-        references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height))
+        pipeline.denoiser.resize(width, height)
+        references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height), mean=mean)
         if options.precision in DTYPES:
             bounds[name] = checks.bounds(checks.cast_copy(pipeline, options.precision), references[name])
-    pipeline.transformer.guidance = original_guidance
-    pipeline.transformer.resize(*first)
+    pipeline.denoiser.guidance = original_guidance
+    pipeline.denoiser.resize(*first)
 
     step("rewriting")
-    form = rewritten_form((pipeline.transformer.config, pipeline.vae.config), pipeline.prompt, applied, first)
-    final = copy.deepcopy(form.transformer)
+    form = rewritten_form(family, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, first)
+    final = copy.deepcopy(form.denoiser)
     quantizer.apply(final)
     cast_module(final, options.base)
-    stored = staging / "transformer.safetensors"
+    stored = staging / "denoiser.safetensors"
     write_rewritten(pipeline, source, final, applied, options.base, stored, quantizer)
     rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.network == "vae"])
-    pipeline.transformer = form.transformer
+    pipeline.denoiser = form.denoiser
     if options.precision == "fp16":
         _check_fp16(pipeline, stored, references[f"{first[0]}x{first[1]}"])
-    pipeline.transformer = final
+    pipeline.denoiser = final
     cast_module(pipeline.vae, options.base)
     if quantizer.linears:
         emulated = streamed_copy(pipeline, stored)
         for width, height in options.sizes:
             step(f"emulating {width}x{height}")
-            emulated.transformer.resize(width, height)
+            emulated.denoiser.resize(width, height)
             name = f"{width}x{height}"
             bounds[name] = checks.bounds(emulated, references[name])
-    modules = {
-        "encoder": pipeline.vae.encoder,
-        "transformer": pipeline.transformer,
-        "decoder": pipeline.vae.decoder,
-    }
+    modules = pipeline.stages()
     for stage in ("encoder", "decoder"):
         write_weights(modules[stage], staging / f"{stage}.safetensors")
     step("weights")
 
     config = pipeline.vae.config
-    decode = Decode("log_affine", config.scale_factor, config.shift_factor, depth_sign=-1, normal_sign=1)
+    decode = decoding(family, config)
     buckets: list[Bucket] = []
     measured: list[Check] = []
     for width, height in options.sizes:
         name = f"{width}x{height}"
-        pipeline.transformer.resize(width, height)
+        pipeline.denoiser.resize(width, height)
         latent = (config.z_channels, height // 8, width // 8)
         examples = {
             "encoder": ("rgb", "latent", torch.zeros(1, 3, height, width)),
-            "transformer": ("latent", "velocity", torch.zeros(1, *latent)),
+            "denoiser": ("latent", "output", torch.zeros(1, *latent)),
             "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch, *latent)),
         }
         for stage, module in modules.items():
@@ -281,7 +288,10 @@ def _build_into(
         buckets=buckets,
         decode=decode,
         networks=Networks(
-            msgspec.to_builtins(pipeline.transformer.config), msgspec.to_builtins(pipeline.vae.config), PROMPT_FILE
+            family.name,
+            msgspec.to_builtins(pipeline.denoiser.config),
+            msgspec.to_builtins(pipeline.vae.config),
+            PROMPT_FILE,
         ),
         rewrites=[rewrite.name for rewrite in applied],
         files={n: FileDigest((staging / n).stat().st_size, sha256_file(staging / n)) for n in names},
@@ -298,22 +308,36 @@ def _build_into(
     )
 
 
+def decoding(family: Family, vae: VAEConfig) -> Decode:
+    """How a family's outputs are to be read."""
+    if family.packing == "latent":  # the decoder takes the output as it is
+        return Decode(depth_kind=family.depth_kind, packing="latent", clip=family.clip)
+    return Decode(
+        depth_kind=family.depth_kind,
+        clip=family.clip,
+        latent_scale=vae.scale_factor,
+        latent_shift=vae.shift_factor,
+        depth_sign=-1,
+        normal_sign=1,
+    )
+
+
 def _check_fp16(pipeline: Pipeline, stored: Path, wanted: checks.Outputs) -> None:
     """Refuse fp16 where the seeded input's magnitudes would overflow; `stored` are the transformer's fp16 weights."""
     streamed = streamed_copy(pipeline, stored)
     recorder = RangeRecorder()
-    with recorder.watch(streamed.transformer, "transformer"), recorder.watch(streamed.vae, "vae"):
+    with recorder.watch(streamed.denoiser, "denoiser"), recorder.watch(streamed.vae, "vae"):
         checks.reference_outputs(streamed, wanted["rgb"])
     recorder.check_fp16()
 
 
 def streamed_copy(pipeline: Pipeline, stored: Path) -> Pipeline:
     """The same networks, the transformer's stored tensors read when they are needed."""
-    streamed = Pipeline(copy.deepcopy(pipeline.transformer), pipeline.vae, pipeline.prompt)
+    streamed = Pipeline(copy.deepcopy(pipeline.denoiser), pipeline.vae, pipeline.prompt)
     streamed.decoder_batch = pipeline.decoder_batch
     source = BlockFile(stored)
-    source.fill_outside(streamed.transformer)
-    source.attach(streamed.transformer)
+    source.fill_outside(streamed.denoiser)
+    source.attach(streamed.denoiser)
     return streamed
 
 
@@ -370,36 +394,3 @@ def _older(output: Path) -> tuple[Path, Manifest] | None:
         return output, read_manifest(output)
     except BundleError:
         return None
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
-
-
-def _report(manifest: Manifest, output: Path, console: Console) -> None:
-    for check in manifest.verification.checks:
-        console.print(
-            f"  {check.bucket} {check.output:<12} error {check.error:.1e}  bound {check.bound:.1e}  "
-            f"against {check.reference}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    size = sum(file.bytes for file in manifest.files.values())
-    console.print(f"built {output}: {manifest.model}, {manifest.precision}, {size / 1e6:.1f} MB", soft_wrap=True)
-    if manifest.weights_note:
-        console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
-    if manifest.base == "bf16":
-        console.print(
-            "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo\\[openvino] or "
-            "densegeo\\[torch] runs this bundle.[/yellow]",
-            soft_wrap=True,
-        )

@@ -20,10 +20,10 @@ from densegeo.models import reference
 from densegeo.models.precision import cast
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
-from densegeo.runtime.decode import split_velocity
+from densegeo.runtime.decode import latents_of
 from densegeo.runtime.estimator import assemble
-from densegeo.runtime.resample import Placement
-from densegeo.runtime.verify import OUTPUTS, relative_error, within
+from densegeo.runtime.resample import Placement, restore
+from densegeo.runtime.verify import relative_error, within
 
 FLOAT32_BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2.0
@@ -48,21 +48,24 @@ def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
 
 
 @torch.no_grad()
-def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = None) -> Outputs:
+def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = None, *, mean: bool = False) -> Outputs:
     """Every verified output of the PyTorch pipeline for one picture (1, 3, H, W), float32.
 
     With `given`, encoder, transformer and decoder start from the given outputs of the stage before: each stage's own
-    error, not their sum; prediction and normals are then left out.
+    error, not their sum; prediction and normals are then left out. mean: take that of the decoder's channels.
     """
     height, width = rgb.shape[-2:]
     latent = reference.encode(pipeline, torch.from_numpy(rgb))
-    velocity = reference.transform(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
-    joined = torch.from_numpy(given["transformer"]) if given else velocity
-    decoded = reference.decode(pipeline, reference.split(joined, height, width))
-    outputs = {"rgb": rgb, "encoder": latent.numpy(), "transformer": velocity.numpy(), "decoder": decoded.numpy()}
+    output = reference.transform(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
+    joined = torch.from_numpy(given["denoiser"]) if given else output
+    decoded = reference.decode(pipeline, pipeline.denoiser.latents(joined, height, width))
+    pictures = decoded.mean(1, keepdim=True) if mean else decoded
+    outputs = {"rgb": rgb, "encoder": latent.numpy(), "denoiser": output.numpy(), "decoder": pictures.numpy()}
     if given is None:
-        outputs["prediction"] = reference.prediction(decoded).numpy()
-        outputs["normals"] = -reference.normals(decoded).permute(1, 2, 0).contiguous().numpy()  # to OpenCV's axes
+        box = Placement((0, 0, width, height), (width, height))
+        outputs["prediction"] = restore(pipeline.denoiser.prediction(decoded).numpy(), box)
+        if pipeline.denoiser.PICTURES == 2:
+            outputs["normals"] = -reference.normals(decoded).permute(1, 2, 0).contiguous().numpy()  # to OpenCV's axes
     return outputs
 
 
@@ -73,8 +76,9 @@ def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
 
 def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case."""
-    stages = reference_outputs(low, wanted["rgb"], given=wanted)
-    chained = reference_outputs(low, wanted["rgb"])
+    mean = wanted["decoder"].shape[1] == 1
+    stages = reference_outputs(low, wanted["rgb"], given=wanted, mean=mean)
+    chained = reference_outputs(low, wanted["rgb"], mean=mean)
     outputs = chained | {str(stage): stages[stage] for stage in STAGES}
     errors = {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
@@ -90,26 +94,28 @@ def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outpu
         results = [run_blockwise(directory / graph.file, {name: part}, widen=widen)[0] for part in parts]
         return np.concatenate(results).astype(np.float32)
 
-    def latents(velocity: Float) -> Float:
-        return split_velocity(velocity, bucket.height, bucket.width, decode)
+    def latents(output: Float) -> Float:
+        return latents_of(output, bucket.height, bucket.width, decode)
 
     latent = run("encoder", wanted["rgb"])
     outputs = {
         "encoder": latent,
-        "transformer": run("transformer", wanted["encoder"]),
-        "decoder": run("decoder", latents(wanted["transformer"])),
+        "denoiser": run("denoiser", wanted["encoder"]),
+        "decoder": run("decoder", latents(wanted["denoiser"])),
     }
-    chained = run("decoder", latents(run("transformer", latent)))
+    chained = run("decoder", latents(run("denoiser", latent)))
     box = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-    outputs["prediction"], outputs["normals"] = assemble(chained, box)
-    return outputs
+    outputs["prediction"], normals = assemble(chained, box, decode)
+    return outputs if normals is None else outputs | {"normals": normals}
 
 
 def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
     """Compare outputs with references; raises ExportError naming every output beyond its bound."""
     name = f"{bucket.width}x{bucket.height}"
     checks = [
-        Check(name, output, what, relative_error(outputs[output], wanted[output]), bounds[output]) for output in OUTPUTS
+        Check(name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
+        for output in wanted
+        if output != "rgb"
     ]
     if failed := [check for check in checks if not within(check)]:
         listed = "; ".join(f"{c.output}: {c.error:.2e} > {c.bound:.2e}" for c in failed)

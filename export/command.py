@@ -19,18 +19,37 @@ from densegeo.export.plan import (
     Plan,
     available_memory,
     check_resources,
-    latent_tokens,
-    transformer_flops,
+    stage_flops,
 )
 from densegeo.export.sources import Given
+from densegeo.models.families import FAMILIES
 from densegeo.models.precision import BASES, EIGHT_BIT_BASES
-from densegeo.models.presets import PRESETS
-from densegeo.models.rewrites import NAMES, REWRITES, select
+from densegeo.models.presets import PRESETS, preset
+from densegeo.models.rewrites import select
+from densegeo.runtime.bundle import STAGES
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Text = Optional[str]  # noqa: UP045
+_REWRITES = "; ".join(f"{name}: {', '.join(row.rewrite_names)}" for name, row in FAMILIES.items())
 _ENGINES = "TensorRT engines (--backend tensorrt)"
 _FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
+
+
+def bucket_sizes(edge: int, aspects: list[str], multiple: int) -> list[tuple[int, int]]:
+    """Sizes whose longer side is `edge`, one for each "4:3"; sides nearest to it that are multiples of `multiple`.
+
+    With multiple 1 they are cut to whole pixels, as FiffDepth's authors do. Raises ConfigError.
+    """
+    sizes = []
+    for text in aspects:
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+        if not match:
+            raise ConfigError(f"--aspect {text!r} is not WIDTH:HEIGHT, such as 4:3")
+        width, height = int(match[1]), int(match[2])
+        exact = [edge * side / max(width, height) for side in (width, height)]
+        sides = [int(side) if multiple == 1 else max(1, round(side / multiple)) * multiple for side in exact]
+        sizes.append((sides[0], sides[1]))
+    return sizes
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -69,7 +88,8 @@ def build(
     ] = "",
     backend: Annotated[str, typer.Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")] = "onnxruntime",
     no_rewrite: Annotated[
-        Optional[list[str]], typer.Option("--no-rewrite", help=f"Leave one out (repeatable): {', '.join(NAMES)}.")  # noqa: UP045
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--no-rewrite", help=f"Leave one out (repeatable): {_REWRITES}."),
     ] = None,
     gpu_arch: Annotated[
         Optional[list[int]],  # noqa: UP045
@@ -114,6 +134,25 @@ def build(
         Optional[float],  # noqa: UP045
         typer.Option(help="Memory the builder may take; default: 90 % of what is free.", rich_help_panel=_ENGINES),
     ] = None,
+    max_edge: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=32, help="Instead of --size: the longer side in pixels; FiffDepth's authors take 768."),
+    ] = None,
+    aspect: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--aspect", help="With --max-edge: WIDTH:HEIGHT of a size (repeatable). Default: 4:3."),
+    ] = None,
+    authors_sizes: Annotated[
+        bool,
+        typer.Option(
+            "--authors-sizes",
+            help="FiffDepth: sides as given or cut to whole pixels, not rounded to multiples of 8. The picture is then "
+            "decoded at the next smaller multiples and stretched, as the authors' code does.",
+        ),
+    ] = False,
+    convert_bin: Annotated[
+        bool, typer.Option("--convert-bin", help="Read pickled weights (weights_only) where there are no safetensors.")
+    ] = False,
     no_lora: Annotated[bool, typer.Option("--no-lora", help="Build without the FE2E LoRA.")] = False,
     allow_unexpected: Annotated[
         bool, typer.Option("--allow-unexpected", help="Ignore tensors the model does not know.")
@@ -121,11 +160,29 @@ def build(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build a bundle: checkpoint files in, a directory that `Estimator` runs out."""
+    family = preset(model).family
+    if authors_sizes and not family.any_size:
+        raise ConfigError(f"--authors-sizes is not for {model}, whose sides are multiples of {family.multiple}")
+    if (max_edge is not None and size) or (aspect and max_edge is None):
+        raise ConfigError("give --size, or --max-edge with --aspect")
+    sizes = [parse_size(text) for text in size or ()]
+    if max_edge is not None:
+        sizes = bucket_sizes(max_edge, aspect or ["4:3"], 1 if authors_sizes else family.multiple)
     options = BuildOptions(
         model=model,
         output=output or Path("out") / model,
-        given=Given(checkpoint=checkpoint, dit=dit, vae=vae, lora=lora, prompt=prompt, config=config, no_lora=no_lora),
-        sizes=tuple(parse_size(text) for text in size or ()),
+        given=Given(
+            checkpoint=checkpoint,
+            dit=dit,
+            vae=vae,
+            lora=lora,
+            prompt=prompt,
+            config=config,
+            no_lora=no_lora,
+            convert_bin=convert_bin,
+        ),
+        sizes=tuple(sizes),
+        any_size=authors_sizes,
         precision=precision,
         base=base,
         calibration=calibration,
@@ -155,7 +212,7 @@ def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
     files, origins = find_files(options)
     _, plan = plan_build(options, files)
-    _print_files(plan, origins, console)
+    _print_files(plan, options.model, origins, console)
     _print_plan(plan, options, console)
     if plan.problems:
         hint = ""
@@ -166,11 +223,12 @@ def dry_run_report(options: BuildOptions, console: Console) -> None:
     console.print("The build can start.")
 
 
-def _print_files(plan: Plan, origins: dict[str, str], console: Console) -> None:
+def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Console) -> None:
     table = Table("file", "keys found", "missing", "unexpected", "wrong shape", "dtypes", "bytes", title="inputs")
-    for role, report in zip(("dit", "vae"), plan.reports, strict=True):
+    roles = preset(model).family.weights
+    for role, report, entries in zip(roles, plan.reports, plan.skeleton.entries, strict=True):
         dtypes: dict[str, int] = {}
-        for entry in plan.skeleton.entries[role].values():
+        for entry in entries.values():
             dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
         table.add_row(
             origins[role],
@@ -179,6 +237,8 @@ def _print_files(plan: Plan, origins: dict[str, str], console: Console) -> None:
             f"{report.path.stat().st_size:,}",
         )
     console.print(table)
+    if not any(role.name == "lora" for role in preset(model).family.roles):
+        return
     prompt, (rows, counts) = plan.prompt, plan.prompt.merge_padding()
     groups = [int(count) for row, count in zip(rows, counts, strict=True) if not prompt.mask[row]]
     console.print(
@@ -194,22 +254,17 @@ def _print_files(plan: Plan, origins: dict[str, str], console: Console) -> None:
 
 
 def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
-    config, vae = plan.skeleton.configs
+    vae, every = plan.form.vae.config, preset(options.model).family.rewrites
+    console.print(plan.form.denoiser.summary(), soft_wrap=True)
+    console.print(f"autoencoder: channels {', '.join(str(vae.ch * mult) for mult in vae.ch_mult)}", soft_wrap=True)
+    on = {rewrite.name for rewrite in select(every, options.without)}
     console.print(
-        f"transformer: hidden {config.hidden_size}, {config.num_heads} heads of {config.head_size}, "
-        f"{config.depth} double + {config.depth_single_blocks} single blocks, RoPE axes {config.axes_dim}, "
-        f"connector {config.prompt_dim} -> {config.connector_hidden} with {config.connector_heads} heads; "
-        f"VAE widths {[vae.ch * mult for mult in vae.ch_mult]}",
-        soft_wrap=True,
+        "rewrites: " + ", ".join(f"{r.name}" if r.name in on else f"({r.name} off)" for r in every), soft_wrap=True
     )
-    on = {rewrite.name for rewrite in select(options.without)}
-    console.print(
-        "rewrites: " + ", ".join(f"{r.name}" if r.name in on else f"({r.name} off)" for r in REWRITES), soft_wrap=True
-    )
-    table = Table("size", "tokens (text + image)", "transformer GFLOP", title=f"{options.model}, {options.precision}")
-    for (width, height), tokens in zip(options.sizes, latent_tokens(list(options.sizes)), strict=True):
-        flops = transformer_flops(config, plan.text_tokens, tokens) * (1 if "guidance" in on else 2)
-        table.add_row(f"{width}x{height}", f"{plan.text_tokens} + {tokens}", f"{flops / 1e9:,.1f}")
+    table = Table("size", *(f"{stage} GFLOP" for stage in STAGES), title=f"{options.model}, {options.precision}")
+    for width, height in options.sizes:
+        flops = stage_flops(plan.form, (width, height))
+        table.add_row(f"{width}x{height}", *(f"{flops[stage] / 1e9:,.1f}" for stage in STAGES))
     console.print(table)
     if options.backend == "tensorrt":
         _print_engines(plan, options, console)

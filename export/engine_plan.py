@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
-from densegeo.export.plan import GIB, ITEM_BYTES, Plan, latent_tokens
+from densegeo.export.plan import GIB, ITEM_BYTES, Plan
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
 CONTEXT = GIB // 2  # of the CUDA driver and the libraries
@@ -27,15 +27,14 @@ class DevicePlan:
 
 def device_plan(plan: Plan, size: tuple[int, int], base: str) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
-    config, vae = plan.skeleton.configs
+    vae, pictures = plan.form.vae.config, plan.form.denoiser.PICTURES
     width, height = size
     item = ITEM_BYTES[base]
-    tokens = plan.text_tokens + latent_tokens([size])[0]
-    transformer = item * tokens * (9 * config.hidden_size + 2 * config.mlp_hidden)
-    picture = 2 * vae.ch * width * height  # two pictures at full resolution: half of the last level in float32
-    logits = 2 * (width // 8 * height // 8) ** 2
+    denoiser = item * plan.form.denoiser.live_features(width, height)
+    picture = pictures * vae.ch * width * height  # at full resolution: half of the last level in float32
+    logits = pictures * (width // 8 * height // 8) ** 2
     decoder = max(picture * (2 * item + 8), logits * (4 + item))
-    return DevicePlan(plan.bundle_bytes, max(transformer, decoder) + BASE)
+    return DevicePlan(plan.bundle_bytes, max(denoiser, decoder) + BASE)
 
 
 def card_verdict(needed: DevicePlan, card_gib: int) -> str:

@@ -31,11 +31,11 @@ OPSET = 20
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
 
 
-def _linear(x: Any, weight: Any, bias: Any) -> Any:
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """aten.linear as Gemm on rows: (..., in) -> (rows, in) -> (..., out); shapes are static."""
     shape = [int(size) for size in x.shape]
     flat = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
-    out = op.Gemm(flat, weight, bias, transB=1)
+    out = op.Gemm(flat, weight, *(() if bias is None else (bias,)), transB=1)
     return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.errors import CheckpointError, ResourceError
 from densegeo.export.blockwise import CHECK_BYTES
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
-from densegeo.models.config import TransformerConfig
-from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton
+from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
-from densegeo.models.rewrites import Rewrite
-from densegeo.models.streaming import blocks_of, is_block
+from densegeo.models.rewrites import Pipeline, Rewrite
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
@@ -28,13 +28,13 @@ class Plan:
     """Sizes in bytes; parameters in elements."""
 
     skeleton: Skeleton
+    form: Pipeline  # what is built, without values
     prompt: Prompt
     reports: tuple[KeyReport, ...]
     lora_ranks: dict[str, int]
     loaded_parameters: int
     bundle_parameters: int
     bundle_bytes: int
-    text_tokens: int  # in the graph, after merging
     memory_needed: int
     disk_needed: int
     problems: list[str] = field(default_factory=list)  # in the way of the build
@@ -42,23 +42,6 @@ class Plan:
 
 def _elements(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.state_dict().values())
-
-
-def dropped_parameters(config: TransformerConfig, rewrites: tuple[Rewrite, ...], skeleton: Skeleton) -> int:
-    """Parameters that folding removes (DESIGN 4.2 and 4.3); the constants that replace them are small."""
-    names = {rewrite.name for rewrite in rewrites}
-    state = skeleton.transformer.state_dict()
-    prefixes: list[str] = []
-    if "modulation" in names:
-        prefixes += ["time_in.", "vector_in.", "final_layer.adaLN_modulation."]
-    if "connector" in names:
-        prefixes += ["connector.", "txt_in."]
-
-    def dropped(key: str) -> bool:
-        folded = "modulation" in names and any(part in key for part in ("_mod.lin.", ".modulation.lin."))
-        return folded or key.startswith(tuple(prefixes))
-
-    return sum(tensor.numel() for key, tensor in state.items() if dropped(key))
 
 
 def make_plan(
@@ -75,27 +58,29 @@ def make_plan(
     base: the floating-point type; eight_bit: parameters that are stored in 8 bits instead.
     """
     skeleton = open_skeleton(files)
-    config = skeleton.transformer.config
-    prompt = checked_prompt(files.prompt, config)
-    modules = {"dit": skeleton.transformer, "vae": skeleton.vae}
-    reports = tuple(compare_keys(getattr(files, role), skeleton.entries[role], modules[role]) for role in modules)
+    denoiser, vae = skeleton.denoiser, skeleton.vae
+    prompt = checked_prompt(files.prompt, denoiser)
+    reports = tuple(
+        compare_keys(path, entries, module, stored)
+        for path, entries, module, stored in zip(
+            (files.denoiser, files.vae), skeleton.entries, (denoiser, vae), skeleton.stored, strict=True
+        )
+    )
     problems = [f"{r.path}: {line}" for r in reports for line in r.problems(allow_unexpected=allow_unexpected)]
     ranks: dict[str, int] = {}
     if files.lora:
         ranks = lora_ranks(files.lora)
         try:
-            read_lora(files.lora, skeleton.transformer)
+            read_lora(files.lora, denoiser)
         except CheckpointError as error:
             problems.append(str(error))
-    loaded = _elements(skeleton.transformer) + _elements(skeleton.vae)
-    kept = loaded - dropped_parameters(config, rewrites, skeleton)
-    merging = any(rewrite.name == "padding" for rewrite in rewrites)
-    text_tokens = len(prompt.merge_padding()[0]) if merging else len(prompt.mask)
-    state = skeleton.transformer.state_dict()
-    outside = sum(tensor.numel() for key, tensor in state.items() if not is_block(key)) + _elements(skeleton.vae)
-    block = max(_elements(module) for _, module in blocks_of(skeleton.transformer))
+    form = rewritten_form(files.family, (denoiser.config, vae.config), prompt, rewrites, sizes[0])
+    loaded, kept = _elements(denoiser) + _elements(vae), sum(map(_elements, form.stages().values()))
+    state = denoiser.state_dict()
+    outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + _elements(vae)
+    block = max((_elements(module) for _, module in denoiser.blocks()), default=0)
     # A decode's activations: full-size base channels, two pictures, three live tensors.
-    activations = max(3 * 2 * skeleton.vae.config.ch * width * height * 4 for width, height in sizes)
+    activations = max(3 * 2 * vae.config.ch * width * height * 4 for width, height in sizes)
     lora = files.lora.stat().st_size if files.lora else 0
     copies = 1 if base == "fp32" else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
@@ -106,13 +91,13 @@ def make_plan(
     references = sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
     return Plan(
         skeleton,
+        form,
         prompt,
         reports,
         ranks,
         loaded,
         kept,
         stored,
-        text_tokens,
         memory_needed=working + GIB,  # 1 GiB: Python and its libraries
         disk_needed=stored + references + 8 * len(sizes) * (1 << 20),
         problems=problems,
@@ -156,14 +141,20 @@ def existing_parent(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def transformer_flops(config: TransformerConfig, text_tokens: int, image_tokens: int) -> int:
-    """Floating-point operations of the blocks for one run: linears and attention, multiply-add = 2."""
-    hidden, mlp, tokens = config.hidden_size, config.mlp_hidden, text_tokens + image_tokens
-    per_token = (4 * hidden + 2 * mlp) * hidden  # attention's four projections and the MLP's two
-    blocks = config.depth + config.depth_single_blocks
-    return 2 * blocks * (per_token * tokens + 2 * tokens * tokens * hidden)
+def stage_flops(form: Pipeline, size: tuple[int, int]) -> dict[str, int]:
+    """Floating-point operations an image of each stage's products and convolutions; multiply-add = 2.
 
-
-def latent_tokens(sizes: list[tuple[int, int]]) -> list[int]:
-    """Image tokens (both halves) of each size."""
-    return [2 * math.prod((width // 16, height // 16)) for width, height in sizes]
+    form: a pipeline whose values do not matter. size: (width, height).
+    """
+    width, height = size
+    networks = copy.deepcopy(form)
+    networks.denoiser.resize(width, height)
+    pictures = networks.denoiser.PICTURES
+    latent = (networks.vae.config.z_channels, height // 8, width // 8)
+    inputs = {"encoder": (1, 3, height, width), "denoiser": (1, *latent), "decoder": (pictures, *latent)}
+    found = {}
+    for name, network in networks.stages().items():
+        with FlopCounterMode(display=False) as counter:
+            network.to("meta")(torch.empty(inputs[name], device="meta"))
+        found[name] = counter.get_total_flops()
+    return found

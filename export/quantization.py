@@ -13,11 +13,10 @@ from densegeo.calibration.collect import check_identity
 from densegeo.calibration.plan import QuantizationPlan, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError
+from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import BASES, DTYPES, EIGHT_BIT_BASES
 from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
 from densegeo.models.rewrites import Rewrite
-from densegeo.models.streaming import blocks_of
-from densegeo.models.transformer import Transformer
 from densegeo.runtime.bundle import Quantization, Source
 
 
@@ -67,9 +66,9 @@ class Quantizer:
         if self.plan is not None:
             quantize_block(block, name, self.linears, FORMATS[self.plan.format], DTYPES[self.base])
 
-    def apply(self, transformer: Transformer) -> None:
+    def apply(self, denoiser: AnyDenoiser) -> None:
         """Quantize all blocks, and what is outside them."""
-        for name, block in (*blocks_of(transformer), ("", transformer)):
+        for name, block in denoiser.parts():
             self(block, name)
 
     @property

@@ -8,18 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from densegeo.errors import CheckpointError
+from densegeo.errors import CheckpointError, ConfigError
+from densegeo.export.conversion import converted, empty_prompt
+from densegeo.models.families import Family, Role
 from densegeo.models.loading import Files
-from densegeo.models.presets import AUTHORS_FILES, ROLES
 from densegeo.runtime.bundle import Source, sha256_file
 
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
-_WHERE = {
-    "dit": "published as stepfun-ai/Step1X-Edit on the Hugging Face Hub",
-    "vae": "published as stepfun-ai/Step1X-Edit on the Hugging Face Hub",
-    "lora": "published as exander/FE2E on the Hugging Face Hub",
-    "prompt": "in the authors' code repository AMAP-ML/FE2E, folder latent/",
-}
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,46 +27,59 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     config: str | None = None
     no_lora: bool = False
+    convert_bin: bool = False  # read pickled weights, as weights alone, where a directory has no safetensors
 
 
-def resolve(given: Given) -> tuple[Files, dict[str, str]]:
+def resolve(given: Given, family: Family) -> tuple[Files, dict[str, str]]:
     """Find every role's file, downloading what is named by repository.
 
     Returns the local files and role -> where it came from (`repository@commit:file` for downloads).
-    Raises CheckpointError that names what is missing, the file names looked for and where they are published.
+    Raises ConfigError for an option that is none of this family's, CheckpointError that names what is missing, the
+    file names looked for and where they are published.
     """
+    _check_options(given, family)
     paths: dict[str, Path] = {}
     origins: dict[str, str] = {}
     missing: list[str] = []
-    for role in ROLES:
-        if role == "lora" and given.no_lora:
+    hints: list[str] = []
+    for role in family.roles:
+        if role.name == "lora" and given.no_lora:
             continue
-        own = getattr(given, role)
+        own = getattr(given, role.name) if role.flag else None
         found = _find(own, role) if own else _find_in_checkpoint(given.checkpoint, role)
+        if found is None and given.checkpoint is not None:
+            found = _make(Path(given.checkpoint), role, convert=given.convert_bin)
         if found is None:
-            names = " or ".join(name for name in AUTHORS_FILES[role] if "/" not in name)
-            missing.append(f"{role}: give --{role} FILE, or put {names} in --checkpoint DIR ({_WHERE[role]})")
+            names = " or ".join(role.files)
+            option = f"give --{role.name} FILE, or put" if role.flag else "put"
+            missing.append(f"{role.name}: {option} {names} in --checkpoint DIR ({role.where})")
+            hints += [role.hint] if role.hint else []
             continue
-        paths[role], origins[role] = found
+        paths[role.name], origins[role.name] = found
     if missing:
-        hint = "\nWithout the FE2E LoRA the base model edits images instead: --no-lora skips it on purpose."
-        raise CheckpointError(
-            "files are missing:\n  "
-            + "\n  ".join(missing)
-            + (hint if any(m.startswith("lora") for m in missing) else "")
-        )
-    config = Path(given.config) if given.config else None
-    if config:
-        origins["config"] = str(config)
-    return Files(paths["dit"], paths["vae"], paths["prompt"], paths.get("lora"), config), origins
+        raise CheckpointError("\n".join(["files are missing:", *(f"  {line}" for line in missing), *hints]))
+    if given.config:
+        paths["config"], origins["config"] = Path(given.config), given.config
+    return Files(family, paths), origins
 
 
-def _find_in_checkpoint(checkpoint: str | None, role: str) -> tuple[Path, str] | None:
+def _check_options(given: Given, family: Family) -> None:
+    """Refuse options for files that this family does not have."""
+    known = {"checkpoint", "convert_bin", *(role.name for role in family.roles if role.flag)}
+    if any(role.name == "lora" for role in family.roles):
+        known |= {"config", "no_lora"}
+    strange = [name for name in given.__struct_fields__ if getattr(given, name) and name not in known]
+    if strange:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        raise ConfigError(f"{options}: {family.name} has no such file; it takes --checkpoint DIR and --prompt FILE")
+
+
+def _find_in_checkpoint(checkpoint: str | None, role: Role) -> tuple[Path, str] | None:
     if checkpoint is None:
         return None
     directory = Path(checkpoint)
     if directory.is_dir():
-        for name in AUTHORS_FILES[role]:
+        for name in role.files:
             if (directory / name).is_file():
                 return directory / name, str(directory / name)
         return None
@@ -82,24 +90,42 @@ def _find_in_checkpoint(checkpoint: str | None, role: str) -> tuple[Path, str] |
     return _download(checkpoint, role, required=False)
 
 
-def _find(value: str, role: str) -> tuple[Path, str]:
+def _make(directory: Path, role: Role, *, convert: bool) -> tuple[Path, str] | None:
+    """What a diffusers directory holds in another form, or what can be computed from it."""
+    for name in role.files:
+        pickle = (directory / name).with_suffix(".bin")
+        if "/" in name and name.endswith(".safetensors") and pickle.is_file():
+            if not convert:
+                raise CheckpointError(
+                    f"{pickle} is a pickle file, and there is no {name}. With --convert-bin densegeo reads it as "
+                    "weights alone (torch.load with weights_only=True) and keeps them as safetensors in its cache."
+                )
+            return converted(pickle), f"{pickle} (converted)"
+    if role.name == "prompt" and (directory / "text_encoder").is_dir():
+        return empty_prompt(directory), f"computed with {directory / 'text_encoder'}"
+    return None
+
+
+def _find(value: str, role: Role) -> tuple[Path, str]:
     path = Path(value)
     if path.is_file():
         return path, str(path)
     if path.is_dir():
-        raise CheckpointError(f"--{role} {value} is a directory; name the file, or use --checkpoint for a directory")
+        raise CheckpointError(
+            f"--{role.name} {value} is a directory; name the file, or use --checkpoint for a directory"
+        )
     if path.suffix in {".safetensors", ".npz", ".pt", ".ckpt", ".pth", ".bin"} and not re.search(r"[@:]", value):
-        raise CheckpointError(f"--{role} {value} does not exist")
+        raise CheckpointError(f"--{role.name} {value} does not exist")
     if not _REPOSITORY.fullmatch(value):
         raise CheckpointError(
-            f"--{role} {value} is neither a file nor a repository id (organisation/name[@revision][:file])"
+            f"--{role.name} {value} is neither a file nor a repository id (organisation/name[@revision][:file])"
         )
     found = _download(value, role, required=True)
     assert found is not None
     return found
 
 
-def _download(value: str, role: str, *, required: bool) -> tuple[Path, str] | None:
+def _download(value: str, role: Role, *, required: bool) -> tuple[Path, str] | None:
     """Download a role's file at a pinned commit; None when the repository lacks it and it is not required."""
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -109,28 +135,26 @@ def _download(value: str, role: str, *, required: bool) -> tuple[Path, str] | No
     try:
         info = HfApi().model_info(repository, revision=revision)
         files = {sibling.rfilename for sibling in info.siblings or ()}
-        wanted = [name] if name else [candidate for candidate in AUTHORS_FILES[role] if candidate in files]
+        wanted = [name] if name else [candidate for candidate in role.files if candidate in files]
         if not wanted or wanted[0] not in files:
             if not required:
                 return None
-            looked = name or " or ".join(AUTHORS_FILES[role])
+            looked = name or " or ".join(role.files)
             raise CheckpointError(f"the repository {repository} at {info.sha} has no {looked}; it has {sorted(files)}")
         local = hf_hub_download(repository, wanted[0], revision=info.sha)
     except CheckpointError:
         raise
     except Exception as error:  # network, authentication, missing repository: one message for all
         raise CheckpointError(
-            f"cannot download {role} from {value}: {error}. Check the name and the network, or download the file "
-            f"by hand and pass --{role} FILE"
+            f"cannot download {role.name} from {value}: {error}. Check the name and the network, or download the files "
+            + (f"by hand and pass --{role.name} FILE" if role.flag else "by hand and pass --checkpoint DIR")
         ) from error
     return Path(local), f"{repository}@{info.sha}:{wanted[0]}"
 
 
 def digests(files: Files, origins: dict[str, str], progress: Callable[[int], object] | None = None) -> list[Source]:
     """Size and SHA-256 of every input file."""
-    sources = []
-    for role in (*ROLES, "config"):
-        path: Path | None = getattr(files, role)
-        if path is not None:
-            sources.append(Source(role, origins[role], path.stat().st_size, sha256_file(path, progress)))
-    return sources
+    return [
+        Source(role, origins[role], path.stat().st_size, sha256_file(path, progress))
+        for role, path in files.paths.items()
+    ]

@@ -16,6 +16,13 @@ from densegeo.errors import CheckpointError
 
 FLOAT_DTYPES = {"F32", "BF16", "F16"}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
+# A module's tensor, by name and shape -> its name and shape in a file; the elements are in the same order.
+Stored = Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
+
+
+def as_is(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The file has the module's own names and shapes."""
+    return key, shape
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ class KeyReport:
         return [f"{len(keys)} {what}: " + "; ".join(keys) for what, keys in groups if keys]
 
 
-def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module) -> KeyReport:
+def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module, stored: Stored = as_is) -> KeyReport:
     """Compare a file's entries with the tensors `module` (on any device) wants."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    wanted = dict(stored(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items())
     report = KeyReport(path, missing=sorted(set(wanted) - set(entries)), unexpected=sorted(set(entries) - set(wanted)))
     for key in sorted(set(wanted) & set(entries)):
         entry = entries[key]
@@ -94,17 +101,19 @@ def load_weights(
     lora: Path | None = None,
     allow_unexpected: bool = False,
     progress: Callable[[int], object] | None = None,
+    stored: Stored = as_is,
 ) -> None:
     """Fill `module` (made on the meta device) with a file's tensors in float32, LoRA merged.
 
     `progress` is called with each tensor's element count. Raises CheckpointError that lists every key in the way.
     """
-    check_keys(module, path, allow_unexpected=allow_unexpected)
+    check_keys(module, path, allow_unexpected=allow_unexpected, stored=stored)
     updates = read_lora(lora, module) if lora else {}
     state: dict[str, Tensor] = {}
     with _opened(path) as file:
-        for key in module.state_dict():
-            tensor = file.get_tensor(key).float()
+        for key, wanted in module.state_dict().items():
+            name, _ = stored(key, tuple(wanted.shape))
+            tensor = file.get_tensor(name).float().reshape(wanted.shape)
             if key in updates:
                 tensor = updates[key].merge(tensor)
             state[key] = tensor
@@ -114,9 +123,9 @@ def load_weights(
     module.requires_grad_(False)
 
 
-def check_keys(module: nn.Module, path: Path, *, allow_unexpected: bool = False) -> None:
+def check_keys(module: nn.Module, path: Path, *, allow_unexpected: bool = False, stored: Stored = as_is) -> None:
     """Raise CheckpointError that lists every key of a file in the way of filling `module`."""
-    report = compare_keys(path, read_entries(path), module)
+    report = compare_keys(path, read_entries(path), module, stored)
     if problems := report.problems(allow_unexpected=allow_unexpected):
         hint = ""
         if report.unexpected and not (report.missing or report.misshapen or report.wrong_dtype):

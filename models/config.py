@@ -39,14 +39,37 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VAEConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The Flux autoencoder; latent = scale_factor * (mean - shift_factor)."""
+    """An autoencoder; latent = scale_factor * (mean - shift_factor)."""
 
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int
     z_channels: int
+    groups: int = 32  # of every group norm
+    latent_convs: bool = False  # 1x1 convolutions around the latent, as Stable Diffusion's have
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
+
+
+class UNetConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The U-Net of Stable Diffusion 1 and 2. Levels go from the largest resolution to the smallest."""
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]  # features a level
+    layers_per_block: int  # residual blocks of a level on the way down; one more on the way up
+    heads: tuple[int, ...]  # attention heads a level
+    transformer_layers: tuple[int, ...]  # blocks of a level's token stages
+    down_attention: tuple[bool, ...]  # whether a level has token stages
+    up_attention: tuple[bool, ...]  # in the order in which they run: smallest resolution first
+    cross_attention_dim: int  # the prompt's features
+    groups: int = 32
+    eps: float = 1e-5  # of the residual blocks' norms
+    flip_sin_to_cos: bool = True  # cosines first in the time embedding
+
+    @property
+    def time_features(self) -> int:
+        return 4 * self.block_out_channels[0]
 
 
 # Keys a --config file may hold besides the two architectures' fields: descriptions that no code depends on.

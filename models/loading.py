@@ -14,54 +14,61 @@ from torch import nn
 
 from densegeo.errors import CheckpointError
 from densegeo.models import rewrites
-from densegeo.models.checkpoint import Entry, check_keys, load_weights, read_entries
-from densegeo.models.config import (
-    TransformerConfig,
-    VAEConfig,
-    read_config_file,
-    transformer_config,
-    vae_config,
-)
+from densegeo.models.checkpoint import Entry, Stored, check_keys, load_weights, read_entries
+from densegeo.models.config import VAEConfig
+from densegeo.models.denoiser import AnyDenoiser
+from densegeo.models.families import FAMILIES, Family
 from densegeo.models.prompt import Prompt, load_prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
-from densegeo.models.streaming import BlockFile, blocks_of
-from densegeo.models.transformer import Transformer
+from densegeo.models.streaming import BlockFile
 from densegeo.models.vae import VAE
 
 
 @dataclass(frozen=True)
 class Files:
-    """Local files of one model. `config` holds what the tensors do not tell."""
+    """Local files of one model, by role; "config", FE2E's, holds what the tensors do not tell."""
 
-    dit: Path
-    vae: Path
-    prompt: Path
-    lora: Path | None = None
-    config: Path | None = None
+    family: Family
+    paths: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, family: str, **paths: Path) -> Files:
+        """By the family's name: `Files.of("fe2e", dit=..., vae=..., prompt=...)`."""
+        return cls(FAMILIES[family], paths)
+
+    @property
+    def denoiser(self) -> Path:
+        return self.paths[self.family.weights[0]]
+
+    @property
+    def vae(self) -> Path:
+        return self.paths[self.family.weights[1]]
+
+    @property
+    def prompt(self) -> Path:
+        return self.paths["prompt"]
+
+    @property
+    def lora(self) -> Path | None:
+        return self.paths.get("lora")
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What headers alone tell: architectures, modules on the meta device, and each file's entries."""
+    """What headers alone tell: modules on the meta device, and of each file its entries and how they are stored."""
 
-    transformer: Transformer
+    denoiser: AnyDenoiser
     vae: VAE
-    entries: Mapping[str, dict[str, Entry]]  # role -> entries, for dit and vae
-
-    @property
-    def configs(self) -> tuple[TransformerConfig, VAEConfig]:
-        return self.transformer.config, self.vae.config
+    entries: tuple[dict[str, Entry], dict[str, Entry]]
+    stored: tuple[Stored, Stored]
 
 
 def open_skeleton(files: Files) -> Skeleton:
-    """Read architectures from the files' headers. Raises CheckpointError or ConfigError."""
-    given: dict[str, Any] = read_config_file(files.config) if files.config else {}
-    entries = {role: read_entries(path) for role, path in (("dit", files.dit), ("vae", files.vae))}
-    shapes = {role: {key: entry.shape for key, entry in found.items()} for role, found in entries.items()}
+    """Read architectures from headers and configurations. Raises CheckpointError or ConfigError."""
+    entries = read_entries(files.denoiser), read_entries(files.vae)
+    found = files.family.architecture(dict(files.paths), *entries)
     with torch.device("meta"):
-        transformer = Transformer(transformer_config(shapes["dit"], given))
-        vae = VAE(vae_config(shapes["vae"], given.get("vae")))
-    return Skeleton(transformer, vae, entries)
+        return Skeleton(files.family.denoiser(found.denoiser), VAE(found.vae), entries, found.stored)
 
 
 def load_pipeline(
@@ -77,45 +84,52 @@ def load_pipeline(
     Raises CheckpointError for any difference between files and architecture; see load_weights.
     """
     skeleton = open_skeleton(files)
-    prompt = checked_prompt(files.prompt, skeleton.transformer.config)
-    load_weights(skeleton.transformer, files.dit, lora=files.lora, allow_unexpected=allow_unexpected, progress=progress)
-    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected, progress=progress)
-    return Pipeline(skeleton.transformer.bind(prompt, width, height), skeleton.vae, prompt).eval()
+    prompt = checked_prompt(files.prompt, skeleton.denoiser)
+    for module, path, stored, lora in (
+        (skeleton.denoiser, files.denoiser, skeleton.stored[0], files.lora),
+        (skeleton.vae, files.vae, skeleton.stored[1], None),
+    ):
+        load_weights(module, path, lora=lora, allow_unexpected=allow_unexpected, progress=progress, stored=stored)
+    return Pipeline(skeleton.denoiser.bind(prompt, width, height), skeleton.vae, prompt).eval()
 
 
 def open_streamed(
     files: Files, width: int, height: int, *, allow_unexpected: bool = False
 ) -> tuple[Pipeline, BlockFile]:
-    """The same, but the transformer's blocks stay in their file and are read when they run; see `models.streaming`."""
+    """The same, but the denoiser's blocks stay in their file and are read when they run; see `models.streaming`."""
     skeleton = open_skeleton(files)
-    transformer = skeleton.transformer
-    prompt = checked_prompt(files.prompt, transformer.config)
-    check_keys(transformer, files.dit, allow_unexpected=allow_unexpected)
-    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected)
-    source = BlockFile(files.dit, files.lora, transformer)
-    source.fill_outside(transformer)
-    source.attach(transformer)
-    return Pipeline(transformer.bind(prompt, width, height), skeleton.vae, prompt).eval(), source
+    denoiser = skeleton.denoiser
+    prompt = checked_prompt(files.prompt, denoiser)
+    check_keys(denoiser, files.denoiser, allow_unexpected=allow_unexpected, stored=skeleton.stored[0])
+    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected, stored=skeleton.stored[1])
+    source = BlockFile(files.denoiser, files.lora, denoiser, skeleton.stored[0])
+    source.fill_outside(denoiser)
+    source.attach(denoiser)
+    return Pipeline(denoiser.bind(prompt, width, height), skeleton.vae, prompt).eval(), source
 
 
 def rewritten_form(
-    configs: tuple[TransformerConfig, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: tuple[int, int]
+    family: Family, configs: tuple[Any, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: tuple[int, int]
 ) -> Pipeline:
-    """A rewritten pipeline without values: weights on the meta device, tables that do not come from files in place."""
+    """A rewritten pipeline without values: weights on the meta device, tables that do not come from files in place.
+
+    configs: of denoiser and autoencoder. size: (width, height).
+    """
     with torch.device("meta"):
-        transformer, vae = Transformer(configs[0]), VAE(configs[1])
-    transformer.bind(prompt, *size)
-    inputs = {name: getattr(transformer, name) for name in ("prompt_embeds", "prompt_mask", "timestep")}
+        denoiser, vae = family.denoiser(configs[0]), VAE(configs[1])
+    denoiser.bind(prompt, *size)
+    inputs = {name: getattr(denoiser, name) for name in denoiser.INPUTS}
     for name, tensor in inputs.items():
-        setattr(transformer, name, tensor.to("meta"))
-    pipeline = rewrites.apply(Pipeline(transformer, vae, prompt), applied)
+        setattr(denoiser, name, tensor.to("meta"))
+    pipeline = rewrites.apply(Pipeline(denoiser, vae, prompt), applied)
     for name, tensor in inputs.items():
-        setattr(transformer, name, tensor)
+        setattr(denoiser, name, tensor)
     return pipeline
 
 
 def load_rewritten(
-    configs: tuple[TransformerConfig, VAEConfig],
+    family: Family,
+    configs: tuple[Any, VAEConfig],
     prompt: Prompt,
     applied: Iterable[Rewrite],
     files: Mapping[str, Path],
@@ -128,22 +142,22 @@ def load_rewritten(
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
-    their places. files: "encoder", "transformer" and "decoder". size: (width, height).
-    quantize: gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit numbers.
-    streamed: leave the transformer's blocks in the file, see `models.streaming`.
+    their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". size: (width,
+    height). quantize: gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit
+    numbers. streamed: leave the denoiser's blocks in the file, see `models.streaming`.
     Raises CheckpointError when files and modules differ.
     """
-    pipeline = rewritten_form(configs, prompt, applied, size)
-    transformer, vae = pipeline.transformer, pipeline.vae
+    pipeline = rewritten_form(family, configs, prompt, applied, size)
+    denoiser, vae = pipeline.denoiser, pipeline.vae
     if quantize is not None:
-        for name, block in (*blocks_of(transformer), ("", transformer)):
+        for name, block in denoiser.parts():
             quantize(block, name)
-    for stage, module in (("encoder", vae.encoder), ("transformer", transformer), ("decoder", vae.decoder)):
+    for stage, module in (("encoder", vae.encoder), ("denoiser", denoiser), ("decoder", vae.decoder)):
         try:
-            if streamed and module is transformer:
+            if streamed and module is denoiser:
                 source = BlockFile(files[stage])
-                source.fill_outside(transformer)
-                source.attach(transformer)
+                source.fill_outside(denoiser)
+                source.attach(denoiser)
                 continue
             module.load_state_dict(load_file(files[stage], device=device), assign=True)
         except (RuntimeError, OSError, SafetensorError) as error:
@@ -152,11 +166,11 @@ def load_rewritten(
     return pipeline.eval()
 
 
-def checked_prompt(path: Path, config: TransformerConfig) -> Prompt:
-    """Load a prompt and check that its width is the connector's; raises CheckpointError."""
-    prompt = load_prompt(path)
-    if prompt.embeds.shape[1] != config.prompt_dim:
+def checked_prompt(path: Path, denoiser: AnyDenoiser) -> Prompt:
+    """Load a prompt and check that its width is the denoiser's; raises CheckpointError."""
+    prompt, wanted = load_prompt(path), denoiser.prompt_features
+    if prompt.embeds.shape[1] != wanted:
         raise CheckpointError(
-            f"the prompt {path} has {prompt.embeds.shape[1]} features a token, the connector wants {config.prompt_dim}"
+            f"the prompt {path} has {prompt.embeds.shape[1]} features a token, the network wants {wanted}"
         )
     return prompt

@@ -20,7 +20,7 @@ BASES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "int8": 
 
 def cast(pipeline: Pipeline, precision: str) -> Pipeline:
     """Cast a float32 pipeline in place to "fp32", "bf16" or "fp16"; returns it."""
-    cast_module(pipeline.transformer, precision)
+    cast_module(pipeline.denoiser, precision)
     cast_module(pipeline.vae, precision)
     return pipeline
 

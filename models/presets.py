@@ -13,21 +13,12 @@ from torch import Tensor, nn
 
 from densegeo.errors import ConfigError
 from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.families import FE2E, FIFFDEPTH, Family
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 
-ROLES = ("dit", "vae", "lora", "prompt")
-# The names under which the authors publish each role's file, in order of preference.
-AUTHORS_FILES = {
-    "dit": (
-        "step1x-edit-i1258.safetensors",
-        "step1x-edit-v1p1-official.safetensors",
-        "step1x-edit-i1258-v1p1-official.safetensors",
-    ),
-    "vae": ("vae.safetensors",),
-    "lora": ("LDRN.safetensors",),
-    "prompt": ("no_info.npz", "no_info.safetensors", "latent/no_info.npz"),
-}
+# The names under which FE2E's authors publish each role's file, in order of preference.
+AUTHORS_FILES = {role.name: role.files for role in FE2E.roles}
 
 
 @dataclass(frozen=True)
@@ -35,6 +26,7 @@ class Preset:
     """A model by name. `sizes`: default buckets (width, height). `weights`: where its files lie, if with the code."""
 
     name: str
+    family: Family
     sizes: tuple[tuple[int, int], ...]
     weights: Path | None = None
     weights_note: str = ""  # what to know of these weights
@@ -43,9 +35,11 @@ class Preset:
 PRESETS = {
     row.name: row
     for row in (
-        Preset("fe2e", ((1024, 768),)),
+        Preset("fe2e", FE2E, ((1024, 768),)),
+        Preset("fiffdepth", FIFFDEPTH, ((768, 576),)),
         Preset(
             "fe2e-tiny",
+            FE2E,
             ((256, 192),),
             weights=Path(__file__).parent / "weights" / "fe2e-tiny",
             weights_note="A small model trained on synthetic scenes alone: good for trying things out, "

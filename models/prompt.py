@@ -1,4 +1,6 @@
-"""The prompt embedding FE2E runs with: one constant, cached by the authors as `no_info.npz`."""
+"""The prompt embedding a model runs with: one constant. FE2E's authors cache theirs as `no_info.npz`; FiffDepth's is
+the text encoder's output for an empty text.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,12 @@ class Prompt:
 def load_prompt(path: Path) -> Prompt:
     """Read a prompt from `.npz` or `.safetensors` with `embeds` (1, T, C) or (T, C) and `masks` (1, T) or (T,).
 
+    One tensor alone, `empty_prompt` (1, T, C), is a prompt whose tokens are all valid.
+
     Raises CheckpointError when the file is missing, of another format, or lacks a tensor.
     """
     if not path.is_file():
-        raise CheckpointError(f"the prompt embedding {path} does not exist (the authors ship it as latent/no_info.npz)")
+        raise CheckpointError(f"the prompt embedding {path} does not exist")
     tensors: dict[str, NDArray[np.generic]]
     try:
         if path.suffix == ".npz":
@@ -72,6 +76,9 @@ def load_prompt(path: Path) -> Prompt:
         raise
     except Exception as error:
         raise CheckpointError(f"cannot read the prompt {path}: {error}") from error
+    if set(tensors) == {"empty_prompt"}:
+        alone = tensors["empty_prompt"]
+        tensors = {"embeds": alone, "masks": np.ones(alone.shape[:-1])}
     missing = {"embeds", "masks"} - set(tensors)
     if missing:
         raise CheckpointError(f"the prompt {path} lacks {sorted(missing)}; it has {sorted(tensors)}")

@@ -98,7 +98,10 @@ class QuantizedLinear(nn.Module):
         made.weight_scale.copy_(peaks / kind.largest)
         made.weight.copy_(quantize(weight, made.weight_scale[:, None], kind.dtype))
         made.input_scale.fill_(input_range / kind.largest)
-        made.bias.copy_(linear.bias.detach())
+        if linear.bias is None:
+            made.bias.zero_()
+        else:
+            made.bias.copy_(linear.bias.detach())
         return made
 
     def forward(self, x: Tensor) -> Tensor:

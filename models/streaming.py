@@ -1,4 +1,4 @@
-"""Transformers larger than memory: blocks lie in a file and take up memory only while they run or are rewritten.
+"""Denoisers larger than memory: blocks lie in a file and take up memory only while they run or are rewritten.
 
 The blocks' modules stay on the meta device. `BlockFile.attach` makes each block fill itself before it runs and empty
 itself after, so the plain forward is what runs; `write_rewritten` folds and casts them one by one into a new file.
@@ -17,12 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from densegeo.models import rewrites
-from densegeo.models.checkpoint import LoraUpdate, read_lora
+from densegeo.models.checkpoint import LoraUpdate, Stored, as_is, read_lora
+from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline, Rewrite
-from densegeo.models.transformer import Transformer
 
-BLOCKS = ("double_blocks", "single_blocks")
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -36,24 +35,14 @@ _OUTER = ("guidance", "connector", "padding")  # what does not look at blocks, i
 Progress = Callable[[int], object]
 
 
-def blocks_of(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
-    """("double_blocks.0", module), ... in the order in which they run."""
-    for kind in BLOCKS:
-        for index, block in enumerate(getattr(transformer, kind)):
-            yield f"{kind}.{index}", block
-
-
-def is_block(key: str) -> bool:
-    """Whether a tensor belongs to a block."""
-    return key.startswith(tuple(f"{kind}." for kind in BLOCKS))
-
-
 class BlockFile:
     """A safetensors file that modules on the meta device are filled from, LoRA merged in float32."""
 
-    def __init__(self, path: Path, lora: Path | None = None, module: nn.Module | None = None) -> None:
+    def __init__(
+        self, path: Path, lora: Path | None = None, module: nn.Module | None = None, stored: Stored = as_is
+    ) -> None:
         """module: the whole model, whose linears the LoRA names. Raises CheckpointError."""
-        self._path = path
+        self._path, self._stored = path, stored
         self._updates: dict[str, LoraUpdate] = read_lora(lora, module) if lora and module is not None else {}
 
     def fill(self, module: nn.Module, prefix: str, keys: Iterable[str] | None = None) -> None:
@@ -63,20 +52,21 @@ class BlockFile:
         with safe_open(self._path, framework="pt") as file:
             for key in wanted if keys is None else keys:
                 name = f"{prefix}.{key}" if prefix else key
-                tensor = file.get_tensor(name).float()
+                where, _ = self._stored(name, tuple(wanted[key].shape))
+                tensor = file.get_tensor(where).float().reshape(wanted[key].shape)
                 if name in self._updates:
                     tensor = self._updates[name].merge(tensor)
                 state[key] = tensor.to(wanted[key].dtype)
         module.load_state_dict(state, assign=True, strict=keys is None)
         module.requires_grad_(False)
 
-    def fill_outside(self, transformer: Transformer) -> None:
+    def fill_outside(self, denoiser: AnyDenoiser) -> None:
         """Give what lies outside the blocks its values."""
-        self.fill(transformer, "", [key for key in transformer.state_dict() if not is_block(key)])
+        self.fill(denoiser, "", [key for key in denoiser.state_dict() if not denoiser.is_block(key)])
 
-    def attach(self, transformer: Transformer) -> None:
+    def attach(self, denoiser: AnyDenoiser) -> None:
         """From now on each block fills itself before it runs, and is emptied after. Copies of the model do so too."""
-        for name, block in blocks_of(transformer):
+        for name, block in denoiser.blocks():
             # Plain functions, which a deep copy keeps, and which get the copy as their argument.
             block.register_forward_pre_hook(lambda module, _, name=name: self.fill(module, name))
             block.register_forward_hook(lambda module, *_: empty(module))
@@ -90,17 +80,17 @@ def empty(module: nn.Module) -> None:
 def write_rewritten(
     pipeline: Pipeline,
     source: BlockFile,
-    final: Transformer,
+    final: AnyDenoiser,
     applied: tuple[Rewrite, ...],
     precision: str,
     path: Path,
     quantize: Callable[[nn.Module, str], object] = lambda block, name: None,
     progress: Progress = lambda count: None,
 ) -> None:
-    """Rewrite and cast the transformer of `pipeline` block by block into the safetensors file `path`.
+    """Rewrite and cast the denoiser of `pipeline` block by block into the safetensors file `path`.
 
     pipeline: bound, not rewritten, blocks empty, and filled from `source`. final: the rewritten, quantized and cast
-    transformer on the meta device, which tells what is stored. quantize: gets each rewritten block in float32 and its
+    denoiser on the meta device, which tells what is stored. quantize: gets each rewritten block in float32 and its
     name, at last what is outside the blocks and "", and may replace linears. `progress` gets the elements of each
     tensor written.
     """
@@ -117,16 +107,20 @@ def write_rewritten(
 def rewritten_parts(
     pipeline: Pipeline, source: BlockFile, applied: tuple[Rewrite, ...]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Each block of `pipeline`'s transformer, filled and rewritten in float32, with its name; then the rest, named "".
+    """Each block of `pipeline`'s denoiser, filled and rewritten in float32, with its name; then the rest, named "".
 
     pipeline: as in `write_rewritten`. What is given is the caller's to change.
     """
-    outer = _without_blocks(pipeline.transformer)
+    kinds, outer = pipeline.denoiser.BLOCKS, _without_blocks(pipeline.denoiser)
     shell = Pipeline(outer, pipeline.vae, pipeline.prompt)
     names = {rewrite.name: rewrite for rewrite in applied}
+    if not kinds:
+        rewrites.apply(shell, [rewrite for rewrite in applied if rewrite.network == "denoiser"])
+        yield "", copy.deepcopy(outer)
+        return
     rewrites.apply(shell, [names[name] for name in _OUTER if name in names])
-    counts = {kind: len(getattr(pipeline.transformer, kind)) for kind in BLOCKS}
-    for name, block in blocks_of(pipeline.transformer):
+    counts = {kind: len(getattr(pipeline.denoiser, kind)) for kind in kinds}
+    for name, block in pipeline.denoiser.blocks():
         kind, index = name.split(".")
         here = [r for r in applied if r.name not in _OUTER and _concerns(r, kind, int(index), counts[kind])]
         holder = _without_blocks(outer)
@@ -150,13 +144,13 @@ def _concerns(rewrite: Rewrite, kind: str, index: int, count: int) -> bool:
     return rewrite.name == "modulation"
 
 
-def _without_blocks(transformer: Transformer) -> Transformer:
+def _without_blocks(denoiser: AnyDenoiser) -> AnyDenoiser:
     """A copy that shares all tensors but has no blocks; rewriting it leaves the original as it is."""
-    kept = {kind: getattr(transformer, kind) for kind in BLOCKS}
+    kept = {kind: getattr(denoiser, kind) for kind in denoiser.BLOCKS}
     memo: dict[int, Any] = {id(blocks): nn.ModuleList() for blocks in kept.values()}
-    tensors = (*transformer.parameters(), *transformer.buffers())
+    tensors = (*denoiser.parameters(), *denoiser.buffers())
     memo |= {id(tensor): tensor for tensor in tensors}
-    return copy.deepcopy(transformer, memo)
+    return copy.deepcopy(denoiser, memo)
 
 
 class SafetensorsWriter:

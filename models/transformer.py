@@ -1,7 +1,7 @@
 """The FE2E transformer: one image latent in, the velocity of depth and normals out, in a single step.
 
 Parameter names are the checkpoint's (Step1X-Edit, a Flux-like DiT). `bind` fixes the prompt and the image size, after
-which `forward` is pure tensors and exportable; `densegeo.models.rewrites` then makes it fast without changing it.
+which `forward` is pure tensors and exportable; `densegeo.models.fe2e` then makes it fast without changing it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from densegeo.models.config import TransformerConfig
 from densegeo.models.connector import Connector
+from densegeo.models.denoiser import Denoiser
 from densegeo.models.layers import (
     FinalModulation,
     MLPEmbedder,
@@ -127,13 +128,17 @@ class FinalLayer(nn.Module):
         return self.linear(branch.norm(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Denoiser[TransformerConfig]):
     """latent (1, C, H/8, W/8) -> velocity (1, 2L, 4C), L = (H/16)(W/16); left half depth, right half normals.
 
     Latents may come in a batch when there is no guidance (`guidance` is None), as in training.
     The latent comes in float32 and the velocity leaves in float32; between them linears run in the parameters' dtype
     and norms, modulation and rotations in float32.
     """
+
+    BLOCKS = ("double_blocks", "single_blocks")
+    PICTURES = 2
+    INPUTS = ("prompt_embeds", "prompt_mask", "timestep")
 
     prompt_embeds: Tensor  # (1, T, prompt)
     prompt_mask: Tensor  # (1, T) float32
@@ -154,8 +159,7 @@ class Transformer(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = FinalLayer(config)
-        # Weight of classifier-free guidance; the released code's two prompts are identical, so any value is exact.
-        self.guidance: float | None = 6.0
+        self.guidance = 6.0  # the released code's two prompts are identical, so any value is exact
         self.constant_canvas = False  # the left half's tokens are img_in's bias, not img_in(zeros)
         for name in ("key_bias", "text_rows"):
             self.register_buffer(name, None, persistent=False)
@@ -183,6 +187,11 @@ class Transformer(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     @property
+    def prompt_features(self) -> int:
+        """Features of a prompt's token."""
+        return self.config.prompt_dim
+
+    @property
     def text_tokens(self) -> int:
         """Text tokens that enter the blocks: fewer than the prompt has once its padding is merged."""
         return self.rope_cos.shape[0] - self.image_tokens
@@ -194,6 +203,29 @@ class Transformer(nn.Module):
         if self.key_bias is not None:
             image = self.key_bias.new_zeros(1, 1, 1, self.image_tokens)
             self.key_bias = torch.cat([self.key_bias[..., :text], image], dim=-1)
+
+    def live_features(self, width: int, height: int) -> int:
+        """Tokens times what a block holds of one: projections, the MLP's features, the residual."""
+        tokens = self.text_tokens + 2 * (width // 16) * (height // 16)
+        return tokens * (9 * self.config.hidden_size + 2 * self.config.mlp_hidden)
+
+    def summary(self) -> str:
+        """The architecture in a line."""
+        config = self.config
+        return (
+            f"transformer: hidden {config.hidden_size}, {config.num_heads} heads of {config.head_size}, "
+            f"{config.depth} double + {config.depth_single_blocks} single blocks, RoPE axes {config.axes_dim}, "
+            f"connector {config.prompt_dim} -> {config.connector_hidden} with {config.connector_heads} heads; "
+            f"{self.text_tokens} text + {self.image_tokens} image tokens"
+        )
+
+    def latents(self, output: Tensor, height: int, width: int) -> Tensor:
+        """velocity (1, 2L, 4C) -> latents (2, C, H/8, W/8), not unscaled: depth (minus the left half), normals."""
+        return split(output, height, width)
+
+    def prediction(self, decoded: Tensor) -> Tensor:
+        """decoded (2, 3, H, W) -> log-affine depth prediction (H, W) in [0, 1]; clamped before the mean."""
+        return log_depth(decoded)
 
     def conditioning(self) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
@@ -290,6 +322,19 @@ class TrimmedSingleBlock(nn.Module):
         mixed = attention(q, k, v, key_bias)
         update = self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
         return branch.add(x[:, self.text_tokens :], update)
+
+
+def log_depth(decoded: Tensor) -> Tensor:
+    """decoded (2, 3, H, W) -> log-affine depth prediction (H, W) in [0, 1]."""
+    return decoded[0].clamp(-1, 1).mean(0) / 2 + 0.5
+
+
+def split(velocity: Tensor, height: int, width: int) -> Tensor:
+    """velocity (1, 2L, 4C) -> latents (2, C, H/8, W/8), depth (minus the left half) first, not unscaled."""
+    halves = torch.cat([-velocity[:, : velocity.shape[1] // 2], velocity[:, velocity.shape[1] // 2 :]])
+    rows, columns = height // 16, width // 16
+    pixels = halves.reshape(2, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(2, -1, 2 * rows, 2 * columns)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

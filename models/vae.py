@@ -1,4 +1,8 @@
-"""The Flux autoencoder. Parameter names are the checkpoint's; images are (N, 3, H, W) in [-1, 1]."""
+"""The autoencoder of Flux and, with the convolutions around its latents, of Stable Diffusion.
+
+Parameter names are those of the Flux checkpoint (`models.diffusers_format` translates); images are (N, 3, H, W) in
+[-1, 1].
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,12 @@ from torch import Tensor, nn
 
 from densegeo.models.config import VAEConfig
 
-GROUPS, EPS = 32, 1e-6
-
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of 32 groups, eps 1e-6."""
+    """GroupNorm that can be followed by SiLU."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels, EPS)
+    def __init__(self, channels: int, groups: int, eps: float = 1e-6) -> None:
+        super().__init__(groups, channels, eps)
 
     def silu(self, x: Tensor) -> Tensor:
         """The norm and SiLU."""
@@ -23,11 +25,11 @@ class Norm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = Norm(in_channels)
+        self.norm1 = Norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(out_channels)
+        self.norm2 = Norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -41,9 +43,9 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """One attention head over all channels; tokens are pixels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = Norm(channels)
+        self.norm = Norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -57,11 +59,11 @@ class AttnBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -123,10 +125,10 @@ class PhaseUpsample(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, then an optional change of resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, resample: str = "") -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, blocks: int, resample: str = "") -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResBlock(in_channels if index == 0 else out_channels, out_channels) for index in range(blocks)
+            ResBlock(in_channels if index == 0 else out_channels, out_channels, groups) for index in range(blocks)
         )
         if resample == "down":
             self.downsample: nn.Module = Downsample(out_channels)
@@ -155,43 +157,53 @@ class Encoder(nn.Module):
             Level(
                 config.ch if level == 0 else widths[level - 1],
                 width,
+                config.groups,
                 config.num_res_blocks,
                 "" if level == last else "down",
             )
             for level, width in enumerate(widths)
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = Norm(widths[-1])
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = Norm(widths[-1], config.groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1) if config.latent_convs else None
 
     def moments(self, rgb: Tensor) -> Tensor:
-        """The Gaussian's mean and log variance, (N, 2z, H/8, W/8)."""
+        """The Gaussian's mean and log variance, (N, 2z, H/8, W/8); the mean alone once that is folded."""
         x = self.conv_in(rgb.to(self.conv_in.weight.dtype))
         for level in self.down:
             x = level(x)
-        return self.conv_out(self.norm_out.silu(self.mid(x)))
+        moments = self.conv_out(self.norm_out.silu(self.mid(x)))
+        return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def forward(self, rgb: Tensor) -> Tensor:
         return self.scale * (self.moments(rgb)[:, : self.z_channels].float() - self.shift)
 
 
 class Decoder(nn.Module):
-    """latent (N, z, H/8, W/8), unscaled -> image (N, 3, H, W), not clamped; the tail runs in its own dtype, float32."""
+    """latent (N, z, H/8, W/8) -> image (N, 3, H, W), not clamped; the tail runs in its own dtype, float32.
+
+    The latent comes unscaled, `latent / scale + shift`; where convolutions surround it, the decoder does that itself.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.scale, self.shift, channels = config.scale_factor, config.shift_factor, config.z_channels
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.latent_convs else None
+        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(  # index 0 is the full resolution and runs last
-            Level(widths[min(level + 1, last)], width, config.num_res_blocks + 1, "up" if level else "")
+            Level(widths[min(level + 1, last)], width, config.groups, config.num_res_blocks + 1, "up" if level else "")
             for level, width in enumerate(widths)
         )
-        self.norm_out = Norm(widths[0])
+        self.norm_out = Norm(widths[0], config.groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latent = self.post_quant_conv((latent / self.scale + self.shift).to(self.conv_in.weight.dtype))
         x = self.mid(self.conv_in(latent.to(self.conv_in.weight.dtype)))
         for level in reversed(self.up):
             x = level(x)

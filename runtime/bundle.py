@@ -15,12 +15,12 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 
-Stage = Literal["encoder", "transformer", "decoder"]
+Stage = Literal["encoder", "denoiser", "decoder"]
 DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]
-STAGES: tuple[Stage, ...] = ("encoder", "transformer", "decoder")
+STAGES: tuple[Stage, ...] = ("encoder", "denoiser", "decoder")
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,32 +47,46 @@ class Graph(Record, frozen=True):
 class Bucket(Record, frozen=True):
     """One fixed image size and its three graphs.
 
-    encoder: rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, H/8, W/8), scaled and shifted.
-    transformer: latent -> velocity (1, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals.
-    decoder: latent (N, C, H/8, W/8), unscaled -> decoded (N, 3, H, W); N = 2 (depth and normals together) or 1.
+    encoder: rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, h, w), scaled and shifted; h, w: H / 8, W / 8 rounded down.
+    denoiser: latent -> output, see `Decode.packing`.
+    decoder: latents (N, C, h, w) -> decoded (N, 3 or 1, 8h, 8w); N: as many as an image has pictures, or 1.
     """
 
     width: int
     height: int
     encoder: Graph
-    transformer: Graph
+    denoiser: Graph
     decoder: Graph
 
 
-class Decode(Record, frozen=True):
-    """How velocity tokens become geometry (DESIGN section 3)."""
+class Decode(Record, frozen=True, kw_only=True):
+    """How the denoiser's output becomes geometry (DESIGN sections 3 and 5).
+
+    packing "tokens", FE2E: velocity (1, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals, each
+    times its sign; the decoder takes them unscaled, latent / latent_scale + latent_shift.
+    packing "latent", FiffDepth: the depth latent (1, C, h, w), which the decoder takes as it is; no normals.
+    clip: whether the decoded depth picture is clipped to [-1, 1] before the mean over its channels, or after it.
+    """
 
     depth_kind: DepthKind
-    latent_scale: float  # decoder input = latent / latent_scale + latent_shift
-    latent_shift: float
-    depth_sign: int  # depth latent = depth_sign * left half of the velocity
-    normal_sign: int  # normal latent = normal_sign * right half
+    packing: Literal["tokens", "latent"] = "tokens"
+    clip: Literal["channels", "mean"] = "channels"
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    depth_sign: int = 1
+    normal_sign: int = 1
+
+    @property
+    def pictures(self) -> int:
+        """What is decoded for an image: depth and normals, or depth alone."""
+        return 2 if self.packing == "tokens" else 1
 
 
 class Networks(Record, frozen=True):
     """What the torch backend makes the modules from that the weight files belong to."""
 
-    transformer: dict[str, Any]  # fields of models.config.TransformerConfig
+    family: str  # of models.families: "fe2e", "fiffdepth"
+    denoiser: dict[str, Any]  # fields of models.config.TransformerConfig or UNetConfig
     vae: dict[str, Any]  # fields of models.config.VAEConfig
     prompt: str  # file with the prompt's embedding
 
@@ -89,7 +103,7 @@ class Capture(Record, frozen=True):
 
 
 CAPTURE = Capture(
-    inside=["encoder", "transformer", "split", "decoder"], before=["preprocess"], after=["log_dequantize", "normals"]
+    inside=["encoder", "denoiser", "split", "decoder"], before=["preprocess"], after=["log_dequantize", "normals"]
 )
 
 
@@ -127,7 +141,7 @@ class FileDigest(Record, frozen=True):
 class Source(Record, frozen=True):
     """A file the bundle was built from."""
 
-    role: str  # "dit", "vae", "lora", "prompt", "config"
+    role: str  # of models.families: "dit", "unet", "vae", "lora", "prompt", "config" ...
     path: str  # as given, or `repository@revision:file`
     bytes: int
     sha256: str
@@ -137,7 +151,7 @@ class Check(Record, frozen=True):
     """One measured error of the build's verification: `error` must not exceed `bound`."""
 
     bucket: str  # "1024x768"
-    output: str  # "encoder", "transformer", "decoder", "prediction", "normals"
+    output: str  # "encoder", "denoiser", "decoder", "prediction", and "normals" where there are any
     reference: str  # what it was compared with
     error: float  # relative L2 norm
     bound: float
@@ -150,7 +164,7 @@ class Verification(Record, frozen=True):
 
 
 class Quantization(Record, frozen=True, kw_only=True):
-    """Which linears of the transformer are 8-bit, and what that did to the calibration's images.
+    """Which linears of the denoiser are 8-bit, and what that did to the calibration's images.
 
     depth_error: root mean square change of predictions; normal_error: mean change in degrees; None: not measured.
     """
@@ -166,7 +180,7 @@ class Quantization(Record, frozen=True, kw_only=True):
 
 class Manifest(Record, frozen=True):
     schema_version: int
-    model: str  # "fe2e", "fe2e-tiny"
+    model: str  # "fe2e", "fe2e-tiny", "fiffdepth"
     precision: str  # "fp32", "bf16", "fp16", "fp8", "int8"
     base: str  # the floating-point type: the precision itself, or what fp8 and int8 leave: "bf16", "fp32"
     quantization: Quantization | None  # of fp8 and int8

@@ -1,4 +1,4 @@
-"""What the network's numbers mean: velocity tokens -> latents -> prediction and normals (plain numpy, float32)."""
+"""What the network's numbers mean: denoiser's output -> latents -> prediction and normals (plain numpy, float32)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def unpack(tokens: Float, height: int, width: int) -> Float:
     return latent
 
 
+def latents_of(output: Float, height: int, width: int, decode: Decode) -> Float:
+    """The denoiser's output for an image of height x width pixels -> the decoder's input (pictures, C, h, w)."""
+    return split_velocity(output, height, width, decode) if decode.packing == "tokens" else output
+
+
 def split_velocity(velocity: Float, height: int, width: int, decode: Decode) -> Float:
     """Velocity (1, 2L, 4C) -> the decoder's unscaled input (2, C, H/8, W/8), depth first, then normals."""
     length = (height // 16) * (width // 16)
@@ -32,9 +37,13 @@ def split_velocity(velocity: Float, height: int, width: int, decode: Decode) -> 
     return latents
 
 
-def depth_prediction(decoded: Float) -> Float:
-    """Decoded depth picture (3, H, W) -> p (H, W) in [0, 1]; each channel is clamped before the mean."""
-    mean: Float = np.clip(decoded, -1.0, 1.0).mean(axis=0, dtype=np.float32)
+def depth_prediction(decoded: Float, decode: Decode) -> Float:
+    """Decoded depth picture (channels, H, W) -> p (H, W) in [0, 1]; clipped before or after the channels' mean."""
+    mean: Float
+    if decode.clip == "channels":
+        mean = np.clip(decoded, -1.0, 1.0).mean(axis=0, dtype=np.float32)
+    else:
+        mean = np.clip(decoded.mean(axis=0, dtype=np.float32), -1.0, 1.0)
     np.multiply(mean, np.float32(0.5), out=mean)
     np.add(mean, np.float32(0.5), out=mean)
     return mean

@@ -1,6 +1,6 @@
 """The estimator: image -> `Geometry`.
 
-One call, in order: `load_image`, `fit_to_bucket`, `run_network` (encoder, transformer, `split_velocity`, decoder),
+One call, in order: `load_image`, `fit_to_bucket`, `run_network` (encoder, denoiser, `latents_of`, decoder),
 `assemble`. `submit` and `stream` do the same through a queue: the first two in the caller's thread, the rest in a
 worker thread.
 """
@@ -26,7 +26,7 @@ from densegeo.errors import BackendError, BundleError, ConfigError, ShutdownErro
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.bundle import Bucket, Decode, Manifest, Stage, check_files, read_manifest
-from densegeo.runtime.decode import clamped_normals, depth_prediction, network_to_opencv, split_velocity, unit_normals
+from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, network_to_opencv, unit_normals
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, Frame, device_size, load_image
 from densegeo.runtime.metrics import Laps, Metrics
@@ -40,11 +40,12 @@ Float = NDArray[np.float32]
 class Activations:
     """What the graphs of one bucket returned, float32.
 
-    latent: (1, C, H/8, W/8); velocity: (1, 2L, 4C); decoded: (2, 3, H, W), depth then normals.
+    latent: (1, C, h, w); output: the denoiser's, see `bundle.Decode`; decoded: (pictures, channels, 8h, 8w), depth,
+    then normals if there are any.
     """
 
     latent: Float
-    velocity: Float
+    output: Float
     decoded: Float
 
 
@@ -163,7 +164,7 @@ class Estimator:
         return stream
 
     def tensors(self, image: Any, color: Color = "rgb") -> tuple[Any, Any]:
-        """Prediction (h, w) and unit OpenCV normals (h, w, 3), float32, left on the backend's device.
+        """Prediction (h, w) and unit OpenCV normals (h, w, 3) or None, float32, left on the backend's device.
 
         image: uint8 (h, w, 3) with DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA, numpy ...), on the host
         or that device, where nothing is then copied. The results have DLPack, and are ready for the caller's current
@@ -197,8 +198,8 @@ class Estimator:
     def replay(self, rgb: Float) -> dict[str, Float]:
         """Run a bucket's graphs on a ready input: rgb (1, 3, H, W) in [-1, 1] of one bucket's size.
 
-        Returns float32 "encoder" (1, C, H/8, W/8), "transformer" (1, 2L, 4C), "decoder" (2, 3, H, W),
-        "prediction" (H, W) and "normals" (H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
+        Returns float32 "encoder", "denoiser", "decoder" (see `Activations`), "prediction" (H, W) and, where there are
+        any, "normals" (H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
         """
         size = rgb.shape[-2:]
         for bucket in self.manifest.buckets:
@@ -208,14 +209,14 @@ class Estimator:
             raise ConfigError(f"This bundle has no bucket for an input of shape {rgb.shape}.")
         activations = run_network(self._backend, self.manifest.decode, bucket, rgb, Laps())
         whole = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-        prediction, normals = assemble(activations.decoded, whole)
-        return {
+        prediction, normals = assemble(activations.decoded, whole, self.manifest.decode)
+        outputs = {
             "encoder": activations.latent,
-            "transformer": activations.velocity,
+            "denoiser": activations.output,
             "decoder": activations.decoded,
             "prediction": prediction,
-            "normals": normals,
         }
+        return outputs if normals is None else outputs | {"normals": normals}
 
     @property
     def backend(self) -> str:
@@ -287,7 +288,7 @@ class Estimator:
     def _compute(self, jobs: list[Job]) -> list[Geometry]:
         """Jobs of one bucket -> their results."""
         whole = [job for job in jobs if job.image.dtype == np.uint8]
-        pairs: dict[Job, tuple[Float, Float]] = {}
+        pairs: dict[Job, tuple[Float, Float | None]] = {}
         if whole:
             assert self._frames is not None  # others get ready pictures
             found = self._frames.estimate(
@@ -298,11 +299,13 @@ class Estimator:
             job.laps.lap("device")
         return [self._finish(job, *(pairs.get(job) or self._by_stages(job))) for job in jobs]
 
-    def _by_stages(self, job: Job) -> tuple[Float, Float]:
-        decoded = run_network(self._backend, self.manifest.decode, job.bucket, job.image, job.laps).decoded
-        return assemble(decoded, job.placement)
+    def _by_stages(self, job: Job) -> tuple[Float, Float | None]:
+        decode = self.manifest.decode
+        return assemble(
+            run_network(self._backend, decode, job.bucket, job.image, job.laps).decoded, job.placement, decode
+        )
 
-    def _finish(self, job: Job, prediction: Float, normals: Float) -> Geometry:
+    def _finish(self, job: Job, prediction: Float, normals: Float | None) -> Geometry:
         valid = np.isfinite(prediction)
         job.laps.lap("finish")
         timings = {**job.laps.milliseconds, "total": job.laps.total}
@@ -339,7 +342,7 @@ class Estimator:
 
 
 def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Laps) -> Activations:
-    """Encoder, transformer and decoder on rgb (1, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
+    """Encoder, denoiser and decoder on rgb (1, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
 
     def run(stage: Stage, array: Float) -> Float:
         output = backend.run(bucket, stage, array)
@@ -347,22 +350,24 @@ def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, la
         return output
 
     latent = run("encoder", rgb)
-    velocity = run("transformer", latent)
-    tokens = 2 * (bucket.height // 16) * (bucket.width // 16)
-    if velocity.ndim != 3 or velocity.shape[1] != tokens:
-        raise BackendError(f"The transformer returned {velocity.shape}, not (1, {tokens}, channels). Rebuild it.")
-    latents = split_velocity(velocity, bucket.height, bucket.width, decode)
+    output = run("denoiser", latent)
+    wanted = tuple(bucket.denoiser.outputs[0].shape)
+    if output.shape != wanted:
+        raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
+    latents = latents_of(output, bucket.height, bucket.width, decode)
     laps.lap("split")
-    if bucket.decoder.inputs[0].shape[0] == 1:
-        decoded = np.concatenate([run("decoder", latents[:1]), run("decoder", latents[1:])])
-    else:
-        decoded = run("decoder", latents)
-    return Activations(latent, velocity, decoded)
+    at_once = bucket.decoder.inputs[0].shape[0]
+    parts = [run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
+    return Activations(latent, output, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-def assemble(decoded: Float, placement: Placement) -> tuple[Float, Float]:
-    """decoded (2, 3, H, W) -> prediction (h, w) and unit OpenCV normals (h, w, 3) at the source's size."""
-    prediction = restore(depth_prediction(decoded[0]), placement)
+def assemble(decoded: Float, placement: Placement, decode: Decode) -> tuple[Float, Float | None]:
+    """decoded (pictures, channels, H, W) -> prediction (h, w) and unit OpenCV normals (h, w, 3), if there are any, at
+    the source's size.
+    """
+    prediction = restore(depth_prediction(decoded[0], decode), placement)
+    if decode.pictures == 1:
+        return prediction, None
     clamped = clamped_normals(decoded[1])
     resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
     return prediction, network_to_opencv(unit_normals(resized))

@@ -29,7 +29,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "preprocess": ("load", "prepare"),
     "queue": ("queue",),
     "encode": ("encoder",),
-    "transformer": ("transformer",),
+    "denoiser": ("denoiser",),
     "decode": ("decoder",),
     "device": ("device",),  # copies, resizing and networks, for a backend that takes whole images
     "postprocess": ("split", "finish"),

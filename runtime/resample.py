@@ -141,6 +141,12 @@ def restore(plane: Float, placement: Placement) -> Float:
     return resize_plain(plane[top : top + height, left : left + width], *placement.source)
 
 
+def inside(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """A box cut to a picture, which is smaller than its bucket where that is no multiple of 8."""
+    left, top, box_width, box_height = box
+    return left, top, min(box_width, width - left), min(box_height, height - top)
+
+
 def _bicubic(plane: Float, width: int, height: int) -> Float:
     return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
 

@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BundleError
-from densegeo.runtime.bundle import Check
+from densegeo.runtime.bundle import Check, Decode
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.tensorfile import Array, read_tensors
 
-OUTPUTS = ("encoder", "transformer", "decoder", "prediction", "normals")
+
+def outputs_of(decode: Decode) -> tuple[str, ...]:
+    """What a verification compares."""
+    return ("encoder", "denoiser", "decoder", "prediction", *(("normals",) if decode.pictures == 2 else ()))
 
 
 def replay(bundle: str | os.PathLike[str], backend: str = "auto", device: str = "auto") -> list[Check]:
@@ -33,7 +36,7 @@ def replay(bundle: str | os.PathLike[str], backend: str = "auto", device: str = 
             if rgb.shape != (1, 3, bucket.height, bucket.width):
                 raise BundleError(f"{path}: {name}.rgb has shape {rgb.shape}. Rebuild the bundle.")
             outputs = estimator.replay(rgb)
-            for output in OUTPUTS:
+            for output in outputs_of(estimator.manifest.decode):
                 reference = _tensor(tensors, path, f"{name}.{output}")
                 checks.append(
                     Check(

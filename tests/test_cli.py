@@ -139,7 +139,7 @@ def test_infer_into_a_file_is_an_error(
 def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", bundle) == 0
     shown = capsys.readouterr().out
-    for text in ("toy", "fp32", "64x48", "encoder", "transformer", "decoder", "log_affine"):
+    for text in ("toy", "fp32", "64x48", "encoder", "denoiser", "decoder", "log_affine"):
         assert text in shown
     assert run("inspect", bundle, "--json") == 0
     assert json.loads(capsys.readouterr().out)["model"] == "toy"
@@ -172,7 +172,7 @@ def test_bench_ends_with_json(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert result == json.loads((tmp_path / "deep" / "x.json").read_text())
     assert result["bucket"] == "64x48"
     assert set(result["cold_ms"]) == {"import", "open", "first"}
-    for stage in ("encoder", "transformer", "decoder", "total"):
+    for stage in ("encoder", "denoiser", "decoder", "total"):
         spread = result["stages"][stage]
         assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"]
     assert result["stages"]["encoder"]["gflops"] > 0

@@ -26,7 +26,7 @@ def test_demo_writes_pictures_and_says_what_they_are(tmp_path: Path, capsys: pyt
         assert picture.width > 2 * width
         assert picture.height >= len(demo.PHOTOS) * height
     shown = capsys.readouterr().out
-    for text in ("side_by_side.png", "transformer", "Poly Haven", "CC0", "random weights"):
+    for text in ("side_by_side.png", "denoiser", "Poly Haven", "CC0", "random weights"):
         assert text in shown
 
 

@@ -50,9 +50,9 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
             [helper.make_node("Conv", ["rgb", "w"], ["latent"], strides=[8, 8])],
             {"w": weight["encoder"].astype(np.float32)},
         ),
-        transformer=_graph(
+        denoiser=_graph(
             directory,
-            "transformer",
+            "denoiser",
             ("latent", latent),
             ("velocity", (1, 2 * ROWS * COLUMNS, 4 * CHANNELS)),
             [
@@ -85,7 +85,7 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
         quantization=None,
         weights_note="random weights",
         buckets=[bucket],
-        decode=Decode("log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1),
+        decode=Decode(depth_kind="log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1),
         networks=None,
         rewrites=["guidance"],
         files={},

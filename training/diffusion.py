@@ -19,10 +19,11 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from densegeo.models.fe2e import collapse_guidance, merge_padding
 from densegeo.models.layers import Modulation
 from densegeo.models.presets import TINY_TEXT_TOKENS, TINY_TRANSFORMER, TINY_VALID_TOKENS
 from densegeo.models.prompt import Prompt
-from densegeo.models.rewrites import Pipeline, collapse_guidance, merge_padding
+from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer, pack
 from densegeo.models.vae import VAE
 from densegeo.training.data import Chunk, pictures, read_chunks

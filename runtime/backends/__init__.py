@@ -43,9 +43,9 @@ class FrameBackend(Backend, Protocol):
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
         """Pixels (h, w, 3) RGB of one or more images -> for each its prediction (h, w) and unit OpenCV normals
-        (h, w, 3). Raises BackendError.
+        (h, w, 3), None where the model has none. Raises BackendError.
         """
         ...
 

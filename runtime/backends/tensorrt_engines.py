@@ -21,7 +21,7 @@ from densegeo.runtime.backends.cuda_memory import DeviceArray, Memory, architect
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 from densegeo.runtime.engines import read_engine, rebuild_command, select_engine, trusted
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement
+from densegeo.runtime.resample import Placement, inside
 from densegeo.runtime.tensorfile import tensor_offsets
 
 log = logging.getLogger("densegeo")
@@ -81,18 +81,24 @@ class TensorRTBackend:
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3), in turn. Raises BackendError."""
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3) or None, in turn.
+
+        Raises BackendError.
+        """
         results = []
         with self._lock:
             network = self._network(bucket)
             for image, placement in zip(pixels, placements, strict=True):
                 frame = network.upload(np.ascontiguousarray(image))
                 prediction, normals = network.frame(frame, (3 * image.shape[1], 3), placement, "rgb")
-                results.append((network.download(prediction), network.download(normals)))
+                on_host = None if normals is None else network.download(normals)
+                results.append((network.download(prediction), on_host))
         return results
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[DeviceArray, DeviceArray]:
+    def keep(
+        self, bucket: Bucket, image: Any, placement: Placement, color: Color
+    ) -> tuple[DeviceArray, DeviceArray | None]:
         """The same for an array on the device, uint8 (h, w, 3), channels adjacent; the results stay there."""
         described = getattr(image, "__cuda_array_interface__", None)
         if described is None:
@@ -189,12 +195,14 @@ class Network:
         self._decode = manifest.decode
         self._shapes = {
             "rgb": bucket.encoder.inputs[0].shape,
-            "latent": bucket.transformer.inputs[0].shape,
-            "velocity": bucket.transformer.outputs[0].shape,
-            "latents": [2, *bucket.decoder.inputs[0].shape[1:]],
-            "decoded": [2, *bucket.decoder.outputs[0].shape[1:]],
+            "latent": bucket.denoiser.inputs[0].shape,
+            "output": bucket.denoiser.outputs[0].shape,
+            "latents": [self._decode.pictures, *bucket.decoder.inputs[0].shape[1:]],
+            "decoded": [self._decode.pictures, *bucket.decoder.outputs[0].shape[1:]],
         }
         self._buffers = {name: memory.device_buffer(FLOAT * _count(shape)) for name, shape in self._shapes.items()}
+        if self._decode.packing == "latent":
+            self._buffers["latents"] = self._buffers["output"]  # the decoder takes it as it is
         self._workspace = memory.device_buffer(max(stepper.workspace for stepper in steppers.values()))
         for stepper in steppers.values():
             stepper.use(self._workspace)
@@ -210,7 +218,7 @@ class Network:
         """One engine, eager, from host to host."""
         source, target = {
             "encoder": ("rgb", "latent"),
-            "transformer": ("latent", "velocity"),
+            "denoiser": ("latent", "output"),
             "decoder": ("latents", "decoded"),
         }[stage]
         graph = getattr(self._bucket, stage)
@@ -230,10 +238,9 @@ class Network:
 
     def frame(
         self, address: int, strides: tuple[int, int], placement: Placement, color: Color
-    ) -> tuple[DeviceArray, DeviceArray]:
+    ) -> tuple[DeviceArray, DeviceArray | None]:
         """uint8 pixels at a device address (row and pixel strides in bytes) -> prediction and normals, there."""
         bucket, (width, height), box = self._bucket, placement.source, placement.box
-        inside = dict(zip(("left", "top", "box_width", "box_height"), box, strict=True))
         self._kernels.launch(
             "preprocess.u8_fp32",
             self._memory.stream,
@@ -245,7 +252,7 @@ class Network:
                 "row_stride": strides[0],
                 "pixel_stride": strides[1],
                 "red": 2 if color == "bgr" else 0,
-                **inside,
+                **_named(box),
                 "width": bucket.width,
                 "height": bucket.height,
                 "taps_x": _taps(width, box[2]),
@@ -256,7 +263,7 @@ class Network:
             self._enqueue(self._memory.stream)
         else:
             self._graph.launch(self._memory.stream)
-        return self._outputs(placement, inside)
+        return self._outputs(placement)
 
     def download(self, array: DeviceArray) -> NDArray[np.float32]:
         """A device array as an array of its own on the host."""
@@ -268,15 +275,23 @@ class Network:
         result: NDArray[np.float32] = host_view(self._pinned, size).view(np.float32).reshape(array.shape).copy()
         return result
 
-    def _outputs(self, placement: Placement, inside: dict[str, int]) -> tuple[DeviceArray, DeviceArray]:
-        (width, height), bucket = placement.source, self._bucket
+    def _outputs(self, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
+        width, height = placement.source
         pixels = width * height
-        depth, valid, prediction, normals = (self._memory.device_buffer(n * pixels) for n in (4, 1, 4, 12))
-        plane = bucket.width * bucket.height
-        strides = {"batch_stride": 3 * plane, "channel_stride": plane, "row_stride": bucket.width, "column_stride": 1}
-        shared = {**strides, **inside, "width": width, "height": height}
+        depth, valid, prediction = (self._memory.device_buffer(n * pixels) for n in (4, 1, 4))
+        _, channels, rows, columns = self._shapes["decoded"]
+        plane = rows * columns
+        strides = {
+            "batch_stride": channels * plane,
+            "channel_stride": plane,
+            "row_stride": columns,
+            "column_stride": 1,
+        }
+        box = _named(inside(placement.box, columns, rows))
+        shared = {**strides, **box, "width": width, "height": height}
+        order = "clamp_mean" if self._decode.clip == "channels" else "mean_clamp"
         self._kernels.launch(
-            "log_dequantize.clamp_mean3_fp32",
+            f"log_dequantize.{order}{channels}_fp32",
             self._memory.stream,
             {
                 "decoded": self._address("decoded"),
@@ -291,6 +306,9 @@ class Network:
             },
             batch=1,
         )
+        if self._decode.pictures == 1:
+            return DeviceArray(prediction, (height, width)), None
+        normals = self._memory.device_buffer(3 * FLOAT * pixels)
         matrix = {f"m{row}{column}": OPENCV[3 * row + column] for row in range(3) for column in range(3)}
         second = self._address("decoded") + FLOAT * 3 * plane
         self._kernels.launch(
@@ -302,18 +320,26 @@ class Network:
         return DeviceArray(prediction, (height, width)), DeviceArray(normals, (height, width, 3))
 
     def _enqueue(self, stream: Any) -> None:
-        """What depends on the bucket alone: encoder, transformer, split, decoder."""
+        """What depends on the bucket alone: encoder, denoiser, split, decoder."""
         bucket, steppers = self._bucket, self._steppers
         self._launch(steppers["encoder"], stream, bucket.encoder, self._address("rgb"), self._address("latent"))
-        self._launch(
-            steppers["transformer"], stream, bucket.transformer, self._address("latent"), self._address("velocity")
-        )
-        tokens, features = self._shapes["velocity"][1:]
+        self._launch(steppers["denoiser"], stream, bucket.denoiser, self._address("latent"), self._address("output"))
+        if self._decode.packing == "tokens":
+            self._split(stream)
+        pictures, at_once = self._decode.pictures, bucket.decoder.inputs[0].shape[0]
+        sizes = [FLOAT * _count(self._shapes[name]) // pictures for name in ("latents", "decoded")]
+        for first in range(0, pictures, at_once):
+            source, target = (self._address(n) + first * s for n, s in zip(("latents", "decoded"), sizes, strict=True))
+            self._launch(steppers["decoder"], stream, bucket.decoder, source, target)
+
+    def _split(self, stream: Any) -> None:
+        """Velocity -> the decoder's input."""
+        bucket, (tokens, features) = self._bucket, self._shapes["output"][1:]
         self._kernels.launch(
             "split.fp32_fp32",
             stream,
             {
-                "velocity": self._address("velocity"),
+                "velocity": self._address("output"),
                 "latents": self._address("latents"),
                 "batch": 1,
                 "rows": bucket.height // 16,
@@ -327,11 +353,6 @@ class Network:
                 "normal_sign": self._decode.normal_sign,
             },
         )
-        batch = bucket.decoder.inputs[0].shape[0]
-        sizes = [FLOAT * _count(self._shapes[name]) // 2 for name in ("latents", "decoded")]
-        for part in range(2 // batch):
-            source, target = (self._address(n) + part * s for n, s in zip(("latents", "decoded"), sizes, strict=True))
-            self._launch(steppers["decoder"], stream, bucket.decoder, source, target)
 
     def _launch(self, stepper: Stepper, stream: Any, graph: Any, source: int, target: int) -> None:
         stepper.launch(stream, {graph.inputs[0].name: source, graph.outputs[0].name: target})
@@ -366,6 +387,11 @@ class Network:
 
     def _address(self, name: str) -> int:
         return int(self._buffers[name].handle)
+
+
+def _named(box: tuple[int, int, int, int]) -> dict[str, int]:
+    """A box as the kernels' arguments."""
+    return dict(zip(("left", "top", "box_width", "box_height"), box, strict=True))
 
 
 def _count(shape: Any) -> int:

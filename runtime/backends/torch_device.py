@@ -1,6 +1,6 @@
 """One image on the device, end to end: the camera's bytes go in, prediction and normals at its resolution come out.
 
-Inside the recording: encoder, transformer, split, decoder, which depend on the bucket alone. Around it, launched
+Inside the recording: encoder, denoiser, split, decoder, which depend on the bucket alone. Around it, launched
 anew for every image: preprocess, log_dequantize and normals, which depend on the source's size.
 """
 
@@ -20,7 +20,7 @@ from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import Recorder, Replay
 from densegeo.runtime.bundle import Bucket, Decode
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement
+from densegeo.runtime.resample import Placement, inside
 
 MOST = 8  # images in one recording
 
@@ -30,29 +30,29 @@ log = logging.getLogger("densegeo")
 class DeviceNetwork:
     """The networks of one bucket on one device. One call at a time: its buffers are fixed.
 
-    transformer: latent (B, C, H/8, W/8) -> velocity (B, 2L, 4C). parts: how many of an image's two latents the decoder
+    denoiser: latent (B, C, h, w) -> its output, see `bundle.Decode`. parts: how many of an image's latents the decoder
     takes at once. The networks are recorded for 1, 2, 4 and `MOST` images, each when it is first needed (1 at once).
     """
 
     def __init__(
         self,
         vae: VAE,
-        transformer: nn.Module,
+        denoiser: nn.Module,
         parts: int,
         decode: Decode,
         bucket: Bucket,
         device: str,
         recorder: Recorder | None,
     ) -> None:
-        self._vae, self._transformer, self._parts = vae, transformer, parts
+        self._vae, self._denoiser, self._parts = vae, denoiser, parts
         self._decode, self._bucket, self._size = decode, bucket, (bucket.width, bucket.height)
         self._device, self._recorder, self._most = device, recorder, MOST
         self._replays: dict[int, Replay] = {}
         self.recorded(1)
 
     def recorded(self, count: int) -> Replay:
-        """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (2 count, 3, H, W), depth
-        first, then normals. Raises torch.OutOfMemoryError.
+        """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (pictures * count,
+        channels, 8h, 8w), depth first, then normals. Raises torch.OutOfMemoryError.
         """
         if count not in self._replays:
             bucket = self._bucket
@@ -64,9 +64,11 @@ class DeviceNetwork:
 
     def __call__(
         self, frames: Sequence[Tensor], placements: Sequence[Placement], color: Color = "rgb"
-    ) -> list[tuple[Tensor, Tensor]]:
-        """frames (h, w, 3) uint8 on the device -> predictions (h, w) and OpenCV normals (h, w, 3), float32, there."""
-        results: list[tuple[Tensor, Tensor]] = []
+    ) -> list[tuple[Tensor, ...]]:
+        """frames (h, w, 3) uint8 on the device -> of each its prediction (h, w) and, if the model has them, its OpenCV
+        normals (h, w, 3), float32, there.
+        """
+        results: list[tuple[Tensor, ...]] = []
         with torch.inference_mode():
             while len(results) < len(frames):
                 replay, count = self._largest(len(frames) - len(results))
@@ -92,18 +94,23 @@ class DeviceNetwork:
                 self._most = size = size // 2
                 torch.cuda.empty_cache()
 
-    def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
-        """decoded (2, 3, H, W), depth and normals -> prediction (h, w) and normals (h, w, 3)."""
-        box, size = placement.box, placement.source
-        _, _, prediction = log_dequantize(decoded[:1], box, size, scale=1.0, shift=0.0, with_prediction=True)
+    def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, ...]:
+        """decoded (pictures, channels, 8h, 8w) -> prediction (h, w) and normals (h, w, 3)."""
+        box, size = inside(placement.box, decoded.shape[3], decoded.shape[2]), placement.source
+        first = self._decode.clip == "channels"
+        _, _, prediction = log_dequantize(
+            decoded[:1], box, size, scale=1.0, shift=0.0, clamp_first=first, with_prediction=True
+        )
         assert prediction is not None
-        return prediction[0], normals(decoded[1:], box, size)[0]
+        return (prediction[0], *(normals(decoded[1:], box, size)[:1] if self._decode.pictures == 2 else ()))
 
     def _network(self, rgb: Tensor) -> Tensor:
-        """rgb (B, 3, H, W) -> decoded (2B, 3, H, W) float32."""
-        velocity = self._transformer(self._vae.encoder(rgb))
+        """rgb (B, 3, H, W) -> decoded (pictures * B, channels, 8h, 8w) float32."""
+        output = self._denoiser(self._vae.encoder(rgb))
+        if self._decode.packing == "latent":
+            return self._vae.decoder(output)
         latents = split(
-            velocity,
+            output,
             self._bucket.height,
             self._bucket.width,
             scale=self._decode.latent_scale,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
 from densegeo.kernels.layer_norm import layer_norm
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
+from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, heads_first, rotate
 from densegeo.models.transformer import (
     ConstantInputBlock,
@@ -26,8 +28,8 @@ from densegeo.models.transformer import (
     Transformer,
     TrimmedSingleBlock,
 )
-from densegeo.models.vae import EPS as VAE_EPS
-from densegeo.models.vae import GROUPS, VAE, Norm
+from densegeo.models.unet import LayerNorm, UNet
+from densegeo.models.vae import VAE, Norm
 
 log = logging.getLogger("densegeo")
 
@@ -155,10 +157,11 @@ def fuse_transformer(model: Transformer) -> FusedTransformer:
 
 
 class FusedNorm(nn.Module):
-    """The autoencoder's group norm, with or without SiLU, in one kernel."""
+    """A group norm, with or without SiLU, in one kernel."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
         self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)
         self.bias = nn.Parameter(norm.bias.detach().float(), requires_grad=False)
 
@@ -170,18 +173,42 @@ class FusedNorm(nn.Module):
 
     def _run(self, x: Tensor, silu: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return group_norm_silu(x, self.weight, self.bias, GROUPS, VAE_EPS, silu=silu)
+        return group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, silu=silu)
 
 
-def fuse_vae(vae: VAE) -> VAE:
+class FusedLayerNorm(nn.Module):
+    """The U-Net's layer norm in one kernel."""
+
+    def __init__(self, norm: LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
+
+
+Pictures = TypeVar("Pictures", VAE, UNet)
+
+
+def fuse_norms(network: Pictures) -> Pictures:
     """A copy with fused norms, in channels-last memory, that shares every other weight."""
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fused = copy.deepcopy(vae, {id(tensor): tensor for tensor in vae.parameters()})
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fused = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
     for module in list(fused.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Norm):
                 setattr(module, name, FusedNorm(child))
+            elif isinstance(child, LayerNorm):
+                setattr(module, name, FusedLayerNorm(child))
     return fused
+
+
+def fuse(denoiser: AnyDenoiser) -> nn.Module:
+    """A denoiser over the project's kernels, where its rewrites allow that."""
+    if isinstance(denoiser, UNet):
+        return fuse_norms(denoiser)
+    assert isinstance(denoiser, Transformer)
+    return fuse_transformer(denoiser) if can_fuse(denoiser) else denoiser
 
 
 def _after(index: int, blocks: list[nn.Module]) -> nn.Module | None:

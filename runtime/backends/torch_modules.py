@@ -19,17 +19,18 @@ from torch import Tensor
 
 from densegeo.errors import BackendError, CheckpointError
 from densegeo.models import rewrites
-from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.config import VAEConfig
+from densegeo.models.denoiser import AnyDenoiser, Denoiser
+from densegeo.models.families import FAMILIES
 from densegeo.models.loading import load_rewritten
 from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.transformer import Transformer
 from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
-from densegeo.runtime.backends.torch_fused import can_fuse, fuse_transformer, fuse_vae
+from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
 from densegeo.runtime.images import Color
@@ -44,7 +45,7 @@ def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBacke
 
 
 class TorchBackend:
-    """One set of weights on one device; each bucket has its own transformer tables."""
+    """One set of weights on one device; each bucket has its own tables."""
 
     name = "torch"
 
@@ -52,15 +53,15 @@ class TorchBackend:
         self.device = choose_device(device)
         first = manifest.buckets[0]
         self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
-        self._transformers: dict[Size, Transformer] = {(first.width, first.height): self._pipeline.transformer}
+        self._denoisers: dict[Size, AnyDenoiser] = {(first.width, first.height): self._pipeline.denoiser}
         self._lock = threading.RLock()
         self._decode = manifest.decode
         self._recorder = CudaRecorder(self.device) if self.device != "cpu" else None
         self._ring = Ring(self.device)
         self._networks: dict[Size, DeviceNetwork] = {}
-        self._fused_vae = fuse_vae(self._pipeline.vae)
+        self._fused_vae = fuse_norms(self._pipeline.vae)
         self.takes_frames = self.device != "cpu"  # on a CPU, numpy and Pillow are the faster way in and out
-        self.frames_at_once = MOST if self._pipeline.transformer.guidance is None else 1
+        self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:
             self._network(first)
 
@@ -81,46 +82,47 @@ class TorchBackend:
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Pixels (h, w, 3) RGB -> predictions (h, w) and normals (h, w, 3), see `DeviceNetwork`. Raises BackendError.
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+        """Pixels (h, w, 3) RGB -> predictions (h, w) and normals (h, w, 3) or None, see `DeviceNetwork`.
 
-        Threads may call together: the copies of one group of images then overlap the networks of another.
+        Threads may call together: the copies of one group of images then overlap the networks of another. Raises
+        BackendError.
         """
         network = self._network(bucket)
         try:
             results = self._ring.run(pixels, lambda frames: network(frames, placements))
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
-        return [(prediction, normals) for prediction, normals in results]
+        return [(result[0], result[1] if len(result) > 1 else None) for result in results]
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Tensor, Tensor]:
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Tensor, Tensor | None]:
         """`estimate` on an array that may lie on the device; the results stay there. Raises BackendError."""
         network = self._network(bucket)
         try:
-            prediction, normals = self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
+            result = self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
-        return prediction, normals
+        return result[0], result[1] if len(result) > 1 else None
 
     def close(self) -> None:
         """Drop the weights."""
         with self._lock:
             self._pipeline = None
-            self._transformers.clear()
+            self._denoisers.clear()
             self._networks.clear()
 
     def _network(self, bucket: Bucket) -> DeviceNetwork:
         size = bucket.width, bucket.height
         with self._lock:
-            transformer = self._module(bucket, "transformer")
+            denoiser = self._module(bucket, "denoiser")
             if size not in self._networks:
-                assert isinstance(transformer, Transformer)
+                assert isinstance(denoiser, Denoiser)
                 assert self._pipeline is not None
                 try:
                     with self._ring.computing(), torch.inference_mode():
                         self._networks[size] = DeviceNetwork(
                             self._fused_vae,
-                            fuse_transformer(transformer) if can_fuse(transformer) else transformer,
+                            fuse(denoiser),
                             self._pipeline.decoder_batch,
                             self._decode,
                             bucket,
@@ -142,25 +144,23 @@ class TorchBackend:
             if stage == "decoder":
                 return self._pipeline.vae.decoder
             size = bucket.width, bucket.height
-            if size not in self._transformers:
-                self._transformers[size] = resized(self._pipeline.transformer, size)
-            return self._transformers[size]
+            if size not in self._denoisers:
+                self._denoisers[size] = resized(self._pipeline.denoiser, size)
+            return self._denoisers[size]
 
 
-def resized(transformer: Transformer, size: Size) -> Transformer:
-    """A transformer for another image size (width, height) that shares every weight with the given one."""
-    shared = {id(tensor): tensor for tensor in transformer.state_dict(keep_vars=True).values()}
-    twin = copy.deepcopy(transformer, shared)
-    device = twin.rope_cos.device
+def resized(denoiser: AnyDenoiser, size: Size) -> AnyDenoiser:
+    """A denoiser for another image size (width, height) that shares every weight with the given one."""
+    shared = {id(tensor): tensor for tensor in denoiser.state_dict(keep_vars=True).values()}
+    twin = copy.deepcopy(denoiser, shared)
     twin.resize(*size)
-    twin.rope_cos, twin.rope_sin = twin.rope_cos.to(device), twin.rope_sin.to(device)
-    return twin
+    return twin.to(denoiser.prompt_embeds.device)  # tables that were made anew
 
 
 def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, *, streamed: bool = False) -> Pipeline:
     """A bundle's networks for one image size, as they are stored. Raises BackendError.
 
-    streamed: the transformer's blocks stay in their file, are read when they run, and then are float32.
+    streamed: the denoiser's blocks stay in their file, are read when they run, and then are float32.
     """
     if manifest.networks is None:
         raise BackendError(
@@ -168,16 +168,17 @@ def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, 
             'Use backend="onnxruntime", or rebuild the bundle.'
         )
     try:
+        family = FAMILIES[manifest.networks.family]
         configs = (
-            msgspec.convert(manifest.networks.transformer, TransformerConfig),
+            msgspec.convert(manifest.networks.denoiser, family.config),
             msgspec.convert(manifest.networks.vae, VAEConfig),
         )
         prompt = load_prompt(directory / manifest.networks.prompt)
-        applied = rewrites.select(set(rewrites.NAMES) - set(manifest.rewrites))
+        applied = rewrites.select(family.rewrites, set(family.rewrite_names) - set(manifest.rewrites))
         eight_bit = None if manifest.quantization is None else _eight_bit(manifest.quantization, manifest.base)
         files: dict[str, Path] = {stage: directory / f"{stage}.safetensors" for stage in STAGES}
-        pipeline = load_rewritten(configs, prompt, applied, files, size, device, eight_bit, streamed=streamed)
-    except (CheckpointError, msgspec.ValidationError) as error:
+        pipeline = load_rewritten(family, configs, prompt, applied, files, size, device, eight_bit, streamed=streamed)
+    except (CheckpointError, KeyError, msgspec.ValidationError) as error:
         raise BackendError(f"The networks in {directory} cannot be rebuilt: {error}") from error
     except torch.OutOfMemoryError as error:
         raise BackendError(f"{device} has too little memory for this bundle's weights: {error}") from error

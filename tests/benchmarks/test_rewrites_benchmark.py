@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from densegeo.benchmarks import comparisons, pricing, rewrites
-from densegeo.models.rewrites import NAMES
+from densegeo.models.fe2e import NAMES
 
 
 def invoke(*arguments: str) -> tuple[int, str]:

@@ -31,7 +31,7 @@ QUIET = Console(quiet=True)
 
 def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -> None:
     plan = load_plan(calibrated, "fp8")
-    with safe_open(bundle / "transformer.safetensors", framework="numpy") as file:
+    with safe_open(bundle / "denoiser.safetensors", framework="numpy") as file:
         matrices = {
             name.removesuffix(".weight"): file.get_slice(name).get_shape()
             for name in file.keys()  # noqa: SIM118
@@ -119,14 +119,14 @@ def test_8_bit_bundles_run_within_their_bounds(
     assert (manifest.precision, manifest.base) == (kind, base)
     assert manifest.quantization is not None
     assert manifest.quantization.share > 0.5
-    with safe_open(made / "transformer.safetensors", framework="pt") as file:
+    with safe_open(made / "denoiser.safetensors", framework="pt") as file:
         for name in manifest.quantization.linears:
             assert str(file.get_slice(f"{name}.weight").get_dtype()) == {"fp8": "F8_E4M3", "int8": "I8"}[kind]
         assert "F8_E4M3" not in str(file.get_slice("img_in.weight").get_dtype())
     for backend in ("torch",) if base == "bf16" else ("torch", "onnxruntime"):
         checks = replay(made, backend, "cpu")
         assert all(within(check) for check in checks), checks
-        transformer = next(check for check in checks if check.output == "transformer")
+        transformer = next(check for check in checks if check.output == "denoiser")
         assert transformer.error > 1e-4  # it is quantized
     with Estimator(made, "torch", "cpu") as estimator:
         assert np.isfinite(estimator(np.zeros((32, 48, 3), np.uint8)).prediction).all()

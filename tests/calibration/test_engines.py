@@ -47,7 +47,7 @@ def test_products_are_8_bit(
     )
     manifest = read_manifest(made)
     assert manifest.quantization is not None
-    transformers = [engine for engine in manifest.engines if engine.stage == "transformer"]
+    transformers = [engine for engine in manifest.engines if engine.stage == "denoiser"]
     assert [engine.architectures for engine in transformers] == engines
     wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
     for engine in transformers:

@@ -15,7 +15,7 @@ from densegeo.runtime.bundle import read_manifest
 @pytest.mark.parametrize("limit", [1, 50_000, 1 << 30])
 def test_pieces_equal_the_whole(golden_bundle, limit):
     bundle = golden_bundle()
-    graph = read_manifest(bundle).buckets[0].transformer
+    graph = read_manifest(bundle).buckets[0].denoiser
     latent = np.random.default_rng(0).standard_normal(graph.inputs[0].shape).astype(np.float32)
     (whole,) = ort.InferenceSession(bundle / graph.file).run(None, {"latent": latent})
     (pieces,) = run_blockwise(bundle / graph.file, {"latent": latent}, limit=limit)

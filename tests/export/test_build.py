@@ -85,7 +85,7 @@ def test_buckets_share_their_weights(checkpoint, tmp_path):
     two = build_bundle(options(checkpoint, tmp_path / "two", sizes=((48, 32), (32, 64))))
     manifest = read_manifest(two)
     assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [(48, 32), (32, 64)]
-    for name in ("encoder.safetensors", "transformer.safetensors", "decoder.safetensors"):
+    for name in ("encoder.safetensors", "denoiser.safetensors", "decoder.safetensors"):
         assert manifest.files[name].sha256 == read_manifest(one).files[name].sha256
     assert all(check.error <= check.bound for check in manifest.verification.checks)
 
@@ -176,10 +176,10 @@ def test_a_graph_that_misses_its_bound_fails_the_build(checkpoint, tmp_path, mon
 
     def faulty(*args: object, **kwargs: object) -> checks.Outputs:
         outputs = original(*args, **kwargs)  # type: ignore[arg-type]
-        return outputs | {"transformer": outputs["transformer"] * np.float32(1 + 1e-4)}
+        return outputs | {"denoiser": outputs["denoiser"] * np.float32(1 + 1e-4)}
 
     monkeypatch.setattr(build_module.checks, "graph_outputs", faulty)
-    with pytest.raises(ExportError, match=r"transformer: 1\.00e-04 > 1\.00e-05"):
+    with pytest.raises(ExportError, match=r"denoiser: 1\.00e-04 > 1\.00e-05"):
         build_bundle(options(checkpoint, tmp_path / "bundle"))
     assert not (tmp_path / "bundle").exists()
     assert leftovers(tmp_path) == []

@@ -81,13 +81,13 @@ def test_every_graph_has_an_engine_for_all_targets(bundle: tuple[Path, Manifest]
 
 def test_weights_are_where_they_were_asked_to_be(bundle: tuple[Path, Manifest]) -> None:
     directory, manifest = bundle
-    transformer = next(engine for engine in manifest.engines if engine.stage == "transformer")
-    stored = (directory / "transformer.safetensors").stat().st_size
+    transformer = next(engine for engine in manifest.engines if engine.stage == "denoiser")
+    stored = (directory / "denoiser.safetensors").stat().st_size
     if transformer.weights == "constant":
         assert transformer.weight_inputs == []
         assert transformer.weight_bytes > 0.5 * stored
     else:
-        graph = onnx.load(directory / manifest.buckets[0].transformer.file, load_external_data=False)
+        graph = onnx.load(directory / manifest.buckets[0].denoiser.file, load_external_data=False)
         matrices = {node.input[1] for node in graph.graph.node if node.op_type == "Gemm"}
         assert set(transformer.weight_inputs) == matrices & {tensor.name for tensor in graph.graph.initializer}
         assert "single_blocks.0.linear2.weight" in transformer.weight_inputs
@@ -97,13 +97,13 @@ def test_weights_are_where_they_were_asked_to_be(bundle: tuple[Path, Manifest]) 
 def test_attention_is_fused_and_nothing_is_float32_but_the_tail(bundle: tuple[Path, Manifest]) -> None:
     directory, manifest = bundle
     assert manifest.networks is not None
-    blocks = sum(manifest.networks.transformer[name] for name in ("depth", "depth_single_blocks"))
+    blocks = sum(manifest.networks.denoiser[name] for name in ("depth", "depth_single_blocks"))
     for engine in manifest.engines:
         log = parse_log(read_log(directory / engine.log))
         found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
         assert not [line for line in found if "float32" in line], found
         roles = [layer.role for layer in log.layers]
-        if engine.stage == "transformer":
+        if engine.stage == "denoiser":
             assert roles.count("attention") == blocks
             assert not [line for line in found if "not fused" in line], found
             assert roles.count("matmul") >= 10
@@ -292,7 +292,7 @@ def graph_of(path: Path, nodes: list[onnx.NodeProto], opset: int = 23) -> Path:
 
 def wanted(stem: str) -> Engine:
     return Engine(
-        stage="transformer",
+        stage="denoiser",
         bucket="1x1",
         graph_sha256="",
         weights_sha256="",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densegeo.models.rewrites import NAMES
+from densegeo.models.fe2e import NAMES
 from densegeo.runtime import Estimator
 from densegeo.runtime.decode import split_velocity
 from densegeo.runtime.verify import relative_error
@@ -24,11 +24,11 @@ def test_bundle_matches_the_authors_numbers(golden, golden_bundle, expected, wei
         outputs = estimator.replay(np.ascontiguousarray(rgb))
         geometry = estimator(image)
         decode = estimator.manifest.decode
-    unscaled = split_velocity(outputs["transformer"], 64, 96, decode)
+    unscaled = split_velocity(outputs["denoiser"], 64, 96, decode)
     latents = (unscaled - decode.latent_shift) * decode.latent_scale
     actual = {
         "rgb_latent": outputs["encoder"],
-        "velocity": outputs["transformer"],
+        "velocity": outputs["denoiser"],
         "depth_latent": latents[:1],
         "normal_latent": latents[1:],
         "depth_decoded": outputs["decoder"][:1],
@@ -51,6 +51,6 @@ def test_low_precision_bundles_stay_within_twice_eager(golden_bundle, precision)
     from densegeo.runtime.bundle import read_manifest
 
     checks = read_manifest(bundle).verification.checks
-    assert {check.output for check in checks} == {"encoder", "transformer", "decoder", "prediction", "normals"}
+    assert {check.output for check in checks} == {"encoder", "denoiser", "decoder", "prediction", "normals"}
     for check in checks:
         assert 1e-6 < check.error <= check.bound < 0.1, check  # really low precision, and not a loose bound

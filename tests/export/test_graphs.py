@@ -29,10 +29,10 @@ def operators(bundle: Path, stage: str) -> Counter[str]:
 @pytest.fixture(scope="module")
 def config(golden: Path) -> TransformerConfig:
     folder = golden / "fe2e_small"
-    files = Files(
-        folder / "dit.safetensors", folder / "vae.safetensors", folder / "no_info.npz", None, folder / "config.json"
-    )
-    return open_skeleton(files).transformer.config
+    names = {"dit": "dit.safetensors", "vae": "vae.safetensors", "prompt": "no_info.npz", "config": "config.json"}
+    files = Files.of("fe2e", **{role: folder / name for role, name in names.items()})
+    found: TransformerConfig = open_skeleton(files).denoiser.config
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def change(golden_bundle, name: str, stage: str = "transformer") -> tuple[int, int, Counter[str]]:
+def change(golden_bundle, name: str, stage: str = "denoiser") -> tuple[int, int, Counter[str]]:
     """(parameters, operations, operator counts) that switching `name` off adds to a graph."""
     on, off = golden_bundle(), golden_bundle(without=(name,))
     counts = operators(off, stage)
@@ -70,7 +70,7 @@ def constants_off(config: TransformerConfig, text: int, half: int) -> tuple[int,
 def test_guidance_doubles_the_work(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "guidance")
     embedding = 2 * tokens[2] * config.in_channels * config.hidden_size  # the canvas is embedded once
-    assert flops == graph(golden_bundle(), "transformer").flops - embedding
+    assert flops == graph(golden_bundle(), "denoiser").flops - embedding
     assert parameters == 1  # the guidance weight
     assert counts["Gemm"] == counts["MatMul"] == 0
     assert (counts["Sub"], counts["Split"]) == (1, 1)

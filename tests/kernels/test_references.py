@@ -35,7 +35,7 @@ def noise(*shape: int) -> Any:
 
 
 def test_split_equals_the_runtime() -> None:
-    settings = Decode("log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1)
+    settings = Decode(depth_kind="log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1)
     velocity = noise(2, 2 * 3 * 5, 64)
     latents = split(torch.from_numpy(velocity), 48, 80).numpy()
     assert latents.shape == (4, 16, 6, 10)
@@ -109,7 +109,7 @@ def test_preprocess_equals_torch(size: tuple[int, int], picture: Any) -> None:
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
 def test_preprocess_equals_the_runtime(fit: str, picture: Any) -> None:
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
-    bucket = Bucket(width=64, height=80, encoder=none, transformer=none, decoder=none)
+    bucket = Bucket(width=64, height=80, encoder=none, denoiser=none, decoder=none)
     frame = load_image(picture)
     placement = place(bucket, frame.size, fit)
     expected = prepare(frame, bucket, placement)

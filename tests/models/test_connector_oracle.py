@@ -13,7 +13,7 @@ from torch import Tensor
 
 from densegeo.benchmarks.synthetic import random_pipeline
 from densegeo.errors import CheckpointError
-from densegeo.models import reference, rewrites
+from densegeo.models import fe2e, reference, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.prompt import Prompt
 
@@ -154,7 +154,7 @@ PROMPTS = {  # name -> text tokens that stay when equal padding is merged
 @pytest.mark.parametrize("name", PROMPTS)
 def test_connector_equals_the_second_implementation(name: str) -> None:
     prompt = prompt_for(name)
-    model = random_pipeline(TRANSFORMER, VAE, prompt, 32, 32, seed=3).transformer
+    model = random_pipeline(TRANSFORMER, VAE, prompt, 32, 32, seed=3).denoiser
     weights = {key.removeprefix("connector."): value for key, value in model.state_dict().items() if "connector" in key}
     tokens, pooled = plain_connector(weights, prompt.embeds, prompt.mask, HEADS)
     ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
@@ -166,16 +166,16 @@ def test_connector_equals_the_second_implementation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("on", [("padding",), ("connector", "padding"), rewrites.NAMES], ids=len)
+@pytest.mark.parametrize("on", [("padding",), ("connector", "padding"), fe2e.NAMES], ids=len)
 def test_merging_padding_is_exact_for_the_whole_transformer(name: str, on: tuple[str, ...]) -> None:
     prompt = prompt_for(name)
     plain = random_pipeline(TRANSFORMER, VAE, prompt, 48, 32, seed=4)
     latent = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(5))
     wanted = reference.transform(plain, latent)
     assert wanted.std() > 0.05
-    merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in rewrites.REWRITES if rewrite.name in on])
+    merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in fe2e.REWRITES if rewrite.name in on])
     assert reference.relative(reference.transform(merged, latent), wanted.double()) <= BOUND
-    text, _ = merged.transformer.conditioning()
+    text, _ = merged.denoiser.conditioning()
     assert text.shape[1] == PROMPTS[name]
 
 

@@ -10,9 +10,9 @@ import torch
 
 from densegeo.benchmarks.baseline import make_baseline
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
-from densegeo.models import reference, rewrites
+from densegeo.models import fe2e, reference, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig, transformer_config, vae_config
-from densegeo.models.transformer import Transformer
+from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
 
 BOUND = 1e-5
@@ -84,17 +84,17 @@ def test_agrees_with_diffusers(case: Case) -> None:
         assert tensor.std() > 0.05
     assert (decoded.abs() > 1).float().mean() < 0.1  # not saturated
 
-    for applied in ((), rewrites.REWRITES):
+    for applied in ((), fe2e.REWRITES):
         ours = rewrites.apply(copy.deepcopy(plain), applied)
         our_latent = reference.encode(ours, rgb)
         assert reference.relative(our_latent, latent) <= BOUND
         our_velocity = reference.transform(ours, our_latent)
         assert reference.relative(our_velocity, velocity) <= BOUND
-        our_decoded = reference.decode(ours, reference.split(our_velocity, height, width))
+        our_decoded = reference.decode(ours, split(our_velocity, height, width))
         assert reference.relative(our_decoded, decoded) <= BOUND
         # What DESIGN calls p and the unit normals, spelled out.
         clamped = decoded.clamp(-1, 1)
-        assert reference.relative(reference.prediction(our_decoded), (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
+        assert reference.relative(ours.denoiser.prediction(our_decoded), (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
         length = clamped[1].square().sum(0).sqrt().clamp(min=1e-9)
         assert reference.relative(reference.normals(our_decoded), clamped[1] / length) <= BOUND
 
@@ -121,7 +121,7 @@ def test_oracle_notices_a_small_mistake(stage: str) -> None:
     latent = oracle.encode(rgb)
     if stage == "transformer":
         velocity = oracle.transform(latent)
-        for block in pipeline.transformer.double_blocks:
+        for block in pipeline.denoiser.double_blocks:
             block.img_mlp[1].approximate = "none"  # type: ignore[union-attr, index]
         assert reference.relative(reference.transform(pipeline, latent), velocity) > BOUND
     else:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from densegeo.models import reference, rewrites
+from densegeo.models import fe2e, reference, rewrites
 from densegeo.models.checkpoint import load_weights, read_entries
 from densegeo.models.config import read_config_file, transformer_config, vae_config
 from densegeo.models.prompt import load_prompt
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.transformer import Transformer
+from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
 
 BOUND = 1e-5
@@ -52,13 +52,13 @@ def run(pipeline: Pipeline, folder: Path) -> dict[str, Tensor]:
     height, width = image.shape[-2:]
     out = {"rgb_latent": reference.encode(pipeline, 2 * image - 1)}
     out["velocity"] = reference.transform(pipeline, out["rgb_latent"])
-    latents = reference.split(out["velocity"], height, width)
+    latents = split(out["velocity"], height, width)
     decoded = reference.decode(pipeline, latents)
     for index, name in enumerate(("depth", "normal")):
         out[f"{name}_latent"] = latents[index : index + 1]
         out[f"{name}_decoded"] = decoded[index : index + 1]
     out["normal_clamped"] = decoded[1:].clamp(-1, 1)
-    out["depth01"] = reference.prediction(decoded)[None]
+    out["depth01"] = pipeline.denoiser.prediction(decoded)[None]
     out["normal_unit"] = reference.normals(decoded)[None]
     return out
 
@@ -76,7 +76,7 @@ def check(ours: dict[str, Tensor], folder: Path, variant: str, names: set[str] |
 @torch.no_grad()
 def test_connector(loaded: tuple[str, Pipeline], folder: Path) -> None:
     variant, pipeline = loaded
-    model = pipeline.transformer
+    model = pipeline.denoiser
     tokens, pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     check(
         {"connector_tokens": tokens, "connector_pooled": pooled},
@@ -86,11 +86,11 @@ def test_connector(loaded: tuple[str, Pipeline], folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("off", [(), *((name,) for name in rewrites.NAMES), rewrites.NAMES], ids="-".join)
+@pytest.mark.parametrize("off", [(), *((name,) for name in fe2e.NAMES), fe2e.NAMES], ids="-".join)
 def test_every_intermediate(loaded: tuple[str, Pipeline], folder: Path, off: tuple[str, ...]) -> None:
     """All rewrites on, each one off, none on."""
     variant, plain = loaded
-    pipeline = rewrites.apply(copy.deepcopy(plain), rewrites.select(without=off))
+    pipeline = rewrites.apply(copy.deepcopy(plain), rewrites.select(fe2e.REWRITES, without=off))
     check(run(pipeline, folder), folder, variant)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from densegeo.models import rewrites
+from densegeo.models import fe2e, rewrites
 from densegeo.models.config import TransformerConfig
 from densegeo.models.prompt import Prompt
 from densegeo.models.quantized import (
@@ -24,7 +24,6 @@ from densegeo.models.quantized import (
     smoothable,
 )
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.streaming import blocks_of
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from tests.export.test_build import SMALL, SMALL_VAE
@@ -88,7 +87,7 @@ def rewritten(config: TransformerConfig = SMALL) -> Transformer:
     prompt = Prompt(embeds, np.arange(5) < 2)
     pipeline = Pipeline(transformer.bind(prompt, 64, 48), VAE(SMALL_VAE), prompt).eval()
     with torch.no_grad():
-        return rewrites.apply(pipeline, rewrites.select(())).transformer
+        return rewrites.apply(pipeline, fe2e.REWRITES).denoiser
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def test_smoothing_alone_changes_nothing() -> None:
     latent = torch.randn(1, 16, 6, 8)
     wanted = transformer(latent)
     smoothed = []
-    for _, block in blocks_of(transformer):
+    for _, block in transformer.blocks():
         for norm, names in smoothable(block):
             before = norm.weight.clone()
             _smooth(norm, [block.get_submodule(name) for name in names], torch.rand(len(before)) + 0.5)
@@ -136,11 +135,11 @@ def test_blocks_with_8_bit_linears_stay_close(kind: str) -> None:
     wanted = transformer(latent)
     plans = {
         f"{prefix}.{name}": LinearPlan(20.0)
-        for prefix, block in blocks_of(transformer)
+        for prefix, block in transformer.blocks()
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    for prefix, block in blocks_of(transformer):
+    for prefix, block in transformer.blocks():
         quantize_block(block, prefix, plans, FORMATS[kind], torch.float32)
     left = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
     assert left == ["img_in", "final_layer.linear"]

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.benchmarks.synthetic import random_pipeline, random_prompt
 from densegeo.errors import ConfigError
-from densegeo.models import reference, rewrites
+from densegeo.models import fe2e, reference, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.fe2e import NAMES, REWRITES
 from densegeo.models.prompt import Prompt
-from densegeo.models.rewrites import NAMES, REWRITES, Pipeline
+from densegeo.models.rewrites import Pipeline
 
 # Sizes that differ from each other wherever they may, so that no formula is right by accident.
 C = TransformerConfig(
@@ -56,7 +57,7 @@ def with_names(plain: Pipeline, names: frozenset[str]) -> Pipeline:
 def combinations() -> list[frozenset[str]]:
     """None; all; all but one (and what requires it); one alone (and what it requires)."""
     found = [frozenset[str](), frozenset(NAMES)]
-    found += [frozenset(rewrite.name for rewrite in rewrites.select(without=[name])) for name in NAMES]
+    found += [frozenset(rewrite.name for rewrite in rewrites.select(fe2e.REWRITES, without=[name])) for name in NAMES]
     found += [frozenset({rewrite.name, *rewrite.requires}) for rewrite in REWRITES]
     return list(dict.fromkeys(found))
 
@@ -159,9 +160,9 @@ def measured_flops(run: Any) -> int:
 @pytest.mark.parametrize("names", combinations(), ids=label)
 def test_transformer_shrinks_as_predicted(plain: Pipeline, names: frozenset[str]) -> None:
     pipeline = with_names(plain, names)
-    assert stored(pipeline.transformer) == predicted_size(names)
+    assert stored(pipeline.denoiser) == predicted_size(names)
     latent = torch.zeros(1, 16, HEIGHT // 8, WIDTH // 8)
-    assert measured_flops(lambda: pipeline.transformer(latent)) == predicted_flops(names)
+    assert measured_flops(lambda: pipeline.denoiser(latent)) == predicted_flops(names)
 
 
 @pytest.mark.parametrize("names", [frozenset[str](), frozenset({"upsample"}), frozenset({"decoder"})], ids=label)
@@ -183,7 +184,7 @@ def test_every_rewrite_changes_something(plain: Pipeline) -> None:
     """No row of the table is empty."""
     everything = frozenset(NAMES)
     for name in NAMES:
-        rest = frozenset(rewrite.name for rewrite in rewrites.select(without=[name]))
+        rest = frozenset(rewrite.name for rewrite in rewrites.select(fe2e.REWRITES, without=[name]))
         assert name not in rest
         if name == "upsample":
             assert predicted_decoder(rest) != predicted_decoder(everything)
@@ -196,15 +197,15 @@ def test_every_rewrite_changes_something(plain: Pipeline) -> None:
 def test_what_requires_an_absent_rewrite_is_off_too() -> None:
     for rewrite in REWRITES:
         for required in rewrite.requires:
-            assert rewrite.name not in [kept.name for kept in rewrites.select(without=[required])]
+            assert rewrite.name not in [kept.name for kept in rewrites.select(fe2e.REWRITES, without=[required])]
     with pytest.raises(ConfigError, match="nonsense"):
-        rewrites.select(without=["nonsense"])
+        rewrites.select(fe2e.REWRITES, without=["nonsense"])
 
 
 def test_rewrites_leave_the_original_alone(plain: Pipeline) -> None:
-    before = copy.deepcopy(plain.transformer.state_dict())
+    before = copy.deepcopy(plain.denoiser.state_dict())
     with_names(plain, frozenset(NAMES))
-    assert all(torch.equal(before[key], tensor) for key, tensor in plain.transformer.state_dict().items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in plain.denoiser.state_dict().items())
 
 
 @given(

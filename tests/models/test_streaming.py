@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from densegeo.models import reference, rewrites
+from densegeo.models import fe2e, reference, rewrites
+from densegeo.models.families import FE2E
+from densegeo.models.fe2e import NAMES
 from densegeo.models.loading import Files, load_pipeline, open_streamed, rewritten_form
 from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
-from densegeo.models.rewrites import NAMES
-from densegeo.models.streaming import BlockFile, SafetensorsWriter, blocks_of, is_block, write_rewritten
+from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
+from densegeo.models.transformer import Transformer
 from tests.export.test_build import write_checkpoint
 
 WIDTH, HEIGHT = 64, 32
@@ -32,8 +34,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         update[f"lora_unet_{name}.lora_down.weight"] = 0.3 * torch.randn(4, columns, generator=random)
         update[f"lora_unet_{name}.lora_up.weight"] = 0.3 * torch.randn(rows, 4, generator=random)
     save_file(update, directory / "lora.safetensors")
-    paths = (directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt"))
-    return Files(*paths, lora=directory / "lora.safetensors", config=directory / "config.json")
+    paths = {role: directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
+    return Files.of("fe2e", **paths, lora=directory / "lora.safetensors", config=directory / "config.json")
 
 
 def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
@@ -42,9 +44,9 @@ def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
     streamed, _ = open_streamed(files, WIDTH, HEIGHT)
     expected = reference.transform(whole, latent)
     torch.testing.assert_close(reference.transform(streamed, latent), expected, rtol=0, atol=0)
-    for _, block in blocks_of(streamed.transformer):
+    for _, block in streamed.denoiser.blocks():
         assert {tensor.device.type for tensor in block.state_dict().values()} == {"meta"}
-    without = Files(files.dit, files.vae, files.prompt, config=files.config)
+    without = Files(files.family, {role: path for role, path in files.paths.items() if role != "lora"})
     plain, _ = open_streamed(without, WIDTH, HEIGHT)
     assert not torch.allclose(reference.transform(plain, latent), expected, rtol=1e-3)  # the LoRA counts
 
@@ -56,16 +58,16 @@ def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
 def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
     files: Files, without: tuple[str, ...], precision: str, tmp_path: Path
 ) -> None:
-    applied = rewrites.select(without)
+    applied = rewrites.select(fe2e.REWRITES, without)
     whole = cast(rewrites.apply(load_pipeline(files, WIDTH, HEIGHT), applied), precision)
     streamed, source = open_streamed(files, WIDTH, HEIGHT)
-    configs = streamed.transformer.config, streamed.vae.config
-    final = rewritten_form(configs, streamed.prompt, applied, (WIDTH, HEIGHT)).transformer
+    configs = streamed.denoiser.config, streamed.vae.config
+    final = rewritten_form(FE2E, configs, streamed.prompt, applied, (WIDTH, HEIGHT)).denoiser
     cast_module(final, precision)
     path = tmp_path / "transformer.safetensors"
     written = []
     write_rewritten(streamed, source, final, applied, precision, path, progress=written.append)
-    stored, expected = load_file(path), whole.transformer.state_dict()
+    stored, expected = load_file(path), whole.denoiser.state_dict()
     assert set(stored) == set(expected)
     assert sum(written) == sum(tensor.numel() for tensor in expected.values())
     for name, tensor in expected.items():
@@ -79,15 +81,17 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
 
 def test_a_file_can_be_filled_from_again(files: Files, tmp_path: Path) -> None:
     """What was stored runs, again one block at a time."""
-    applied = rewrites.select()
+    applied = fe2e.REWRITES
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
     expected = reference.transform(load_pipeline(files, WIDTH, HEIGHT), latent)
     streamed, source = open_streamed(files, WIDTH, HEIGHT)
-    form = rewritten_form((streamed.transformer.config, streamed.vae.config), streamed.prompt, applied, (WIDTH, HEIGHT))
-    write_rewritten(streamed, source, form.transformer, applied, "fp32", tmp_path / "t.safetensors")
+    form = rewritten_form(
+        FE2E, (streamed.denoiser.config, streamed.vae.config), streamed.prompt, applied, (WIDTH, HEIGHT)
+    )
+    write_rewritten(streamed, source, form.denoiser, applied, "fp32", tmp_path / "t.safetensors")
     again = BlockFile(tmp_path / "t.safetensors")
-    again.fill_outside(form.transformer)
-    again.attach(form.transformer)
+    again.fill_outside(form.denoiser)
+    again.attach(form.denoiser)
     assert reference.relative(reference.transform(form, latent), expected) <= 1e-5
 
 
@@ -114,7 +118,7 @@ def test_a_writer_takes_tensors_in_any_order_and_misses_none(tmp_path: Path) -> 
 
 
 def test_keys_of_blocks_are_told_from_others() -> None:
-    assert is_block("double_blocks.3.img_mod.lin.weight")
-    assert is_block("single_blocks.0.norm.query_norm.scale")
-    assert not is_block("connector.S.individual_token_refiner.blocks.0.norm1.weight")
-    assert not is_block("final_layer.linear.weight")
+    assert Transformer.is_block("double_blocks.3.img_mod.lin.weight")
+    assert Transformer.is_block("single_blocks.0.norm.query_norm.scale")
+    assert not Transformer.is_block("connector.S.individual_token_refiner.blocks.0.norm1.weight")
+    assert not Transformer.is_block("final_layer.linear.weight")

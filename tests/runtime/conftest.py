@@ -1,6 +1,6 @@
 """A tiny real bundle: three ONNX graphs of the right interface, so that tests run the true ONNX Runtime path.
 
-encoder: 8x8 average pooling, a fourth channel of zeros. transformer: packs tokens; left half = latent, right half =
+encoder: 8x8 average pooling, a fourth channel of zeros. denoiser: packs tokens; left half = latent, right half =
 latent / 2. decoder: drops the fourth channel, repeats pixels 8 times.
 """
 
@@ -68,8 +68,8 @@ def make_bucket(directory: Path, width: int, height: int, decoder_batch: int) ->
         {"pads": np.array([0, 0, 0, 0, 0, 1, 0, 0], dtype=np.int64)},
         ([1, 3, height, width], latent),
     )
-    transformer = write_graph(
-        directory / f"transformer_{tag}.onnx",
+    denoiser = write_graph(
+        directory / f"denoiser_{tag}.onnx",
         [
             node("Reshape", ["input", "grid"], ["split"]),
             node("Transpose", ["split"], ["moved"], perm=[1, 3, 0, 2, 4]),
@@ -105,7 +105,7 @@ def make_bucket(directory: Path, width: int, height: int, decoder_batch: int) ->
         },
         ([decoder_batch, CHANNELS, rows, columns], [decoder_batch, 3, height, width]),
     )
-    return Bucket(width=width, height=height, encoder=encoder, transformer=transformer, decoder=decoder)
+    return Bucket(width=width, height=height, encoder=encoder, denoiser=denoiser, decoder=decoder)
 
 
 def make_bundle(

@@ -46,7 +46,7 @@ def test_golden_latents(numbers: dict[str, np.ndarray], run: str) -> None:
 def test_golden_pictures(numbers: dict[str, np.ndarray], run: str) -> None:
     decoded = numbers[f"{run}.depth_decoded"][0]
     assert np.abs(decoded).max() > 1  # the clamp must matter
-    assert error(depth_prediction(decoded), numbers[f"{run}.depth01"][0]) <= BOUND
+    assert error(depth_prediction(decoded, FE2E), numbers[f"{run}.depth01"][0]) <= BOUND
     clamped = clamped_normals(numbers[f"{run}.normal_decoded"][0])
     assert error(clamped, numbers[f"{run}.normal_clamped"][0].transpose(1, 2, 0)) <= BOUND
     assert error(unit_normals(clamped), numbers[f"{run}.normal_unit"][0].transpose(1, 2, 0)) <= BOUND
@@ -64,7 +64,9 @@ def test_unpack_places_tokens_row_by_row() -> None:
 
 def test_clamp_comes_before_the_mean() -> None:
     decoded = np.array([3.0, -1.0, -1.0], np.float32).reshape(3, 1, 1)
-    np.testing.assert_allclose(depth_prediction(decoded), 1 / 3, rtol=1e-6)  # the other order gives 2/3
+    np.testing.assert_allclose(depth_prediction(decoded, FE2E), 1 / 3, rtol=1e-6)
+    fiffdepth = Decode(depth_kind="affine", packing="latent", clip="mean")
+    np.testing.assert_allclose(depth_prediction(decoded, fiffdepth), 2 / 3, rtol=1e-6)
 
 
 def test_unit_normals_survive_zero_and_tiny_vectors() -> None:

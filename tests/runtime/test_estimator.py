@@ -54,7 +54,7 @@ def test_one_image(new_bundle: Callable[..., Path], small: np.ndarray, decoder_b
     assert result.valid.all()
     assert (result.source_size, result.model) == ((64, 48), "fake")
     spans = dict(result.timings)
-    assert list(spans) == ["load", "prepare", "encoder", "transformer", "split", "decoder", "finish", "total"]
+    assert list(spans) == ["load", "prepare", "encoder", "denoiser", "split", "decoder", "finish", "total"]
     assert all(span > 0 for span in spans.values())
     assert spans.pop("total") == pytest.approx(sum(spans.values()))
 
@@ -130,7 +130,7 @@ def test_replay_gives_every_stage(bundle: Path, small: np.ndarray) -> None:
     outputs = Estimator(bundle).replay(_input(small))
     assert {name: array.shape for name, array in outputs.items()} == {
         "encoder": (1, 4, 6, 8),
-        "transformer": (1, 24, 16),
+        "denoiser": (1, 24, 16),
         "decoder": (2, 3, 48, 64),
         "prediction": (48, 64),
         "normals": (48, 64, 3),

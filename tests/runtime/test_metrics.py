@@ -33,7 +33,7 @@ def test_observations_fall_into_their_buckets() -> None:
     snapshot = metrics.snapshot()
     histograms = snapshot.histograms
     assert {stage: histograms[stage].count for stage in STAGES} == {
-        "preprocess": 1, "queue": 1, "encode": 1, "transformer": 0, "decode": 0, "device": 0, "postprocess": 0,
+        "preprocess": 1, "queue": 1, "encode": 1, "denoiser": 0, "decode": 0, "device": 0, "postprocess": 0,
         "end_to_end": 1,
     }  # fmt: skip
     assert histograms["preprocess"].counts[0] == 1  # 0.1 ms lies on the first bound, which includes it
@@ -98,7 +98,7 @@ def test_overhead_is_itemised(
     with Estimator(new_bundle(decoder_batch=decoder_batch), device="cpu") as estimator:
         spans = dict(estimator(picture).timings)
         queued = dict(estimator.submit(picture).result(30).timings)
-    each = {"load": 1e3, "prepare": 1e3, "encoder": 1e3, "transformer": 1e3, "split": 1e3}
+    each = {"load": 1e3, "prepare": 1e3, "encoder": 1e3, "denoiser": 1e3, "split": 1e3}
     each |= {"decoder": 1e3 * (3 - decoder_batch), "finish": 1e3}
     assert spans.pop("total") == sum(spans.values())
     assert spans == each

@@ -52,7 +52,7 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], backend="openvino") as estimator:
         bucket = estimator.manifest.buckets[0]
         backend = estimator._backend
-        model = backend._loaded(bucket, "transformer")
+        model = backend._loaded(bucket, "denoiser")
         has_bf16 = "BF16" in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     executed = [
         {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}

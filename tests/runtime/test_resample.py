@@ -30,7 +30,7 @@ SIZES = [(64, 48), (33, 17), (200, 150), (640, 7), (97, 71), (1, 1)]
 
 def buckets(*sizes: tuple[int, int]) -> list[Bucket]:
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
-    return [Bucket(width=w, height=h, encoder=none, transformer=none, decoder=none) for w, h in sizes]
+    return [Bucket(width=w, height=h, encoder=none, denoiser=none, decoder=none) for w, h in sizes]
 
 
 def torch_resize(plane: np.ndarray, width: int, height: int, antialias: bool) -> np.ndarray:

@@ -48,7 +48,7 @@ def estimator(bundle: Path, gate: Gate) -> Iterator[Estimator]:
     """Every frame passes the gate on its way through the network."""
 
     def hook(bucket: Bucket, stage: Stage, value: float) -> None:
-        if stage == "transformer":
+        if stage == "denoiser":
             gate(round((value + 1) / 2, 4))
 
     with fake_estimator(bundle, hook) as made:

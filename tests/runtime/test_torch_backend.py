@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 
 from densegeo.errors import BackendError, ConfigError  # noqa: E402
 from densegeo.export.onnx_graph import write_weights  # noqa: E402
-from densegeo.models import rewrites  # noqa: E402
+from densegeo.models import fe2e, rewrites  # noqa: E402
+from densegeo.models.families import FE2E  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline, load_rewritten  # noqa: E402
 from densegeo.models.precision import cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES  # noqa: E402
@@ -34,28 +35,28 @@ def seeded(bucket: Bucket, stage: Stage, seed: int = 0) -> np.ndarray:
 
 def stages_of(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
     vae = pipeline.vae
-    return {"encoder": vae.encoder, "transformer": pipeline.transformer, "decoder": vae.decoder}
+    return {"encoder": vae.encoder, "denoiser": pipeline.denoiser, "decoder": vae.decoder}
 
 
 @pytest.mark.parametrize(
     ("without", "precision"),
     [
-        *((without, "fp32") for without in ((), rewrites.NAMES, *((name,) for name in rewrites.NAMES))),
-        *((without, "bf16") for without in ((), rewrites.NAMES)),
+        *((without, "fp32") for without in ((), fe2e.NAMES, *((name,) for name in fe2e.NAMES))),
+        *((without, "bf16") for without in ((), fe2e.NAMES)),
     ],
 )
 def test_stored_weights_give_back_the_pipeline(
     built_checkpoint: Path, tmp_path: Path, without: tuple[str, ...], precision: str
 ) -> None:
-    paths = [built_checkpoint / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")]
-    pipeline = load_pipeline(Files(*paths, config=built_checkpoint / "config.json"), *BUILT_SIZES[0])
-    applied = rewrites.select(without)
+    paths = {role: built_checkpoint / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
+    pipeline = load_pipeline(Files.of("fe2e", **paths, config=built_checkpoint / "config.json"), *BUILT_SIZES[0])
+    applied = rewrites.select(fe2e.REWRITES, without)
     cast(rewrites.apply(pipeline, applied), precision)
     files = {stage: tmp_path / f"{stage}.safetensors" for stage in STAGES}
     for stage, module in stages_of(pipeline).items():
         write_weights(module, files[stage])
-    configs = pipeline.transformer.config, pipeline.vae.config
-    loaded = load_rewritten(configs, pipeline.prompt, applied, files, BUILT_SIZES[0])
+    configs = pipeline.denoiser.config, pipeline.vae.config
+    loaded = load_rewritten(FE2E, configs, pipeline.prompt, applied, files, BUILT_SIZES[0])
     assert loaded.decoder_batch == pipeline.decoder_batch
     pairs = zip(stages_of(pipeline).values(), stages_of(loaded).values(), strict=True)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_auto_runs_a_bf16_bundle_without_a_gpu(built: dict[str, Path]) -> None:
 def test_sizes_share_every_weight(built: dict[str, Path]) -> None:
     manifest = read_manifest(built["fp32"])
     backend = torch_modules.open_backend(built["fp32"], manifest, "cpu")
-    first, second = (backend._module(bucket, "transformer") for bucket in manifest.buckets)
+    first, second = (backend._module(bucket, "denoiser") for bucket in manifest.buckets)
     assert first is not second
     assert first.rope_cos.shape != second.rope_cos.shape
     for name, tensor in first.state_dict().items():
@@ -95,7 +96,7 @@ def test_threads_get_their_own_results(built: dict[str, Path]) -> None:
     jobs = [(bucket, seed) for seed in range(6) for bucket in manifest.buckets]
 
     def run(job: tuple[Bucket, int]) -> np.ndarray:
-        return backend.run(job[0], "transformer", seeded(job[0], "transformer", job[1]))
+        return backend.run(job[0], "denoiser", seeded(job[0], "denoiser", job[1]))
 
     alone = [run(job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:

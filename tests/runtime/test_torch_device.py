@@ -177,7 +177,7 @@ def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> tuple[np.nda
     wanted = run_network(backend, estimator.manifest.decode, bucket, rgb.numpy(), Laps()).decoded
     bound = 1e-5 if backend.device == "cpu" else 1e-2  # a GPU's products may be TF32
     assert np.linalg.norm(decoded - wanted) <= bound * np.linalg.norm(wanted)
-    return assemble(decoded, placement)
+    return assemble(decoded, placement, estimator.manifest.decode)
 
 
 @pytest.mark.parametrize("device", DEVICES)

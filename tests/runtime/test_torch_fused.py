@@ -9,13 +9,13 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-from densegeo.models import rewrites  # noqa: E402
+from densegeo.models import fe2e, rewrites  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
 from densegeo.models.precision import cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
 from densegeo.models.reference import relative  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
-from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse_vae  # noqa: E402
+from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse_norms  # noqa: E402
 from tests.export.test_build import SMALL, SMALL_VAE  # noqa: E402
 
 CONFIG = msgspec.structs.replace(SMALL, depth=2, depth_single_blocks=3)
@@ -28,12 +28,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("fused")
     write_random_checkpoint(folder, CONFIG, SMALL_VAE, text_tokens=9, valid_tokens=3, seed=2)
     (folder / "config.json").write_text('{"axes_dim": [2, 8, 6]}')
-    return Files(*(folder / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")), config=folder / "config.json")
+    paths = {role: folder / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
+    return Files.of("fe2e", **paths, config=folder / "config.json")
 
 
 def pipeline(files: Files, without: tuple[str, ...], precision: str = "fp32") -> Pipeline:
     loaded = load_pipeline(files, WIDTH, HEIGHT)
-    return cast(rewrites.apply(loaded, rewrites.select(without)), precision)
+    return cast(rewrites.apply(loaded, rewrites.select(fe2e.REWRITES, without)), precision)
 
 
 def latent() -> Tensor:
@@ -51,8 +52,8 @@ def run(module: nn.Module, given: Tensor, device: str) -> Tensor:
     "without", [(), ("padding",), ("constants",), ("trim",), ("connector",), ("constants", "trim")]
 )
 def test_the_fused_transformer_is_the_same_function(files: Files, without: tuple[str, ...], device: str) -> None:
-    exact = run(pipeline(files, without).transformer, latent(), "cpu")
-    model = pipeline(files, without).transformer
+    exact = run(pipeline(files, without).denoiser, latent(), "cpu")
+    model = pipeline(files, without).denoiser
     assert can_fuse(model)
     fused = FusedTransformer(model.to(device))
     assert (fused.counts is None) == ("padding" in without)
@@ -61,15 +62,15 @@ def test_the_fused_transformer_is_the_same_function(files: Files, without: tuple
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_low_precision_is_no_worse_than_the_plain_modules(files: Files, device: str) -> None:
-    exact = run(pipeline(files, ()).transformer, latent(), "cpu")
-    plain = run(pipeline(files, (), "bf16").transformer, latent(), device)
-    fused = run(FusedTransformer(pipeline(files, (), "bf16").transformer.to(device)), latent(), device)
+    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
+    plain = run(pipeline(files, (), "bf16").denoiser, latent(), device)
+    fused = run(FusedTransformer(pipeline(files, (), "bf16").denoiser.to(device)), latent(), device)
     assert relative(fused, exact) <= 2 * relative(plain, exact)
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])
 def test_what_cannot_be_fused_is_known(files: Files, without: tuple[str, ...]) -> None:
-    assert not can_fuse(pipeline(files, without).transformer)
+    assert not can_fuse(pipeline(files, without).denoiser)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -80,7 +81,7 @@ def test_the_fused_autoencoder_is_the_same_function(files: Files, device: str, p
     exact = run(getattr(pipeline(files, ()).vae, stage), given, "cpu")
     vae = pipeline(files, (), precision).vae
     plain = relative(run(getattr(vae, stage), given, "cpu"), exact)
-    fused = fuse_vae(vae)
+    fused = fuse_norms(vae)
     shared = dict(vae.named_parameters())
     convolutions = [name for name, value in fused.named_parameters() if value.ndim == 4]
     assert len(convolutions) > 20

@@ -19,6 +19,7 @@ from densegeo.models import reference
 from densegeo.models.layers import attention
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.presets import AUTHORS_FILES, PRESETS, TINY_TRANSFORMER
+from densegeo.models.transformer import split
 from densegeo.training import autoencoder, diffusion, publish
 from densegeo.training.data import Chunk, pictures
 from densegeo.training.loop import Schedule, fit, make_optimizers
@@ -30,7 +31,7 @@ def test_the_target_splits_into_the_two_latents() -> None:
     depth, normals = torch.randn(2, 3, 16, 4, 6).unbind()
     velocity = diffusion.target(depth, normals)
     for index in range(3):
-        latents = reference.split(velocity[index : index + 1], 32, 48)
+        latents = split(velocity[index : index + 1], 32, 48)
         torch.testing.assert_close(latents[0], depth[index])
         torch.testing.assert_close(latents[1], normals[index])
 
@@ -110,8 +111,8 @@ def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     )
     prompt = diffusion.prompt(0)
     dit, autoencoder_file, prompt_file = publish.write(transformer, vae, prompt, tmp_path / "out")
-    pipeline = load_pipeline(Files(dit, autoencoder_file, prompt_file), 256, 192)
-    assert pipeline.transformer.config == TINY_TRANSFORMER
+    pipeline = load_pipeline(Files.of("fe2e", dit=dit, vae=autoencoder_file, prompt=prompt_file), 256, 192)
+    assert pipeline.denoiser.config == TINY_TRANSFORMER
     # Guidance and merged padding are exact, so the published files give what was trained, but for bf16's rounding.
     rounded = {key: value.bfloat16().float() for key, value in transformer.state_dict().items()}
     transformer.load_state_dict(rounded)
@@ -124,11 +125,11 @@ def test_the_carried_weights_are_small_and_load() -> None:
     directory = PRESETS["fe2e-tiny"].weights
     assert directory is not None
     assert sum(path.stat().st_size for path in directory.iterdir()) <= 12e6
-    paths = [directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")]
+    paths = {role: directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
     for path in paths[:2]:
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
-    pipeline = load_pipeline(Files(*paths), 256, 192)
-    assert pipeline.transformer.config == TINY_TRANSFORMER
+    pipeline = load_pipeline(Files.of("fe2e", **paths), 256, 192)
+    assert pipeline.denoiser.config == TINY_TRANSFORMER
     assert pipeline.vae.config == autoencoder.make(0).config
     assert "@" not in (directory / "README.md").read_text()  # every figure of the card is filled in
 

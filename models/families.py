@@ -1,0 +1,155 @@
+"""The two kinds of model, as rows of one table: what differs between FE2E and FiffDepth on the way to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from densegeo.models import fe2e, fiffdepth
+from densegeo.models.checkpoint import Entry, Stored, as_is
+from densegeo.models.config import (
+    TransformerConfig,
+    UNetConfig,
+    VAEConfig,
+    read_config_file,
+    transformer_config,
+    vae_config,
+)
+from densegeo.models.denoiser import AnyDenoiser
+from densegeo.models.diffusers_format import read_json, sd_vae_config, unet_config, unet_names, vae_names
+from densegeo.models.rewrites import Rewrite
+from densegeo.models.transformer import Transformer
+from densegeo.models.unet import UNet
+
+Shapes = dict[str, tuple[int, ...]]
+Entries = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One file of a model. files: the names under which the authors publish it, in order of preference."""
+
+    name: str
+    files: tuple[str, ...]
+    where: str  # where it is published
+    hint: str = ""  # what else to know when it is missing
+    flag: bool = True  # whether an option of its name takes another file
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model's files say of its networks."""
+
+    denoiser: Any  # TransformerConfig or UNetConfig
+    vae: VAEConfig
+    stored: tuple[Stored, Stored]  # how the denoiser's and the autoencoder's tensors lie in the files
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. roles: its files; `weights` names those of denoiser and autoencoder.
+
+    multiple: what a bucket's sides are multiples of; any_size: whether others run too, cut down inside. clip: whether
+    the decoded depth picture is clipped before ("channels") or after ("mean") its mean over channels. packing: of the
+    denoiser's output, see `bundle.Decode`.
+    """
+
+    name: str
+    denoiser: type[AnyDenoiser]
+    config: type[Any]
+    rewrites: tuple[Rewrite, ...]
+    roles: tuple[Role, ...]
+    weights: tuple[str, str]
+    architecture: Callable[[dict[str, Path], Entries, Entries], Architecture]
+    multiple: int
+    any_size: bool
+    depth_kind: Literal["log_affine", "affine"]
+    packing: Literal["tokens", "latent"]
+    clip: Literal["channels", "mean"]
+
+    @property
+    def rewrite_names(self) -> tuple[str, ...]:
+        return tuple(rewrite.name for rewrite in self.rewrites)
+
+
+def _shapes(entries: Entries) -> Shapes:
+    return {key: entry.shape for key, entry in entries.items()}
+
+
+def _fe2e(paths: dict[str, Path], dit: Entries, vae: Entries) -> Architecture:
+    """From the tensors' shapes; the file "config" holds what they do not tell."""
+    given: dict[str, Any] = read_config_file(paths["config"]) if "config" in paths else {}
+    configs = transformer_config(_shapes(dit), given), vae_config(_shapes(vae), given.get("vae"))
+    return Architecture(*configs, (as_is, as_is))
+
+
+def _fiffdepth(paths: dict[str, Path], unet: Entries, vae: Entries) -> Architecture:
+    """From the `config.json` beside the weights."""
+    first = unet_config(read_json(paths["unet_config"]), paths["unet_config"])
+    second = sd_vae_config(read_json(paths["vae_config"]), paths["vae_config"])
+    return Architecture(first, second, (unet_names(unet), vae_names(second, vae)))
+
+
+_STEP1X = "published as stepfun-ai/Step1X-Edit on the Hugging Face Hub"
+_DIFFUSERS = "in a diffusers directory, as FiffDepth's authors publish it"
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+
+FE2E = Family(
+    name="fe2e",
+    denoiser=Transformer,
+    config=TransformerConfig,
+    rewrites=fe2e.REWRITES,
+    roles=(
+        Role(
+            "dit",
+            (
+                "step1x-edit-i1258.safetensors",
+                "step1x-edit-v1p1-official.safetensors",
+                "step1x-edit-i1258-v1p1-official.safetensors",
+            ),
+            _STEP1X,
+        ),
+        Role("vae", ("vae.safetensors",), _STEP1X),
+        Role(
+            "lora",
+            ("LDRN.safetensors",),
+            "published as exander/FE2E on the Hugging Face Hub",
+            hint="Without the FE2E LoRA the base model edits images instead: --no-lora skips it on purpose.",
+        ),
+        Role(
+            "prompt",
+            ("no_info.npz", "no_info.safetensors", "latent/no_info.npz"),
+            "in the authors' code repository AMAP-ML/FE2E, folder latent/",
+        ),
+    ),
+    weights=("dit", "vae"),
+    architecture=_fe2e,
+    multiple=16,
+    any_size=False,
+    depth_kind="log_affine",
+    packing="tokens",
+    clip="channels",
+)
+FIFFDEPTH = Family(
+    name="fiffdepth",
+    denoiser=UNet,
+    config=UNetConfig,
+    rewrites=fiffdepth.REWRITES,
+    roles=(
+        Role("unet", tuple(f"unet/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
+        Role("unet_config", ("unet/config.json",), _DIFFUSERS, flag=False),
+        Role("vae", tuple(f"vae/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
+        Role("vae_config", ("vae/config.json",), _DIFFUSERS, flag=False),
+        Role("prompt", ("empty_prompt.safetensors", "prompt.safetensors"), "the text encoder's output for no text"),
+    ),
+    weights=("unet", "vae"),
+    architecture=_fiffdepth,
+    multiple=8,
+    any_size=True,
+    depth_kind="affine",
+    packing="latent",
+    clip="mean",
+)
+FAMILIES = {family.name: family for family in (FE2E, FIFFDEPTH)}
