@@ -6,7 +6,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels engines fullsize quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-slow lint kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
@@ -16,6 +16,7 @@ help:
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
 	@echo "make fullsize        build full-size FE2E from random weights (an hour, 60 GB of disk)"
+	@echo "make fiffdepth       build full-size FiffDepth in every precision, and time it beside diffusers (45 minutes, 15 GB)"
 	@echo "make quantization    calibrate fe2e-tiny to fp8 and int8, and score every precision (15 minutes)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
 	@echo "make accuracy        score fe2e-tiny on held-out synthetic scenes"
@@ -53,6 +54,10 @@ engines: $(STAMP)
 
 fullsize: $(STAMP)
 	$(BIN)/python benchmarks/fullsize.py
+
+fiffdepth: $(STAMP)
+	$(BIN)/python benchmarks/fiffdepth.py build
+	$(BIN)/python benchmarks/fiffdepth.py speed
 
 quantization: $(STAMP)
 	$(BIN)/python benchmarks/quantization.py

@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfi
         modules: dict[str, nn.Module] = {"dit": Transformer(transformer), "vae": VAE(vae)}
     for role, module in modules.items():
         shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        _write_random(folder / AUTHORS_FILES[role][0], shapes, seed=len(shapes))
+        write_random(folder / AUTHORS_FILES[role][0], shapes, seed=len(shapes))
     linears = {name: layer for name, layer in modules["dit"].named_modules() if isinstance(layer, nn.Linear)}
     updates: dict[str, tuple[int, ...]] = {}
     for name, layer in linears.items():
@@ -69,15 +69,18 @@ def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfi
             key = "lora_unet_" + name.replace(".", "_")
             updates[f"{key}.lora_down.weight"] = (RANK, layer.in_features)
             updates[f"{key}.lora_up.weight"] = (layer.out_features, RANK)
-    _write_random(folder / AUTHORS_FILES["lora"][0], updates, seed=3)
+    write_random(folder / AUTHORS_FILES["lora"][0], updates, seed=3)
     random = np.random.default_rng(4)
     mask = np.arange(tokens)[None] < valid
     embeds = random.standard_normal((1, tokens, transformer.prompt_dim)).astype(np.float32) * mask[..., None]
     np.savez(folder / AUTHORS_FILES["prompt"][0], embeds=embeds, masks=mask.astype(np.int64))
 
 
-def _write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-    """bf16 tensors that keep activations at their size: matrices scaled by width, norms near one, biases small."""
+def write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+    """bf16 tensors that keep activations at their size: matrices scaled by width, norms near one, biases small.
+
+    A file that is there is kept.
+    """
     if path.exists():
         return
     partial = path.with_suffix(".partial")
@@ -87,7 +90,7 @@ def _write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> 
             noise = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
             if len(shape) > 1:
                 noise *= float(np.prod(shape[1:])) ** -0.5
-            elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "norm_out.weight", "norm.scale")):
+            elif "norm" in name and name.endswith(("weight", "scale")):
                 noise = 1 + 0.1 * noise
             else:
                 noise *= 0.1

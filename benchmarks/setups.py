@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
-from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.config import TransformerConfig, UNetConfig, VAEConfig
 from densegeo.models.rewrites import Pipeline
 
 
@@ -80,6 +80,26 @@ FULL = Setup(  # of the released checkpoints
     tokens=640,
     valid=64,
     ceiling_size=8192,
+)
+SD2_UNET = UNetConfig(  # of Stable Diffusion 2, which FiffDepth is trained from
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    layers_per_block=2,
+    heads=(5, 10, 20, 20),
+    transformer_layers=(1, 1, 1, 1),
+    down_attention=(True, True, True, False),
+    up_attention=(False, True, True, True),
+    cross_attention_dim=1024,
+)
+SD2_VAE = VAEConfig(
+    ch=128,
+    ch_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    z_channels=4,
+    latent_convs=True,
+    scale_factor=0.18215,
+    shift_factor=0.0,
 )
 SMOKE = Setup(
     TransformerConfig(
