@@ -98,6 +98,7 @@ SD2_VAE = VAEConfig(
     num_res_blocks=2,
     z_channels=4,
     latent_convs=True,
+    decodes_scaled=True,
     scale_factor=0.18215,
     shift_factor=0.0,
 )

@@ -47,6 +47,7 @@ class VAEConfig(msgspec.Struct, frozen=True, kw_only=True):
     z_channels: int
     groups: int = 32  # of every group norm
     latent_convs: bool = False  # 1x1 convolutions around the latent, as Stable Diffusion's have
+    decodes_scaled: bool = False  # whether the decoder takes scaled latents, and undoes that itself
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
 

@@ -133,6 +133,7 @@ def sd_vae_config(values: Mapping[str, Any], path: Path) -> VAEConfig:
             "z_channels": values.get("latent_channels", 4),
             "groups": groups,
             "latent_convs": convs.pop(),
+            "decodes_scaled": True,
             "scale_factor": values.get("scaling_factor", 0.18215),
             "shift_factor": values.get("shift_factor") or 0.0,
         },

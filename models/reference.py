@@ -27,7 +27,7 @@ def transform(pipeline: Pipeline, latent: Tensor) -> Tensor:
 def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """latents (pictures, C, H/8, W/8) -> decoded (pictures, channels, H, W) float32."""
     config = pipeline.vae.config
-    unscaled = latents if config.latent_convs else latents / config.scale_factor + config.shift_factor
+    unscaled = latents if config.decodes_scaled else latents / config.scale_factor + config.shift_factor
     return torch.cat([pipeline.vae.decoder(part) for part in unscaled.split(pipeline.decoder_batch)])
 
 

@@ -183,14 +183,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """latent (N, z, H/8, W/8) -> image (N, 3, H, W), not clamped; the tail runs in its own dtype, float32.
 
-    The latent comes unscaled, `latent / scale + shift`; where convolutions surround it, the decoder does that itself.
+    The latent comes unscaled, `latent / scale + shift`, unless the configuration says that the decoder does that.
     """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         last = len(widths) - 1
-        self.scale, self.shift, channels = config.scale_factor, config.shift_factor, config.z_channels
+        self.scaled, self.scale, self.shift = config.decodes_scaled, config.scale_factor, config.shift_factor
+        channels = config.z_channels
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.latent_convs else None
         self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.groups)
@@ -202,9 +203,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
+        if self.scaled:
+            latent = latent / self.scale + self.shift
+        latent = latent.to(self.conv_in.weight.dtype)
         if self.post_quant_conv is not None:
-            latent = self.post_quant_conv((latent / self.scale + self.shift).to(self.conv_in.weight.dtype))
-        x = self.mid(self.conv_in(latent.to(self.conv_in.weight.dtype)))
+            latent = self.post_quant_conv(latent)
+        x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(self.norm_out.silu(x.to(self.norm_out.weight.dtype))).float()

@@ -53,9 +53,10 @@ def test_bundle_matches_the_authors_numbers(golden: Path, tmp_path: Path, withou
     assert geometry.depth_kind == "affine"
 
 
-@pytest.mark.parametrize("without", [(), NAMES], ids=["all", "none"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bundle_agrees_with_diffusers(case: Case, without: tuple[str, ...], tmp_path: Path) -> None:
+def test_bundle_agrees_with_diffusers(case: Case, tmp_path: Path) -> None:
+    """All rewrites on, or all off in every other case; one at a time they are left out above."""
+    without = NAMES if CASES.index(case) % 2 else ()
     bundle = build(write(tmp_path / "files", case), tmp_path / "bundle", sizes=(case.size,), without=without)
     rgb = picture(case.size)
     wanted = oracle(case, rgb)
