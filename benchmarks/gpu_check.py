@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from densegeo.benchmarks import gpu_models  # noqa: E402
+from densegeo.benchmarks import gpu_fiffdepth, gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
@@ -120,6 +120,13 @@ def models(check: Check) -> dict[str, Any]:
     sizes = SIZES if not check.small else ((64, 48),)
     rows = [gpu_models.compare(check.weights, size, 3 if check.small else 7, check.left) for size in sizes]
     return {"sizes": rows}
+
+
+def fiffdepth(check: Check) -> dict[str, Any]:
+    """Full-size FiffDepth at 512x512."""
+    found = gpu_fiffdepth.compare(check.device, check.small, 3 if check.small else 15, check.left)
+    wrong = [name for name, row in found["contenders"].items() if "failed" in row]
+    return found | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
 
 
 def transfers(check: Check) -> dict[str, Any]:
@@ -251,6 +258,7 @@ class _Lines(logging.Handler):
 STEPS: dict[str, Step] = {
     "numbers": numbers,
     "kernels": kernels,
+    "fiffdepth": fiffdepth,
     "models": models,
     "transfers": transfers,
     "profile": profile,

@@ -216,7 +216,7 @@ def compare(weights: Weights, size: tuple[int, int], runs: int, left: Callable[[
             rows[name]["relative_to_authors"] = relative(decoded, wanted)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             rows[name] = {"failed": str(error)[:300]}
-        _free(weights.device)
+        free(weights.device)
     pipeline = folded(weights, size)
     work = flops(partial(_chain(pipeline, pipeline.vae, 2, precision.DTYPES[LOW]), rgb))
     for row in rows.values():
@@ -234,7 +234,8 @@ def _measure(make: Callable[[], Network], rgb: Tensor, device: str, runs: int) -
     return {name: 1e3 * value for name, value in names.items()}, decoded
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
+    """Give back what is no longer used."""
     gc.collect()
     torch._dynamo.reset()
     if device != "cpu":

@@ -102,6 +102,27 @@ SD2_VAE = VAEConfig(
     scale_factor=0.18215,
     shift_factor=0.0,
 )
+SMALL_UNET = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    heads=(2, 4),
+    transformer_layers=(1, 1),
+    down_attention=(True, False),
+    up_attention=(False, True),
+    cross_attention_dim=24,
+)
+SMALL_VAE = VAEConfig(
+    ch=32,
+    ch_mult=(1, 1, 1, 1),
+    num_res_blocks=1,
+    z_channels=4,
+    latent_convs=True,
+    decodes_scaled=True,
+    scale_factor=0.18215,
+    shift_factor=0.0,
+)
 SMOKE = Setup(
     TransformerConfig(
         hidden_size=64,

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from densegeo.benchmarks import gpu_check, gpu_models  # noqa: E402
+from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_models  # noqa: E402
 from densegeo.export.build import build_bundle  # noqa: E402
 from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     monkeypatch.setattr(gpu_models, "_compile", lambda pipeline, vae: None)  # takes minutes on a CPU
+    monkeypatch.setattr(gpu_fiffdepth, "_compiled", lambda pipeline: pipeline)
     command = ["gpu_check.py", "--small", "--device", "cpu", "--output", str(output), *arguments]
     monkeypatch.setattr(sys, "argv", command)
     code = gpu_check.main()
@@ -31,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> tuple
 
 
 def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("numbers", "kernels", "models", "transfers", "profile")
+    steps = ("numbers", "kernels", "fiffdepth", "models", "transfers", "profile")
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", *steps)
     assert code == 0
     found = result["steps"]
@@ -41,6 +42,10 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert kernels["copy"]["of_copy"] == 1
     # a token's 64 features are read once and written once
     assert kernels["split"]["bytes"] == 2 * 4 * gpu_check.gpu_models.SMOKE.width * 48 // 256 * 64 * 2
+    fiffdepth = found["fiffdepth"]
+    assert all(0 < row["error"] <= fiffdepth["limit"] < 0.2 for row in fiffdepth["contenders"].values())
+    assert all(row["ms"] > 0 for row in fiffdepth["contenders"].values())
+    assert set(fiffdepth["ms an image of a batch"]) == {"1", "2", "4", "8"}
     (size,) = found["models"]["sizes"]
     rows = size["contenders"]
     assert set(rows) >= {"authors, eager", "batch 1, bf16, compiled", "folded, kernels, graph"}

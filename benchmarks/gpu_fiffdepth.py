@@ -1,0 +1,132 @@
+"""Full-size FiffDepth on a GPU, with random weights made there: plain modules, compiled ones, and ours.
+
+The plain modules do what diffusers' do (the tests compare them); diffusers' own are measured too where it is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densegeo.benchmarks.gpu_kernels import seconds_of
+from densegeo.benchmarks.gpu_models import ERROR_FACTOR, LOW, free
+from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE, SMALL_UNET, SMALL_VAE
+from densegeo.benchmarks.synthetic import fill, random_image, random_prompt
+from densegeo.benchmarks.timing import flops
+from densegeo.models import fiffdepth, precision, reference, rewrites
+from densegeo.models.reference import relative
+from densegeo.models.rewrites import Pipeline
+from densegeo.models.unet import UNet
+from densegeo.models.vae import VAE
+from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_device import DeviceNetwork
+from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
+from densegeo.runtime.bundle import Bucket, Decode, Graph
+
+Network = Callable[[Tensor], Tensor]  # rgb (N, 3, H, W) -> depth before the clip (N, H, W)
+SIDE, GOAL_MS = 512, 12.0  # pixels; DESIGN section 6, on one H100
+BATCHES = (1, 2, 4, 8)
+
+
+def random_fiffdepth(small: bool, device: str) -> Pipeline:
+    """Float32, no rewrite applied, on the device."""
+    with torch.device("meta"):
+        unet, vae = UNet(SMALL_UNET if small else SD2_UNET), VAE(SMALL_VAE if small else SD2_VAE)
+    fill(unet, 1, device)
+    fill(vae, 2, device)
+    prompt = random_prompt(2, 2, unet.config.cross_attention_dim, seed=0)
+    return Pipeline(unet.bind(prompt, SIDE, SIDE).to(device), vae, prompt).eval()
+
+
+def chain(pipeline: Pipeline, low: bool) -> Network:
+    """The stages in plain torch, all in low precision or float32 inputs as they come."""
+
+    def run(rgb: Tensor) -> Tensor:
+        latent = pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW] if low else rgb.dtype))
+        return pipeline.vae.decoder(pipeline.denoiser(latent)).mean(1)
+
+    return run
+
+
+def _channels_last(pipeline: Pipeline) -> Pipeline:
+    for network in (pipeline.denoiser, pipeline.vae):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return pipeline
+
+
+def _compiled(pipeline: Pipeline) -> Pipeline:
+    for network in pipeline.stages().values():
+        network.compile()
+    return pipeline
+
+
+def device_network(pipeline: Pipeline, side: int, device: str) -> DeviceNetwork:
+    """The torch backend's network of one bucket."""
+    none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
+    decode = Decode(depth_kind="affine", packing="latent", clip="mean")
+    recorder = CudaRecorder(device) if device != "cpu" else None
+    vae, unet = fuse_norms(pipeline.vae), fuse(pipeline.denoiser)
+    return DeviceNetwork(vae, unet, 1, decode, Bucket(side, side, none, none, none), device, recorder)
+
+
+@torch.inference_mode()
+def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> dict[str, Any]:
+    """Milliseconds of every contender at 512x512, and an image of batches of ours; wrong numbers get no speed."""
+    side = 64 if small else SIDE
+    rgb = random_image(side, side, seed=2).to(device)
+    exact = random_fiffdepth(small, device)
+    wanted = chain(exact, low=False)(rgb)
+    plain = precision.cast(copy.deepcopy(exact), LOW)
+    limit = ERROR_FACTOR * relative(chain(plain, low=True)(rgb), wanted)
+    folded = _channels_last(precision.cast(rewrites.apply(exact, fiffdepth.REWRITES), LOW))
+    contenders: dict[str, Callable[[], Network]] = {
+        "plain, bf16, eager": lambda: chain(plain, low=True),
+        "plain, bf16, compiled": lambda: chain(_compiled(_channels_last(copy.deepcopy(plain))), low=True),
+        "folded, eager": lambda: chain(folded, low=True),
+        "folded, compiled": lambda: chain(_compiled(copy.deepcopy(folded)), low=True),
+        "folded, kernels, graph": lambda: _means(device_network(folded, side, device)),
+    }
+    rows: dict[str, Any] = {}
+    for name, make in contenders.items():
+        if left() < 60:
+            rows[name] = {"skipped": "no time left"}
+            continue
+        network = make()
+        error = relative(network(rgb), wanted)
+        if not error <= limit:
+            rows[name] = {"failed": f"its error is {error:.1e}, the limit {limit:.1e}"}
+            continue
+        seconds = sorted(seconds_of(partial(network, rgb), device, runs))
+        rows[name] = {"ms": 1e3 * seconds[len(seconds) // 2], "ms_min": 1e3 * seconds[0], "error": error}
+        del network
+        free(device)
+    work = flops(partial(reference.decode, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
+    work += flops(partial(reference.transform, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
+    work += flops(partial(reference.encode, folded, rgb))
+    for row in rows.values():
+        if "ms" in row:
+            row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
+    report = {"side": side, "folded_tflop": work / 1e12, "goal_ms": GOAL_MS, "limit": limit, "contenders": rows}
+    return report | {"ms an image of a batch": _batches(device_network(folded, side, device), rgb, device, runs, left)}
+
+
+def _means(network: DeviceNetwork) -> Network:
+    replay = network.recorded(1)
+    return lambda rgb: replay(rgb).mean(1)
+
+
+def _batches(
+    network: DeviceNetwork, rgb: Tensor, device: str, runs: int, left: Callable[[], float]
+) -> dict[str, float]:
+    found = {}
+    for count in BATCHES:
+        if left() > 45:
+            replay, images = network.recorded(count), rgb.repeat(count, 1, 1, 1)
+            seconds = sorted(seconds_of(partial(replay, images), device, runs))
+            found[str(count)] = 1e3 * seconds[len(seconds) // 2] / count
+    return found
