@@ -248,7 +248,12 @@ def _build_into(
             step(f"{stage} {name}")
             taken, given, example = examples[stage]
             export_graph(
-                module, example, (taken, given), staging / f"{stage}.safetensors", staging / f"{stage}_{name}.onnx"
+                module,
+                example,
+                (taken, given),
+                staging / f"{stage}.safetensors",
+                staging / f"{stage}_{name}.onnx",
+                exact=options.base == "fp32",
             )
         bucket = Bucket(width, height, *(describe(staging / f"{stage}_{name}.onnx") for stage in STAGES))
         step(f"checking {name}")

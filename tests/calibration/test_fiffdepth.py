@@ -1,0 +1,90 @@
+"""FiffDepth in 8 bits: the same calibration, plan, graphs and engines as FE2E's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from densegeo.calibration.plan import load_plan
+from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.engines import EngineOptions
+from densegeo.export.sources import Given
+from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.engine_log import parse_log, read_log
+from densegeo.runtime.verify import replay, within
+from tests.calibration.conftest import run
+from tests.diffusers_checkpoint import Case, write
+
+CASE = Case("8-bit", {"use_linear_projection": True, "attention_head_dim": [1, 2, 2]}, size=(48, 32))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("fiffdepth") / "files", CASE)
+
+
+def build(files: Path, output: Path, precision: str = "fp32", **options: object) -> Path:
+    given = Given(checkpoint=str(files))
+    values = {"model": "fiffdepth", "output": output, "given": given, "sizes": (CASE.size,), "precision": precision}
+    return build_bundle(BuildOptions(**(values | options)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def calibration(files: Path, images: Path) -> Path:
+    """Statistics and both formats' plans, int8's with errors measured."""
+    bundle, folder = build(files, files.parent / "fp32"), files.parent / "calibration"
+    run(bundle, images, folder, kind="int8", max_depth_error=0.05)
+    run(bundle, images, folder, kind="fp8", backend="torch", stream=True)
+    return folder
+
+
+def test_what_is_planned(calibration: Path) -> None:
+    plan = load_plan(calibration, "int8")
+    assert plan.error is not None
+    assert 0 < plan.error.depth <= 0.05
+    assert plan.error.normals == 0
+    assert len(plan.sensitivity) == len(load_plan(calibration, "fp8").ranges)
+    planned = load_plan(calibration, "fp8").ranges
+    assert all(".transformer_blocks." in name for name in planned)
+    assert {name.split("transformer_blocks.0.")[1] for name in planned} == {
+        "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_path: Path, kind: str) -> None:
+    bundle = build(files, tmp_path / kind, kind, base="fp32", calibration=calibration)
+    for backend in ("onnxruntime", "torch"):
+        checks = replay(bundle, backend)
+        assert all(within(check) for check in checks)
+        assert next(check.error for check in checks if check.output == "denoiser") > 1e-4  # really 8-bit
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "architectures", "engines"),
+    [("fp8", (89, 120), [["sm_89"], ["sm_120"]]), ("int8", (86,), [["sm_86"]])],
+)
+def test_products_of_engines_are_8_bit(
+    files: Path, calibration: Path, tmp_path: Path, kind: str, architectures: tuple[int, ...], engines: list[list[str]]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    made = build(
+        files,
+        tmp_path / kind,
+        kind,
+        calibration=calibration,
+        backend="tensorrt",
+        architectures=architectures,
+        engines=EngineOptions(library="tensorrt_rtx", weights="constant"),
+    )
+    manifest = read_manifest(made)
+    assert manifest.quantization is not None
+    built = [engine for engine in manifest.engines if engine.stage == "denoiser"]
+    assert [engine.architectures for engine in built] == engines
+    for engine in built:
+        log = parse_log(read_log(made / engine.log))
+        products = [layer for layer in log.layers if layer.role == "matmul"]
+        wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
+        assert sum(wanted in layer.dtype for layer in products) > 0, [layer.dtype for layer in products]
