@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
+from densegeo.export.onnx_graph import query_chunks
 from densegeo.export.plan import GIB, ITEM_BYTES, Plan
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
@@ -32,7 +33,8 @@ def device_plan(plan: Plan, size: tuple[int, int], base: str) -> DevicePlan:
     item = ITEM_BYTES[base]
     denoiser = item * plan.form.denoiser.live_features(width, height)
     picture = pictures * vae.ch * width * height  # at full resolution: half of the last level in float32
-    logits = pictures * (width // 8 * height // 8) ** 2
+    pixels = (width // 8) * (height // 8)
+    logits = pictures * pixels**2 // query_chunks(pixels, pixels, vae.ch * vae.ch_mult[-1])
     decoder = max(picture * (2 * item + 8), logits * (4 + item))
     return DevicePlan(plan.bundle_bytes, max(denoiser, decoder) + BASE)
 

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import densegeo.models.quantized  # noqa: F401  (registers its operator)
 
 OPSET = 20
+LARGEST_FUSED, CHUNK_LOGITS = 256, 1 << 25  # features of a head; logits a head: 128 MiB in float32
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
 
 
@@ -52,10 +53,32 @@ def _attention(
     """aten.scaled_dot_product_attention; logits get their bias and softmax in float32, as flash kernels do."""
     assert not any((dropout_p, is_causal, enable_gqa))
     factor = op.CastLike(op.Constant(value_float=scale or int(query.shape[-1]) ** -0.5), query)
-    logits = op.Cast(op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2])), to=ir.DataType.FLOAT)
-    if attn_mask is not None:
-        logits = op.Add(logits, op.Cast(attn_mask, to=ir.DataType.FLOAT))
-    return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
+    scaled, turned = op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2])
+
+    def attend(rows: Any) -> Any:
+        logits = op.Cast(op.MatMul(rows, turned), to=ir.DataType.FLOAT)
+        if attn_mask is not None:
+            logits = op.Add(logits, op.Cast(attn_mask, to=ir.DataType.FLOAT))
+        return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
+
+    count = query_chunks(int(query.shape[2]), int(key.shape[2]), int(query.shape[3]))
+    if count == 1 or attn_mask is not None:
+        return attend(scaled)
+    step = -(-int(query.shape[2]) // count)
+    edges = [
+        (op.Constant(value_ints=[first]), op.Constant(value_ints=[first + step]))
+        for first in range(0, step * count, step)
+    ]
+    axis = op.Constant(value_ints=[2])
+    return op.Concat(*(attend(op.Slice(scaled, *edge, axis)) for edge in edges), axis=2)
+
+
+def query_chunks(queries: int, keys: int, size: int) -> int:
+    """How many parts an attention's queries run in: its logits are whole in memory where no kernel fuses it.
+
+    That is so for heads of more than 256 features, as the autoencoder's. Each part has at most CHUNK_LOGITS logits.
+    """
+    return 1 if size <= LARGEST_FUSED else -(-queries * keys // CHUNK_LOGITS)
 
 
 def _group_norm(

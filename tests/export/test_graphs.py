@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+import torch
 
+from densegeo.export import onnx_graph
 from densegeo.models.config import TransformerConfig
 from densegeo.models.loading import Files, open_skeleton
 from densegeo.models.prompt import load_prompt
+from densegeo.models.vae import AttnBlock
 from densegeo.runtime.bundle import Graph, read_manifest
 
 SIZE = (96, 64)
@@ -175,3 +180,23 @@ def test_upsampling_convolves_small_images(golden_bundle, golden):
     scales = 4 * len(widths)  # Resize's factors
     assert predicted_parameters <= parameters <= predicted_parameters + scales
     assert counts["Conv"] == 0
+
+
+def test_wide_heads_attend_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder's attention, which no kernel fuses, holds the logits of a part of its queries at a time."""
+    torch.manual_seed(0)
+    block = AttnBlock(288, 32).eval()
+    picture = torch.randn(1, 288, 6, 7)
+    with torch.no_grad():
+        wanted = block(picture).numpy()
+    for limit, parts in ((1 << 25, 1), (360, 5), (42, 42)):
+        monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", limit)
+        weights, path = tmp_path / f"{parts}.safetensors", tmp_path / f"{parts}.onnx"
+        onnx_graph.write_weights(block, weights)
+        onnx_graph.export_graph(block, picture, ("x", "y"), weights, path)
+        found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+        assert found["Softmax"] == parts
+        (ours,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": picture.numpy()})
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+    monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", 1)
+    assert onnx_graph.query_chunks(4096, 4096, 256) == 1  # a head that kernels fuse
