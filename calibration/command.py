@@ -18,6 +18,7 @@ from torch import nn
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.inputs import LinearInputs, OnnxInputs, TorchInputs
+from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
     Error,
@@ -112,15 +113,21 @@ def calibrate(
     pictures = [] if stream else _pictures(found, manifest)
     plan = make_plan(pipeline, manifest, statistics, pictures, kind, method, budget, everything, console)
     path = plan_file(folder, kind)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
-    partial.replace(path)
+    _write(path, msgspec.json.format(msgspec.json.encode(plan)))
+    if plan.sensitivity:
+        _write(path.with_name(f"sensitivity-{kind}.svg"), draw(plan).encode())
     print_plan(plan, console)
     console.print(
         f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder}",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LinearInputs:

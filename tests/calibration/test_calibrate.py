@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -289,3 +290,15 @@ def test_the_carried_model_takes_the_same_road(tmp_path: Path) -> None:
     plan = {"model": "fe2e-tiny", "output": tmp_path / "made", "given": Given(), "precision": "fp8"}
     with pytest.raises(QuantizationError, match="is not there"):
         build_bundle(BuildOptions(**plan, calibration=tmp_path))  # type: ignore[arg-type]
+
+
+def test_sensitivities_are_drawn(calibrated: Path) -> None:
+    plan = load_plan(calibrated, "fp8")
+    picture = ElementTree.parse(calibrated / "sensitivity-fp8.svg").getroot()
+    shown = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    order = [row.linear for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth)]
+    assert [text for text in shown if text in order] == order
+    bars = [element for element in picture.iter("{http://www.w3.org/2000/svg}rect") if element.get("x")]
+    assert len(bars) == 2 * len(order)  # depth and normals
+    longest = max(float(bar.attrib["width"]) for bar in bars)
+    assert all(0 <= float(bar.attrib["width"]) <= longest for bar in bars)
