@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from densegeo.errors import ConfigError
 from densegeo.models import fe2e, fiffdepth
 from densegeo.models.checkpoint import Entry, Stored, as_is
 from densegeo.models.config import (
@@ -89,6 +90,11 @@ def _fiffdepth(paths: dict[str, Path], unet: Entries, vae: Entries) -> Architect
     """From the `config.json` beside the weights."""
     first = unet_config(read_json(paths["unet_config"]), paths["unet_config"])
     second = sd_vae_config(read_json(paths["vae_config"]), paths["vae_config"])
+    if (first.in_channels, first.out_channels) != (second.z_channels, second.z_channels):
+        raise ConfigError(
+            f"{paths['unet_config']} takes {first.in_channels} channels and gives {first.out_channels}; FiffDepth's "
+            f"U-Net takes and gives the autoencoder's {second.z_channels}: is this another depth model's?"
+        )
     return Architecture(first, second, (unet_names(unet), vae_names(second, vae)))
 
 

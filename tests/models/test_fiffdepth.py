@@ -145,6 +145,13 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
         load_pipeline(files(directory), 64, 48)
 
 
+def test_a_unet_for_other_inputs_is_refused(tmp_path: Path) -> None:
+    """Marigold's takes noise beside the picture's latent: eight channels."""
+    directory = write(tmp_path, Case("eight", {"in_channels": 8}))
+    with pytest.raises(ConfigError, match=r"takes 8 channels and gives 4; .* another depth model's"):
+        load_pipeline(files(directory), 64, 48)
+
+
 def test_tensors_in_the_way_are_named_as_in_the_file(tmp_path: Path) -> None:
     directory = write(tmp_path, CASES[0])
     path = directory / "vae" / WEIGHTS
