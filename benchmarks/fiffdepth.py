@@ -226,12 +226,7 @@ def _speed(folder: Path, runs: int, json_file: Path | None) -> None:
     allowed = TWICE * relative_error(slow["diffusers bf16"](image), wanted)
     estimators = {
         f"{backend} {precision}": Estimator(folder / precision, backend=backend, check_digests=False)
-        for precision, backend in (
-            ("fp32", "onnxruntime"),
-            ("fp32", "openvino"),
-            ("bf16", "openvino"),
-            ("bf16", "torch"),
-        )
+        for precision, backend in (("fp32", "onnxruntime"), ("bf16", "openvino"))  # more do not fit 24 GiB
     }
     errors = {name: relative_error(estimator(image).prediction, wanted) for name, estimator in estimators.items()}
     for name, error in errors.items():
