@@ -115,7 +115,7 @@ def test_layers_are_shown_for_people(bundle: tuple[Path, Manifest], capsys: pyte
     directory, manifest = bundle
     print_layers(directory, manifest, every=True)
     shown = capsys.readouterr().out
-    assert f"transformer 96x64 for sm_80 86 89 120, {manifest.precision}: " in shown
+    assert f"denoiser 96x64 for sm_80 86 89 120, {manifest.precision}: " in shown
     assert shown.count("attention is not fused") == 2  # the autoencoder's, one head over all channels: known
     assert "gemm_mha" in shown
     print_manifest(directory, manifest)

@@ -60,7 +60,7 @@ def test_log_dequantize_equals_the_runtime(placement: Placement) -> None:
     assert prediction is not None
     assert bool(valid.all())
     for picture in range(2):
-        expected = restore(decode.depth_prediction(decoded[picture]), placement)
+        expected = restore(decode.depth_prediction(decoded[picture], decode.Decode(depth_kind="log_affine")), placement)
         np.testing.assert_allclose(prediction[picture], expected, atol=BOUND)
         np.testing.assert_allclose(depth[picture], np.exp(3.4 * expected - 0.2), rtol=BOUND)
 

@@ -126,7 +126,7 @@ def test_the_carried_weights_are_small_and_load() -> None:
     assert directory is not None
     assert sum(path.stat().st_size for path in directory.iterdir()) <= 12e6
     paths = {role: directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
-    for path in paths[:2]:
+    for path in (paths["dit"], paths["vae"]):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
     pipeline = load_pipeline(Files.of("fe2e", **paths), 256, 192)
     assert pipeline.denoiser.config == TINY_TRANSFORMER
