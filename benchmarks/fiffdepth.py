@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path) -> None:
         "vae": dict(names(key, tuple(tensor.shape)) for key, tensor in vae.state_dict().items()),
     }
     levels = len(SD2_UNET.block_out_channels)
-    cross = [(attention and "CrossAttn") or "" for attention in SD2_UNET.down_attention]
+    cross = ["CrossAttn" if attention else "" for attention in SD2_UNET.down_attention]
     configs: dict[str, dict[str, Any]] = {
         "unet": {
             "_class_name": "UNet2DConditionModel",

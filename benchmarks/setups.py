@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 from torch import Tensor
 
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
@@ -113,16 +114,7 @@ SMALL_UNET = UNetConfig(
     up_attention=(False, True),
     cross_attention_dim=24,
 )
-SMALL_VAE = VAEConfig(
-    ch=32,
-    ch_mult=(1, 1, 1, 1),
-    num_res_blocks=1,
-    z_channels=4,
-    latent_convs=True,
-    decodes_scaled=True,
-    scale_factor=0.18215,
-    shift_factor=0.0,
-)
+SMALL_VAE = msgspec.structs.replace(SD2_VAE, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
 SMOKE = Setup(
     TransformerConfig(
         hidden_size=64,

@@ -53,7 +53,7 @@ def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
 def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = None, *, mean: bool = False) -> Outputs:
     """Every verified output of the PyTorch pipeline for one picture (1, 3, H, W), float32.
 
-    With `given`, encoder, transformer and decoder start from the given outputs of the stage before: each stage's own
+    With `given`, encoder, denoiser and decoder start from the given outputs of the stage before: each stage's own
     error, not their sum; prediction and normals are then left out. mean: take that of the decoder's channels.
     """
     height, width = rgb.shape[-2:]

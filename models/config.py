@@ -77,15 +77,20 @@ class UNetConfig(msgspec.Struct, frozen=True, kw_only=True):
 _DESCRIPTIVE = {"height", "width", "lora_rank", "lora_alpha", "text_tokens", "valid_text_tokens", "mlp_ratio", "vae"}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ConfigError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a `--config` JSON object and refuse unknown keys.
 
     Raises ConfigError when it is missing, malformed, or names a key that is no architecture field.
     """
-    try:
-        values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    values = read_json(path)
     fields = set(TransformerConfig.__struct_fields__)
     unknown = sorted(set(values) - fields - _DESCRIPTIVE)
     unknown += sorted(f"vae.{key}" for key in set(values.get("vae", {})) - set(VAEConfig.__struct_fields__))

@@ -63,22 +63,14 @@ _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ConfigError."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-
-
 def unet_config(values: Mapping[str, Any], path: Path) -> UNetConfig:
     """Raises ConfigError for what is missing, of another type, or not built here."""
     _check_fixed(values, _UNET_FIXED, path)
     channels = _tuple(values, "block_out_channels", None, path)
     levels = len(channels)
-    types = [tuple(values.get(key, default)) for key, default in (("down_block_types", ()), ("up_block_types", ()))]
     attention = []
-    for key, known, found in (("down_block_types", _DOWN, types[0]), ("up_block_types", _UP, types[1])):
+    for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+        found = tuple(values.get(key, ()))
         if len(found) != levels or any(name not in known for name in found):
             raise ConfigError(f"{path}: {key} {list(found)} must be {levels} of {', '.join(known)}")
         attention.append(tuple(known[name] for name in found))
@@ -119,12 +111,10 @@ def sd_vae_config(values: Mapping[str, Any], path: Path) -> VAEConfig:
         raise ConfigError(
             f"{path}: block_out_channels {list(widths)} must be four multiples of the first and of {groups}"
         )
-    for key, kind, count in (
-        ("down_block_types", "DownEncoderBlock2D", len(widths)),
-        ("up_block_types", "UpDecoderBlock2D", len(widths)),
-    ):
-        if list(values.get(key, [kind] * count)) != [kind] * count:
-            raise ConfigError(f"{path}: {key} {values[key]} must be {count} times {kind}")
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        wanted = [kind] * len(widths)
+        if list(values.get(key, wanted)) != wanted:
+            raise ConfigError(f"{path}: {key} {values[key]} must be {len(widths)} times {kind}")
     return _convert(
         {
             "ch": base,

@@ -15,11 +15,12 @@ from densegeo.models.config import (
     UNetConfig,
     VAEConfig,
     read_config_file,
+    read_json,
     transformer_config,
     vae_config,
 )
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.diffusers_format import read_json, sd_vae_config, unet_config, unet_names, vae_names
+from densegeo.models.diffusers_format import sd_vae_config, unet_config, unet_names, vae_names
 from densegeo.models.rewrites import Rewrite
 from densegeo.models.transformer import Transformer
 from densegeo.models.unet import UNet

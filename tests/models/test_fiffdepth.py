@@ -14,7 +14,8 @@ from torch import Tensor
 
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.models import fiffdepth, reference, rewrites
-from densegeo.models.diffusers_format import read_json, sd_vae_config, unet_config
+from densegeo.models.config import read_json
+from densegeo.models.diffusers_format import sd_vae_config, unet_config
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.unet import ConstantCrossAttention, CrossAttention, GatedCrossAttention, TokenBlock
