@@ -20,14 +20,14 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
 from densegeo.benchmarks.environment import environment, write_json
-from densegeo.benchmarks.fullsize import Measured, measure, write_random
+from densegeo.benchmarks.fullsize import IMAGES, Measured, calibrate, measure, write_random
 from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE
+from densegeo.benchmarks.synthetic import patches
 from densegeo.benchmarks.timing import interleaved, speedup, summary
 from densegeo.cli import guarded
 from densegeo.errors import DensegeoError
@@ -43,7 +43,6 @@ Folder = Annotated[Path, typer.Option(help="Where checkpoint and bundles lie.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx-cu13")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-IMAGES = 8  # of the calibration
 # precision -> the architectures of its engines; fp32 is for this CPU alone
 BUILDS: dict[str, tuple[int, ...]] = {
     "fp32": (),
@@ -99,12 +98,6 @@ def write_checkpoint(folder: Path) -> None:
     save_file({"empty_prompt": embedding}, folder / "empty_prompt.safetensors")
 
 
-def picture(side: int, seed: int) -> NDArray[np.uint8]:
-    """Coloured patches (side, side, 3)."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (side // 64, side // 64, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
-
-
 def row(precision: str, bundle: Path, took: Measured) -> dict[str, Any]:
     """What a build gave and took."""
     manifest = read_manifest(bundle)
@@ -154,7 +147,6 @@ def _build(folder: Path, size: int, precisions: list[str], json_file: Path | Non
     console, report = Console(), {**environment(LIBRARIES), "builds": list[Any]()}
     write_checkpoint(folder / "checkpoint")
     python = [sys.executable, "-m", "densegeo"]
-    calibration = folder / "calibration"
     for precision in precisions:
         output = folder / precision
         command = [*python, "build", "--model", "fiffdepth", "--checkpoint", str(folder / "checkpoint")]
@@ -163,15 +155,9 @@ def _build(folder: Path, size: int, precisions: list[str], json_file: Path | Non
             command += ["--backend", "tensorrt", "--builder", "tensorrt_rtx"]
             command += [f"--gpu-arch={number}" for number in BUILDS[precision]]
         if precision in ("int8", "fp8"):
-            images = folder / "images"
-            images.mkdir(exist_ok=True)
-            for seed in range(IMAGES):
-                Image.fromarray(picture(size, seed)).save(images / f"{seed}.png")
-            collecting = [*python, "calibrate", str(folder / "fp32"), "--images", str(images), "--format", precision]
-            collecting += ["--backend", "torch", "--device", "cpu", "--stream", "--output", str(calibration)]
-            took = measure(collecting, folder / f"calibrate-{precision}.log")
+            took = calibrate(folder / "fp32", folder, precision, size)
             report["builds"].append({"calibration": precision, "images": IMAGES, **msgspec.to_builtins(took)})
-            command += ["--calibration", str(calibration)]
+            command += ["--calibration", str(folder / "calibration")]
         console.print(f"{time.strftime('%H:%M:%S')} building {precision}")
         report["builds"].append(row(precision, output, measure(command, folder / f"{precision}.log")))
         if precision not in KEPT:
@@ -215,7 +201,7 @@ def speed(
 def _speed(folder: Path, runs: int, json_file: Path | None) -> None:
     console, machine = Console(), environment(LIBRARIES)
     first = read_manifest(folder / "fp32").buckets[0]
-    image = picture(first.width, seed=100)
+    image = patches(first.width, seed=100)
     slow = {
         f"diffusers {name}": diffusers_pipeline(folder / "checkpoint", dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))

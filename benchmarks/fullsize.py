@@ -1,8 +1,9 @@
-"""A full-size build on a small machine: `python benchmarks/fullsize.py --folder DIR`. Takes an hour and 60 GB of disk.
+"""Full-size builds on a small machine: `python benchmarks/fullsize.py --folder DIR`. An hour and 60 GB of disk each.
 
 Writes a seeded random checkpoint with the released files' names, keys and shapes (11.9 B block parameters, bf16, a LoRA
 on all 304 modules), builds a bundle and its engines from it, and measures: anonymous memory, time, disk, and that every
-block's stored weights are its own source's.
+block's stored weights are its own source's. `--precision fp8` (or int8) then calibrates the bf16 bundle, block by
+block, and builds the 8-bit one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
@@ -27,8 +29,9 @@ from torch import nn
 
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import FULL
+from densegeo.benchmarks.synthetic import patches
 from densegeo.cli import guarded
-from densegeo.errors import ResourceError
+from densegeo.errors import ConfigError, ResourceError
 from densegeo.export.command import parse_size
 from densegeo.export.sources import Given, resolve
 from densegeo.models import fe2e
@@ -37,6 +40,7 @@ from densegeo.models.families import FE2E
 from densegeo.models.loading import open_streamed, rewritten_form
 from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
+from densegeo.models.quantized import FORMATS
 from densegeo.models.reference import relative
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, rewritten_parts
 from densegeo.models.transformer import Transformer
@@ -45,6 +49,8 @@ from densegeo.runtime.bundle import read_manifest
 
 DISK = 60 * 10**9
 RANK = 16
+IMAGES = 8  # of a calibration
+GPUS = {"bf16": (), "int8": (86,), "fp8": (89, 120)}  # architectures of the engines; none: any from Ampere on
 
 
 class Measured(msgspec.Struct):
@@ -128,6 +134,17 @@ def _anonymous(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
+def calibrate(bundle: Path, folder: Path, precision: str, side: int) -> Measured:
+    """`densegeo calibrate` on `IMAGES` seeded pictures, block by block, into folder/calibration."""
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    for seed in range(IMAGES):
+        Image.fromarray(patches(side, seed)).save(images / f"{seed}.png")
+    command = [sys.executable, "-m", "densegeo", "calibrate", str(bundle), "--images", str(images)]
+    command += ["--format", precision, "--backend", "torch", "--device", "cpu", "--stream"]
+    return measure([*command, "--output", str(folder / "calibration")], folder / f"calibrate-{precision}.log")
+
+
 def distinct_blocks(path: Path) -> int:
     """How many of a transformer file's matrices in blocks differ from all others, of how many; all must."""
     seen: dict[str, str] = {}
@@ -190,11 +207,13 @@ def _outputs(block: nn.Module, given: tuple[torch.Tensor, ...], *others: object)
     return torch.cat([part.float().flatten() for part in (found if isinstance(found, tuple) else (found,))])
 
 
-def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
+def run(folder: Path, size: str, precision: str, backend: str, json_file: Path | None) -> None:
+    if precision not in GPUS:
+        raise ConfigError(f"there is no build in {precision!r} here; there are {', '.join(GPUS)}")
     console = Console()
     machine = environment(("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13"))
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    checkpoint, output = folder / "checkpoint", folder / "bundle"
+    checkpoint, base, output = folder / "checkpoint", folder / "bf16", folder / precision
     console.print(f"needs about {DISK / 1e9:.0f} GB of disk in {folder}, {free / 1e9:.0f} GB are free")
     if free < DISK and not checkpoint.exists():
         raise ResourceError(f"{folder} has too little space: choose another --folder")
@@ -202,22 +221,32 @@ def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
     write_checkpoint(checkpoint, FULL.transformer, FULL.vae, FULL.tokens, FULL.valid)
     console.print(f"checkpoint: {time.monotonic() - started:.0f} s")
     command = [sys.executable, "export/build_engine.py", "--model", "fe2e", "--checkpoint", str(checkpoint)]
-    command += ["--size", size, "--precision", "bf16", "--backend", backend, "--output", str(output)]
+    command += ["--size", size, "--precision", precision, "--backend", backend, "--output", str(output)]
+    if backend == "tensorrt":
+        command += ["--builder", "tensorrt_rtx", *(f"--gpu-arch={number}" for number in GPUS[precision])]
+    report: dict[str, Any] = {**machine, "precision": precision}
+    if precision in FORMATS:
+        took = calibrate(base, folder, precision, max(parse_size(size)))
+        report["calibration"] = {"images": IMAGES, **msgspec.to_builtins(took)}
+        console.print(f"calibration: {took.seconds:.0f} s, {took.anonymous_gib:.1f} GiB of anonymous memory")
+        command += ["--calibration", str(folder / "calibration")]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
     console.print(dry.stdout or dry.stderr, markup=False)
-    built = measure(command, folder / "build.log")
+    built = measure(command, folder / f"{precision}.log")
     manifest = read_manifest(output)
-    report = {
-        **machine,
+    report |= {
         "seconds": built.seconds,
         "peak_anonymous_gib": built.anonymous_gib,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
+        "denoiser_bytes": manifest.files["denoiser.safetensors"].bytes,
         "distinct_block_matrices": distinct_blocks(output / "denoiser.safetensors"),
-        "block_errors": check_blocks(checkpoint, output, parse_size(size)),
+        "quantized_share": None if manifest.quantization is None else manifest.quantization.share,
         "checks": msgspec.to_builtins(manifest.verification.checks),
         "engines": msgspec.to_builtins(manifest.engines),
         "dry_run": dry.stdout.splitlines()[-4:],
     }
+    if precision not in FORMATS:
+        report["block_errors"] = check_blocks(checkpoint, output, parse_size(size))
     if json_file is not None:
         write_json(json_file, report)
     console.print_json(data=report)
@@ -226,11 +255,12 @@ def run(folder: Path, size: str, backend: str, json_file: Path | None) -> None:
 def main(
     folder: Annotated[Path, typer.Option(help="Where checkpoint and bundle go: 60 GB.")] = Path("out/fullsize"),
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the bundle's bucket.")] = "256x192",
+    precision: Annotated[str, typer.Option(help="bf16; then, from what that left: fp8 or int8.")] = "bf16",
     backend: Annotated[str, typer.Option(help="onnxruntime (graphs alone) or tensorrt (engines too).")] = "tensorrt",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Build full-size FE2E from a seeded random checkpoint, and measure it."""
-    guarded(lambda: run(folder, size, backend, json_file))
+    guarded(lambda: run(folder, size, precision, backend, json_file))
 
 
 if __name__ == "__main__":

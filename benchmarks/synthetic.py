@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from densegeo.models.config import TransformerConfig, VAEConfig
@@ -78,6 +80,12 @@ def random_pipeline(
     fill(autoencoder, seed + 1, device)
     autoencoder.decoder.conv_out.weight.data *= 0.5  # most of the decoded values within [-1, 1]
     return Pipeline(dit.bind(prompt, width, height).to(device), autoencoder, prompt).eval()
+
+
+def patches(side: int, seed: int) -> NDArray[np.uint8]:
+    """Coloured patches (side, side, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (side // 64, side // 64, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def random_image(width: int, height: int, seed: int) -> Tensor:
