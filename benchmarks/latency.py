@@ -21,7 +21,7 @@ from rich.table import Table
 
 from densegeo.benchmarks.environment import environment
 from densegeo.errors import BackendError, ResourceError
-from densegeo.inspection import bucket_name, check_with_progress
+from densegeo.inspection import check_with_progress
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
 from densegeo.runtime.images import load_image
@@ -114,7 +114,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         model=manifest.model,
         precision=manifest.precision,
         rewrites=manifest.rewrites,
-        bucket=bucket_name(bucket),
+        bucket=bucket.name,
         image_size=size,
         backend=used_backend,
         device=used_device,

@@ -23,7 +23,8 @@ from densegeo.benchmarks.heldout import SIZE, VIEWS, synthetic_split
 from densegeo.calibration.command import calibrate
 from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
+from densegeo.export.options import BuildOptions
 from densegeo.training.render import view
 
 MODEL, SEED, SPLIT = "fe2e-tiny", 0, "calibration"

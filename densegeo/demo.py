@@ -141,7 +141,8 @@ def run(build: Callable[[Path, Console], Path], bundle: Path = BUNDLE, results: 
 
 
 def _build(bundle: Path, console: Console) -> Path:
-    from densegeo.export.build import BuildOptions, build_bundle
+    from densegeo.export.build import build_bundle
+    from densegeo.export.options import BuildOptions
 
     return build_bundle(BuildOptions(model="fe2e-tiny", output=bundle), console)
 

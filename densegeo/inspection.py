@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from densegeo.runtime.bundle import STAGES, Bucket, Check, Engine, Graph, Manifest, check_files
+from densegeo.runtime.bundle import STAGES, Check, Engine, Graph, Manifest, check_files
 from densegeo.runtime.engine_log import BuildLog, parse_log, read_log, warnings
 
 
@@ -80,7 +80,7 @@ def _graphs(manifest: Manifest) -> Table:
             graph: Graph = getattr(bucket, stage)
             outputs = ", ".join(f"{spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in graph.outputs)
             costs = (str(graph.nodes), amount(graph.parameters), amount(graph.flops))
-            table.add_row(bucket_name(bucket), stage, *costs, outputs)
+            table.add_row(bucket.name, stage, *costs, outputs)
     return table
 
 
@@ -160,11 +160,6 @@ def _layers(log: BuildLog) -> Table:
         shape = "x".join(map(str, layer.outputs[0].shape)) if layer.outputs else ""
         table.add_row(escape(layer.name), layer.role, layer.dtype, shape, escape(", ".join(layer.onnx[:3])))
     return table
-
-
-def bucket_name(bucket: Bucket) -> str:
-    """`1024x768`."""
-    return f"{bucket.width}x{bucket.height}"
 
 
 def amount(value: float, unit: str = "") -> str:

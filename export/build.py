@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 import densegeo
-from densegeo.errors import BundleError, ConfigError
-from densegeo.export import checks, quantization, sources
-from densegeo.export.cubins import check_architectures, write_cubins
-from densegeo.export.engines import EngineOptions, build_engines, library_version, target_groups
+from densegeo.errors import BundleError
+from densegeo.export import checks, sources
+from densegeo.export.cubins import write_cubins
+from densegeo.export.engines import build_engines, library_version
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
+from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
@@ -28,8 +30,8 @@ from densegeo.export.staging import publish, staged
 from densegeo.models import rewrites
 from densegeo.models.config import VAEConfig
 from densegeo.models.families import Family
-from densegeo.models.loading import Files, open_streamed, rewritten_form
-from densegeo.models.precision import BASES, DTYPES, cast_module
+from densegeo.models.loading import Files, open_streamed
+from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.presets import preset
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
@@ -42,6 +44,7 @@ from densegeo.runtime.bundle import (
     Check,
     Decode,
     FileDigest,
+    Graph,
     Manifest,
     Networks,
     Source,
@@ -51,67 +54,15 @@ from densegeo.runtime.bundle import (
     sha256_file,
     write_manifest,
 )
+from densegeo.runtime.verify import PICTURES, alternating
 
-BACKENDS = ("onnxruntime", "tensorrt")
 PROMPT_FILE = "prompt.safetensors"
-SMALLEST = 32  # pixels of a bucket's side
-
-
-class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. sizes: (width, height) buckets."""
-
-    model: str
-    output: Path
-    given: sources.Given = sources.Given()
-    sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
-    precision: str = "fp32"
-    base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
-    any_size: bool = False  # take sides that are no multiples of the model's unit, if the model can
-    calibration: Path | None = None  # the directory of `densegeo calibrate`, for fp8 and int8
-    backend: str = "onnxruntime"
-    without: tuple[str, ...] = ()  # rewrites to leave out
-    allow_unexpected: bool = False
-    architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
-    engines: EngineOptions = EngineOptions()  # of the tensorrt backend
-
-    def validated(self) -> BuildOptions:
-        """The options with defaults filled in; raises ConfigError for an invalid one."""
-        row = preset(self.model)
-        if self.precision not in BASES:
-            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(BASES)}")
-        base = quantization.checked_base(self.precision, self.base, self.calibration)
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
-        rewrites.select(row.family.rewrites, self.without)
-        check_architectures(self.architectures)
-        engines = self.engines
-        if self.backend == "tensorrt":
-            engines = engines.validated()
-            target_groups(engines.library, self.precision, self.architectures)
-        sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
-        for width, height in sizes:
-            _check_size(width, height, 1 if self.any_size and row.family.any_size else row.family.multiple)
-        return msgspec.structs.replace(self, sizes=sizes, engines=engines, base=base)
-
-
-def _check_size(width: int, height: int, multiple: int) -> None:
-    if width % multiple or height % multiple or min(width, height) < SMALLEST:
-        nearest = (max(SMALLEST, round(side / multiple) * multiple) for side in (width, height))
-        raise ConfigError(
-            f"a size of {width}x{height} cannot be built: both sides must be multiples of {multiple}, at least "
-            f"{SMALLEST} (nearest: {'x'.join(map(str, nearest))})"
-        )
-
-
-def carried_weights(options: BuildOptions) -> Path | None:
-    """The directory of the weights that come with the code, unless the user named others."""
-    given = options.given
-    return None if given.checkpoint or given.dit else preset(options.model).weights
+Size = tuple[int, int]  # width, height
 
 
 def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
     """The model's files and where each came from. Raises CheckpointError; see `sources.resolve`."""
-    directory = carried_weights(options)
+    directory = options.carried_weights
     family = preset(options.model).family
     if directory is None:
         return sources.resolve(options.given, family)
@@ -126,6 +77,7 @@ def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
     return quantizer, make_plan(
         files,
         list(options.sizes),
+        max((1, *options.batches)),
         options.base,
         rewrites.select(files.family.rewrites, options.without),
         quantizer.parameters,
@@ -156,7 +108,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
         return options.output
     check_resources(plan, options.output)
     with staged(options.output) as staging, progress_bar(console) as progress:
-        manifest = _build_into(staging, options, files, inputs, key, quantizer, progress)
+        manifest = _build_into(staging, options, files, inputs, key, quantizer, plan, progress)
         write_manifest(staging, manifest)
         publish(staging, options.output)
     report(manifest, options.output, console)
@@ -175,39 +127,24 @@ def _build_into(
     inputs: list[Source],
     key: str,
     quantizer: Quantizer,
+    plan: Plan,
     progress: Progress,
 ) -> Manifest:
     family = files.family
     applied = rewrites.select(family.rewrites, options.without)
-    groups = 0
-    if options.backend == "tensorrt":
-        groups = len(target_groups(options.engines.library, options.precision, options.architectures))
-    each = 7 + len(STAGES) * groups + bool(quantizer.linears)
-    total = 3 + each * len(options.sizes) + bool(options.architectures)
-    steps = progress.add_task("loading", total=total)
+    of_a_bucket = len(STAGES) * (1 + options.groups) + 1
+    of_a_size = 1 + bool(quantizer.linears) + of_a_bucket * (1 + len(options.batches))
+    steps = progress.add_task("loading", total=4 + of_a_size * len(options.sizes) + bool(options.architectures))
 
     def step(what: str) -> None:
         progress.update(steps, description=what, advance=1)
 
-    first = options.sizes[0]
-    pipeline, source = open_streamed(files, *first, allow_unexpected=options.allow_unexpected)
-    references: dict[str, checks.Outputs] = {}
-    bounds: dict[str, dict[str, float]] = {}
-    original_guidance = pipeline.denoiser.guidance
-    mean = any(rewrite.name == "channel-mean" for rewrite in applied)
-    pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
-    for width, height in options.sizes:
-        name = f"{width}x{height}"
-        step(f"reference {name}")
-        pipeline.denoiser.resize(width, height)
-        references[name] = checks.reference_outputs(pipeline, checks.seeded_rgb(width, height), mean=mean)
-        if options.precision in DTYPES:
-            bounds[name] = checks.bounds(checks.cast_copy(pipeline, options.precision), references[name])
-    pipeline.denoiser.guidance = original_guidance
-    pipeline.denoiser.resize(*first)
+    pipeline, source = open_streamed(files, *options.sizes[0], allow_unexpected=options.allow_unexpected)
+    form = copy.deepcopy(plan.form)
+    mean = form.vae.decoder.conv_out.out_channels == 1
+    references, bounds = _references(pipeline, options, mean, step)
 
     step("rewriting")
-    form = rewritten_form(family, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, first)
     final = copy.deepcopy(form.denoiser)
     quantizer.apply(final)
     cast_module(final, options.base)
@@ -216,51 +153,29 @@ def _build_into(
     rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.network == "vae"])
     pipeline.denoiser = form.denoiser
     if options.precision == "fp16":
-        _check_fp16(pipeline, stored, references[f"{first[0]}x{first[1]}"])
+        _check_fp16(pipeline, stored, next(iter(references.values()))[0])
     pipeline.denoiser = final
     cast_module(pipeline.vae, options.base)
     if quantizer.linears:
         emulated = streamed_copy(pipeline, stored)
-        for width, height in options.sizes:
+        for (width, height), pictures in references.items():
             step(f"emulating {width}x{height}")
             emulated.denoiser.resize(width, height)
-            name = f"{width}x{height}"
-            bounds[name] = checks.bounds(emulated, references[name])
-    modules = pipeline.stages()
+            bounds[width, height] = checks.bounds(emulated, pictures[0])
     for stage in ("encoder", "decoder"):
-        write_weights(modules[stage], staging / f"{stage}.safetensors")
+        write_weights(pipeline.stages()[stage], staging / f"{stage}.safetensors")
     step("weights")
 
-    config = pipeline.vae.config
-    decode = decoding(family, config)
+    decode = decoding(family, pipeline.vae.config)
     buckets: list[Bucket] = []
     measured: list[Check] = []
-    for width, height in options.sizes:
-        name = f"{width}x{height}"
-        pipeline.denoiser.resize(width, height)
-        latent = (config.z_channels, height // 8, width // 8)
-        examples = {
-            "encoder": ("rgb", "latent", torch.zeros(1, 3, height, width)),
-            "denoiser": ("latent", "output", torch.zeros(1, *latent)),
-            "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch, *latent)),
-        }
-        for stage, module in modules.items():
-            step(f"{stage} {name}")
-            taken, given, example = examples[stage]
-            export_graph(
-                module,
-                example,
-                (taken, given),
-                staging / f"{stage}.safetensors",
-                staging / f"{stage}_{name}.onnx",
-                exact=options.base == "fp32",
-            )
-        bucket = Bucket(width, height, *(describe(staging / f"{stage}_{name}.onnx") for stage in STAGES))
-        step(f"checking {name}")
-        outputs = checks.graph_outputs(staging, bucket, decode, references[name], widen=options.base == "bf16")
-        what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if options.base == "bf16" else "")
-        measured += checks.check_bucket(bucket, outputs, references[name], bounds[name], what)
-        buckets.append(bucket)
+    for size in options.sizes:
+        pipeline.denoiser.resize(*size)
+        for batch in (1, *options.batches):
+            bucket = _export_bucket(pipeline, size, batch, staging, step, exact=options.base == "fp32")
+            step(f"checking {bucket.name}")
+            measured += _check(staging, bucket, decode, references[size], bounds[size], options.base)
+            buckets.append(bucket)
     step("writing")
     checks.write_inputs(staging, references)
     write_prompt(pipeline.prompt, staging / PROMPT_FILE)
@@ -289,7 +204,7 @@ def _build_into(
         precision=options.precision,
         base=options.base,
         quantization=quantizer.record,
-        weights_note=preset(options.model).weights_note if carried_weights(options) else "",
+        weights_note=preset(options.model).weights_note if options.carried_weights else "",
         buckets=buckets,
         decode=decode,
         networks=Networks(
@@ -311,6 +226,67 @@ def _build_into(
             checks.INPUTS_FILE, max(bound for by_output in bounds.values() for bound in by_output.values()), measured
         ),
     )
+
+
+def _references(
+    pipeline: Pipeline, options: BuildOptions, mean: bool, step: Callable[[str], None]
+) -> tuple[dict[Size, list[checks.Outputs]], dict[Size, dict[str, float]]]:
+    """Of each size what the float32 pipeline makes of seeded pictures, one or `PICTURES`, and the graphs' bounds."""
+    references, bounds = {}, {}
+    guidance = pipeline.denoiser.guidance
+    pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
+    for width, height in options.sizes:
+        step(f"reference {width}x{height}")
+        pipeline.denoiser.resize(width, height)
+        references[width, height] = [
+            checks.reference_outputs(pipeline, checks.seeded_rgb(width, height, seed), mean=mean)
+            for seed in range(PICTURES if options.batches else 1)
+        ]
+        if options.precision in DTYPES:
+            low = checks.cast_copy(pipeline, options.precision)
+            bounds[width, height] = checks.bounds(low, references[width, height][0])
+    pipeline.denoiser.guidance = guidance
+    pipeline.denoiser.resize(*options.sizes[0])
+    return references, bounds
+
+
+def _export_bucket(
+    pipeline: Pipeline, size: Size, batch: int, staging: Path, step: Callable[[str], None], *, exact: bool
+) -> Bucket:
+    """Write the three graphs of a size, to which the pipeline is set, for `batch` images at once."""
+    (width, height), channels = size, pipeline.vae.config.z_channels
+    latent = (channels, height // 8, width // 8)
+    none = Graph("", [], [], 0, 0, 0)
+    name = Bucket(width, height, none, none, none, batch).name
+    examples = {
+        "encoder": ("rgb", "latent", torch.zeros(batch, 3, height, width)),
+        "denoiser": ("latent", "output", torch.zeros(batch, *latent)),
+        "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch * batch, *latent)),
+    }
+    graphs = {}
+    for stage, module in pipeline.stages().items():
+        step(f"{stage} {name}")
+        taken, given, example = examples[stage]
+        weights, path = staging / f"{stage}.safetensors", staging / f"{stage}_{name}.onnx"
+        export_graph(module, example, (taken, given), weights, path, exact=exact)
+        graphs[stage] = describe(path)
+    return Bucket(width=width, height=height, batch=batch, **graphs)
+
+
+def _check(
+    staging: Path,
+    bucket: Bucket,
+    decode: Decode,
+    pictures: list[checks.Outputs],
+    bounds: dict[str, float],
+    base: str,
+) -> list[Check]:
+    """Compare a bucket's graphs with the references. Raises ExportError."""
+    widen = base == "bf16"
+    wanted = alternating(pictures, bucket.batch)
+    outputs = checks.graph_outputs(staging, bucket, decode, wanted, widen=widen)
+    what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")
+    return checks.check_bucket(bucket, outputs, wanted, bounds, what)
 
 
 def decoding(family: Family, vae: VAEConfig) -> Decode:
@@ -368,6 +344,7 @@ def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> 
         "options": [
             options.model,
             options.sizes,
+            options.batches,
             options.precision,
             options.base,
             calibration,

@@ -7,6 +7,7 @@ of plain eager low precision, rewrites off. Errors are relative L2 norms.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from densegeo.models.precision import cast
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
 from densegeo.runtime.decode import latents_of
-from densegeo.runtime.estimator import assemble
+from densegeo.runtime.estimator import assemble_whole
 from densegeo.runtime.resample import Placement, restore
 from densegeo.runtime.verify import relative_error, within
 
@@ -65,9 +66,11 @@ def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = No
     outputs = {"rgb": rgb, "encoder": latent.numpy(), "denoiser": output.numpy(), "decoder": pictures.numpy()}
     if given is None:
         box = Placement((0, 0, width, height), (width, height))
-        outputs["prediction"] = restore(pipeline.denoiser.prediction(decoded).numpy(), box)
+        outputs["prediction"] = restore(pipeline.denoiser.prediction(decoded).numpy(), box)[None]
         if pipeline.denoiser.PICTURES == 2:
-            outputs["normals"] = -reference.normals(decoded).permute(1, 2, 0).contiguous().numpy()  # to OpenCV's axes
+            outputs["normals"] = (
+                -reference.normals(decoded).permute(1, 2, 0)[None].contiguous().numpy()
+            )  # to OpenCV's axes
     return outputs
 
 
@@ -116,12 +119,16 @@ def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
 
 
 def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:
-    """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain."""
+    """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain.
+
+    wanted: those of the bucket's whole batch, see `runtime.verify.alternating`.
+    """
+    at_once = bucket.decoder.inputs[0].shape[0]
 
     def run(stage: Stage, array: Float) -> Float:
         graph = getattr(bucket, stage)
         name = graph.inputs[0].name
-        parts = np.split(array, len(array)) if graph.inputs[0].shape[0] == 1 else [array]
+        parts = np.split(array, len(array) // at_once) if stage == "decoder" else [array]
         results = [run_blockwise(directory / graph.file, {name: part}, widen=widen)[0] for part in parts]
         return np.concatenate(results).astype(np.float32)
 
@@ -135,29 +142,31 @@ def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outpu
         "decoder": run("decoder", latents(wanted["denoiser"])),
     }
     chained = run("decoder", latents(run("denoiser", latent)))
-    box = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-    outputs["prediction"], normals = assemble(chained, box, decode)
-    return outputs if normals is None else outputs | {"normals": normals}
+    return outputs | assemble_whole(chained, bucket, decode)
 
 
 def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
     """Compare outputs with references; raises ExportError naming every output beyond its bound."""
-    name = f"{bucket.width}x{bucket.height}"
     checks = [
-        Check(name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
+        Check(bucket.name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
         for output in wanted
         if output != "rgb"
     ]
     if failed := [check for check in checks if not within(check)]:
         listed = "; ".join(f"{c.output}: {c.error:.2e} > {c.bound:.2e}" for c in failed)
         raise ExportError(
-            f"the exported graphs at {name} miss their bound against {what} (relative L2): {listed}. "
+            f"the exported graphs at {bucket.name} miss their bound against {what} (relative L2): {listed}. "
             "Nothing was written. Build with --precision fp32, or report this with the command line."
         )
     return checks
 
 
-def write_inputs(directory: Path, references: dict[str, Outputs]) -> None:
-    """Store inputs and references of every bucket for `densegeo verify`."""
-    tensors = {f"{size}.{name}": array for size, outputs in references.items() for name, array in outputs.items()}
+def write_inputs(directory: Path, references: Mapping[tuple[int, int], Sequence[Outputs]]) -> None:
+    """Store inputs and references of every size (width, height) for `densegeo verify`."""
+    tensors = {
+        f"{width}x{height}.{index}.{name}": array
+        for (width, height), pictures in references.items()
+        for index, outputs in enumerate(pictures)
+        for name, array in outputs.items()
+    }
     save_file(tensors, directory / INPUTS_FILE)

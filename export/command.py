@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.export.build import BACKENDS, BuildOptions, build_bundle, find_files, plan_build
+from densegeo.export.build import build_bundle, find_files, plan_build
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
+from densegeo.export.options import BACKENDS, BuildOptions
 from densegeo.export.plan import (
     GIB,
     Plan,
@@ -77,6 +78,12 @@ def build(
     ] = None,
     size: Annotated[
         Optional[list[str]], typer.Option("--size", help="WIDTHxHEIGHT, multiples of 16; repeat for more buckets.")  # noqa: UP045
+    ] = None,
+    batch: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(
+            "--batch", help="Graphs and engines that take this many images at once too, for throughput (repeatable)."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help=f"{', '.join(BASES)}.")] = "fp32",
     calibration: Annotated[
@@ -182,6 +189,7 @@ def build(
             convert_bin=convert_bin,
         ),
         sizes=tuple(sizes),
+        batches=tuple(batch or ()),
         any_size=authors_sizes,
         precision=precision,
         base=base,
@@ -283,7 +291,9 @@ def _print_engines(plan: Plan, options: BuildOptions, console: Console) -> None:
     console.print(builder_line(plan, options.engines), soft_wrap=True)
     table = Table("size", "weights", "workspace", *(f"{card} GiB card" for card in CARDS), title="on the GPU")
     for width, height in options.sizes:
-        needed = device_plan(plan, (width, height), options.base)
-        amounts = (f"{count / GIB:.2f} GiB" for count in (needed.weights, needed.workspace))
-        table.add_row(f"{width}x{height}", *amounts, *(card_verdict(needed, card) for card in CARDS))
+        for batch in (1, *options.batches):
+            needed = device_plan(plan, (width, height), options.base, batch)
+            amounts = (f"{count / GIB:.2f} GiB" for count in (needed.weights, needed.workspace))
+            size = f"{width}x{height}" + (f", {batch} images" if batch > 1 else "")
+            table.add_row(size, *amounts, *(card_verdict(needed, card) for card in CARDS))
     console.print(table)

@@ -26,12 +26,12 @@ class DevicePlan:
         return self.weights + self.workspace + CONTEXT
 
 
-def device_plan(plan: Plan, size: tuple[int, int], base: str) -> DevicePlan:
+def device_plan(plan: Plan, size: tuple[int, int], base: str, batch: int = 1) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
-    vae, pictures = plan.form.vae.config, plan.form.denoiser.PICTURES
+    vae, pictures = plan.form.vae.config, plan.form.denoiser.PICTURES * batch
     width, height = size
     item = ITEM_BYTES[base]
-    denoiser = item * plan.form.denoiser.live_features(width, height)
+    denoiser = item * batch * plan.form.denoiser.live_features(width, height)
     picture = pictures * vae.ch * width * height  # at full resolution: half of the last level in float32
     pixels = (width // 8) * (height // 8)
     logits = pictures * pixels**2 // query_chunks(pixels, pixels, vae.ch * vae.ch_mult[-1])

@@ -198,11 +198,10 @@ def _wanted(
     options: EngineOptions,
 ) -> Engine:
     """The record of an engine before it is built: what it depends on, and where it will lie."""
-    size = f"{bucket.width}x{bucket.height}"
-    stem = f"{FOLDER}/{stage}_{size}.{'+'.join(f'sm{number}' for number in group) or 'ampere'}"
+    stem = f"{FOLDER}/{stage}_{bucket.name}.{'+'.join(f'sm{number}' for number in group) or 'ampere'}"
     wanted = Engine(
         stage=stage,
-        bucket=size,
+        bucket=bucket.name,
         graph_sha256=sha256_file(graph),
         weights_sha256=weights_sha256,
         precision=precision,

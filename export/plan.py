@@ -18,6 +18,7 @@ from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.runtime.verify import PICTURES
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
@@ -47,6 +48,7 @@ def _elements(module: nn.Module) -> int:
 def make_plan(
     files: Files,
     sizes: list[tuple[int, int]],
+    batch: int,
     base: str,
     rewrites: tuple[Rewrite, ...],
     eight_bit: int = 0,
@@ -55,7 +57,8 @@ def make_plan(
 ) -> Plan:
     """Read headers and the prompt, compare keys, estimate memory and disk. Loads no weights but the LoRA's.
 
-    base: the floating-point type; eight_bit: parameters that are stored in 8 bits instead.
+    batch: the most images that a graph takes; base: the floating-point type; eight_bit: parameters that are stored in 8
+    bits instead.
     """
     skeleton = open_skeleton(files)
     denoiser, vae = skeleton.denoiser, skeleton.vae
@@ -79,8 +82,8 @@ def make_plan(
     state = denoiser.state_dict()
     outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + _elements(vae)
     block = max((_elements(module) for _, module in denoiser.blocks()), default=0)
-    # A decode's activations: full-size base channels, two pictures, three live tensors.
-    activations = max(3 * 2 * vae.config.ch * width * height * 4 for width, height in sizes)
+    # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
+    activations = max(3 * denoiser.PICTURES * batch * vae.config.ch * width * height * 4 for width, height in sizes)
     lora = files.lora.stat().st_size if files.lora else 0
     copies = 1 if base == "fp32" else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
@@ -88,7 +91,8 @@ def make_plan(
     stored = kept * ITEM_BYTES[base] - eight_bit * (ITEM_BYTES[base] - 1)
     piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
-    references = sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
+    pictures = min(batch, PICTURES)
+    references = pictures * sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
     return Plan(
         skeleton,
         form,

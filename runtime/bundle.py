@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "denoiser", "decoder"]
@@ -45,11 +45,12 @@ class Graph(Record, frozen=True):
 
 
 class Bucket(Record, frozen=True):
-    """One fixed image size and its three graphs.
+    """One fixed image size, and three graphs that take `batch` images of it at once (B below).
 
-    encoder: rgb (1, 3, H, W) in [-1, 1] -> latent (1, C, h, w), scaled and shifted; h, w: H / 8, W / 8 rounded down.
+    encoder: rgb (B, 3, H, W) in [-1, 1] -> latent (B, C, h, w), scaled and shifted; h, w: H / 8, W / 8 rounded down.
     denoiser: latent -> output, see `Decode.packing`.
-    decoder: latents (N, C, h, w) -> decoded (N, 3 or 1, 8h, 8w); N: as many as an image has pictures, or 1.
+    decoder: latents (N, C, h, w) -> decoded (N, 3 or 1, 8h, 8w), all depth pictures first, then all normals; N: B times
+    as many as an image has pictures, or B.
     """
 
     width: int
@@ -57,14 +58,25 @@ class Bucket(Record, frozen=True):
     encoder: Graph
     denoiser: Graph
     decoder: Graph
+    batch: int = 1
+
+    @property
+    def size(self) -> str:
+        """As people write it: "1024x768"."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def name(self) -> str:
+        """What tells it from the bundle's others: "1024x768", "1024x768_b4" of four images."""
+        return self.size if self.batch == 1 else f"{self.size}_b{self.batch}"
 
 
 class Decode(Record, frozen=True, kw_only=True):
     """How the denoiser's output becomes geometry (DESIGN sections 3 and 5).
 
-    packing "tokens", FE2E: velocity (1, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals, each
+    packing "tokens", FE2E: velocity (B, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals, each
     times its sign; the decoder takes them unscaled, latent / latent_scale + latent_shift.
-    packing "latent", FiffDepth: the depth latent (1, C, h, w), which the decoder takes as it is; no normals.
+    packing "latent", FiffDepth: the depth latent (B, C, h, w), which the decoder takes as it is; no normals.
     clip: whether the decoded depth picture is clipped to [-1, 1] before the mean over its channels, or after it.
     """
 
@@ -114,7 +126,7 @@ class Engine(Record, frozen=True, kw_only=True):
     """
 
     stage: Stage
-    bucket: str  # "1024x768"
+    bucket: str  # its name: "1024x768", "1024x768_b4"
     graph_sha256: str
     weights_sha256: str
     precision: str
@@ -150,7 +162,7 @@ class Source(Record, frozen=True):
 class Check(Record, frozen=True):
     """One measured error of the build's verification: `error` must not exceed `bound`."""
 
-    bucket: str  # "1024x768"
+    bucket: str  # its name
     output: str  # "encoder", "denoiser", "decoder", "prediction", and "normals" where there are any
     reference: str  # what it was compared with
     error: float  # relative L2 norm
@@ -158,7 +170,7 @@ class Check(Record, frozen=True):
 
 
 class Verification(Record, frozen=True):
-    inputs: str  # safetensors file: "{bucket}.rgb" and, per output, "{bucket}.{output}" float32 references
+    inputs: str  # safetensors file: "{size}.{n}.rgb" of picture n and, per output, its float32 "{size}.{n}.{output}"
     replay_bound: float  # relative L2 bound of a replay against the stored references
     checks: list[Check]
 

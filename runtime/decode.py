@@ -13,25 +13,25 @@ NORMAL_FLOOR = 1e-9  # smallest length a normal is divided by, as in the release
 
 
 def unpack(tokens: Float, height: int, width: int) -> Float:
-    """Tokens (L, 4C) -> latent (C, H/8, W/8): "(h w) (c 2 2) -> c (h 2) (w 2)"; height and width in pixels."""
+    """Tokens (B, L, 4C) -> latents (B, C, H/8, W/8): "b (h w) (c 2 2) -> b c (h 2) (w 2)"; sides in pixels."""
     rows, columns = height // 16, width // 16
     channels = tokens.shape[-1] // 4
-    grid = tokens.reshape(rows, columns, channels, 2, 2)
-    latent: Float = grid.transpose(2, 0, 3, 1, 4).reshape(channels, 2 * rows, 2 * columns)
-    return latent
+    grid = tokens.reshape(-1, rows, columns, channels, 2, 2)
+    latents: Float = grid.transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, 2 * rows, 2 * columns)
+    return latents
 
 
 def latents_of(output: Float, height: int, width: int, decode: Decode) -> Float:
-    """The denoiser's output for an image of height x width pixels -> the decoder's input (pictures, C, h, w)."""
+    """The denoiser's output for B images of height x width pixels -> the decoder's input (pictures * B, C, h, w)."""
     return split_velocity(output, height, width, decode) if decode.packing == "tokens" else output
 
 
 def split_velocity(velocity: Float, height: int, width: int, decode: Decode) -> Float:
-    """Velocity (1, 2L, 4C) -> the decoder's unscaled input (2, C, H/8, W/8), depth first, then normals."""
+    """Velocity (B, 2L, 4C) -> the decoder's unscaled input (2B, C, H/8, W/8), all depths first, then all normals."""
     length = (height // 16) * (width // 16)
-    depth = np.float32(decode.depth_sign) * velocity[0, :length]
-    normals = np.float32(decode.normal_sign) * velocity[0, length:]
-    latents: Float = np.stack([unpack(depth, height, width), unpack(normals, height, width)])
+    depth = np.float32(decode.depth_sign) * velocity[:, :length]
+    normals = np.float32(decode.normal_sign) * velocity[:, length:]
+    latents: Float = np.concatenate([unpack(depth, height, width), unpack(normals, height, width)])
     np.divide(latents, np.float32(decode.latent_scale), out=latents)
     np.add(latents, np.float32(decode.latent_shift), out=latents)
     return latents

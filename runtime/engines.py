@@ -54,11 +54,10 @@ def select_engine(
 
     Raises EngineError that names every engine of the graph and why it does not fit.
     """
-    size = f"{bucket.width}x{bucket.height}"
-    candidates = [engine for engine in manifest.engines if (engine.stage, engine.bucket) == (stage, size)]
+    candidates = [engine for engine in manifest.engines if (engine.stage, engine.bucket) == (stage, bucket.name)]
     if not candidates:
         raise EngineError(
-            f"{directory} has no TensorRT engine of the {stage} at {size}. "
+            f"{directory} has no TensorRT engine of the {stage} at {bucket.name}. "
             f"Build one: {rebuild_command(manifest, directory)}"
         )
     reasons = []
@@ -78,7 +77,7 @@ def check_engine(
 
     architecture: of the GPU that is to run it; None where there is none and only the bundle is looked at.
     """
-    bucket = next((b for b in manifest.buckets if f"{b.width}x{b.height}" == engine.bucket), None)
+    bucket = next((bucket for bucket in manifest.buckets if bucket.name == engine.bucket), None)
     if bucket is None:
         _refuse(directory, manifest, engine, "size", engine.bucket, "none of the bundle's")
     graph = getattr(bucket, engine.stage).file

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,16 @@ from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_o
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, Frame, device_size, load_image
 from densegeo.runtime.metrics import Laps, Metrics
-from densegeo.runtime.resample import Placement, authors_bucket, choose_bucket, place, prepare, prepare_authors, restore
+from densegeo.runtime.resample import (
+    Placement,
+    authors_bucket,
+    choose_bucket,
+    largest_batch,
+    place,
+    prepare,
+    prepare_authors,
+    restore,
+)
 from densegeo.runtime.stream import Stream
 
 Float = NDArray[np.float32]
@@ -38,10 +47,10 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What the graphs of one bucket returned, float32.
+    """What the graphs of one bucket returned for its B images, float32.
 
-    latent: (1, C, h, w); output: the denoiser's, see `bundle.Decode`; decoded: (pictures, channels, 8h, 8w), depth,
-    then normals if there are any.
+    latent: (B, C, h, w); output: the denoiser's, see `bundle.Decode`; decoded: (pictures * B, channels, 8h, 8w), all
+    depths, then all normals if there are any.
     """
 
     latent: Float
@@ -71,7 +80,8 @@ class Estimator:
     check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
     are refused before decoding.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
-    how long the oldest waits for company (worth it where a backend runs several at once: torch on a GPU);
+    how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
+    `--batch`);
     max_queue, requests that may wait; timeout_s, the longest the backend may take for one run (None: no limit).
     Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
 
@@ -116,6 +126,9 @@ class Estimator:
         if self._frames is not None:
             together = min(max_batch, self._frames.frames_at_once)
             options = dataclasses.replace(options, lanes=2, together=together)
+        else:
+            together = min(max_batch, max(bucket.batch for bucket in self.manifest.buckets))
+            options = dataclasses.replace(options, together=together)
         self._options = options
         self.metrics = Metrics()
         self._lock = threading.Lock()  # guards what follows
@@ -182,8 +195,8 @@ class Estimator:
     def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
         """One Geometry an image, in order. Images may differ in size.
 
-        On a backend that runs several at once, images of one bucket that follow each other are run together, at most
-        `max_batch`. Raises what a call with the first bad image raises.
+        Where several run at once (torch on a GPU, a bundle built with `--batch`), images of one bucket that follow each
+        other are run together, at most `max_batch`. Raises what a call with the first bad image raises.
         """
         results: list[Geometry] = []
         group: list[Job] = []
@@ -196,27 +209,20 @@ class Estimator:
         return results + self._compute_counted(group)
 
     def replay(self, rgb: Float) -> dict[str, Float]:
-        """Run a bucket's graphs on a ready input: rgb (1, 3, H, W) in [-1, 1] of one bucket's size.
+        """Run a bucket's graphs on a ready input: rgb (B, 3, H, W) in [-1, 1] of one bucket's batch and size.
 
-        Returns float32 "encoder", "denoiser", "decoder" (see `Activations`), "prediction" (H, W) and, where there are
-        any, "normals" (H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
+        Returns float32 "encoder", "denoiser", "decoder" (see `Activations`), "prediction" (B, H, W) and, where there
+        are any, "normals" (B, H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
         """
-        size = rgb.shape[-2:]
+        shape = tuple(rgb.shape)
         for bucket in self.manifest.buckets:
-            if size == (bucket.height, bucket.width):
+            if shape == (bucket.batch, 3, bucket.height, bucket.width):
                 break
         else:
-            raise ConfigError(f"This bundle has no bucket for an input of shape {rgb.shape}.")
-        activations = run_network(self._backend, self.manifest.decode, bucket, rgb, Laps())
-        whole = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-        prediction, normals = assemble(activations.decoded, whole, self.manifest.decode)
-        outputs = {
-            "encoder": activations.latent,
-            "denoiser": activations.output,
-            "decoder": activations.decoded,
-            "prediction": prediction,
-        }
-        return outputs if normals is None else outputs | {"normals": normals}
+            raise ConfigError(f"This bundle has no bucket for an input of shape {shape}.")
+        activations = run_network(self._backend, self.manifest.decode, bucket, rgb, ())
+        outputs = {"encoder": activations.latent, "denoiser": activations.output, "decoder": activations.decoded}
+        return outputs | assemble_whole(activations.decoded, bucket, self.manifest.decode)
 
     @property
     def backend(self) -> str:
@@ -297,13 +303,19 @@ class Estimator:
             pairs = dict(zip(whole, found, strict=True))
         for job in whole:
             job.laps.lap("device")
-        return [self._finish(job, *(pairs.get(job) or self._by_stages(job))) for job in jobs]
+        ready = [job for job in jobs if job not in pairs]
+        while ready:
+            bucket = largest_batch(self.manifest.buckets, ready[0].bucket, len(ready))
+            group, ready = ready[: bucket.batch], ready[bucket.batch :]
+            pairs |= zip(group, self._by_stages(bucket, group), strict=True)
+        return [self._finish(job, *pairs[job]) for job in jobs]
 
-    def _by_stages(self, job: Job) -> tuple[Float, Float | None]:
-        decode = self.manifest.decode
-        return assemble(
-            run_network(self._backend, decode, job.bucket, job.image, job.laps).decoded, job.placement, decode
-        )
+    def _by_stages(self, bucket: Bucket, jobs: list[Job]) -> list[tuple[Float, Float | None]]:
+        """As many jobs as the bucket takes at once."""
+        decode, laps = self.manifest.decode, [job.laps for job in jobs]
+        rgb = jobs[0].image if len(jobs) == 1 else np.concatenate([job.image for job in jobs])
+        decoded = run_network(self._backend, decode, bucket, rgb, laps).decoded
+        return [assemble(decoded[i :: len(jobs)], job.placement, decode) for i, job in enumerate(jobs)]
 
     def _finish(self, job: Job, prediction: Float, normals: Float | None) -> Geometry:
         valid = np.isfinite(prediction)
@@ -333,20 +345,23 @@ class Estimator:
             batcher = self._batcher
         batcher.admit(wait)
         job = self._prepare(image, color, keep=True)
-        key = (job.bucket.width, job.bucket.height)
-        return batcher.submit(job, key, (deadline_ms - job.laps.total) / 1e3, wait)
+        return batcher.submit(job, job.bucket.size, (deadline_ms - job.laps.total) / 1e3, wait)
 
     def _require_open(self) -> None:
         if self._closed:
             raise ShutdownError("This estimator is closed. Make a new Estimator.")
 
 
-def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Laps) -> Activations:
-    """Encoder, denoiser and decoder on rgb (1, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
+def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Sequence[Laps]) -> Activations:
+    """Encoder, denoiser and decoder on rgb (B, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
+
+    def lap(name: str) -> None:
+        for each in laps:
+            each.lap(name)
 
     def run(stage: Stage, array: Float) -> Float:
         output = backend.run(bucket, stage, array)
-        laps.lap(stage)
+        lap(stage)
         return output
 
     latent = run("encoder", rgb)
@@ -355,7 +370,7 @@ def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, la
     if output.shape != wanted:
         raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
     latents = latents_of(output, bucket.height, bucket.width, decode)
-    laps.lap("split")
+    lap("split")
     at_once = bucket.decoder.inputs[0].shape[0]
     parts = [run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
     return Activations(latent, output, parts[0] if len(parts) == 1 else np.concatenate(parts))
@@ -371,3 +386,14 @@ def assemble(decoded: Float, placement: Placement, decode: Decode) -> tuple[Floa
     clamped = clamped_normals(decoded[1])
     resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
     return prediction, network_to_opencv(unit_normals(resized))
+
+
+def assemble_whole(decoded: Float, bucket: Bucket, decode: Decode) -> dict[str, Float]:
+    """decoded (pictures * B, channels, 8h, 8w) of a bucket's images as they are -> "prediction" (B, H, W) and, where
+    there are any, "normals" (B, H, W, 3), as `assemble` gives them.
+    """
+    place = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
+    pairs = [assemble(decoded[i :: bucket.batch], place, decode) for i in range(bucket.batch)]
+    outputs = {"prediction": np.stack([prediction for prediction, _ in pairs])}
+    normals = [found for _, found in pairs if found is not None]
+    return outputs | {"normals": np.stack(normals)} if normals else outputs

@@ -53,7 +53,7 @@ def resize_plain(plane: Float, width: int, height: int) -> Float:
 
 
 def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
-    """The bucket of the nearest aspect ratio, by |ln ratio|.
+    """The bucket for one image of the nearest aspect ratio, by |ln ratio|.
 
     Of equal ones the largest that does not upscale the source (neither side exceeds it), else the smallest.
     """
@@ -61,19 +61,27 @@ def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     def distance(bucket: Bucket) -> float:
         return abs(math.log(bucket.width / bucket.height) - math.log(width / height))
 
-    nearest = min(map(distance, buckets))
-    ties = sorted((b for b in buckets if distance(b) <= nearest + 1e-9), key=lambda b: b.width * b.height)
+    single = [bucket for bucket in buckets if bucket.batch == 1]
+    nearest = min(map(distance, single))
+    ties = sorted((b for b in single if distance(b) <= nearest + 1e-9), key=lambda b: b.width * b.height)
     fitting = [b for b in ties if b.width <= width and b.height <= height]
     return fitting[-1] if fitting else ties[0]
+
+
+def largest_batch(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Bucket:
+    """Of the buckets of a bucket's size the one that takes the most images at once that `count` (1 or more) fill."""
+    same = [other for other in buckets if other.size == bucket.size and other.batch <= count]
+    return max(same, key=lambda other: other.batch)
 
 
 def authors_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     """The bucket of exactly the authors' size for this source; BundleError when the bundle lacks it."""
     target = authors_size(width, height)
-    for bucket in buckets:
+    single = [bucket for bucket in buckets if bucket.batch == 1]
+    for bucket in single:
         if (bucket.width, bucket.height) == target:
             return bucket
-    have = ", ".join(f"{b.width}x{b.height}" for b in buckets)
+    have = ", ".join(bucket.size for bucket in single)
     size = f"{target[0]}x{target[1]}"
     wrong = [side for side in target if side % 16]
     hint = "Downscale the image first" if wrong else f"Build the bundle with `--size {size}`"

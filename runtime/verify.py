@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from densegeo.errors import BundleError
 from densegeo.runtime.bundle import Check, Decode
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.tensorfile import Array, read_tensors
+
+PICTURES = 2  # stored for a size that also has batches, which they fill by turns; else one
 
 
 def outputs_of(decode: Decode) -> tuple[str, ...]:
@@ -31,16 +34,21 @@ def replay(bundle: str | os.PathLike[str], backend: str = "auto", device: str = 
         tensors = read_tensors(path)
         checks = []
         for bucket in estimator.manifest.buckets:
-            name = f"{bucket.width}x{bucket.height}"
-            rgb = _tensor(tensors, path, f"{name}.rgb").astype(np.float32, copy=False)
-            if rgb.shape != (1, 3, bucket.height, bucket.width):
-                raise BundleError(f"{path}: {name}.rgb has shape {rgb.shape}. Rebuild the bundle.")
-            outputs = estimator.replay(rgb)
-            for output in outputs_of(estimator.manifest.decode):
-                reference = _tensor(tensors, path, f"{name}.{output}")
+            names = ("rgb", *outputs_of(estimator.manifest.decode))
+            stored = [
+                {name: _tensor(tensors, path, f"{bucket.size}.{picture}.{name}") for name in names}
+                for picture in range(min(bucket.batch, PICTURES))
+            ]
+            for picture, outputs in enumerate(stored):
+                if outputs["rgb"].shape != (1, 3, bucket.height, bucket.width):
+                    shape = outputs["rgb"].shape
+                    raise BundleError(f"{path}: {bucket.size}.{picture}.rgb has shape {shape}. Rebuild the bundle.")
+            wanted = alternating(stored, bucket.batch)
+            outputs = estimator.replay(wanted.pop("rgb"))
+            for output, reference in wanted.items():
                 checks.append(
                     Check(
-                        bucket=name,
+                        bucket=bucket.name,
                         output=output,
                         reference="stored float32 outputs",
                         error=relative_error(outputs[output], reference),
@@ -48,6 +56,21 @@ def replay(bundle: str | os.PathLike[str], backend: str = "auto", device: str = 
                     )
                 )
         return checks
+
+
+def alternating(pictures: Sequence[Mapping[str, Array]], batch: int) -> dict[str, NDArray[np.float32]]:
+    """Inputs and outputs of single pictures -> those of a batch in which the pictures alternate, float32.
+
+    Decoded pictures come as the decoder gives them: all depths first, then all normals.
+    """
+    images = [pictures[i % len(pictures)] for i in range(batch)]
+    joined = {}
+    for name in images[0]:
+        parts = [image[name].astype(np.float32, copy=False) for image in images]
+        if name == "decoder":
+            parts = [part[i : i + 1] for i in range(len(parts[0])) for part in parts]
+        joined[name] = np.concatenate(parts)
+    return joined
 
 
 def within(check: Check) -> bool:

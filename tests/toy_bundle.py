@@ -103,9 +103,9 @@ def write_toy_bundle(directory: Path, reference_factor: float = 1.0) -> Path:
     with Estimator(directory, device="cpu") as estimator:
         outputs = estimator.replay(rgb)
     tensors = {
-        f"{name}.{key}": np.ascontiguousarray(value * np.float32(reference_factor)) for key, value in outputs.items()
+        f"{name}.0.{key}": np.ascontiguousarray(value * np.float32(reference_factor)) for key, value in outputs.items()
     }
-    save_file({f"{name}.rgb": rgb} | tensors, directory / "verification.safetensors")
+    save_file({f"{name}.0.rgb": rgb} | tensors, directory / "verification.safetensors")
     files = {
         path.name: FileDigest(bytes=path.stat().st_size, sha256=sha256_file(path))
         for path in directory.iterdir()

@@ -36,29 +36,28 @@ class GraphBackend(ABC):
 
     def _start(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
-        self._graphs: dict[tuple[int, int, Stage], Any] = {}
+        self._graphs: dict[str, Any] = {}  # by file
         self._lock = threading.Lock()
         self._closed = False
         for stage in STAGES:
             self._loaded(manifest.buckets[0], stage)
 
     def _loaded(self, bucket: Bucket, stage: Stage) -> Any:
-        key = (bucket.width, bucket.height, stage)
-        loaded = self._graphs.get(key)
+        graph: Graph = getattr(bucket, stage)
+        loaded = self._graphs.get(graph.file)
         if loaded is not None:
             return loaded
         with self._lock:
             if self._closed:
                 raise BackendError("This estimator is closed. Make a new Estimator.")
-            if key not in self._graphs:
-                graph: Graph = getattr(bucket, stage)
+            if graph.file not in self._graphs:
                 path = self._directory / graph.file
                 if not path.is_file():
                     raise BundleError(
                         f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle."
                     )
-                self._graphs[key] = self._load(path)
-            return self._graphs[key]
+                self._graphs[graph.file] = self._load(path)
+            return self._graphs[graph.file]
 
     @abstractmethod
     def _load(self, path: Path) -> Any:

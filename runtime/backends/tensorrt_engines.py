@@ -21,7 +21,7 @@ from densegeo.runtime.backends.cuda_memory import DeviceArray, Memory, architect
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 from densegeo.runtime.engines import read_engine, rebuild_command, select_engine, trusted
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement, inside
+from densegeo.runtime.resample import Placement, inside, largest_batch
 from densegeo.runtime.tensorfile import tensor_offsets
 
 log = logging.getLogger("densegeo")
@@ -56,10 +56,10 @@ class TensorRTBackend:
 
     name = "tensorrt"
     takes_frames = True
-    frames_at_once = 1
 
     def __init__(self, directory: Path, manifest: Manifest, device: Any) -> None:
         self._directory, self._manifest = directory, manifest
+        self.frames_at_once = max(bucket.batch for bucket in manifest.buckets)
         self._library, self._trt = load_library(manifest)
         self.device = f"cuda:{device.device_id}"
         self._gpu, self._architecture = device, architecture_of(device)
@@ -68,7 +68,7 @@ class TensorRTBackend:
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
         self._runtime.engine_host_code_allowed = False
         self._weights: dict[str, tuple[Any, dict[str, int]]] = {}  # stage -> its device buffer, offsets by name
-        self._networks: dict[tuple[int, int], Network] = {}
+        self._networks: dict[str, Network] = {}  # by the bucket's name
         self._lock = threading.Lock()
         self._closed = False
         with self._lock:
@@ -82,18 +82,23 @@ class TensorRTBackend:
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3) or None, in turn.
+        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3) or None, in the bundle's batches.
 
         Raises BackendError.
         """
-        results = []
+        results: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
         with self._lock:
-            network = self._network(bucket)
-            for image, placement in zip(pixels, placements, strict=True):
-                frame = network.upload(np.ascontiguousarray(image))
-                prediction, normals = network.frame(frame, (3 * image.shape[1], 3), placement, "rgb")
-                on_host = None if normals is None else network.download(normals)
-                results.append((network.download(prediction), on_host))
+            while len(results) < len(pixels):
+                fitting = largest_batch(self._manifest.buckets, bucket, len(pixels) - len(results))
+                network, part = self._network(fitting), slice(len(results), len(results) + fitting.batch)
+                for index, (image, placement) in enumerate(zip(pixels[part], placements[part], strict=True)):
+                    frame = network.upload(np.ascontiguousarray(image))
+                    network.prepare(index, frame, (3 * image.shape[1], 3), placement, "rgb")
+                network.launch()
+                for index, placement in enumerate(placements[part]):
+                    prediction, normals = network.outputs(index, placement)
+                    on_host = None if normals is None else network.download(normals)
+                    results.append((network.download(prediction), on_host))
         return results
 
     def keep(
@@ -110,7 +115,9 @@ class TensorRTBackend:
         with self._lock:
             network = self._network(bucket)
             self._gpu.sync()  # whoever makes the image is done, whatever stream that was on
-            results = network.frame(described["data"][0], strides[:2], placement, color)
+            network.prepare(0, described["data"][0], strides[:2], placement, color)
+            network.launch()
+            results = network.outputs(0, placement)
             self._memory.stream.sync()
             return results
 
@@ -125,11 +132,10 @@ class TensorRTBackend:
         if self._closed:
             raise BackendError("This estimator is closed. Make a new Estimator.")
         self._gpu.set_current()  # a context belongs to a thread
-        key = (bucket.width, bucket.height)
-        if key not in self._networks:
+        if bucket.name not in self._networks:
             engines = {stage: self._load(bucket, stage) for stage in STAGES}
-            self._networks[key] = Network(self._memory, self._kernels, self._manifest, bucket, engines)
-        return self._networks[key]
+            self._networks[bucket.name] = Network(self._memory, self._kernels, self._manifest, bucket, engines)
+        return self._networks[bucket.name]
 
     def _load(self, bucket: Bucket, stage: Stage) -> Any:
         record = select_engine(
@@ -193,12 +199,13 @@ class Network:
     ) -> None:
         self._memory, self._kernels, self._bucket, self._steppers = memory, kernels, bucket, steppers
         self._decode = manifest.decode
+        pictures = self._decode.pictures * bucket.batch
         self._shapes = {
             "rgb": bucket.encoder.inputs[0].shape,
             "latent": bucket.denoiser.inputs[0].shape,
             "output": bucket.denoiser.outputs[0].shape,
-            "latents": [self._decode.pictures, *bucket.decoder.inputs[0].shape[1:]],
-            "decoded": [self._decode.pictures, *bucket.decoder.outputs[0].shape[1:]],
+            "latents": [pictures, *bucket.decoder.inputs[0].shape[1:]],
+            "decoded": [pictures, *bucket.decoder.outputs[0].shape[1:]],
         }
         self._buffers = {name: memory.device_buffer(FLOAT * _count(shape)) for name, shape in self._shapes.items()}
         if self._decode.packing == "latent":
@@ -208,11 +215,6 @@ class Network:
             stepper.use(self._workspace)
         self._frame, self._pinned = memory.device_buffer(1), memory.pinned_buffer(1)
         self._graph = self._record()
-
-    @property
-    def captured(self) -> bool:
-        """Whether the engines are replayed from a recording."""
-        return self._graph is not None
 
     def run(self, stage: Stage, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """One engine, eager, from host to host."""
@@ -230,23 +232,21 @@ class Network:
         return self.download(DeviceArray(self._buffers[target], tuple(shape)))
 
     def upload(self, pixels: NDArray[np.uint8]) -> int:
-        """pixels (h, w, 3), contiguous -> their address on the device."""
+        """pixels (h, w, 3), contiguous -> their address on the device, good until the next upload is prepared."""
         if self._frame.size < pixels.size:
             self._frame = self._memory.device_buffer(pixels.size)
         self._stage(pixels.ravel(), self._frame)
         return int(self._frame.handle)
 
-    def frame(
-        self, address: int, strides: tuple[int, int], placement: Placement, color: Color
-    ) -> tuple[DeviceArray, DeviceArray | None]:
-        """uint8 pixels at a device address (row and pixel strides in bytes) -> prediction and normals, there."""
+    def prepare(self, index: int, address: int, strides: tuple[int, int], placement: Placement, color: Color) -> None:
+        """uint8 pixels at a device address (row and pixel strides in bytes) become image `index` of the next launch."""
         bucket, (width, height), box = self._bucket, placement.source, placement.box
         self._kernels.launch(
             "preprocess.u8_fp32",
             self._memory.stream,
             {
                 "frame": address,
-                "rgb": self._address("rgb"),
+                "rgb": self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:]),
                 "source_width": width,
                 "source_height": height,
                 "row_stride": strides[0],
@@ -259,11 +259,13 @@ class Network:
                 "taps_y": _taps(height, box[3]),
             },
         )
+
+    def launch(self) -> None:
+        """Run the networks on the prepared images."""
         if self._graph is None:
             self._enqueue(self._memory.stream)
         else:
             self._graph.launch(self._memory.stream)
-        return self._outputs(placement)
 
     def download(self, array: DeviceArray) -> NDArray[np.float32]:
         """A device array as an array of its own on the host."""
@@ -275,12 +277,15 @@ class Network:
         result: NDArray[np.float32] = host_view(self._pinned, size).view(np.float32).reshape(array.shape).copy()
         return result
 
-    def _outputs(self, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
+    def outputs(self, index: int, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
+        """Prediction (h, w) and normals (h, w, 3) of image `index` at its own size, on the device."""
         width, height = placement.source
         pixels = width * height
         depth, valid, prediction = (self._memory.device_buffer(n * pixels) for n in (4, 1, 4))
         _, channels, rows, columns = self._shapes["decoded"]
         plane = rows * columns
+        picture = FLOAT * channels * plane
+        depths = self._address("decoded") + index * picture
         strides = {
             "batch_stride": channels * plane,
             "channel_stride": plane,
@@ -294,7 +299,7 @@ class Network:
             f"log_dequantize.{order}{channels}_fp32",
             self._memory.stream,
             {
-                "decoded": self._address("decoded"),
+                "decoded": depths,
                 "depth": int(depth.handle),
                 "valid": int(valid.handle),
                 "prediction": int(prediction.handle),
@@ -310,11 +315,10 @@ class Network:
             return DeviceArray(prediction, (height, width)), None
         normals = self._memory.device_buffer(3 * FLOAT * pixels)
         matrix = {f"m{row}{column}": OPENCV[3 * row + column] for row in range(3) for column in range(3)}
-        second = self._address("decoded") + FLOAT * 3 * plane
         self._kernels.launch(
             "normals.fp32",
             self._memory.stream,
-            {"decoded": second, "normals": int(normals.handle), **shared, **matrix},
+            {"decoded": depths + self._bucket.batch * picture, "normals": int(normals.handle), **shared, **matrix},
             batch=1,
         )
         return DeviceArray(prediction, (height, width)), DeviceArray(normals, (height, width, 3))
@@ -326,7 +330,7 @@ class Network:
         self._launch(steppers["denoiser"], stream, bucket.denoiser, self._address("latent"), self._address("output"))
         if self._decode.packing == "tokens":
             self._split(stream)
-        pictures, at_once = self._decode.pictures, bucket.decoder.inputs[0].shape[0]
+        pictures, at_once = self._shapes["latents"][0], bucket.decoder.inputs[0].shape[0]
         sizes = [FLOAT * _count(self._shapes[name]) // pictures for name in ("latents", "decoded")]
         for first in range(0, pictures, at_once):
             source, target = (self._address(n) + first * s for n, s in zip(("latents", "decoded"), sizes, strict=True))
@@ -341,7 +345,7 @@ class Network:
             {
                 "velocity": self._address("output"),
                 "latents": self._address("latents"),
-                "batch": 1,
+                "batch": bucket.batch,
                 "rows": bucket.height // 16,
                 "columns": bucket.width // 16,
                 "features": features,
@@ -372,16 +376,17 @@ class Network:
             graph.upload(stream)
             graph.launch(stream)
         except Exception as error:  # cuda-core's errors have no common base
-            log.warning("%dx%d runs eager: recording failed: %s", self._bucket.width, self._bucket.height, error)
+            log.warning("%s runs eager: recording failed: %s", self._bucket.name, error)
             return None
         if not np.array_equal(self.download(decoded), eager, equal_nan=True):
-            log.warning("%dx%d runs eager: its recording gave other numbers", self._bucket.width, self._bucket.height)
+            log.warning("%s runs eager: its recording gave other numbers", self._bucket.name)
             return None
         return graph
 
     def _stage(self, data: NDArray[np.uint8], target: Any) -> None:
         if self._pinned.size < data.size:
             self._pinned = self._memory.pinned_buffer(data.size)
+        self._memory.stream.sync()  # the last copy out of the pinned buffer has ended
         host_view(self._pinned, data.size)[:] = data
         self._memory.to_device(int(target.handle), self._pinned, data.size)
 

@@ -18,7 +18,8 @@ from densegeo.calibration.inputs import OnnxInputs, TorchInputs
 from densegeo.calibration.plan import Budget, load_plan
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
+from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks

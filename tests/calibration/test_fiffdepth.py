@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from densegeo.calibration.plan import load_plan
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
+from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
+from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 
 Builder = Callable[..., Path]

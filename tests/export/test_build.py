@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
 from densegeo.export import build as build_module
 from densegeo.export import checks
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
+from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint

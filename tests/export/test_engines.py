@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 
 from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
 from densegeo.export import engines
-from densegeo.export.build import BuildOptions, build_bundle
+from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
+from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.inspection import print_layers, print_manifest
 from densegeo.models.presets import PRESETS

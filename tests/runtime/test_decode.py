@@ -54,8 +54,10 @@ def test_golden_pictures(numbers: dict[str, np.ndarray], run: str) -> None:
 
 def test_unpack_places_tokens_row_by_row() -> None:
     tokens = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)  # 2 rows, 3 columns, 2 channels
-    latent = unpack(tokens, 32, 48)
-    assert latent.shape == (2, 4, 6)
+    latents = unpack(np.stack([tokens, -tokens]), 32, 48)
+    assert latents.shape == (2, 2, 4, 6)
+    np.testing.assert_array_equal(latents[1], -latents[0])
+    latent = latents[0]
     for row in range(2):
         for column in range(3):
             block = latent[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]

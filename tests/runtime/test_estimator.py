@@ -71,7 +71,7 @@ def test_outputs_have_the_sources_size(bundle: Path, picture: np.ndarray) -> Non
     result = estimator(enlarged)
     rgb = Image.fromarray(enlarged)
     assert result.source_size == rgb.size
-    inner = estimator.replay(_input(enlarged))["prediction"]
+    (inner,) = estimator.replay(_input(enlarged))["prediction"]
     np.testing.assert_allclose(result.prediction, resize_plain(inner, 200, 150), atol=1e-6)
 
 
@@ -132,10 +132,10 @@ def test_replay_gives_every_stage(bundle: Path, small: np.ndarray) -> None:
         "encoder": (1, 4, 6, 8),
         "denoiser": (1, 24, 16),
         "decoder": (2, 3, 48, 64),
-        "prediction": (48, 64),
-        "normals": (48, 64, 3),
+        "prediction": (1, 48, 64),
+        "normals": (1, 48, 64, 3),
     }
-    np.testing.assert_allclose(outputs["prediction"], expected_of(small)[0], atol=1e-5)
+    np.testing.assert_allclose(outputs["prediction"][0], expected_of(small)[0], atol=1e-5)
     with pytest.raises(ConfigError, match="bucket"):
         Estimator(bundle).replay(np.zeros((1, 3, 48, 48), np.float32))
 

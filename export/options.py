@@ -1,0 +1,83 @@
+"""What to build: the options of a build, checked before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from densegeo.errors import ConfigError
+from densegeo.export import quantization, sources
+from densegeo.export.cubins import check_architectures
+from densegeo.export.engines import EngineOptions, target_groups
+from densegeo.models import rewrites
+from densegeo.models.precision import BASES
+from densegeo.models.presets import preset
+
+BACKENDS = ("onnxruntime", "tensorrt")
+SMALLEST = 32  # pixels of a bucket's side
+MOST = 64  # images in a batch
+
+
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build. sizes: (width, height); batches: images that the graphs of each size also take at once."""
+
+    model: str
+    output: Path
+    given: sources.Given = sources.Given()
+    sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
+    batches: tuple[int, ...] = ()  # besides 1
+    precision: str = "fp32"
+    base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
+    any_size: bool = False  # take sides that are no multiples of the model's unit, if the model can
+    calibration: Path | None = None  # the directory of `densegeo calibrate`, for fp8 and int8
+    backend: str = "onnxruntime"
+    without: tuple[str, ...] = ()  # rewrites to leave out
+    allow_unexpected: bool = False
+    architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
+    engines: EngineOptions = EngineOptions()  # of the tensorrt backend
+
+    def validated(self) -> BuildOptions:
+        """The options with defaults filled in; raises ConfigError for an invalid one."""
+        row = preset(self.model)
+        if self.precision not in BASES:
+            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(BASES)}")
+        base = quantization.checked_base(self.precision, self.base, self.calibration)
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
+        rewrites.select(row.family.rewrites, self.without)
+        check_architectures(self.architectures)
+        engines = self.engines
+        if self.backend == "tensorrt":
+            engines = engines.validated()
+            target_groups(engines.library, self.precision, self.architectures)
+        sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
+        for width, height in sizes:
+            _check_size(width, height, 1 if self.any_size and row.family.any_size else row.family.multiple)
+        batches = tuple(sorted({*self.batches} - {1}))
+        if any(not 1 <= batch <= MOST for batch in batches):
+            raise ConfigError(f"--batch must be 1 to {MOST} images, not {', '.join(map(str, batches))}")
+        if batches and "guidance" in self.without:
+            raise ConfigError("--batch needs the rewrite guidance, whose two prompts fill the batch otherwise")
+        return msgspec.structs.replace(self, sizes=sizes, batches=batches, engines=engines, base=base)
+
+    @property
+    def groups(self) -> int:
+        """How many groups of architectures get engines of their own."""
+        if self.backend != "tensorrt":
+            return 0
+        return len(target_groups(self.engines.library, self.precision, self.architectures))
+
+    @property
+    def carried_weights(self) -> Path | None:
+        """The directory of the weights that come with the code, unless the user named others."""
+        return None if self.given.checkpoint or self.given.dit else preset(self.model).weights
+
+
+def _check_size(width: int, height: int, multiple: int) -> None:
+    if width % multiple or height % multiple or min(width, height) < SMALLEST:
+        nearest = (max(SMALLEST, round(side / multiple) * multiple) for side in (width, height))
+        raise ConfigError(
+            f"a size of {width}x{height} cannot be built: both sides must be multiples of {multiple}, at least "
+            f"{SMALLEST} (nearest: {'x'.join(map(str, nearest))})"
+        )

@@ -1,0 +1,151 @@
+"""Graphs that take several images at once: every image gets what it gets alone, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from densegeo.errors import ConfigError
+from densegeo.export.build import build_bundle
+from densegeo.export.options import BuildOptions
+from densegeo.export.sources import Given
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import Bucket, Stage, read_manifest
+from densegeo.runtime.tensorfile import read_tensors
+from densegeo.runtime.verify import alternating, relative_error, replay, within
+from tests.diffusers_checkpoint import CASES, write
+from tests.export.conftest import golden_given
+
+BOUND = 1e-5  # relative L2 norm (DESIGN section 10)
+SIZE = (64, 48)
+BATCHES = (2, 3)
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """(model, precision, rewrites left out) -> bundle, each built once."""
+
+    @cache
+    def made(model: str, precision: str = "fp32", without: tuple[str, ...] = ()) -> Path:
+        folder = tmp_path_factory.mktemp("batches")
+        given = golden_given(golden) if model == "fe2e" else Given(checkpoint=str(write(folder / "files", CASES[0])))
+        return build_bundle(
+            BuildOptions(
+                model=model,
+                output=folder / "bundle",
+                given=given,
+                sizes=(SIZE,),
+                batches=BATCHES,
+                precision=precision,
+                without=without,
+            )
+        )
+
+    return made
+
+
+def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
+    """What the backend is asked to run from now on: (bucket, stage)."""
+    seen: list[tuple[str, Stage]] = []
+    backend = estimator._backend
+    run = backend.run
+
+    def noting(bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
+        seen.append((bucket.name, stage))
+        return run(bucket, stage, array)
+
+    backend.run = noting  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "without"),
+    [
+        ("fe2e", "fp32", ()),
+        ("fe2e", "bf16", ("decoder",)),  # a decoder run for each kind of picture
+        ("fiffdepth", "fp32", ()),
+    ],
+)
+def test_images_of_a_batch_get_what_they_get_alone(
+    model: str, precision: str, without: tuple[str, ...], build: Build
+) -> None:
+    bundle = build(model, precision, without)
+    manifest = read_manifest(bundle)
+    names = ["64x48", "64x48_b2", "64x48_b3"]
+    assert [bucket.name for bucket in manifest.buckets] == names
+    assert {check.bucket for check in manifest.verification.checks} == set(names)
+    backends = ("torch", "openvino") if manifest.precision == "bf16" else ("onnxruntime", "torch")
+    bound = manifest.verification.replay_bound if manifest.precision == "bf16" else BOUND
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8) for index in range(6)]
+    for backend in backends:
+        checks = replay(bundle, backend, "cpu")
+        assert [check for check in checks if not within(check)] == []
+        assert {check.bucket for check in checks} == set(names)
+        with Estimator(bundle, backend, "cpu") as estimator:
+            alone = [estimator(image) for image in images]
+            seen = recorded(estimator)
+            together = estimator.batch(images)
+            assert [bucket for bucket, stage in seen if stage == "encoder"] == ["64x48_b3", "64x48_b3"]
+            seen.clear()
+            five = estimator.batch(images[:5])
+            assert [bucket for bucket, stage in seen if stage == "denoiser"] == ["64x48_b3", "64x48_b2"]
+        for single, batched in [*zip(alone, together, strict=True), *zip(alone, five, strict=False)]:
+            assert batched.prediction.shape == single.prediction.shape
+            assert relative_error(batched.prediction, single.prediction) <= bound
+            assert (single.normals is None) == (model == "fiffdepth")
+            if single.normals is not None and batched.normals is not None:
+                # short normals magnify rounding when they are made unit length: most must agree closely
+                assert np.median(np.abs(batched.normals - single.normals)) <= bound
+
+
+def test_submitted_images_share_a_batch(build: Build) -> None:
+    bundle = build("fiffdepth")
+    images = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(4)]
+    with Estimator(bundle, "onnxruntime", "cpu", max_batch=2, max_wait_ms=10_000) as estimator:
+        alone = [estimator(image) for image in images]
+        seen = recorded(estimator)
+        futures = [estimator.submit(image) for image in images]
+        for future, single in zip(futures, alone, strict=True):
+            assert relative_error(future.result(60).prediction, single.prediction) <= BOUND
+    assert [bucket for bucket, stage in seen if stage == "encoder"] == ["64x48_b2", "64x48_b2"]  # not b3: max_batch
+
+
+def test_a_batch_of_mixed_up_images_fails_verification(build: Build) -> None:
+    """The check can fail: the stored pictures differ, and so does a batch of them from its mirror image."""
+    bundle = build("fe2e")
+    manifest = read_manifest(bundle)
+    tensors = read_tensors(bundle / manifest.verification.inputs)
+    stored = [
+        {name: tensors[f"64x48.{index}.{name}"] for name in ("rgb", "encoder", "denoiser", "decoder", "prediction")}
+        for index in range(2)
+    ]
+    wanted, mirrored = alternating(stored, 2), alternating(stored[::-1], 2)
+    assert wanted["decoder"].shape == (4, 3, 48, 64)
+    np.testing.assert_array_equal(wanted["decoder"][:2], np.stack([one["decoder"][0] for one in stored]))
+    for name in wanted:
+        assert relative_error(mirrored[name], wanted[name]) > 100 * BOUND, name
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"batches": (0,)}, "--batch must be 1 to 64 images, not 0"),
+        ({"batches": (65,)}, "--batch must be 1 to 64 images, not 65"),
+        ({"batches": (2,), "without": ("guidance",)}, "--batch needs the rewrite guidance"),
+    ],
+)
+def test_impossible_batches_are_refused(others: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildOptions(model="fe2e", output=tmp_path, **others).validated()
+
+
+def test_one_image_a_batch_is_the_default(tmp_path: Path) -> None:
+    assert BuildOptions(model="fe2e", output=tmp_path, batches=(4, 1, 2, 4)).validated().batches == (2, 4)
