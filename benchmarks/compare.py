@@ -54,7 +54,7 @@ def print_comparison(results: Sequence[Named]) -> None:
         row(f"{stage}, ms", [f"{r.stages[stage].p50:.2f}" if stage in r.stages else "-" for r in each])
     row("total p90, ms", [f"{r.stages['total'].p90:.2f}" for r in each])
     row("times the first", [f"{each[0].stages['total'].p50 / r.stages['total'].p50:.2f}" for r in each])
-    row("images/s at best", [f"{max(r.images_per_second.values()):.2f}" for r in each])
+    row("images/s at best", [f"{max(*r.images_per_second.values(), *r.batched_per_second.values()):.2f}" for r in each])
     row("worst error", [f"{r.worst_error:.1e}" for r in each])
     console = Console()
     console.print(table)

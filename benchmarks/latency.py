@@ -76,6 +76,7 @@ class Latency(msgspec.Struct, frozen=True):
     cold_ms: dict[str, float]  # in a fresh process: import, open, first
     stages: dict[str, Spread]  # by stage, and "total"
     images_per_second: dict[str, float]  # by how many callers run at once
+    batched_per_second: dict[str, float]  # images a second by how many run together; empty where none can
     memory_bytes: int | None  # most that this process held, the verification included
     gpu: dict[str, float]  # after the runs: "power_watts" and "memory_bytes" by NVML; empty without it
     ceiling_gflops: float  # of float32 matrix products in numpy on this CPU
@@ -107,9 +108,10 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
             estimator(source)
         samples = [dict(estimator(source).timings) for _ in range(runs)]
         throughput = {str(callers): _throughput(estimator, source, callers, runs) for callers in CALLERS}
+        together = {str(count): _batched(estimator, source, count, runs) for count in _batches(estimator, bucket)}
         used_backend, used_device = estimator.backend, estimator.device
         gpu = _nvml(used_device)
-    stages = summarise(samples, bucket)
+    stages = summarise(samples, bucket, manifest.decode.pictures)
     return Latency(
         model=manifest.model,
         precision=manifest.precision,
@@ -122,6 +124,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         cold_ms=cold,
         stages=stages,
         images_per_second=throughput,
+        batched_per_second=together,
         memory_bytes=_peak_memory(),
         gpu=gpu,
         ceiling_gflops=matmul_gflops(),
@@ -138,6 +141,22 @@ def _throughput(estimator: Estimator, source: object, callers: int, runs: int) -
         started = time.perf_counter()
         list(pool.map(lambda _: estimator(source), range(count)))
         return count / (time.perf_counter() - started)
+
+
+def _batches(estimator: Estimator, bucket: Bucket) -> list[int]:
+    """How many images can run together besides 1: what the bundle has graphs for, or powers of two on a torch GPU."""
+    built = sorted({other.batch for other in estimator.manifest.buckets if other.size == bucket.size} - {1})
+    return built or [count for count in (2, 4, 8) if count <= estimator.images_together]
+
+
+def _batched(estimator: Estimator, source: object, count: int, runs: int) -> float:
+    """Images a second when `count` of them run together."""
+    estimator.batch([source] * count)
+    rounds = max(1, runs // count)
+    started = time.perf_counter()
+    for _ in range(rounds):
+        estimator.batch([source] * count)
+    return rounds * count / (time.perf_counter() - started)
 
 
 def matmul_gflops(size: int = 1536, runs: int = 5) -> float:
@@ -178,12 +197,15 @@ def generated_image(bucket: Bucket) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
 
 
-def summarise(samples: Sequence[dict[str, float]], bucket: Bucket) -> dict[str, Spread]:
-    """Percentiles of each stage of `samples` (stage -> ms), with effective GFLOP/s where the work is known."""
+def summarise(samples: Sequence[dict[str, float]], bucket: Bucket, pictures: int) -> dict[str, Spread]:
+    """Percentiles of each stage of `samples` (stage -> ms), with effective GFLOP/s where the work is known.
+
+    pictures: decoded for an image.
+    """
     work: dict[str, int] = {}
     for stage in STAGES:
         graph: Graph = getattr(bucket, stage)
-        calls = 2 if stage == "decoder" and graph.inputs[0].shape[0] == 1 else 1  # depth and normals one by one
+        calls = pictures // graph.inputs[0].shape[0] if stage == "decoder" else 1  # perhaps one by one
         work[stage] = calls * graph.flops
     work["total"] = sum(work.values())
     return {stage: _spread([sample[stage] for sample in samples], work.get(stage)) for stage in samples[0]}
@@ -232,6 +254,9 @@ def print_latency(result: Latency, json_file: Path | None = None) -> None:
     console.print(table)
     speeds = ", ".join(f"{value:.2f} with {callers}" for callers, value in result.images_per_second.items())
     console.print(f"images/s by callers at once: {speeds}")
+    if result.batched_per_second:
+        speeds = ", ".join(f"{value:.2f} with {count}" for count, value in result.batched_per_second.items())
+        console.print(f"images/s by images run together: {speeds}")
     total = result.stages["total"].gflops
     if total is not None and result.device == "cpu":
         share = 100 * total / result.ceiling_gflops

@@ -23,8 +23,8 @@ from densegeo.models import reference
 from densegeo.models.precision import cast
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
+from densegeo.runtime.chain import assemble_whole
 from densegeo.runtime.decode import latents_of
-from densegeo.runtime.estimator import assemble_whole
 from densegeo.runtime.resample import Placement, restore
 from densegeo.runtime.verify import relative_error, within
 

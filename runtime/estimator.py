@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError, ConfigError, ShutdownError
-from densegeo.runtime.backends import Backend, FrameBackend, open_backend
+from densegeo.runtime.backends import FrameBackend, open_backend
 from densegeo.runtime.batcher import Batcher, BatchOptions
-from densegeo.runtime.bundle import Bucket, Decode, Manifest, Stage, check_files, read_manifest
-from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, network_to_opencv, unit_normals
+from densegeo.runtime.bundle import Bucket, Manifest, check_files, read_manifest
+from densegeo.runtime.chain import assemble, assemble_whole, run_network
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, Frame, device_size, load_image
 from densegeo.runtime.metrics import Laps, Metrics
@@ -38,24 +38,10 @@ from densegeo.runtime.resample import (
     place,
     prepare,
     prepare_authors,
-    restore,
 )
 from densegeo.runtime.stream import Stream
 
 Float = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """What the graphs of one bucket returned for its B images, float32.
-
-    latent: (B, C, h, w); output: the denoiser's, see `bundle.Decode`; decoded: (pictures * B, channels, 8h, 8w), all
-    depths, then all normals if there are any.
-    """
-
-    latent: Float
-    output: Float
-    decoded: Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +220,11 @@ class Estimator:
         """The device in use: "cpu" or "cuda:N"."""
         return self._backend.device
 
+    @property
+    def images_together(self) -> int:
+        """The most images of one bucket that are run together, in `batch` and from the queue."""
+        return self._options.together
+
     def close(self, drain: bool = True) -> None:
         """Release the graphs; later calls raise BackendError, its kind ShutdownError for `submit` and `stream`.
 
@@ -350,50 +341,3 @@ class Estimator:
     def _require_open(self) -> None:
         if self._closed:
             raise ShutdownError("This estimator is closed. Make a new Estimator.")
-
-
-def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Sequence[Laps]) -> Activations:
-    """Encoder, denoiser and decoder on rgb (B, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
-
-    def lap(name: str) -> None:
-        for each in laps:
-            each.lap(name)
-
-    def run(stage: Stage, array: Float) -> Float:
-        output = backend.run(bucket, stage, array)
-        lap(stage)
-        return output
-
-    latent = run("encoder", rgb)
-    output = run("denoiser", latent)
-    wanted = tuple(bucket.denoiser.outputs[0].shape)
-    if output.shape != wanted:
-        raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
-    latents = latents_of(output, bucket.height, bucket.width, decode)
-    lap("split")
-    at_once = bucket.decoder.inputs[0].shape[0]
-    parts = [run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
-    return Activations(latent, output, parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-def assemble(decoded: Float, placement: Placement, decode: Decode) -> tuple[Float, Float | None]:
-    """decoded (pictures, channels, H, W) -> prediction (h, w) and unit OpenCV normals (h, w, 3), if there are any, at
-    the source's size.
-    """
-    prediction = restore(depth_prediction(decoded[0], decode), placement)
-    if decode.pictures == 1:
-        return prediction, None
-    clamped = clamped_normals(decoded[1])
-    resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
-    return prediction, network_to_opencv(unit_normals(resized))
-
-
-def assemble_whole(decoded: Float, bucket: Bucket, decode: Decode) -> dict[str, Float]:
-    """decoded (pictures * B, channels, 8h, 8w) of a bucket's images as they are -> "prediction" (B, H, W) and, where
-    there are any, "normals" (B, H, W, 3), as `assemble` gives them.
-    """
-    place = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-    pairs = [assemble(decoded[i :: bucket.batch], place, decode) for i in range(bucket.batch)]
-    outputs = {"prediction": np.stack([prediction for prediction, _ in pairs])}
-    normals = [found for _, found in pairs if found is not None]
-    return outputs | {"normals": np.stack(normals)} if normals else outputs

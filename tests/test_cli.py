@@ -179,6 +179,7 @@ def test_bench_ends_with_json(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert result["stages"]["prepare"]["gflops"] is None
     assert set(result["images_per_second"]) == {"1", "2", "4"}
     assert all(speed > 0 for speed in result["images_per_second"].values())
+    assert result["batched_per_second"] == {}  # the bundle has no graphs for several images
     assert result["ceiling_gflops"] > result["stages"]["encoder"]["gflops"]
 
 

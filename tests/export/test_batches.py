@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from densegeo.benchmarks.latency import run
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
@@ -116,6 +117,16 @@ def test_submitted_images_share_a_batch(build: Build) -> None:
         for future, single in zip(futures, alone, strict=True):
             assert relative_error(future.result(60).prediction, single.prediction) <= BOUND
     assert [bucket for bucket, stage in seen if stage == "encoder"] == ["64x48_b2", "64x48_b2"]  # not b3: max_batch
+
+
+def test_bench_reports_batches(build: Build, tmp_path: Path) -> None:
+    result = run(build("fiffdepth"), image=None, runs=3, backend="onnxruntime", device="cpu")
+    assert sorted(result.batched_per_second) == ["2", "3"]
+    assert min(result.batched_per_second.values()) > 0
+    work = result.stages["total"].gflops * result.stages["total"].p50
+    (single, *_) = read_manifest(build("fiffdepth")).buckets
+    flops = sum(graph.flops for graph in (single.encoder, single.denoiser, single.decoder))
+    assert work * 1e6 == pytest.approx(flops)  # one picture is decoded, once
 
 
 def test_a_batch_of_mixed_up_images_fails_verification(build: Build) -> None:

@@ -21,7 +21,7 @@ from densegeo.kernels.preprocess import preprocess  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends.torch_capture import WARM_UP, CudaRecorder, Replay  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import RING, Ring  # noqa: E402
-from densegeo.runtime.estimator import assemble, run_network  # noqa: E402
+from densegeo.runtime.chain import assemble, run_network  # noqa: E402
 from densegeo.runtime.resample import choose_bucket, place  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
