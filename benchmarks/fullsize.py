@@ -3,7 +3,7 @@
 Writes a seeded random checkpoint with the released files' names, keys and shapes (11.9 B block parameters, bf16, a LoRA
 on all 304 modules), builds a bundle and its engines from it, and measures: anonymous memory, time, disk, and that every
 block's stored weights are its own source's. `--precision fp8` (or int8) then calibrates the bf16 bundle, block by
-block, and builds the 8-bit one.
+block, and builds the 8-bit one; a calibration that is there is kept.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import nn
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import FULL
 from densegeo.benchmarks.synthetic import patches
+from densegeo.calibration.plan import plan_file
 from densegeo.cli import guarded
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.export.command import parse_size
@@ -225,10 +226,11 @@ def run(folder: Path, size: str, precision: str, backend: str, json_file: Path |
     if backend == "tensorrt":
         command += ["--builder", "tensorrt_rtx", *(f"--gpu-arch={number}" for number in GPUS[precision])]
     report: dict[str, Any] = {**machine, "precision": precision}
-    if precision in FORMATS:
+    if precision in FORMATS and not plan_file(folder / "calibration", precision).exists():
         took = calibrate(base, folder, precision, max(parse_size(size)))
         report["calibration"] = {"images": IMAGES, **msgspec.to_builtins(took)}
         console.print(f"calibration: {took.seconds:.0f} s, {took.anonymous_gib:.1f} GiB of anonymous memory")
+    if precision in FORMATS:
         command += ["--calibration", str(folder / "calibration")]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
     console.print(dry.stdout or dry.stderr, markup=False)
