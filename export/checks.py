@@ -107,7 +107,8 @@ def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
 def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case.
 
-    "replay" is the same for the outputs of a whole run, in which a stage gets what the one before made of it.
+    "replay" is the same for the outputs of a whole run, in which a stage gets what the one before made of it. Infinite
+    where the eager pipeline overflows.
     """
     mean = wanted["decoder"].shape[1] == 1
     stages = reference_outputs(low, wanted["rgb"], given=wanted, mean=mean)
@@ -146,7 +147,12 @@ def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outpu
 
 
 def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
-    """Compare outputs with references; raises ExportError naming every output beyond its bound."""
+    """Compare outputs with references; raises ExportError naming every output beyond its bound, or without one."""
+    if unbounded := [name for name, bound in bounds.items() if not np.isfinite(bound)]:
+        raise ExportError(
+            f"without rewrites this precision overflows, so that errors at {bucket.name} have no bound "
+            f"({', '.join(unbounded)}). Nothing was written. Build with --precision bf16 or fp32."
+        )
     checks = [
         Check(bucket.name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
         for output in wanted

@@ -29,9 +29,8 @@ from densegeo.models.vae import VAE
 from densegeo.training.data import Chunk, pictures, read_chunks
 from densegeo.training.loop import Schedule, autocast, chunks, fit
 
-SCHEDULE = Schedule(steps=12000, batch=8, rate=1e-3, warmup=300, averaging=0.999, every=200, end=7800)
-LAYOUT = Schedule(steps=4400, batch=8, rate=1.5e-3, warmup=100, averaging=0.998, every=200, muon=True)
-LAYOUT_WEIGHT = 2.0
+SCHEDULE = Schedule(steps=10500, batch=8, rate=3e-3, warmup=100, averaging=0.998, every=250)
+LAYOUT_WEIGHT, NORMALS_WEIGHT = 2.0, 0.5
 
 
 def prompt(seed: int) -> Prompt:
@@ -74,19 +73,24 @@ def target(depth: Tensor, normals: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: VAE, files: list[Path], folder: Path, device: torch.device) -> Tensor:
-    """Latents of all views, (3, N, C, h, w) float16; a chunk that was encoded by the same weights is read back."""
+def encode(vae: VAE, files: list[Path], folder: Path, device: torch.device, mirrored: int = 0) -> Tensor:
+    """Latents of all views, and of the mirror images of the first `mirrored` files' views: (3, N, C, h, w) float16.
+
+    A chunk that was encoded by the same weights is read back.
+    """
     digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     encoder = vae.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
-    for file in track(files, description="encoding views"):
-        cached = folder / f"{file.stem}-{digest}.safetensors"
+    work = [(file, False) for file in files] + [(file, True) for file in files[:mirrored]]
+    for file, turned in track(work, description="encoding views"):
+        cached = folder / f"{file.stem}-{digest}{'-mirrored' if turned else ''}.safetensors"
         if not cached.exists():
             chunk = read_chunks([file])
             latents = []
-            for part in chunks(len(chunk.rgb), 8):
-                images = pictures(chunk, np.arange(part.start, part.stop)).flatten(0, 1).to(device)
+            for part in chunks(len(chunk.rgb), 2):
+                images = pictures(chunk, np.arange(part.start, part.stop))
+                images = (mirror(images) if turned else images).flatten(0, 1).to(device)
                 with autocast(device):
                     latent = encoder(images.contiguous(memory_format=torch.channels_last))
                 latents.append(latent.unflatten(0, (3, -1)).half().cpu())
@@ -94,6 +98,13 @@ def encode(vae: VAE, files: list[Path], folder: Path, device: torch.device) -> T
             os.replace(cached.with_suffix(".tmp"), cached)
         parts.append(torch.from_numpy(load_file(cached)["latents"]))
     return torch.cat(parts, dim=1)
+
+
+def mirror(images: Tensor) -> Tensor:
+    """Pictures (3, n, 3, H, W) of colour, depth, normals -> of the mirrored scene: left normals point right."""
+    mirrored = images.flip(-1)
+    mirrored[2, :, 0] *= -1
+    return mirrored
 
 
 @torch.no_grad()
@@ -118,13 +129,13 @@ def train(
     seed: int,
     device: torch.device,
     compiled: bool,
-    schedules: tuple[Schedule, Schedule] = (SCHEDULE, LAYOUT),
+    schedule: Schedule = SCHEDULE,
     until: int | None = None,
 ) -> Transformer:
     """Train, or go on training, on latents (3, N, C, h, w) of colour, depth, normals; returns the averaged weights.
 
-    Two stages: FE2E's mean squared error, then with the absolute error of the depth that `weights` (see `readout`)
-    read from the latents added, because what is left after the first is mostly the layout of the scene.
+    To FE2E's mean squared error comes the absolute error of the depth that `weights` (see `readout`) read from the
+    latents, because most of what is left late in training is the layout of the scene.
     """
     transformer = make(seed, vae, 8 * latents.shape[4], 8 * latents.shape[3]).to(device)
     forward = torch.compile(transformer) if compiled else transformer
@@ -136,15 +147,20 @@ def train(
             velocity = forward(colour)
         left, right = (velocity - target(depth, normals)).chunk(2, dim=1)
         layout = (left.unflatten(-1, (len(weights), 4)) * weights[:, None]).sum(-2).abs().mean()
-        terms = {"depth": left.square().mean(), "normals": right.square().mean()}
-        return {"loss": terms["depth"] + terms["normals"], **terms, "layout": layout}
+        terms = {"depth": left.square().mean(), "normals": right.square().mean(), "layout": layout}
+        total = terms["depth"] + NORMALS_WEIGHT * terms["normals"] + LAYOUT_WEIGHT * layout
+        return {"loss": total, **terms}
 
-    def with_layout(indices: NDArray[np.int64], step: int) -> dict[str, Tensor]:
-        terms = loss(indices, step)
-        return terms | {"loss": terms["loss"] + LAYOUT_WEIGHT * terms["layout"]}
-
-    stages = (("transformer", loss), ("transformer_layout", with_layout))
-    for (name, terms), schedule in zip(stages, schedules, strict=True):
-        averaged = fit(name, transformer, terms, latents.shape[1], schedule, folder, seed=seed, until=until)
-        transformer.load_state_dict(averaged, strict=True)
+    averaged = fit(
+        "transformer", transformer, loss, latents.shape[1], schedule, folder, seed=seed, until=until,
+        muon=hidden_matrices(transformer),
+    )  # fmt: skip
+    transformer.load_state_dict(averaged, strict=True)
     return transformer.eval().requires_grad_(False)
+
+
+def hidden_matrices(transformer: Transformer) -> list[nn.Parameter]:
+    """The blocks' attention and MLP matrices; their modulation sees one constant vector, its gradients have rank 1."""
+    blocks = (*transformer.double_blocks, *transformer.single_blocks)
+    named = (pair for block in blocks for pair in block.named_parameters())
+    return [parameter for name, parameter in named if parameter.ndim > 1 and "mod" not in name]

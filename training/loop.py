@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,7 @@ Loss = Callable[[NDArray[np.int64], int], dict[str, Tensor]]  # batch of indices
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up and a cosine decay to zero over `steps`.
-
-    AdamW, or with `muon` Muon for matrices (Jordan et al. 2024), its step as large as AdamW's (arXiv 2502.16982).
-    """
+    """Linear warm-up and a cosine decay to zero over `steps`."""
 
     steps: int
     batch: int
@@ -33,8 +30,6 @@ class Schedule:
     decay: float = 0.01  # weight decay, of matrices and kernels
     averaging: float = 0.998  # of the exponential moving average that is kept
     every: int = 250  # steps between checkpoints
-    muon: bool = False
-    end: int | None = None  # stop here, before the rate is zero: another stage follows
 
     def rate_at(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -65,15 +60,16 @@ def fit(
     *,
     seed: int,
     until: int | None = None,
+    muon: Sequence[nn.Parameter] = (),
 ) -> dict[str, Tensor]:
     """Train `module` in place to step `until` (default: the schedule's end); returns the averaged parameters.
 
-    `loss` is called with indices below `count`. Checkpoints, a CSV of losses and the curve lie in `folder`; a run
-    that was cut off goes on from its last checkpoint.
+    `loss` is called with indices below `count`; `muon` are the matrices that Muon updates, AdamW the rest.
+    Checkpoints, a CSV of losses and the curve lie in `folder`; a run that was cut off goes on from its last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.ckpt"
-    optimizers = make_optimizers(module, schedule)
+    optimizers = make_optimizers(module, schedule, muon)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at) for optimizer in optimizers]
     average, start, history = Average(module, schedule.averaging), 0, []
     if file.exists():
@@ -85,7 +81,7 @@ def fit(
             optimizer.load_state_dict(states[0])
             scheduler.load_state_dict(states[1])
         average.values, start, history = saved["average"], saved["step"], saved["history"]
-    end = min(schedule.end or schedule.steps, until or schedule.steps)
+    end = min(schedule.steps, until or schedule.steps)
     names: list[str] = []
     with _bar() as progress:
         task = progress.add_task(name, total=end, completed=start)
@@ -120,20 +116,21 @@ def fit(
     return average.values
 
 
-def make_optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that share out a module's parameters; vectors are not decayed."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    groups: list[dict[str, object]] = [{"params": others, "weight_decay": 0.0}]
-    if not schedule.muon:
-        groups.insert(0, {"params": matrices, "weight_decay": schedule.decay})
-    adam = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
-    if not schedule.muon:
-        return [adam]
-    return [
-        adam,
-        torch.optim.Muon(matrices, lr=schedule.rate, weight_decay=schedule.decay, adjust_lr_fn="match_rms_adamw"),
+def make_optimizers(module: nn.Module, schedule: Schedule, muon: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for `muon`, its step as large as AdamW's (arXiv 2502.16982); AdamW for the rest."""
+    taken = {id(parameter) for parameter in muon}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": schedule.decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98), fused=True)
+    ]
+    if muon:
+        rate, decay = schedule.rate, schedule.decay
+        optimizers.append(torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def _bar() -> Progress:

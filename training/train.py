@@ -11,11 +11,12 @@ from rich.console import Console
 
 from densegeo.cli import guarded
 from densegeo.training import autoencoder, diffusion, publish
-from densegeo.training.data import read_chunks, render_chunks
+from densegeo.training.data import CHUNK, read_chunks, render_chunks
 
 SEED = 0
 SIZE = (256, 192)  # width, height in pixels
-VIEWS, AUTOENCODER_VIEWS = 12000, 3000
+VIEWS, AUTOENCODER_VIEWS = 24000, 3000
+MIRRORED = 8000  # of the views, whose mirror images are views too
 
 
 def run(folder: Path, output: Path, views: int, until: int | None, compiled: bool, device: torch.device) -> None:
@@ -27,7 +28,7 @@ def run(folder: Path, output: Path, views: int, until: int | None, compiled: boo
     weights = diffusion.readout(vae, chunk)
     del chunk
     files = render_chunks(folder / "views", SEED, "train", views, SIZE)
-    latents = diffusion.encode(vae, files, folder / "latents", device)
+    latents = diffusion.encode(vae, files, folder / "latents", device, mirrored=min(views, MIRRORED) // CHUNK)
     transformer = diffusion.train(
         vae, latents, folder, weights=weights, seed=SEED, device=device, compiled=compiled, until=until
     )

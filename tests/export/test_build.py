@@ -195,6 +195,19 @@ def test_fp16_is_refused_where_it_would_overflow(checkpoint, tmp_path):
         build_bundle(options(checkpoint, tmp_path / "bundle", precision="fp16"))
 
 
+def test_a_precision_that_overflows_without_rewrites_gives_no_bound(checkpoint, tmp_path):
+    """The connector alone overflows, and it is folded away; but then nothing says how large errors may be."""
+    path = checkpoint / AUTHORS_FILES["dit"][0]
+    tensors = load_file(path)
+    for name in ("connector.S.input_embedder.weight", "connector.S.input_embedder.bias"):
+        tensors[name] *= 1e6
+    tensors["txt_in.weight"] *= 1e-6
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=r"without rewrites this precision overflows.*denoiser"):
+        build_bundle(options(checkpoint, tmp_path / "bundle", precision="fp16"))
+    assert leftovers(tmp_path) == []
+
+
 def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
     command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
