@@ -17,6 +17,7 @@ from densegeo.kernels.log_dequantize import kernel as log_dequantize
 from densegeo.kernels.normals import kernel as normals
 from densegeo.kernels.preprocess import kernel as preprocess
 from densegeo.kernels.qk_norm_rope import kernel as qk_norm_rope
+from densegeo.kernels.quantize import kernel as quantize
 from densegeo.kernels.split import kernel as split
 from densegeo.kernels.unproject import kernel as unproject
 
@@ -27,6 +28,7 @@ NEEDS = {  # type -> first architecture with it, and what to say of earlier ones
     "*bf16": (80, "no bf16 before sm_80"),
     "*fp8e4nv": (89, "no fp8 before sm_89"),
 }
+LIMITS = {"fp8e4nv": 448, "i8": 127}  # largest magnitudes of 8-bit types
 MATRIX = tuple(f"m{row}{column}" for row in range(3) for column in range(3))
 
 
@@ -140,16 +142,16 @@ def _unproject(with_normals: bool) -> Variant:
     )
 
 
-def _layer_norm(kind: str, hidden: int = 4096) -> Variant:
+def _layer_norm(kind: str, target: str = "", hidden: int = 4096) -> Variant:
     return Variant(
-        name=f"layer_norm.{kind}",
+        name=f"layer_norm.{kind}{target and '_'}{target}",
         kernel=layer_norm.layer_norm_kernel,
         types=_types(
-            {"x": kind, "weight": "fp32", "bias": "fp32", "normed": kind},
+            {"x": kind, "weight": "fp32", "bias": "fp32", "normed": target or kind},
             ("tokens", "hidden", "batch_stride", "token_stride"),
-            ("eps",),
+            ("eps", "inverse_scale"),
         ),
-        constants={"BLOCK_H": hidden},
+        constants={"LIMIT": LIMITS.get(target, 0), "BLOCK_H": hidden},
         grid=layer_norm.GRID,
         aligned=("weight", "bias", "normed"),
     )
@@ -175,34 +177,35 @@ def _qk_norm_rope(kind: str, size: int = 128) -> Variant:
     )
 
 
-def _gated_residual(kind: str, gated: bool, norm: bool, hidden: int = 4096) -> Variant:
-    """hidden: rounded up to a power of two; hidden and strides are multiples of 16."""
+def _gated_residual(kind: str, gated: bool, norm: bool, target: str = "", hidden: int = 4096) -> Variant:
+    """target: of the norm, if not kind. hidden: rounded up to a power of two; it and strides are multiples of 16."""
     strides = tuple(f"{tensor}_{axis}_stride" for tensor in ("x", "update") for axis in ("batch", "token"))
     pointers = {
         "x": kind,
         "update": kind,
         **dict.fromkeys(("gate", "weight", "bias"), "fp32"),
         "residual": kind,
-        "normed": kind,
+        "normed": target or kind,
     }
     return Variant(
-        name=f"gated_residual.{'gated' if gated else 'plain'}{'_norm' if norm else ''}_{kind}",
+        name=f"gated_residual.{'gated' if gated else 'plain'}{'_norm' if norm else ''}_{kind}{target and '_'}{target}",
         kernel=gated_residual.gated_residual_kernel,
-        types=_types(pointers, ("tokens", "hidden", *strides), ("eps",)),
-        constants={"GATED": gated, "NORM": norm, "BLOCK_H": hidden},
+        types=_types(pointers, ("tokens", "hidden", *strides), ("eps", "inverse_scale")),
+        constants={"GATED": gated, "NORM": norm, "LIMIT": LIMITS.get(target, 0), "BLOCK_H": hidden},
         grid=gated_residual.GRID,
         aligned=(*pointers, "hidden", *strides),
     )
 
 
-def _gelu_quantize(source: str, target: str) -> Variant:
+def _features(name: str, kernel: Any, source: str, target: str) -> Variant:
+    """A kernel of single features: `quantize` or `gelu_quantize`."""
     strides = tuple(f"{tensor}_{axis}_stride" for tensor in ("x", "result") for axis in ("batch", "token"))
     return Variant(
-        name=f"gelu_quantize.{source}_{target}",
-        kernel=gelu_quantize.gelu_quantize_kernel,
+        name=f"{name}.{source}_{target}",
+        kernel=kernel,
         types=_types({"x": source, "result": target}, ("tokens", "features", *strides), ("inverse_scale",)),
-        constants={"LIMIT": {"fp8e4nv": 448, "i8": 127}.get(target, 0), "BLOCK_F": gelu_quantize.BLOCK_F},
-        grid=gelu_quantize.GRID,
+        constants={"LIMIT": LIMITS.get(target, 0), "BLOCK_F": quantize.BLOCK_F},
+        grid=quantize.GRID,
         aligned=("x", "result", "features", *strides),
     )
 
@@ -301,8 +304,12 @@ def _rows() -> Iterator[Variant]:
         for gated in (False, True):
             for norm in (False, True):
                 yield _gated_residual(kind, gated, norm)
-        for target in (kind, "fp8e4nv", "i8") if kind != "fp32" else (kind,):
-            yield _gelu_quantize(kind, target)
+        yield _features("gelu_quantize", gelu_quantize.gelu_quantize_kernel, kind, kind)
+        for target in LIMITS if kind != "fp32" else ():
+            yield _features("gelu_quantize", gelu_quantize.gelu_quantize_kernel, kind, target)
+            yield _features("quantize", quantize.quantize_kernel, kind, target)
+            yield _layer_norm(kind, target)
+            yield _gated_residual(kind, False, True, target)
         for size in (32, 128):  # a head of fe2e-tiny and of fe2e
             yield _attention(kind, size)
             yield _add_keys(kind, size)

@@ -42,25 +42,29 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("densegeo::quantized_linear", mutates_args=())
 def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
-    """x (..., K) -> (..., N) of x's dtype.
+    """x (..., K) -> (..., N) of x's dtype, or of the bias' if x is 8-bit already, divided by input_scale and rounded.
 
     weight (N, K) 8 bits; weight_scale (N,) and input_scale () floats; bias (N,). Where the hardware has no such product
-    the 8-bit numbers are multiplied as x's dtype, bf16 or float32, which hold them exactly.
+    the 8-bit numbers are multiplied as that dtype, bf16 or float32, which hold them exactly.
     """
-    rows = x.flatten(0, -2)
-    taken = quantize(rows, input_scale, weight.dtype)
+    rows, dtype = x.flatten(0, -2), _result(x, weight, bias)
+    taken = rows if x.dtype == weight.dtype else quantize(rows, input_scale, weight.dtype)
     if _has_product(taken, weight):
         scales = input_scale.float().expand(len(rows), 1).contiguous(), weight_scale.float()[None].contiguous()
-        out = torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(x.dtype), out_dtype=x.dtype)
+        out = torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(dtype), out_dtype=dtype)
     else:
-        product = F.linear(taken.to(x.dtype), weight.to(x.dtype)).float()
-        out = (product * (weight_scale.float() * input_scale.float()) + bias.float()).to(x.dtype)
+        product = F.linear(taken.to(dtype), weight.to(dtype)).float()
+        out = (product * (weight_scale.float() * input_scale.float()) + bias.float()).to(dtype)
     return out.unflatten(0, x.shape[:-1])
 
 
 @quantized_linear.register_fake
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_result(x, weight, bias))
+
+
+def _result(x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
+    return bias.dtype if x.dtype == weight.dtype else x.dtype
 
 
 def _has_product(taken: Tensor, weight: Tensor) -> bool:

@@ -27,13 +27,16 @@ def residual_layer_norm(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    inverse_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_residual` and its `layer_norm`: (new residual, normed residual), one reading and two writings.
 
     weight, bias: float32 (hidden,). The norm sees the sum before it is rounded to x's dtype.
+    dtype, inverse_scale: an 8-bit type for the normed residual, see `kernels.quantize`.
     """
     if x.is_cuda:
         from densegeo.kernels.gated_residual.kernel import residual_layer_norm as run
     else:
         from densegeo.kernels.gated_residual.reference import residual_layer_norm as run
-    return run(x, update, gate, weight, bias, eps)
+    return run(x, update, gate, weight, bias, eps, dtype or x.dtype, inverse_scale)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.quantize.kernel import LIMITS, rounded
 
 GRID = (Axis("tokens"), Axis("batch"))
 
@@ -26,8 +27,10 @@ def gated_residual_kernel(
     update_batch_stride,
     update_token_stride,
     eps,
+    inverse_scale,  # not read without LIMIT
     GATED: tl.constexpr,
     NORM: tl.constexpr,
+    LIMIT: tl.constexpr,  # largest magnitude of an 8-bit norm, 0 for others
     BLOCK_H: tl.constexpr,  # hidden, rounded up to a power of two
 ):
     token = tl.program_id(0)
@@ -47,13 +50,13 @@ def gated_residual_kernel(
         deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / hidden + eps)
         gain = tl.load(weight + feature, mask=mask, other=0.0)
         offset = tl.load(bias + feature, mask=mask, other=0.0)
-        result = centred / deviation * gain + offset
+        result = rounded(centred / deviation * gain + offset, inverse_scale, LIMIT)
         tl.store(normed + target, result.to(normed.dtype.element_ty), mask=mask)
 
 
 def gated_residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """See `densegeo.kernels.gated_residual.gated_residual`."""
-    return _launch(x, update, gate, None, 0.0)[0]
+    return _launch(x, update, gate, None, 0.0, x.dtype, 1.0)[0]
 
 
 def residual_layer_norm(
@@ -63,9 +66,11 @@ def residual_layer_norm(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
+    dtype: torch.dtype,
+    inverse_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `densegeo.kernels.gated_residual.residual_layer_norm`."""
-    return _launch(x, update, gate, (weight, bias), eps)
+    return _launch(x, update, gate, (weight, bias), eps, dtype, inverse_scale)
 
 
 def _launch(
@@ -74,10 +79,13 @@ def _launch(
     gate: torch.Tensor | None,
     affine: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
+    dtype: torch.dtype,
+    inverse_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, hidden = x.shape
     assert update.shape == x.shape
     assert update.dtype == x.dtype
+    assert dtype in LIMITS or inverse_scale == 1
     assert x.stride(2) == update.stride(2) == 1
     for row in (gate, *(affine or ())):
         if row is not None:
@@ -85,7 +93,7 @@ def _launch(
             assert row.dtype == torch.float32
             assert row.stride(0) == 1
     residual = torch.empty((batch, tokens, hidden), dtype=x.dtype, device=x.device)
-    normed = residual if affine is None else torch.empty_like(residual)
+    normed = residual if affine is None else torch.empty(residual.shape, dtype=dtype, device=x.device)
     weight, bias = affine or (residual, residual)
     assert_small(x, update, residual)
     gated_residual_kernel[programs(GRID, tokens=tokens, batch=batch)](
@@ -103,8 +111,10 @@ def _launch(
         update.stride(0),
         update.stride(1),
         eps,
+        inverse_scale,
         GATED=gate is not None,
         NORM=affine is not None,
+        LIMIT=LIMITS.get(dtype, 0),
         BLOCK_H=triton.next_power_of_2(hidden),
         **OPTIONS,
     )

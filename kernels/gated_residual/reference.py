@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from densegeo.kernels.layer_norm.reference import layer_norm
@@ -17,8 +18,15 @@ def gated_residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def residual_layer_norm(
-    x: Tensor, update: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    inverse_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `densegeo.kernels.gated_residual.residual_layer_norm`."""
     residual = _sum(x, update, gate)
-    return residual.to(x.dtype), layer_norm(residual, weight, bias, eps).to(x.dtype)
+    return residual.to(x.dtype), layer_norm(residual, weight, bias, eps, dtype, inverse_scale)

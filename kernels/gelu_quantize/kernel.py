@@ -4,13 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.contract import programs
 from densegeo.kernels.launch import OPTIONS, assert_small
-
-BLOCK_F = 2048  # features a program
-GRID = (Axis("tokens"), Axis("features", BLOCK_F), Axis("batch"))
-LIMITS = {torch.float8_e4m3fn: 448, torch.int8: 127}  # largest magnitude of the quantized types
-TO_INTEGER = tl.constexpr(1.5 * 2**23)  # adding it to a float32 below 2^22 rounds to an integer, ties to even
+from densegeo.kernels.quantize.kernel import BLOCK_F, GRID, LIMITS, rounded
 
 
 @triton.jit
@@ -35,11 +31,7 @@ def gelu_quantize_kernel(
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     # 1 + tanh(u) = 2 / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
     value = value / (1 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
-    if LIMIT > 0:
-        value *= inverse_scale
-        value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))  # NaN stays
-    if result.dtype.element_ty == tl.int8:
-        value = tl.where(value == value, value, 0.0) + TO_INTEGER - TO_INTEGER
+    value = rounded(value, inverse_scale, LIMIT)
     target = result + picture * result_batch_stride + token * result_token_stride + feature
     tl.store(target, value.to(result.dtype.element_ty), mask=mask)
 

@@ -8,13 +8,21 @@ if TYPE_CHECKING:
     import torch
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    inverse_scale: float = 1.0,
+) -> torch.Tensor:
     """x (B, T, hidden), features adjacent -> (B, T, hidden) contiguous, of x's dtype, float32 inside.
 
     weight, bias: float32 (hidden,), "1 + scale" and "shift" of AdaLN once they are constants (DESIGN 4.2).
+    dtype, inverse_scale: an 8-bit type for a quantized linear, see `kernels.quantize`.
     """
     if x.is_cuda:
         from densegeo.kernels.layer_norm.kernel import layer_norm as run
     else:
         from densegeo.kernels.layer_norm.reference import layer_norm as run
-    return run(x, weight, bias, eps)
+    return run(x, weight, bias, eps, dtype or x.dtype, inverse_scale)

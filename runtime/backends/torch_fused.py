@@ -1,13 +1,14 @@
 """The networks over the project's kernels: the same weights and the same function, fewer passes over memory.
 
-Linears, convolutions and attention stay the libraries'. On a CPU the kernels' references run, which is for tests.
+Linears, convolutions and attention stay the libraries'. What a quantized linear takes is written in 8 bits by the
+kernel before it, rounded once. On a CPU the kernels' references run, which is for tests.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
 from densegeo.kernels.layer_norm import layer_norm
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
+from densegeo.kernels.quantize import quantize
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, heads_first, rotate
+from densegeo.models.quantized import QuantizedLinear
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
@@ -39,6 +42,20 @@ def can_fuse(model: Transformer) -> bool:
     return model.guidance is None and isinstance(model.final_layer.adaLN_modulation, FoldedModulation)
 
 
+class Taken(NamedTuple):
+    """How a linear wants its input: an 8-bit type and 1 / scale, or as it is."""
+
+    dtype: torch.dtype | None = None
+    inverse_scale: float = 1.0
+
+
+class Following(NamedTuple):
+    """A norm, and the linear that alone takes its result; None where several do."""
+
+    branch: FoldedBranch
+    linear: nn.Module | None
+
+
 class FusedTransformer(nn.Module):
     """A rewritten transformer's forward: latent (B, C, h, w) -> velocity (B, 2L, 4C) float32.
 
@@ -52,6 +69,11 @@ class FusedTransformer(nn.Module):
         text = model.text_tokens
         bias = model.key_bias
         self.counts = None if bias is None else [round(count) for count in bias[0, 0, 0, :text].exp().tolist()]
+        self._taken = {  # by id: scales as numbers, which a recording cannot read from the device
+            id(module): Taken(module.weight.dtype, 1 / float(module.input_scale))
+            for module in model.modules()
+            if isinstance(module, QuantizedLinear)
+        }
 
     def forward(self, latent: Tensor) -> Tensor:
         model = self.model
@@ -63,7 +85,8 @@ class FusedTransformer(nn.Module):
             assert isinstance(double, DoubleBlock)
             image, text, normed = self._double(double, image, text, normed, _after(index, [*doubles, *singles[:1]]))
         if normed is None:
-            normed = _norm(text, _next(singles[0])[0]), _norm(image, _next(singles[0])[1])
+            of_text, of_image = _next(singles[0])
+            normed = self._norm(text, of_text), self._norm(image, of_image)
         x, ready = torch.cat([text, image], dim=1), torch.cat(normed, dim=1)
         for index, single in enumerate(singles):
             x, ready = self._single(single, x, ready, _after(index, singles))
@@ -71,8 +94,31 @@ class FusedTransformer(nn.Module):
         return model.final_layer.linear(ready).float()
 
     @property
-    def _final(self) -> FoldedBranch:
-        return _branches(self.model.final_layer.adaLN_modulation)[0]
+    def _final(self) -> Following:
+        return Following(_branches(self.model.final_layer.adaLN_modulation)[0], None)
+
+    def _takes(self, linear: nn.Module | None) -> Taken:
+        return self._taken.get(id(linear), Taken())
+
+    def _norm(self, x: Tensor, following: Following) -> Tensor:
+        branch, linear = following
+        return layer_norm(x, branch.weight, branch.bias, EPS, *self._takes(linear))
+
+    def _add_norm(self, x: Tensor, update: Tensor, following: Following) -> tuple[Tensor, Tensor]:
+        """x + update, and its norm as what follows takes it."""
+        branch, linear = following
+        return residual_layer_norm(x, update, None, branch.weight, branch.bias, EPS, *self._takes(linear))
+
+    def _given(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """x (B, T, K), as a linear takes it, through that linear."""
+        taken = self._takes(linear)
+        result: Tensor = linear(x if taken.dtype is None else quantize(x, taken.dtype, taken.inverse_scale))
+        return result
+
+    def _mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        first, _, second = mlp.children()
+        result: Tensor = second(gelu_quantize(first(x), *self._takes(second)))
+        return result
 
     def _double(
         self,
@@ -91,21 +137,23 @@ class FusedTransformer(nn.Module):
             q, k = (rotate(x, model.rope_cos, model.rope_sin) for x in (q, k))
         else:
             if normed is None:
-                normed = _norm(text, text_attn), _norm(image, image_attn)
+                of_text, of_image = _next(block)
+                normed = self._norm(text, of_text), self._norm(image, of_image)
             parts = [
                 self._heads(block.txt_attn, normed[0], slice(0, tokens)),
                 self._heads(block.img_attn, normed[1], slice(tokens, None)),
             ]
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
         mixed = self._attend(q, k, v)
-        proj, update = block.txt_attn.proj, block.img_attn.proj(mixed[:, tokens:])
-        image, wide = residual_layer_norm(image, update, None, image_mlp.weight, image_mlp.bias, EPS)
-        image_update = _mlp(block.img_mlp, wide)
-        text, wide = residual_layer_norm(text, proj(mixed[:, :tokens]), None, text_mlp.weight, text_mlp.bias, EPS)
-        text_update = _mlp(block.txt_mlp, wide)
+        update = self._given(block.img_attn.proj, mixed[:, tokens:])
+        image, wide = self._add_norm(image, update, Following(image_mlp, block.img_mlp[0]))
+        image_update = self._mlp(block.img_mlp, wide)
+        update = self._given(block.txt_attn.proj, mixed[:, :tokens])
+        text, wide = self._add_norm(text, update, Following(text_mlp, block.txt_mlp[0]))
+        text_update = self._mlp(block.txt_mlp, wide)
         text_next, image_next = (self._final, self._final) if following is None else _next(following)
-        image, image_normed = residual_layer_norm(image, image_update, None, image_next.weight, image_next.bias, EPS)
-        text, text_normed = residual_layer_norm(text, text_update, None, text_next.weight, text_next.bias, EPS)
+        image, image_normed = self._add_norm(image, image_update, image_next)
+        text, text_normed = self._add_norm(text, text_update, text_next)
         return image, text, (text_normed, image_normed)
 
     def _single(
@@ -118,11 +166,14 @@ class FusedTransformer(nn.Module):
         else:
             assert isinstance(block, SingleBlock)
             q, k, v, mlp = self._project(block, normed)
-        both = mlp.new_empty(*mlp.shape[:2], block.hidden + block.mlp_hidden)
-        gelu_quantize(mlp, out=both[..., block.hidden :])
-        both[..., : block.hidden] = self._attend(q, k, v)
-        branch = self._final if following is None else _next(following)[0]
-        return residual_layer_norm(x, block.linear2(both), None, branch.weight, branch.bias, EPS)
+        dtype, inverse_scale = self._takes(block.linear2)
+        both = mlp.new_empty(*mlp.shape[:2], block.hidden + block.mlp_hidden, dtype=dtype)
+        gelu_quantize(mlp, dtype, inverse_scale, out=both[..., block.hidden :])
+        if dtype is None:
+            both[..., : block.hidden] = self._attend(q, k, v)
+        else:
+            quantize(self._attend(q, k, v), dtype, inverse_scale, out=both[..., : block.hidden])
+        return self._add_norm(x, block.linear2(both), self._final if following is None else _next(following)[0])
 
     def _project(self, block: SingleBlock, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k, normed and rotated, v (B, heads, T, size), and the MLP's features (B, T, MLP)."""
@@ -221,18 +272,11 @@ def _branches(modulation: nn.Module) -> tuple[FoldedBranch, ...]:
     return branches
 
 
-def _next(block: nn.Module) -> tuple[FoldedBranch, FoldedBranch]:
+def _next(block: nn.Module) -> tuple[Following, Following]:
     """The norms that a block begins with: of its text and of its image tokens."""
     if isinstance(block, DoubleBlock):
-        return _branches(block.txt_mod)[0], _branches(block.img_mod)[0]
+        text, image = _branches(block.txt_mod)[0], _branches(block.img_mod)[0]
+        return Following(text, block.txt_attn.qkv), Following(image, block.img_attn.qkv)
     (branch,) = _branches(block.modulation)  # type: ignore[arg-type]
-    return branch, branch
-
-
-def _norm(x: Tensor, branch: FoldedBranch) -> Tensor:
-    return layer_norm(x, branch.weight, branch.bias, EPS)
-
-
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    first, _, second = mlp.children()
-    return second(gelu_quantize(first(x)))
+    following = Following(branch, getattr(block, "linear1", None))  # a trimmed block has two linears in its place
+    return following, following

@@ -25,6 +25,7 @@ OPERATIONS = (
     "qk_norm_rope",
     "group_norm_silu",
     "gated_residual",
+    "quantize",
     "gelu_quantize",
     "attention",
 )

@@ -36,7 +36,10 @@ def test_layer_norm(device: str, batch: int, tokens: int, hidden: int) -> None:
     x = noise(batch, tokens + 2, hidden + 5, device=device)[:, 2:, 3 : 3 + hidden]
     assert tokens * hidden == 1 or not x.is_contiguous()
     gain, offset = affine(hidden, device)
-    close(kernel.layer_norm(x, gain, offset, EPS), reference.layer_norm(x.double(), gain, offset, EPS))
+    close(
+        kernel.layer_norm(x, gain, offset, EPS, x.dtype),
+        reference.layer_norm(x.double(), gain, offset, EPS, torch.float64),
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -45,9 +48,9 @@ def test_layer_norm_types(device: str, dtype: Any) -> None:
     x = 20 + noise(1, 4, 96, device=device, dtype=dtype)  # a large mean
     gain, offset = affine(96, device)
     plain = stored(torch.nn.functional.layer_norm(x.float(), (96,), gain, offset, EPS), dtype, device)
-    actual = kernel.layer_norm(x, gain, offset, EPS)
+    actual = kernel.layer_norm(x, gain, offset, EPS, dtype)
     assert actual.dtype == dtype
-    assert_as_good(actual, plain, reference.layer_norm(x.double(), gain, offset, EPS))
+    assert_as_good(actual, plain, reference.layer_norm(x.double(), gain, offset, EPS, torch.float64))
 
 
 def rope(tokens: int, size: int, device: str) -> tuple[Any, Any]:
@@ -142,7 +145,7 @@ def test_references_equal_the_network(dtype: Any) -> None:
     )
     tokens = torch.randn(2, 7, 64)
     expected = torch.nn.functional.layer_norm(tokens.double(), (64,), gain.double(), offset.double(), EPS)
-    actual = operation("layer_norm")[1].layer_norm(tokens.to(dtype), gain, offset, EPS)
+    actual = operation("layer_norm")[1].layer_norm(tokens.to(dtype), gain, offset, EPS, dtype)
     assert actual.dtype == dtype
     bound = 2.0 * torch.finfo(dtype).eps
     assert error(actual, expected) <= max(bound, 1e-6)
@@ -162,8 +165,8 @@ def test_wrappers_refuse_wrong_layouts(device: str) -> None:
     gain, offset = affine(8, device)
     tables = rope(3, 8, device)
     wrong = [
-        lambda: layer_norm(noise(1, 3, 16, device=device)[..., ::2], gain, offset, EPS),
-        lambda: layer_norm(noise(1, 3, 8, device=device), gain.double(), offset, EPS),
+        lambda: layer_norm(noise(1, 3, 16, device=device)[..., ::2], gain, offset, EPS, torch.float32),
+        lambda: layer_norm(noise(1, 3, 8, device=device), gain.double(), offset, EPS, torch.float32),
         lambda: qk_norm_rope(noise(1, 3, 15, device=device), gain, offset, *tables, 1, EPS),
         lambda: qk_norm_rope(noise(1, 4, 24, device=device), gain, offset, *tables, 1, EPS),
         lambda: group_norm_silu(noise(1, 8, 4, 3, device=device), gain, offset, 4, EPS, True),

@@ -28,8 +28,8 @@ def test_gated_residual(device: str, batch: int, tokens: int, hidden: int, gated
     x, update = (inner(batch, tokens, hidden, device=device, seed=seed) for seed in (5, 6))
     gain, offset = affine(hidden, device)
     gate = noise(hidden, device=device, seed=7) if gated else None
-    exact, exact_normed = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS)
-    residual, normed = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS)
+    exact, exact_normed = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS, torch.float64)
+    residual, normed = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS, x.dtype)
     close(residual, exact)
     close(normed, exact_normed)
     alone = kernel.gated_residual(x, update, gate)
@@ -47,8 +47,8 @@ def test_gated_residual_types(device: str, dtype: Any) -> None:
     gate = noise(96, device=device, seed=7)
     plain = stored(x + gate * update, dtype, device)
     plain_normed = stored(torch.nn.functional.layer_norm(plain.float(), (96,), gain, offset, EPS), dtype, device)
-    exact = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS)
-    actual = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS)
+    exact = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS, torch.float64)
+    actual = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS, x.dtype)
     for got, ordinary, expected in zip(actual, (plain, plain_normed), exact, strict=True):
         assert got.dtype == dtype
         assert_as_good(got, ordinary, expected)
@@ -138,9 +138,53 @@ def test_gelu_into_a_wider_buffer(device: str, target: Any) -> None:
     assert not joint[..., :20].float().any()
 
 
+@pytest.mark.parametrize("target", list(QUANTIZED))
+@pytest.mark.parametrize("source", FLOATS)
+def test_quantize(device: str, source: Any, target: Any) -> None:
+    """Into a part of a wider buffer; NaN, infinity, saturation and ties included."""
+    interpretable(device, target)
+    kernel, reference = operation("quantize")
+    x = inner(2, 3, 300, device=device, dtype=source)
+    x[0, 0, :5] = torch.tensor([-300.0, torch.inf, torch.nan, 2.5, 3.5])
+    joint = torch.zeros((2, 3, 320), dtype=torch.float32, device=device).to(target)
+    actual, exact = kernel.quantize(x, target, 1.0, joint[..., 20:]), reference.quantize(x, target, 1.0, None)
+    assert actual.data_ptr() == joint[..., 20:].data_ptr()
+    assert torch.equal(actual.view(torch.uint8), exact.view(torch.uint8))
+    assert not joint[..., :20].float().any()
+    limit = QUANTIZED[target]
+    assert actual[0, 0, :2].float().tolist() == [-min(300, limit) if target == torch.int8 else -288.0, limit]
+    assert actual[0, 0, 3:5].float().tolist() == ([2.0, 4.0] if target == torch.int8 else [2.5, 3.5])
+
+
+@pytest.mark.parametrize("target", list(QUANTIZED))
+@pytest.mark.parametrize("source", FLOATS)
+def test_norms_in_8_bits(device: str, source: Any, target: Any) -> None:
+    """The norm of the sum, rounded once: at most a step from the reference, and most of it equal."""
+    interpretable(device, target)
+    x, update = (noise(2, 3, 96, device=device, dtype=source, seed=seed) for seed in (1, 2))
+    gain, offset = affine(96, device)
+    scale = QUANTIZED[target] / 2  # a few values saturate
+    pairs = []
+    for name, given in (("layer_norm", (x,)), ("gated_residual", (x, update, None))):
+        kernel, reference = operation(name)
+        call = "layer_norm" if name == "layer_norm" else "residual_layer_norm"
+        arguments = (*given, gain, offset, EPS, target, scale)
+        actual, exact = getattr(kernel, call)(*arguments), getattr(reference, call)(*arguments)
+        pairs.append((actual, exact) if name == "layer_norm" else (actual[1], exact[1]))
+    for actual, exact in pairs:
+        assert actual.dtype == exact.dtype == target
+        assert (actual.float().abs() == QUANTIZED[target]).any()
+        same = actual.view(torch.uint8) == exact.view(torch.uint8)
+        assert same.float().mean() > 0.998  # float32 may fall on the other side of a tie
+        step = torch.where(same, 0, actual.double() - exact.double()).abs()
+        assert (step <= torch.maximum(exact.double().abs() / 8, torch.tensor(1.0))).all()
+
+
 def test_public_names_on_a_cpu() -> None:
     from densegeo.kernels.gated_residual import gated_residual, residual_layer_norm
     from densegeo.kernels.gelu_quantize import gelu_quantize
+    from densegeo.kernels.layer_norm import layer_norm
+    from densegeo.kernels.quantize import quantize
 
     x, update = noise(1, 3, 16, device="cpu"), noise(1, 3, 16, device="cpu", seed=1)
     gain, offset = affine(16, "cpu")
@@ -151,6 +195,9 @@ def test_public_names_on_a_cpu() -> None:
     joint = torch.zeros(1, 3, 20, dtype=torch.int8)
     assert gelu_quantize(x, inverse_scale=20.0, out=joint[..., 4:]).dtype == torch.int8
     assert joint.any()
+    assert torch.equal(quantize(x, torch.int8, 20.0, out=joint[..., 4:]), (20 * x).round().to(torch.int8))
+    assert layer_norm(x, gain, offset, dtype=torch.int8, inverse_scale=9.0).dtype == torch.int8
+    assert residual_layer_norm(x, update, None, gain, offset, dtype=FP8, inverse_scale=9.0)[1].dtype == FP8
     assert error(gelu_quantize(x), torch.nn.functional.gelu(x, approximate="tanh")) < 1e-6
 
 
@@ -162,11 +209,13 @@ def test_wrappers_refuse_wrong_layouts(device: str) -> None:
         lambda: residual.gated_residual(x, x[:, :2], None),
         lambda: residual.gated_residual(x, x.bfloat16(), None),
         lambda: residual.gated_residual(x, x, gain.double()),
-        lambda: residual.residual_layer_norm(x, x, None, gain[:4], gain, EPS),
+        lambda: residual.residual_layer_norm(x, x, None, gain[:4], gain, EPS, torch.float32),
         lambda: gelu.gelu_quantize(x.mT, torch.float32, 1.0, None),
         lambda: gelu.gelu_quantize(x, torch.float32, 2.0, None),
         lambda: gelu.gelu_quantize(x, torch.float32, 1.0, x[:, :2]),
         lambda: gelu.gelu_quantize(x, torch.int8, 1.0, torch.empty_like(x)),
+        lambda: operation("quantize")[0].quantize(x, torch.float32, 1.0, None),
+        lambda: operation("quantize")[0].quantize(x.mT, torch.int8, 1.0, None),
     ]
     for call in wrong:
         with pytest.raises(AssertionError):

@@ -11,8 +11,9 @@ from torch import Tensor, nn  # noqa: E402
 
 from densegeo.models import fe2e, rewrites  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
-from densegeo.models.precision import cast  # noqa: E402
+from densegeo.models.precision import DTYPES, cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
+from densegeo.models.quantized import FORMATS, LinearPlan, QuantizedLinear, quantize_block  # noqa: E402
 from densegeo.models.reference import relative  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse_norms  # noqa: E402
@@ -66,6 +67,44 @@ def test_low_precision_is_no_worse_than_the_plain_modules(files: Files, device: 
     plain = run(pipeline(files, (), "bf16").denoiser, latent(), device)
     fused = run(FusedTransformer(pipeline(files, (), "bf16").denoiser.to(device)), latent(), device)
     assert relative(fused, exact) <= 2 * relative(plain, exact)
+
+
+def quantized(files: Files, kind: str, without: tuple[str, ...], base: str = "fp32") -> Pipeline:
+    """Every linear of the blocks in 8 bits."""
+    loaded = pipeline(files, without)
+    names = [name for name, module in loaded.denoiser.named_modules() if isinstance(module, nn.Linear)]
+    plans = {name: LinearPlan(20.0) for name in names if loaded.denoiser.quantizable(name)}
+    for name, block in loaded.denoiser.blocks():
+        quantize_block(block, name, plans, FORMATS[kind], DTYPES[base])
+    return cast(loaded, base)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("without", [(), ("constants", "trim")])
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_kernels_write_what_quantized_linears_take(
+    files: Files, kind: str, without: tuple[str, ...], base: str, device: str
+) -> None:
+    """8-bit inputs come from the kernel before; only linears that share theirs quantize for themselves."""
+    if device != "cpu" and (kind, base) == ("fp8", "fp32"):
+        pytest.skip("the hardware's fp8 products give bf16")
+    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
+    plain = run(quantized(files, kind, without, base).denoiser, latent(), device)
+    model = quantized(files, kind, without, base).denoiser.to(device)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    wide: set[str] = set()
+    for name, module in linears.items():
+        module.register_forward_pre_hook(
+            lambda module, given, name=name: wide.add(name) if given[0].dtype != module.weight.dtype else None
+        )
+    fused = run(FusedTransformer(model), latent(), device)
+    first = {"double_blocks.0.img_attn.qkv"} if "double_blocks.0.img_attn.qkv" in linears else set()
+    last = {"single_blocks.2.key_value", "single_blocks.2.query_mlp"}
+    assert len(linears) > 15
+    assert wide == (set() if without else (first | last) & set(linears))
+    assert relative(fused, exact) <= 2 * relative(plain, exact)
+    assert relative(fused, plain) <= relative(plain, exact)
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])

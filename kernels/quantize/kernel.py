@@ -1,0 +1,74 @@
+"""`quantize` in one pass: a program makes a run of one token's features. `rounded` also ends other kernels."""
+
+import torch
+import triton
+import triton.language as tl
+
+from densegeo.kernels.contract import Axis, programs
+from densegeo.kernels.launch import OPTIONS, assert_small
+
+BLOCK_F = 2048  # features a program
+GRID = (Axis("tokens"), Axis("features", BLOCK_F), Axis("batch"))
+LIMITS = {torch.float8_e4m3fn: 448, torch.int8: 127}  # largest magnitude of the quantized types
+TO_INTEGER = tl.constexpr(1.5 * 2**23)  # adding it to a float32 below 2^22 rounds to an integer, ties to even
+
+
+@triton.jit
+def rounded(value, inverse_scale, LIMIT: tl.constexpr):
+    """float32 values that only have to be converted to a type of 8 bits, which LIMIT tells; as they are for LIMIT 0."""
+    if LIMIT > 0:
+        value *= inverse_scale
+        value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))  # NaN stays
+    if LIMIT == 127:  # int8
+        value = tl.where(value == value, value, 0.0) + TO_INTEGER - TO_INTEGER
+    return value
+
+
+@triton.jit
+def quantize_kernel(
+    x,  # (batch, tokens, features)
+    result,  # as x
+    tokens,
+    features,
+    x_batch_stride,
+    x_token_stride,
+    result_batch_stride,
+    result_token_stride,
+    inverse_scale,
+    LIMIT: tl.constexpr,  # largest magnitude of the result
+    BLOCK_F: tl.constexpr,
+):
+    token = tl.program_id(0)
+    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    picture = tl.program_id(2)
+    mask = feature < features
+    source = x + picture * x_batch_stride + token * x_token_stride + feature
+    value = rounded(tl.load(source, mask=mask, other=0.0).to(tl.float32), inverse_scale, LIMIT)
+    target = result + picture * result_batch_stride + token * result_token_stride + feature
+    tl.store(target, value.to(result.dtype.element_ty), mask=mask)
+
+
+def quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None) -> torch.Tensor:
+    """See `densegeo.kernels.quantize.quantize`."""
+    batch, tokens, features = x.shape
+    result = torch.empty((batch, tokens, features), dtype=dtype, device=x.device) if out is None else out
+    assert result.shape == x.shape
+    assert result.dtype == dtype
+    assert x.stride(2) == result.stride(2) == 1
+    assert dtype in LIMITS
+    assert_small(x, result)
+    quantize_kernel[programs(GRID, tokens=tokens, features=features, batch=batch)](
+        x,
+        result,
+        tokens,
+        features,
+        x.stride(0),
+        x.stride(1),
+        result.stride(0),
+        result.stride(1),
+        inverse_scale,
+        LIMIT=LIMITS[dtype],
+        BLOCK_F=BLOCK_F,
+        **OPTIONS,
+    )
+    return result
