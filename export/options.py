@@ -57,6 +57,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         batches = tuple(sorted({*self.batches} - {1}))
         if any(not 1 <= batch <= MOST for batch in batches):
             raise ConfigError(f"--batch must be 1 to {MOST} images, not {', '.join(map(str, batches))}")
+        odd = [f"{width}x{height}" for width, height in sizes if width % 8 or height % 8]
+        if batches and odd:
+            raise ConfigError(f"--batch needs sides that are multiples of 8, unlike {', '.join(odd)}")
         if batches and "guidance" in self.without:
             raise ConfigError("--batch needs the rewrite guidance, whose two prompts fill the batch otherwise")
         return msgspec.structs.replace(self, sizes=sizes, batches=batches, engines=engines, base=base)

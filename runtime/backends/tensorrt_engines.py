@@ -270,11 +270,10 @@ class Network:
     def download(self, array: DeviceArray) -> NDArray[np.float32]:
         """A device array as an array of its own on the host."""
         size = FLOAT * _count(array.shape)
-        if self._pinned.size < size:
-            self._pinned = self._memory.pinned_buffer(size)
-        self._memory.to_host(self._pinned, array.pointer, size)
+        pinned = self._pinned_for(size)
+        self._memory.to_host(pinned, array.pointer, size)
         self._memory.stream.sync()
-        result: NDArray[np.float32] = host_view(self._pinned, size).view(np.float32).reshape(array.shape).copy()
+        result: NDArray[np.float32] = host_view(pinned, size).view(np.float32).reshape(array.shape).copy()
         return result
 
     def outputs(self, index: int, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
@@ -384,11 +383,16 @@ class Network:
         return graph
 
     def _stage(self, data: NDArray[np.uint8], target: Any) -> None:
-        if self._pinned.size < data.size:
-            self._pinned = self._memory.pinned_buffer(data.size)
-        self._memory.stream.sync()  # the last copy out of the pinned buffer has ended
-        host_view(self._pinned, data.size)[:] = data
-        self._memory.to_device(int(target.handle), self._pinned, data.size)
+        pinned = self._pinned_for(data.size)
+        host_view(pinned, data.size)[:] = data
+        self._memory.to_device(int(target.handle), pinned, data.size)
+
+    def _pinned_for(self, size: int) -> Any:
+        """The pinned buffer, large enough, once the last copy that it is part of has ended."""
+        self._memory.stream.sync()
+        if self._pinned.size < size:
+            self._pinned = self._memory.pinned_buffer(size)
+        return self._pinned
 
     def _address(self, name: str) -> int:
         return int(self._buffers[name].handle)

@@ -151,11 +151,15 @@ def test_a_batch_of_mixed_up_images_fails_verification(build: Build) -> None:
         ({"batches": (0,)}, "--batch must be 1 to 64 images, not 0"),
         ({"batches": (65,)}, "--batch must be 1 to 64 images, not 65"),
         ({"batches": (2,), "without": ("guidance",)}, "--batch needs the rewrite guidance"),
+        (
+            {"model": "fiffdepth", "batches": (2,), "sizes": ((70, 45),), "any_size": True},
+            "--batch needs sides that are multiples of 8, unlike 70x45",
+        ),
     ],
 )
 def test_impossible_batches_are_refused(others: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        BuildOptions(model="fe2e", output=tmp_path, **others).validated()
+        BuildOptions(**{"model": "fe2e", "output": tmp_path} | others).validated()
 
 
 def test_one_image_a_batch_is_the_default(tmp_path: Path) -> None:
