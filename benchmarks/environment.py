@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from densegeo.files import atomic_write
+
 
 def environment(distributions: Iterable[str]) -> dict[str, Any]:
     """Machine, versions of `distributions` (those installed), commit of this checkout and the command line."""
@@ -50,8 +52,6 @@ def commit() -> str | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    """Indented JSON; a reader never sees half a file."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")

@@ -35,6 +35,7 @@ from densegeo.cli import guarded
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.export.command import parse_size
 from densegeo.export.sources import Given, resolve
+from densegeo.files import atomic_write
 from densegeo.models import fe2e
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
@@ -90,9 +91,9 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> N
     """
     if path.exists():
         return
-    partial = path.with_suffix(".partial")
     generator = torch.Generator().manual_seed(seed)
-    with SafetensorsWriter(partial, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}) as writer:
+    kinds = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    with atomic_write(path) as partial, SafetensorsWriter(partial, kinds) as writer:
         for name, shape in track(shapes.items(), description=path.name):
             noise = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
             if len(shape) > 1:
@@ -102,7 +103,6 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> N
             else:
                 noise *= 0.1
             writer.write(name, noise)
-    partial.rename(path)
 
 
 def measure(command: list[str], log: Path) -> Measured:

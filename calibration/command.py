@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -31,6 +30,7 @@ from densegeo.calibration.plan import (
 )
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, ImageError
+from densegeo.files import atomic_write
 from densegeo.inputs import find_images
 from densegeo.models.quantized import FORMATS
 from densegeo.models.rewrites import Pipeline
@@ -113,21 +113,17 @@ def calibrate(
     pictures = [] if stream else _pictures(found, manifest)
     plan = make_plan(pipeline, manifest, statistics, pictures, kind, method, budget, everything, console)
     path = plan_file(folder, kind)
-    _write(path, msgspec.json.format(msgspec.json.encode(plan)))
+    with atomic_write(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
     if plan.sensitivity:
-        _write(path.with_name(f"sensitivity-{kind}.svg"), draw(plan).encode())
+        with atomic_write(path.with_name(f"sensitivity-{kind}.svg")) as partial:
+            partial.write_text(draw(plan))
     print_plan(plan, console)
     console.print(
         f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder}",
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LinearInputs:

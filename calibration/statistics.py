@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 
 from densegeo.calibration.histogram import Histogram
 from densegeo.errors import QuantizationError
+from densegeo.files import atomic_write
 from densegeo.runtime.bundle import Manifest
 
 FILE = "statistics.safetensors"
@@ -87,10 +87,8 @@ class Statistics:
         tensors |= {f"counts.{name}": histogram.counts for name, histogram in self.histograms.items()}
         limits = {name: (histogram.limit, histogram.peak) for name, histogram in self.histograms.items()}
         header = _Header(self.identity, self.smooth, self.measured, self.counted, limits)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, partial, metadata={_KEY: msgspec.json.encode(header).decode()})
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, metadata={_KEY: msgspec.json.encode(header).decode()})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from densegeo.errors import ImageError, ResourceError
+from densegeo.files import atomic_write
 
 BUNDLE = Path("out/fe2e-tiny")
 RESULTS = Path("out/demo")
@@ -111,8 +111,8 @@ def run(build: Callable[[Path, Console], Path], bundle: Path = BUNDLE, results: 
             files.append(results / f"{photo.stem}.jpg")
             image.save(files[-1], quality=92)
         sheet = stack([g.visualize(image) for (_, image), g in zip(photos, geometries, strict=True)])
-        sheet.save(picture.with_suffix(".tmp.png"))
-        os.replace(picture.with_suffix(".tmp.png"), picture)
+        with atomic_write(picture) as partial:
+            sheet.save(partial)
         (results / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n")
     except OSError as error:
         raise ResourceError(f"Cannot write to {results}: {error.strerror or error}.") from error

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from densegeo.errors import CheckpointError
+from densegeo.files import atomic_write
 from densegeo.runtime.bundle import sha256_file
 
 
@@ -67,8 +68,6 @@ def _cached(kind: str, digest: str, make: Callable[[], Mapping[str, Tensor]]) ->
     path = folder / f"{digest}.safetensors"
     if not path.is_file():
         tensors = dict(make())
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{digest}.{os.getpid()}"
-        save_file(tensors, partial)
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial)
     return path

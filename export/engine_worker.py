@@ -6,7 +6,6 @@ output in JSON lines: {"phase", "done", "total"} on the way, and at the end a Re
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from densegeo.files import atomic_write
 
 GIB = 1 << 30
 
@@ -60,8 +61,9 @@ def main(spec: Spec) -> None:
         data = builder.build_serialized_network(network, config)
         if data is None:
             fail(logger.last_error or "the builder gave no engine and no reason")
-        write(Path(spec.engine), memoryview(data))
-        write(Path(spec.timing_cache), memoryview(cache.serialize()))
+        for path, content in ((spec.engine, data), (spec.timing_cache, cache.serialize())):
+            with atomic_write(Path(path)) as partial:
+                partial.write_bytes(memoryview(content))
         result = Result(seconds=time.monotonic() - started, peak_bytes=_peak(), engine_bytes=data.nbytes)
     report(msgspec.to_builtins(result))
 
@@ -133,13 +135,6 @@ def _monitor(trt: Any) -> Any:
             self.totals.pop(phase_name, None)
 
     return Monitor()
-
-
-def write(path: Path, data: memoryview) -> None:
-    """Write under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _peak() -> int:

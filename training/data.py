@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
+from densegeo.files import atomic_write
 from densegeo.training.render import View, view
 
 CHUNK = 250  # views a file
@@ -81,9 +81,8 @@ def render_chunks(folder: Path, seed: int, split: str, count: int, size: tuple[i
                 views.append(next(rendered))
                 progress.advance(task)
             rgb, depth, normals = (np.stack(part) for part in zip(*views, strict=True))
-            temporary = file.with_suffix(".tmp.npz")
-            np.savez(temporary, rgb=rgb, depth=depth, normals=normals)
-            os.replace(temporary, file)
+            with atomic_write(file) as partial:
+                np.savez(partial, rgb=rgb, depth=depth, normals=normals)
     return files
 
 

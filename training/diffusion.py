@@ -8,7 +8,6 @@ normals' latent.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from densegeo.files import atomic_write
 from densegeo.models.fe2e import collapse_guidance, merge_padding
 from densegeo.models.layers import Modulation
 from densegeo.models.presets import TINY_TEXT_TOKENS, TINY_TRANSFORMER, TINY_VALID_TOKENS
@@ -94,8 +94,8 @@ def encode(vae: VAE, files: list[Path], folder: Path, device: torch.device, mirr
                 with autocast(device):
                     latent = encoder(images.contiguous(memory_format=torch.channels_last))
                 latents.append(latent.unflatten(0, (3, -1)).half().cpu())
-            save_file({"latents": torch.cat(latents, dim=1).numpy()}, cached.with_suffix(".tmp"))
-            os.replace(cached.with_suffix(".tmp"), cached)
+            with atomic_write(cached) as partial:
+                save_file({"latents": torch.cat(latents, dim=1).numpy()}, partial)
         parts.append(torch.from_numpy(load_file(cached)["latents"]))
     return torch.cat(parts, dim=1)
 

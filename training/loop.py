@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from densegeo.files import atomic_write
 from densegeo.training.data import batches
 
 Loss = Callable[[NDArray[np.int64], int], dict[str, Tensor]]  # batch of indices, step -> named terms; "loss" is the sum
@@ -110,8 +110,8 @@ def fit(
                     "step": step + 1,
                     "history": history,
                 }
-                torch.save(state, file.with_suffix(".tmp"))
-                os.replace(file.with_suffix(".tmp"), file)
+                with atomic_write(file) as partial:
+                    torch.save(state, partial)
                 _curve(name, names, np.array(history), folder)
     return average.values
 

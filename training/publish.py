@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from densegeo.files import atomic_write
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.prompt import Prompt
 from densegeo.models.transformer import Transformer
@@ -22,7 +22,6 @@ TEXT_LIMIT = 2.0**14  # of text tokens' magnitude: fp16 ends at 65,504
 
 def write(transformer: Transformer, vae: VAE, prompt: Prompt, directory: Path) -> list[Path]:
     """Write transformer, autoencoder and prompt; each file appears whole or not at all. Returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
     transformer = copy.deepcopy(transformer)
     rescale_text(transformer)
     modules: dict[str, nn.Module] = {"dit": transformer, "vae": vae}
@@ -32,13 +31,12 @@ def write(transformer: Transformer, vae: VAE, prompt: Prompt, directory: Path) -
         state = {
             key: value.detach().cpu().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()
         }
-        save_file(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        with atomic_write(file) as partial:
+            save_file(state, partial)
         files.append(file)
     file = directory / AUTHORS_FILES["prompt"][0]
-    with open(file.with_suffix(".tmp"), "wb") as stream:
-        np.savez(stream, embeds=prompt.embeds[None], masks=prompt.mask[None].astype(np.int64))
-    os.replace(file.with_suffix(".tmp"), file)
+    with atomic_write(file) as partial:
+        np.savez(partial, embeds=prompt.embeds[None], masks=prompt.mask[None].astype(np.int64))
     return [*files, file]
 
 
