@@ -23,8 +23,13 @@ def test_the_file_takes_its_place_at_the_end(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "result.json"
     target.write_text("old")
-    with pytest.raises(type(error)), atomic_write(target) as partial:
-        partial.write_text("half")
-        raise error
+
+    def interrupted() -> None:
+        with atomic_write(target) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
