@@ -9,7 +9,6 @@ from typing import Any
 from densegeo.kernels.attention import kernel as attention
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.gated_residual import kernel as gated_residual
-from densegeo.kernels.gelu_quantize import kernel as gelu_quantize
 from densegeo.kernels.group_norm_silu import kernel as group_norm_silu
 from densegeo.kernels.launch import WARPS
 from densegeo.kernels.layer_norm import kernel as layer_norm
@@ -197,14 +196,13 @@ def _gated_residual(kind: str, gated: bool, norm: bool, target: str = "", hidden
     )
 
 
-def _features(name: str, kernel: Any, source: str, target: str) -> Variant:
-    """A kernel of single features: `quantize` or `gelu_quantize`."""
+def _quantize(source: str, target: str, gelu: bool) -> Variant:
     strides = tuple(f"{tensor}_{axis}_stride" for tensor in ("x", "result") for axis in ("batch", "token"))
     return Variant(
-        name=f"{name}.{source}_{target}",
-        kernel=kernel,
+        name=f"{'gelu_quantize' if gelu else 'quantize'}.{source}_{target}",
+        kernel=quantize.quantize_kernel,
         types=_types({"x": source, "result": target}, ("tokens", "features", *strides), ("inverse_scale",)),
-        constants={"LIMIT": LIMITS.get(target, 0), "BLOCK_F": quantize.BLOCK_F},
+        constants={"GELU": gelu, "LIMIT": LIMITS.get(target, 0), "BLOCK_F": quantize.BLOCK_F},
         grid=quantize.GRID,
         aligned=("x", "result", "features", *strides),
     )
@@ -304,10 +302,10 @@ def _rows() -> Iterator[Variant]:
         for gated in (False, True):
             for norm in (False, True):
                 yield _gated_residual(kind, gated, norm)
-        yield _features("gelu_quantize", gelu_quantize.gelu_quantize_kernel, kind, kind)
+        yield _quantize(kind, kind, gelu=True)
         for target in LIMITS if kind != "fp32" else ():
-            yield _features("gelu_quantize", gelu_quantize.gelu_quantize_kernel, kind, target)
-            yield _features("quantize", quantize.quantize_kernel, kind, target)
+            yield _quantize(kind, target, gelu=True)
+            yield _quantize(kind, target, gelu=False)
             yield _layer_norm(kind, target)
             yield _gated_residual(kind, False, True, target)
         for size in (32, 128):  # a head of fe2e-tiny and of fe2e

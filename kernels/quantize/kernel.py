@@ -1,4 +1,7 @@
-"""`quantize` in one pass: a program makes a run of one token's features. `rounded` also ends other kernels."""
+"""`quantize` and `gelu_quantize` in one pass: a program makes a run of one token's features.
+
+`rounded` also ends other kernels.
+"""
 
 import torch
 import triton
@@ -34,8 +37,9 @@ def quantize_kernel(
     x_token_stride,
     result_batch_stride,
     result_token_stride,
-    inverse_scale,
-    LIMIT: tl.constexpr,  # largest magnitude of the result
+    inverse_scale,  # not read without LIMIT
+    GELU: tl.constexpr,
+    LIMIT: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
     BLOCK_F: tl.constexpr,
 ):
     token = tl.program_id(0)
@@ -43,19 +47,30 @@ def quantize_kernel(
     picture = tl.program_id(2)
     mask = feature < features
     source = x + picture * x_batch_stride + token * x_token_stride + feature
-    value = rounded(tl.load(source, mask=mask, other=0.0).to(tl.float32), inverse_scale, LIMIT)
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if GELU:  # 1 + tanh(u) = 2 / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        value = value / (1 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
+    value = rounded(value, inverse_scale, LIMIT)
     target = result + picture * result_batch_stride + token * result_token_stride + feature
     tl.store(target, value.to(result.dtype.element_ty), mask=mask)
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None) -> torch.Tensor:
     """See `densegeo.kernels.quantize.quantize`."""
+    assert dtype in LIMITS
+    return launch(x, dtype, inverse_scale, out, gelu=False)
+
+
+def launch(
+    x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None, *, gelu: bool
+) -> torch.Tensor:
+    """x (B, T, F) -> itself or its GELU, in `dtype`, in `out`."""
     batch, tokens, features = x.shape
     result = torch.empty((batch, tokens, features), dtype=dtype, device=x.device) if out is None else out
     assert result.shape == x.shape
     assert result.dtype == dtype
     assert x.stride(2) == result.stride(2) == 1
-    assert dtype in LIMITS
+    assert dtype in LIMITS or inverse_scale == 1
     assert_small(x, result)
     quantize_kernel[programs(GRID, tokens=tokens, features=features, batch=batch)](
         x,
@@ -67,7 +82,8 @@ def quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: tor
         result.stride(0),
         result.stride(1),
         inverse_scale,
-        LIMIT=LIMITS[dtype],
+        GELU=gelu,
+        LIMIT=LIMITS.get(dtype, 0),
         BLOCK_F=BLOCK_F,
         **OPTIONS,
     )
