@@ -48,7 +48,7 @@ class DeviceNetwork:
         self._decode, self._bucket, self._size = decode, bucket, (bucket.width, bucket.height)
         self._device, self._recorder, self._most = device, recorder, MOST
         self._replays: dict[int, Replay] = {}
-        self.recorded(1)
+        self._largest(1)
 
     def recorded(self, count: int) -> Replay:
         """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (pictures * count,
@@ -88,10 +88,14 @@ class DeviceNetwork:
             try:
                 return self.recorded(size), size
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size > 1:
+                    log.warning("%dx%d: no memory for %d images at once, %d from now on", *self._size, size, size // 2)
+                    self._most = size = size // 2
+                elif self._parts > 1:
+                    log.warning("%dx%d: no memory for an image's pictures at once, one by one from now on", *self._size)
+                    self._parts = 1
+                else:
                     raise
-                log.warning("%dx%d: no memory for %d images at once, %d from now on", *self._size, size, size // 2)
-                self._most = size = size // 2
                 torch.cuda.empty_cache()
 
     def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,3 +283,31 @@ def test_a_group_without_memory_is_run_in_smaller_ones(
         monkeypatch.setattr(network, "recorded", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
         with pytest.raises(BackendError, match="none"):
             backend.estimate(bucket, [image], [place_])
+
+
+def test_pictures_without_memory_are_decoded_one_by_one(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = np.random.default_rng(5).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    with Estimator(built["fp32"], "torch", "cpu") as estimator:
+        backend, bucket = estimator._backend, estimator.manifest.buckets[0]
+        where = place(bucket, (90, 60), "stretch")
+        ((prediction, normals),) = backend.estimate(bucket, [image], [where])
+        network = backend._network(bucket)
+        vae, sizes = network._vae, []
+
+        def small(latents: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(latents))
+            if len(latents) > 1:
+                raise torch.OutOfMemoryError("no memory")
+            return vae.decoder(latents)
+
+        network._replays.clear()
+        monkeypatch.setattr(network, "_vae", SimpleNamespace(encoder=vae.encoder, decoder=small))
+        with caplog.at_level(logging.WARNING, "densegeo"):
+            ((again, others),) = backend.estimate(bucket, [image], [where])
+        assert sizes[0] == 2
+        assert set(sizes[1:]) == {1}
+        assert caplog.text.count("one by one from now on") == 1
+        assert np.linalg.norm(again - prediction) <= 1e-5 * np.linalg.norm(prediction)
+        assert np.linalg.norm(others - normals) <= 1e-4 * np.linalg.norm(normals)
