@@ -44,11 +44,11 @@ from densegeo.runtime.bundle import (
     Check,
     Decode,
     FileDigest,
-    Graph,
     Manifest,
     Networks,
     Source,
     Verification,
+    bucket_name,
     check_files,
     read_manifest,
     sha256_file,
@@ -134,7 +134,7 @@ def _build_into(
     applied = rewrites.select(family.rewrites, options.without)
     of_a_bucket = len(STAGES) * (1 + options.groups) + 1
     of_a_size = 1 + bool(quantizer.linears) + of_a_bucket * (1 + len(options.batches))
-    steps = progress.add_task("loading", total=4 + of_a_size * len(options.sizes) + bool(options.architectures))
+    steps = progress.add_task("loading", total=3 + of_a_size * len(options.sizes) + bool(options.architectures))
 
     def step(what: str) -> None:
         progress.update(steps, description=what, advance=1)
@@ -256,8 +256,7 @@ def _export_bucket(
     """Write the three graphs of a size, to which the pipeline is set, for `batch` images at once."""
     (width, height), channels = size, pipeline.vae.config.z_channels
     latent = (channels, height // 8, width // 8)
-    none = Graph("", [], [], 0, 0, 0)
-    name = Bucket(width, height, none, none, none, batch).name
+    name = bucket_name(width, height, batch)
     examples = {
         "encoder": ("rgb", "latent", torch.zeros(batch, 3, height, width)),
         "denoiser": ("latent", "output", torch.zeros(batch, *latent)),

@@ -44,6 +44,11 @@ class Graph(Record, frozen=True):
     flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
 
 
+def bucket_name(width: int, height: int, batch: int = 1) -> str:
+    """ "1024x768"; "1024x768_b4" of four images at once."""
+    return f"{width}x{height}" + (f"_b{batch}" if batch > 1 else "")
+
+
 class Bucket(Record, frozen=True):
     """One fixed image size, and three graphs that take `batch` images of it at once (B below).
 
@@ -63,12 +68,12 @@ class Bucket(Record, frozen=True):
     @property
     def size(self) -> str:
         """As people write it: "1024x768"."""
-        return f"{self.width}x{self.height}"
+        return bucket_name(self.width, self.height)
 
     @property
     def name(self) -> str:
-        """What tells it from the bundle's others: "1024x768", "1024x768_b4" of four images."""
-        return self.size if self.batch == 1 else f"{self.size}_b{self.batch}"
+        """What tells it from the bundle's others, see `bucket_name`."""
+        return bucket_name(self.width, self.height, self.batch)
 
 
 class Decode(Record, frozen=True, kw_only=True):
