@@ -21,8 +21,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from densegeo.export.build import build_bundle  # noqa: E402
+from densegeo.export.cubins import write_cubins  # noqa: E402
 from densegeo.export.options import BuildOptions  # noqa: E402
 from densegeo.export.sources import Given  # noqa: E402
+from densegeo.kernels.contract import LaunchContract  # noqa: E402
 from densegeo.kernels.log_dequantize import log_dequantize  # noqa: E402
 from densegeo.kernels.normals import normals  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
@@ -97,8 +99,8 @@ class HostMemory:
 class ReferenceKernels:
     """`cuda_kernels.Kernels`: arguments are held to the compiled kernels' contracts, then the reference runs."""
 
-    def __init__(self, memory: HostMemory, manifest: Manifest) -> None:
-        self._memory, self._contracts = memory, {contract.name: contract for contract in manifest.kernels}
+    def __init__(self, memory: HostMemory, contracts: list[LaunchContract]) -> None:
+        self._memory, self._contracts = memory, {contract.name: contract for contract in contracts}
 
     def launch(self, name: str, stream: Any, values: Mapping[str, float], **extents: int) -> None:
         pack(self._contracts[name], values)
@@ -169,7 +171,7 @@ class GraphStepper:
         self._memory.enqueue(step)
 
 
-def emulated(bundle: Path, manifest: Manifest) -> TensorRTBackend:
+def emulated(bundle: Path, manifest: Manifest, contracts: list[LaunchContract]) -> TensorRTBackend:
     """The backend with its networks over emulated devices; nothing of CUDA is opened."""
     memory = HostMemory()
     backend = TensorRTBackend.__new__(TensorRTBackend)
@@ -178,9 +180,15 @@ def emulated(bundle: Path, manifest: Manifest) -> TensorRTBackend:
     backend._networks = {}
     for bucket in manifest.buckets:
         steppers = {stage: GraphStepper(memory, bundle, bucket, stage) for stage in STAGES}
-        kernels = ReferenceKernels(memory, manifest)
+        kernels = ReferenceKernels(memory, contracts)
         backend._networks[bucket.name] = Network(memory, kernels, manifest, bucket, steppers)  # type: ignore[arg-type]
     return backend
+
+
+@pytest.fixture(scope="module")
+def contracts(tmp_path_factory: pytest.TempPathFactory) -> list[LaunchContract]:
+    """Those of the compiled kernels, as a bundle's manifest holds them."""
+    return write_cubins(tmp_path_factory.mktemp("cubins"), (89,))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +199,6 @@ def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
         given = golden_given(golden) if model == "fe2e" else Given(checkpoint=str(write(folder / "files", CASES[0])))
         options = BuildOptions(
             model=model, output=folder / "bundle", given=given, sizes=(SIZE,), batches=(2,), without=without,
-            architectures=(89,),
         )  # fmt: skip
         return build_bundle(options)
 
@@ -201,14 +208,16 @@ def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.mark.parametrize(
     ("model", "without"), [("fe2e", ()), ("fe2e", ("decoder",)), ("fiffdepth", ()), ("fiffdepth", ("channel-mean",))]
 )
-def test_frames_give_what_the_estimator_gives(model: str, without: tuple[str, ...], build: Build) -> None:
+def test_frames_give_what_the_estimator_gives(
+    model: str, without: tuple[str, ...], build: Build, contracts: list[LaunchContract]
+) -> None:
     """Five images of different sizes, in two batches of two and one alone, against numpy's path around the graphs."""
     bundle = build(model, without)
     manifest = read_manifest(bundle)
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (40 + 3 * i, 60 - i, 3), dtype=np.uint8) for i in range(5)]
     bucket = choose_bucket(manifest.buckets, 64, 48)
-    backend = emulated(bundle, manifest)
+    backend = emulated(bundle, manifest, contracts)
     placements = [place(bucket, (image.shape[1], image.shape[0]), "pad") for image in images]
     results = backend.estimate(bucket, images, placements)
     with Estimator(bundle, "onnxruntime", "cpu", fit="pad") as estimator:
@@ -221,10 +230,10 @@ def test_frames_give_what_the_estimator_gives(model: str, without: tuple[str, ..
             assert np.median(np.abs(found - geometry.normals)) <= 1e-5
 
 
-def test_stages_run_one_by_one(build: Build) -> None:
+def test_stages_run_one_by_one(build: Build, contracts: list[LaunchContract]) -> None:
     bundle = build("fe2e", ("decoder",))
     manifest = read_manifest(bundle)
-    backend = emulated(bundle, manifest)
+    backend = emulated(bundle, manifest, contracts)
     for bucket in manifest.buckets:
         for stage in STAGES:
             graph = getattr(bucket, stage)
