@@ -65,6 +65,7 @@ quantization: $(STAMP)
 
 bench-rewrites: $(STAMP)
 	$(BIN)/python benchmarks/rewrites.py
+	$(BIN)/python benchmarks/rewrites.py --model fiffdepth
 
 accuracy: $(STAMP)
 	$(BIN)/densegeo build --model fe2e-tiny --output out/fe2e-tiny

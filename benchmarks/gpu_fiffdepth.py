@@ -16,13 +16,11 @@ from torch import Tensor
 from densegeo.benchmarks.gpu_kernels import seconds_of
 from densegeo.benchmarks.gpu_models import ERROR_FACTOR, LOW, free
 from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE, SMALL_UNET, SMALL_VAE
-from densegeo.benchmarks.synthetic import fill, random_image, random_prompt
+from densegeo.benchmarks.synthetic import random_fiffdepth, random_image
 from densegeo.benchmarks.timing import flops
 from densegeo.models import fiffdepth, precision, reference, rewrites
 from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.unet import UNet
-from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
@@ -33,14 +31,10 @@ SIDE, GOAL_MS = 512, 12.0  # pixels; DESIGN section 6, on one H100
 BATCHES = (1, 2, 4, 8)
 
 
-def random_fiffdepth(small: bool, device: str) -> Pipeline:
+def pipeline_on(device: str, small: bool) -> Pipeline:
     """Float32, no rewrite applied, on the device."""
-    with torch.device("meta"):
-        unet, vae = UNet(SMALL_UNET if small else SD2_UNET), VAE(SMALL_VAE if small else SD2_VAE)
-    fill(unet, 1, device)
-    fill(vae, 2, device)
-    prompt = random_prompt(2, 2, unet.config.cross_attention_dim, seed=0)
-    return Pipeline(unet.bind(prompt, SIDE, SIDE).to(device), vae, prompt).eval()
+    configs = (SMALL_UNET, SMALL_VAE) if small else (SD2_UNET, SD2_VAE)
+    return random_fiffdepth(*configs, SIDE, device)
 
 
 def chain(pipeline: Pipeline, low: bool) -> Network:
@@ -79,7 +73,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> d
     """Milliseconds of every contender at 512x512, and an image of batches of ours; wrong numbers get no speed."""
     side = 64 if small else SIDE
     rgb = random_image(side, side, seed=2).to(device)
-    exact = random_fiffdepth(small, device)
+    exact = pipeline_on(device, small)
     wanted = chain(exact, low=False)(rgb)
     plain = precision.cast(copy.deepcopy(exact), LOW)
     limit = ERROR_FACTOR * relative(chain(plain, low=True)(rgb), wanted)

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.comparisons import EXACT, Wrong
 from densegeo.benchmarks.timing import flops, interleaved, summary
-from densegeo.models import fe2e, precision, reference, rewrites
-from densegeo.models.fe2e import NAMES
-from densegeo.models.rewrites import Pipeline
-
-STAGES = {name: "decoder" if name in ("decoder", "upsample") else "transformer" for name in NAMES}
+from densegeo.models import precision, reference, rewrites
+from densegeo.models.rewrites import Pipeline, Rewrite
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Prices:
     none: dict[str, Cost]  # by stage
     all: dict[str, Cost]
     rows: list[Row]
-    fastest_decoder: list[str]  # the decoder's rewrites that pay on this machine
+    fastest: dict[str, list[str]]  # by stage, the rewrites that pay on this machine
 
 
 def _stored(module: nn.Module) -> tuple[int, int]:
@@ -51,85 +48,88 @@ def _stored(module: nn.Module) -> tuple[int, int]:
     return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _variants(stage: str) -> dict[str, frozenset[str]]:
-    """The sets of rewrites to measure, by a name."""
-    names = [name for name in NAMES if STAGES[name] == stage]
+def _variants(among: tuple[Rewrite, ...], stage: str) -> dict[str, frozenset[str]]:
+    """The sets of a stage's rewrites to measure, by a name."""
+    names = [rewrite.name for rewrite in among if rewrite.stage == stage]
     out = {"none": frozenset[str]()}
     for index, name in enumerate(names):
         out[f"up to {name}"] = frozenset(names[: index + 1])
         out[f"without {name}"] = frozenset(
-            r.name for r in rewrites.select(fe2e.REWRITES, without=[name]) if STAGES[r.name] == stage
+            rewrite.name for rewrite in rewrites.select(among, without=[name]) if rewrite.stage == stage
         )
     return out
 
 
-def price(plain: Pipeline, latent: Tensor, low: str, runs: int, say: Callable[[str], None]) -> Prices:
+def price(
+    plain: Pipeline, rgb: Tensor, among: tuple[Rewrite, ...], low: str, runs: int, say: Callable[[str], None]
+) -> Prices:
     """Check every variant in float32, then time all variants of a stage side by side in precision `low`.
 
-    `latent` is (1, C, H/8, W/8). Raises Wrong when a variant's numbers differ from those without any rewrite.
+    rgb: (1, 3, H, W); among: the family's rewrites. Raises Wrong when a variant's numbers differ from those without any
+    rewrite.
     """
     costs: dict[str, dict[str, Cost]] = {}
+    fastest: dict[str, list[str]] = {}
     other = precision.cast(copy.deepcopy(plain), low)  # stands in for the network a stage does not use
-    for stage in ("transformer", "decoder"):
-        variants = _variants(stage)
+    for stage in (name for name in plain.stages() if any(rewrite.stage == name for rewrite in among)):
+        variants = _variants(among, stage)
         distinct = list(dict.fromkeys(variants.values()))
         say(f"checking and timing {len(distinct)} variants of the {stage}")
         sizes: dict[frozenset[str], tuple[int, int, int, float]] = {}
         calls: dict[str, Callable[[], object]] = {}
         wanted: Tensor | None = None
+        given = _input(plain, stage, rgb)
         for names in distinct:
             pipeline = _copy(plain, stage)
-            rewrites.apply(pipeline, [rewrite for rewrite in fe2e.REWRITES if rewrite.name in names])
-            module = pipeline.denoiser if stage == "transformer" else pipeline.vae.decoder
+            rewrites.apply(pipeline, [rewrite for rewrite in among if rewrite.name in names])
+            module = pipeline.stages()[stage]
             outputs: list[Tensor] = []
-            run = _runner(pipeline, stage, latent)
+            run = _runner(pipeline, stage, given)
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
             wanted = outputs[0] if wanted is None else wanted
-            error = reference.relative(outputs[0], wanted)
+            mean = outputs[0].shape[1] != wanted.shape[1]  # that of the channels, where a rewrite makes it
+            error = reference.relative(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
             if not error <= EXACT:
                 raise Wrong(
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"
                 )
-            if stage == "decoder":
-                pipeline.denoiser = other.denoiser
-            else:
+            if stage == "denoiser":
                 pipeline.vae = other.vae
+            else:
+                pipeline.denoiser = other.denoiser
             precision.cast(pipeline, low)
             pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             sizes[names] = (*_stored(module), count, error)
-            calls[str(sorted(names))] = _runner(pipeline, stage, latent)
+            calls[str(sorted(names))] = _runner(pipeline, stage, given)
         times = interleaved(calls, runs, warm_up=1)
         costs[stage] = {
             name: Cost(*sizes[names], summary(times[str(sorted(names))])) for name, names in variants.items()
         }
-        if stage == "decoder":
-            fastest = min(
-                distinct, key=lambda names: costs["decoder"][_name(variants, names)].milliseconds["median_ms"]
-            )
-    rows = [
-        Row(name, stage, costs[stage][f"without {name}"], costs[stage][f"up to {name}"])
-        for name, stage in STAGES.items()
-    ]
+        medians = {names: costs[stage][name].milliseconds["median_ms"] for name, names in variants.items()}
+        fastest[stage] = sorted(min(medians.items(), key=lambda item: item[1])[0])
+    rows = [Row(r.name, r.stage, costs[r.stage][f"without {r.name}"], costs[r.stage][f"up to {r.name}"]) for r in among]
     last = {stage: [row for row in rows if row.stage == stage][-1].up_to_here for stage in costs}
-    return Prices({stage: costs[stage]["none"] for stage in costs}, last, rows, sorted(fastest))
-
-
-def _name(variants: dict[str, frozenset[str]], names: frozenset[str]) -> str:
-    return next(name for name, others in variants.items() if others == names)
+    return Prices({stage: costs[stage]["none"] for stage in costs}, last, rows, fastest)
 
 
 def _copy(plain: Pipeline, stage: str) -> Pipeline:
     """A copy of the stage's network; the other one is shared, as it is not touched."""
-    if stage == "decoder":
-        return Pipeline(plain.denoiser, copy.deepcopy(plain.vae), plain.prompt)
-    return Pipeline(copy.deepcopy(plain.denoiser), plain.vae, plain.prompt)
+    if stage == "denoiser":
+        return Pipeline(copy.deepcopy(plain.denoiser), plain.vae, plain.prompt)
+    return Pipeline(plain.denoiser, copy.deepcopy(plain.vae), plain.prompt)
 
 
-def _runner(pipeline: Pipeline, stage: str, latent: Tensor) -> Callable[[], Tensor]:
-    if stage == "transformer":
-        return lambda: reference.transform(pipeline, latent)
-    pair = torch.cat([latent, -latent])
-    return lambda: reference.decode(pipeline, pair)
+def _input(plain: Pipeline, stage: str, rgb: Tensor) -> Tensor:
+    """What a stage takes; the decoder as many latents as an image has pictures."""
+    if stage == "encoder":
+        return rgb
+    latent = reference.encode(plain, rgb)
+    return torch.cat([latent, -latent][: plain.denoiser.PICTURES]) if stage == "decoder" else latent
+
+
+def _runner(pipeline: Pipeline, stage: str, given: Tensor) -> Callable[[], Tensor]:
+    run = {"encoder": reference.encode, "denoiser": reference.transform, "decoder": reference.decode}[stage]
+    return lambda: run(pipeline, given)
 
 
 def table(prices: Prices, low: str) -> Table:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.config import TransformerConfig, UNetConfig, VAEConfig
 from densegeo.models.layers import FinalModulation, Modulation, RMSNorm
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
+from densegeo.models.unet import UNet
 from densegeo.models.vae import VAE
 
 
@@ -80,6 +81,16 @@ def random_pipeline(
     fill(autoencoder, seed + 1, device)
     autoencoder.decoder.conv_out.weight.data *= 0.5  # most of the decoded values within [-1, 1]
     return Pipeline(dit.bind(prompt, width, height).to(device), autoencoder, prompt).eval()
+
+
+def random_fiffdepth(unet: UNetConfig, vae: VAEConfig, side: int, device: str = "cpu") -> Pipeline:
+    """FiffDepth in float32 without any rewrite, bound to a prompt of two tokens and an image of side x side pixels."""
+    with torch.device("meta"):
+        network, autoencoder = UNet(unet), VAE(vae)
+    fill(network, 1, device)
+    fill(autoencoder, 2, device)
+    prompt = random_prompt(2, 2, unet.cross_attention_dim, seed=0)
+    return Pipeline(network.bind(prompt, side, side).to(device), autoencoder, prompt).eval()
 
 
 def patches(side: int, seed: int) -> NDArray[np.uint8]:

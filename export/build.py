@@ -150,7 +150,7 @@ def _build_into(
     cast_module(final, options.base)
     stored = staging / "denoiser.safetensors"
     write_rewritten(pipeline, source, final, applied, options.base, stored, quantizer)
-    rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.network == "vae"])
+    rewrites.apply(pipeline, [rewrite for rewrite in applied if rewrite.stage != "denoiser"])
     pipeline.denoiser = form.denoiser
     if options.precision == "fp16":
         _check_fp16(pipeline, stored, next(iter(references.values()))[0])

@@ -121,7 +121,7 @@ REWRITES = (
     Rewrite("padding", merge_padding, summary="equal padding tokens merge into one"),
     Rewrite("constants", fold_constants, ("modulation", "connector"), "first block projects the image half alone"),
     Rewrite("trim", trim_last_block, summary="last block updates image tokens alone"),
-    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch", network="vae"),
+    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch", stage="decoder"),
     UPSAMPLE,
 )
 NAMES = tuple(rewrite.name for rewrite in REWRITES)

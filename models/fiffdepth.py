@@ -81,8 +81,8 @@ REWRITES = (
     Rewrite("time", fold_time, summary="time embedding joins the convolutions' biases"),
     Rewrite("prompt", fold_prompt, summary="cross-attention's keys and values become constants"),
     Rewrite("gates", gate_cross_attention, ("prompt",), "attention to two constant tokens becomes a gate a head"),
-    Rewrite("channel-mean", fold_channel_mean, summary="the decoder makes one channel", network="vae"),
-    Rewrite("latent-mean", fold_latent_mean, summary="the encoder makes the Gaussian's mean alone", network="vae"),
+    Rewrite("channel-mean", fold_channel_mean, summary="the decoder makes one channel", stage="decoder"),
+    Rewrite("latent-mean", fold_latent_mean, summary="the encoder makes the Gaussian's mean alone", stage="encoder"),
     UPSAMPLE,
 )
 NAMES = tuple(rewrite.name for rewrite in REWRITES)

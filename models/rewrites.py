@@ -43,7 +43,7 @@ class Rewrite:
     apply: Callable[[Pipeline], None]
     requires: tuple[str, ...] = ()
     summary: str = ""
-    network: str = "denoiser"  # which one it changes, or "vae"
+    stage: str = "denoiser"  # of `Pipeline.stages`, which it changes
 
 
 def fold_upsampling(pipeline: Pipeline) -> None:
@@ -55,7 +55,7 @@ def fold_upsampling(pipeline: Pipeline) -> None:
 
 
 UPSAMPLE = Rewrite(
-    "upsample", fold_upsampling, summary="upsampling convolutions work on the small image", network="vae"
+    "upsample", fold_upsampling, summary="upsampling convolutions work on the small image", stage="decoder"
 )
 
 

@@ -115,7 +115,7 @@ def rewritten_parts(
     shell = Pipeline(outer, pipeline.vae, pipeline.prompt)
     names = {rewrite.name: rewrite for rewrite in applied}
     if not kinds:
-        rewrites.apply(shell, [rewrite for rewrite in applied if rewrite.network == "denoiser"])
+        rewrites.apply(shell, [rewrite for rewrite in applied if rewrite.stage == "denoiser"])
         yield "", copy.deepcopy(outer)
         return
     rewrites.apply(shell, [names[name] for name in _OUTER if name in names])

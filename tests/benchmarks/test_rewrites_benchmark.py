@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from densegeo.benchmarks import comparisons, pricing, rewrites
+from densegeo.models import fiffdepth
 from densegeo.models.fe2e import NAMES
 
 
@@ -34,6 +35,28 @@ def test_toy_run(tmp_path: Path) -> None:
         assert row["flops"]["ours"] < row["flops"]["baseline"]
     for key in ("machine", "versions", "commit", "command", "ceiling_gflops"):
         assert key in result
+
+
+def test_fiffdepths_rewrites_have_prices_too() -> None:
+    status, output = invoke("--model", "fiffdepth")
+    assert status == 0, output
+    result = json.loads(output.splitlines()[-1])
+    rows = {row["name"]: row for row in result["rewrites"]["rows"]}
+    assert list(rows) == list(fiffdepth.NAMES)
+    assert {row["stage"] for row in rows.values()} == {"encoder", "denoiser", "decoder"}
+    assert all(row["alone_off"]["error"] <= 1e-5 for row in rows.values())
+    for name in ("time", "prompt", "gates", "channel-mean", "latent-mean", "upsample"):
+        everything = result["rewrites"]["all"][rows[name]["stage"]]
+        assert rows[name]["alone_off"]["flops"] >= everything["flops"]
+        assert rows[name]["alone_off"]["parameters"] != everything["parameters"] or name == "upsample"
+    assert result["comparisons"] == []
+
+
+@pytest.mark.parametrize("arguments", [("--model", "other"), ("--model", "fiffdepth", "--whole-only")])
+def test_what_there_is_not_is_refused(arguments: tuple[str, ...]) -> None:
+    status, output = invoke(*arguments)
+    assert status == 2
+    assert "there is no model" in output or "is compared with diffusers by" in output
 
 
 def test_wrong_numbers_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
