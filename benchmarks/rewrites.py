@@ -1,8 +1,8 @@
 """What each exact rewrite saves, and how fast the result is against pipelines built from diffusers modules.
 
 FE2E: a mid-size configuration with random weights: the Flux autoencoder at full width, a transformer of hidden size 768
-with 4 + 8 blocks, and a connector scaled down like it (896 -> 1024; the published one, 3584 -> 4096, would outweigh such
-a transformer and flatter its folding). `--model fiffdepth`: Stable Diffusion 2's shapes at 512x512, prices alone
+with 4 + 8 blocks, and a connector scaled down like it (896 -> 1024; the published one, 3584 -> 4096, would outweigh
+such a transformer and flatter its folding). `--model fiffdepth`: Stable Diffusion 2's shapes at 512x512, prices alone
 (`fiffdepth.py speed` has the comparison). Numbers are checked before anything is timed: where they are wrong, no speed
 is printed and the exit status is 1.
 """
