@@ -34,7 +34,7 @@ def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """(model, precision, rewrites left out) -> bundle, each built once."""
 
     @cache
-    def made(model: str, precision: str = "fp32", without: tuple[str, ...] = ()) -> Path:
+    def made(model: str, precision: str, without: tuple[str, ...]) -> Path:
         folder = tmp_path_factory.mktemp("batches")
         given = golden_given(golden) if model == "fe2e" else Given(checkpoint=str(write(folder / "files", CASES[0])))
         return build_bundle(
@@ -49,7 +49,7 @@ def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
             )
         )
 
-    return made
+    return lambda model, precision="fp32", without=(): made(model, precision, without)
 
 
 def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:

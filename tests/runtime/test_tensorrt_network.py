@@ -205,9 +205,7 @@ def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     return made
 
 
-@pytest.mark.parametrize(
-    ("model", "without"), [("fe2e", ()), ("fe2e", ("decoder",)), ("fiffdepth", ()), ("fiffdepth", ("channel-mean",))]
-)
+@pytest.mark.parametrize(("model", "without"), [("fe2e", ()), ("fe2e", ("decoder",)), ("fiffdepth", ())])
 def test_frames_give_what_the_estimator_gives(
     model: str, without: tuple[str, ...], build: Build, contracts: list[LaunchContract]
 ) -> None:
