@@ -162,6 +162,8 @@ def _build_into(
             step(f"emulating {width}x{height}")
             emulated.denoiser.resize(width, height)
             bounds[width, height] = checks.bounds(emulated, pictures[0])
+    for size, limits in bounds.items():
+        checks.require_finite(limits, bucket_name(*size))
     for stage in ("encoder", "decoder"):
         write_weights(pipeline.stages()[stage], staging / f"{stage}.safetensors")
     step("weights")

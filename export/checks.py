@@ -119,6 +119,15 @@ def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
 
 
+def require_finite(bounds: dict[str, float], size: str) -> None:
+    """Raise ExportError when the eager pipeline overflowed, so that there is nothing to hold errors to."""
+    if unbounded := [name for name, bound in bounds.items() if not np.isfinite(bound)]:
+        raise ExportError(
+            f"without rewrites this precision overflows, so that errors at {size} have no bound "
+            f"({', '.join(unbounded)}). Nothing was written. Build with --precision bf16 or fp32."
+        )
+
+
 def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:
     """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain.
 
@@ -147,12 +156,7 @@ def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outpu
 
 
 def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
-    """Compare outputs with references; raises ExportError naming every output beyond its bound, or without one."""
-    if unbounded := [name for name, bound in bounds.items() if not np.isfinite(bound)]:
-        raise ExportError(
-            f"without rewrites this precision overflows, so that errors at {bucket.name} have no bound "
-            f"({', '.join(unbounded)}). Nothing was written. Build with --precision bf16 or fp32."
-        )
+    """Compare outputs with references; raises ExportError naming every output beyond its bound."""
     checks = [
         Check(bucket.name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
         for output in wanted

@@ -34,7 +34,7 @@ from densegeo.runtime.resample import (
     Placement,
     authors_bucket,
     choose_bucket,
-    largest_batch,
+    in_batches,
     place,
     prepare,
     prepare_authors,
@@ -295,10 +295,9 @@ class Estimator:
         for job in whole:
             job.laps.lap("device")
         ready = [job for job in jobs if job not in pairs]
-        while ready:
-            bucket = largest_batch(self.manifest.buckets, ready[0].bucket, len(ready))
-            group, ready = ready[: bucket.batch], ready[bucket.batch :]
-            pairs |= zip(group, self._by_stages(bucket, group), strict=True)
+        if ready:
+            for bucket, part in in_batches(self.manifest.buckets, ready[0].bucket, len(ready)):
+                pairs |= zip(ready[part], self._by_stages(bucket, ready[part]), strict=True)
         return [self._finish(job, *pairs[job]) for job in jobs]
 
     def _by_stages(self, bucket: Bucket, jobs: list[Job]) -> list[tuple[Float, Float | None]]:

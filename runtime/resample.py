@@ -8,7 +8,7 @@ for outputs and for the authors' array inputs. Both run in Pillow's C code, one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,14 @@ def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     return fitting[-1] if fitting else ties[0]
 
 
-def largest_batch(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Bucket:
-    """Of the buckets of a bucket's size the one that takes the most images at once that `count` (1 or more) fill."""
-    same = [other for other in buckets if other.size == bucket.size and other.batch <= count]
-    return max(same, key=lambda other: other.batch)
+def in_batches(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Iterator[tuple[Bucket, slice]]:
+    """How `count` images of a bucket's size are run: each time the largest batch that those left fill, and which."""
+    same = [other for other in buckets if other.size == bucket.size]
+    done = 0
+    while done < count:
+        largest = max((b for b in same if b.batch <= count - done), key=lambda b: b.batch)
+        yield largest, slice(done, done + largest.batch)
+        done += largest.batch
 
 
 def authors_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
-from densegeo.kernels.quantize.kernel import LIMITS, rounded
+from densegeo.kernels.quantize.kernel import rounded
+from densegeo.kernels.quantize.reference import LIMITS
 
 GRID = (Axis("tokens"), Axis("batch"))
 

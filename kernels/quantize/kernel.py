@@ -9,10 +9,10 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.quantize.reference import LIMITS
 
 BLOCK_F = 2048  # features a program
 GRID = (Axis("tokens"), Axis("features", BLOCK_F), Axis("batch"))
-LIMITS = {torch.float8_e4m3fn: 448, torch.int8: 127}  # largest magnitude of the quantized types
 TO_INTEGER = tl.constexpr(1.5 * 2**23)  # adding it to a float32 below 2^22 rounds to an integer, ties to even
 
 

@@ -21,7 +21,7 @@ from densegeo.runtime.backends.cuda_memory import DeviceArray, Memory, architect
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 from densegeo.runtime.engines import read_engine, rebuild_command, select_engine, trusted
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement, inside, largest_batch
+from densegeo.runtime.resample import Placement, in_batches, inside
 from densegeo.runtime.tensorfile import tensor_offsets
 
 log = logging.getLogger("densegeo")
@@ -88,9 +88,8 @@ class TensorRTBackend:
         """
         results: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
         with self._lock:
-            while len(results) < len(pixels):
-                fitting = largest_batch(self._manifest.buckets, bucket, len(pixels) - len(results))
-                network, part = self._network(fitting), slice(len(results), len(results) + fitting.batch)
+            for fitting, part in in_batches(self._manifest.buckets, bucket, len(pixels)):
+                network = self._network(fitting)
                 for index, (image, placement) in enumerate(zip(pixels[part], placements[part], strict=True)):
                     frame = network.upload(np.ascontiguousarray(image))
                     network.prepare(index, frame, (3 * image.shape[1], 3), placement, "rgb")
