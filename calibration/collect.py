@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 
-from densegeo.calibration.inputs import LinearInputs
+from densegeo.calibration.inputs import LayerInputs
 from densegeo.calibration.statistics import Identity, Statistics, smoothing_factors
 from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
@@ -63,21 +63,22 @@ def collect(
     directory: Path,
     manifest: Manifest,
     images: Images,
-    inputs: LinearInputs,
+    inputs: LayerInputs,
     form: Pipeline,
     path: Path,
     *,
     smooth: float,
+    attention: bool,
     console: Console,
 ) -> Statistics:
     """Statistics of a bundle's linears, in the file `path`.
 
     form: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with it
-    the images are run twice. Raises QuantizationError for statistics of
-    another bundle or another exponent in `path`, too many unreadable images, and NaN, naming the linear.
+    the images are run twice. attention: of its attentions too. Raises QuantizationError for statistics of another
+    bundle or exponent, or without attentions, in `path`, too many unreadable images, and NaN, naming the layer.
     """
     identity = Identity.of(manifest)
-    statistics = Statistics(identity, smooth)
+    statistics = Statistics(identity, smooth, attention=attention)
     if path.exists():
         statistics = Statistics.load(path)
         check_identity(statistics.identity, identity, path)
@@ -85,6 +86,9 @@ def collect(
             raise QuantizationError(
                 f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
             )
+        if attention and not statistics.attention:
+            raise QuantizationError(f"{path} was made without --attention. Give another --output.")
+    inputs.attention = statistics.attention
 
     def run(done: list[str], observers: Sequence[Observe], what: str) -> None:
         for index, image in enumerate(track(list(images), description=what, console=console)):
@@ -96,10 +100,10 @@ def collect(
             except ImageError as error:
                 images.skip(image, error)
                 continue
-            for linear, rows in inputs(bucket, rgb):
+            for layer, rows in inputs(bucket, rgb):
                 try:
                     for observe in observers:
-                        observe(linear, rows)
+                        observe(layer, rows)
                 except QuantizationError as error:
                     raise QuantizationError(f"{error}, for {image}") from None
             done.append(name)

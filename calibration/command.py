@@ -16,7 +16,7 @@ from torch import nn
 
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
-from densegeo.calibration.inputs import LinearInputs, OnnxInputs, TorchInputs
+from densegeo.calibration.inputs import PARTS, LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
@@ -32,7 +32,8 @@ from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, ImageError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
-from densegeo.models.quantized import FORMATS
+from densegeo.models.layers import Attention
+from densegeo.models.quantized import FORMATS, AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
@@ -60,6 +61,10 @@ def calibrate(
         Optional[float],  # noqa: UP045
         typer.Option(help="Mean change of the normals in degrees."),
     ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Plan the two products of each attention too (fp8)."),
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
     ] = False,
@@ -74,15 +79,17 @@ def calibrate(
         ),
     ] = False,
 ) -> None:
-    """Find out which linears can be 8-bit: statistics over images, errors of each alone, and a plan.
+    """Find out which layers can be 8-bit: statistics over images, errors of each alone, and a plan.
 
-    Without a budget every linear of the blocks is planned. Run it again to go on after an interruption, or to make
-    another format's plan from the same statistics.
+    Without a budget every linear of the blocks is planned, and with --attention every attention. Run it again to go on
+    after an interruption, or to make another format's plan from the same statistics.
     """
     if kind not in FORMATS:
         raise ConfigError(f"there is no format {kind!r}; there are {', '.join(FORMATS)}")
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if attention and kind != "fp8":
+        raise ConfigError(f"--attention is for fp8: {kind} would round most of attention's probabilities to zero")
     if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     budget = Budget(max_depth_error, max_normal_error)
@@ -108,10 +115,22 @@ def calibrate(
         pipeline,
         folder / FILE,
         smooth=smooth,
+        attention=attention,
         console=console,
     )
     pictures = [] if stream else _pictures(found, manifest)
-    plan = make_plan(pipeline, manifest, statistics, pictures, kind, method, budget, everything, console)
+    plan = make_plan(
+        pipeline,
+        manifest,
+        statistics,
+        pictures,
+        kind,
+        method,
+        budget,
+        attention=attention,
+        everything=everything,
+        console=console,
+    )
     path = plan_file(folder, kind)
     with atomic_write(path) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
@@ -126,7 +145,7 @@ def calibrate(
     )
 
 
-def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LinearInputs:
+def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LayerInputs:
     if name == "onnxruntime":
         return OnnxInputs(bundle, manifest)
     if name == "torch":
@@ -142,30 +161,41 @@ def make_plan(
     kind: str,
     method: str,
     budget: Budget,
+    *,
+    attention: bool,
     everything: bool,
     console: Console,
 ) -> QuantizationPlan:
-    """Ranges, the error of each linear quantized alone, and what the budget allows.
+    """Ranges, the error of each layer quantized alone, and what the budget allows.
 
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
-    Raises ConfigError for a budget without pictures.
+    attention: plan attentions too. everything: and the first and last linears. Raises ConfigError for a budget without
+    pictures.
     """
+    modules = dict(pipeline.denoiser.named_modules())
+    linears = {name: layer for name, layer in modules.items() if isinstance(layer, nn.Linear)}
+    attentions = [name for name, layer in modules.items() if attention and isinstance(layer, Attention)]
+    wanted = {*linears, *(f"{name}.{part}" for name in attentions for part in PARTS)}
     ranges, left = input_ranges(
-        statistics, kind, method, (lambda name: True) if everything else pipeline.denoiser.quantizable
+        statistics, wanted, kind, method, (lambda name: True) if everything else pipeline.denoiser.quantizable
     )
-    layers = {name: layer for name, layer in pipeline.denoiser.named_modules() if isinstance(layer, nn.Linear)}
     plan = QuantizationPlan(
         format=kind,
         method=method,
         smooth=statistics.smooth,
         identity=statistics.identity,
-        ranges=ranges,
+        ranges={name: limit for name, limit in ranges.items() if name in linears},
+        attentions={
+            name: AttentionPlan(*(ranges[f"{name}.{part}"] for part in PARTS))
+            for name in attentions
+            if ranges.keys() >= {f"{name}.{part}" for part in PARTS}
+        },
         left=left,
         budget=budget,
         error=None,
         sensitivity=[],
-        parameters=sum(layers[name].weight.numel() for name in ranges),
-        linear_parameters=sum(layer.weight.numel() for layer in layers.values()),
+        parameters=sum(linears[name].weight.numel() for name in ranges if name in linears),
+        linear_parameters=sum(layer.weight.numel() for layer in linears.values()),
     )
     if not pictures:
         if budget != Budget():
@@ -173,23 +203,18 @@ def make_plan(
         return plan
     first = manifest.buckets[0]
     pipeline.denoiser.resize(first.width, first.height)
-    judge = Judge(pipeline, pictures, kind, plan.linears(statistics))
+    judge = Judge(pipeline, pictures, kind, plan.layers(statistics))
+    work = {name: linears[name].weight.numel() for name in plan.ranges}
+    work |= {name: statistics.products(name) for name in plan.attentions}
     sensitivity = [
-        Sensitivity(name, layers[name].weight.numel(), judge.error([name]))
-        for name in track(ranges, description="one linear at a time", console=console)
+        Sensitivity(name, count, judge.error([name]))
+        for name, count in track(work.items(), description="one layer at a time", console=console)
     ]
-    chosen, error = list(ranges), judge.error(list(ranges))
-    if budget.share(error) > 1:
+    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=judge.error(list(work)))
+    if plan.error is not None and budget.share(plan.error) > 1:
         chosen, error = within_budget(sensitivity, budget, judge.error)
-        left = left | {name: "its error does not fit into the budget" for name in ranges if name not in chosen}
-    return msgspec.structs.replace(
-        plan,
-        ranges={name: limit for name, limit in ranges.items() if name in chosen},
-        left=left,
-        error=error,
-        sensitivity=sensitivity,
-        parameters=sum(row.parameters for row in sensitivity if row.linear in chosen),
-    )
+        plan = msgspec.structs.replace(plan.keep(chosen), error=error)
+    return plan
 
 
 def _pictures(images: Images, manifest: Manifest) -> list[Any]:
@@ -211,10 +236,10 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
 
 
 def print_plan(plan: QuantizationPlan, console: Console) -> None:
-    """Each linear's own error as a table with bars, worst first, and what the plan amounts to."""
+    """Each layer's own error as a table with bars, worst first, and what the plan amounts to."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("linear", no_wrap=True)
-    for name in ("weights", "depth", "", "normals", ""):
+    table.add_column("layer", no_wrap=True)
+    for name in ("work", "depth", "", "normals", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
     worst = Error(
@@ -223,19 +248,20 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
     )
     for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth):
         table.add_row(
-            escape(row.linear),
-            f"{row.parameters:,}",
+            escape(row.layer),
+            f"{row.work:,}",
             f"{row.error.depth:.5f}",
             Bar(worst.depth, 0, row.error.depth, width=5),
             f"{row.error.normals:.3f}°",
             Bar(worst.normals, 0, row.error.normals, width=5),
-            plan.format if row.linear in plan.ranges else "-",
+            plan.format if plan.takes(row.layer) else "-",
         )
     if plan.sensitivity:
         console.print(table)
     for name, why in plan.left.items():
         console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
     share = plan.parameters / plan.linear_parameters
-    console.print(f"{share:.1%} of the linears' parameters become {plan.format} (ranges by {plan.method})")
+    attentions = f" and {len(plan.attentions)} attentions" if plan.attentions else ""
+    console.print(f"{share:.1%} of the linears' parameters{attentions} become {plan.format} (ranges by {plan.method})")
     if plan.error is not None:
         console.print(f"all together: depth {plan.error.depth:.5f}, normals {plan.error.normals:.3f}°")

@@ -1,4 +1,4 @@
-"""A plan's sensitivities as a picture: a row a linear, bars for what quantizing it alone does to depth and normals."""
+"""A plan's sensitivities as a picture: a row a layer, bars for what quantizing it alone does to depth and normals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLANNED, LEFT = "#2a6fbb", "#c9c9c9"
 
 
 def draw(plan: QuantizationPlan) -> str:
-    """SVG, the most sensitive linear first; grey bars are those that stay in floating point."""
+    """SVG, the most sensitive layer first; grey bars are those that stay in floating point."""
     rows = sorted(plan.sensitivity, key=lambda row: -row.error.depth)
     normals = any(row.error.normals for row in rows)
     columns = [("depth (root mean square)", [row.error.depth for row in rows], "{:.5f}")]
@@ -19,9 +19,9 @@ def draw(plan: QuantizationPlan) -> str:
         columns.append(("normals (mean)", [row.error.normals for row in rows], "{:.3f}°"))
     width, height = NAMES + len(columns) * (BAR + GAP), ROW * (len(rows) + 3)
     share = plan.parameters / plan.linear_parameters
-    title = f"{plan.format}: error of each linear quantized alone; {share:.1%} of the parameters are planned"
+    title = f"{plan.format}: error of each layer quantized alone; {share:.1%} of the linears' parameters are planned"
     parts = [_text(8, ROW, title, "bold")]
-    parts += [_text(NAMES - 8, ROW * (index + 3), row.linear, anchor="end") for index, row in enumerate(rows)]
+    parts += [_text(NAMES - 8, ROW * (index + 3), row.layer, anchor="end") for index, row in enumerate(rows)]
     for number, (name, values, form) in enumerate(columns):
         left, most = NAMES + number * (BAR + GAP), max(values, default=0.0) or 1.0
         parts.append(_text(left, 2 * ROW, name, "bold"))
@@ -35,7 +35,7 @@ def draw(plan: QuantizationPlan) -> str:
 
 
 def _colour(plan: QuantizationPlan, row: Sensitivity) -> str:
-    return PLANNED if row.linear in plan.ranges else LEFT
+    return PLANNED if plan.takes(row.layer) else LEFT
 
 
 def _bar(x: float, y: float, length: float, label: str, colour: str) -> list[str]:

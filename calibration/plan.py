@@ -1,4 +1,4 @@
-"""Which linears become 8-bit, and what that costs: sensitivity one by one, then the most that a budget allows.
+"""Which layers become 8-bit, and what that costs: sensitivity one by one, then the most that a budget allows.
 
 Errors are those that a user sees: of the depth prediction, which is log-depth scaled to the image's own range (its root
 mean square difference, so 0.01 is one percent of the range), and of the normals (mean angle in degrees).
@@ -7,7 +7,7 @@ mean square difference, so 0.01 is one percent of the range), and of the normals
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
 from densegeo.errors import QuantizationError
 from densegeo.models import reference
-from densegeo.models.quantized import FORMATS, LinearPlan, quantize, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
 
 Float32 = NDArray[np.float32]
@@ -47,21 +47,25 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class Sensitivity(msgspec.Struct, frozen=True):
-    """What quantizing one linear alone does."""
+    """What quantizing one linear or attention alone does.
 
-    linear: str
-    parameters: int
+    work: multiply-adds a token that become 8-bit; a linear's are its parameters.
+    """
+
+    layer: str
+    work: int
     error: Error
 
 
 class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The linears to quantize and the ranges of their inputs. left: linears that stay as they are, and why."""
+    """The layers to quantize and the ranges of their inputs. left: layers that stay as they are, and why."""
 
     format: str
     method: str
     smooth: float
     identity: Identity
-    ranges: dict[str, float]
+    ranges: dict[str, float]  # of linears
+    attentions: dict[str, AttentionPlan]
     left: dict[str, str]
     budget: Budget
     error: Error | None  # of the whole plan, against float32; None when nothing was measured
@@ -69,10 +73,26 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int  # in the planned linears
     linear_parameters: int  # in all linears of the denoiser
 
-    def linears(self, statistics: Statistics) -> dict[str, LinearPlan]:
+    def layers(self, statistics: Statistics) -> Plans:
         """By full name, as `models.quantized` takes them."""
         factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
-        return {name: LinearPlan(limit, factors.get(name)) for name, limit in self.ranges.items()}
+        return {name: LinearPlan(limit, factors.get(name)) for name, limit in self.ranges.items()} | self.attentions
+
+    def takes(self, layer: str) -> bool:
+        """Whether a layer is planned."""
+        return layer in self.ranges or layer in self.attentions
+
+    def keep(self, chosen: Iterable[str]) -> QuantizationPlan:
+        """With these layers alone."""
+        names = set(chosen)
+        others = sorted({*self.ranges, *self.attentions} - names)
+        return msgspec.structs.replace(
+            self,
+            ranges={name: limit for name, limit in self.ranges.items() if name in names},
+            attentions={name: limits for name, limits in self.attentions.items() if name in names},
+            left=self.left | dict.fromkeys(others, "its error does not fit into the budget"),
+            parameters=sum(row.work for row in self.sensitivity if row.layer in names and row.layer in self.ranges),
+        )
 
 
 def plan_file(folder: Path, kind: str) -> Path:
@@ -95,9 +115,9 @@ def load_plan(folder: Path, kind: str) -> QuantizationPlan:
 
 
 def input_ranges(
-    statistics: Statistics, kind: str, method: str, allowed: Callable[[str], bool]
+    statistics: Statistics, wanted: Collection[str], kind: str, method: str, allowed: Callable[[str], bool]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(linear -> range, linear -> why it gets none). allowed: whether a linear may become 8-bit.
+    """(input -> range, input -> why it gets none), of those that are wanted. allowed: whether one may become 8-bit.
 
     Raises QuantizationError when none gets a range.
     """
@@ -111,6 +131,8 @@ def input_ranges(
     ranges, left = {}, {}
     check: Rounded = rounded
     for name, histogram in sorted(statistics.histograms.items()):
+        if name not in wanted:
+            continue
         if not allowed(name):
             left[name] = "first, last and thin layers keep their precision"
             continue
@@ -129,17 +151,15 @@ class Judge:
     pipeline: rewritten, float32; left as it is. pictures: inputs (1, 3, H, W) of one size.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, linears: dict[str, LinearPlan]
-    ) -> None:
-        self._pipeline, self._format, self._linears = pipeline, FORMATS[kind], linears
+    def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, layers: Plans) -> None:
+        self._pipeline, self._format, self._layers = pipeline, FORMATS[kind], layers
         self._device = pipeline.denoiser.prompt_embeds.device
         self._latents = [reference.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
         self._wanted = [self._outputs(latent) for latent in self._latents]
 
     def error(self, names: Sequence[str]) -> Error:
-        """With these linears quantized; the others stay float32. The mean over the images."""
-        plans = {name: self._linears[name] for name in names}
+        """With these layers quantized; the others stay float32. The mean over the images."""
+        plans = {name: self._layers[name] for name in names}
         original = self._pipeline.denoiser
         changed = {  # smoothing writes to a block's tensors
             id(part)
@@ -176,19 +196,19 @@ class Judge:
 def within_budget(
     sensitivity: Sequence[Sensitivity], budget: Budget, measure: Callable[[Sequence[str]], Error]
 ) -> tuple[list[str], Error]:
-    """As many linears as the budget allows, the least harmful for their size first; and their joint error.
+    """As many layers as the budget allows, the least harmful for their work first; and their joint error.
 
     The joint error is measured, not summed up; the longest run of the order that keeps to the budget is found by
-    bisection, on the ground that more quantized linears do more harm.
+    bisection, on the ground that more quantized layers do more harm.
     """
-    order = sorted(sensitivity, key=lambda row: budget.share(row.error) / row.parameters)
+    order = sorted(sensitivity, key=lambda row: budget.share(row.error) / row.work)
     low, high = 0, len(order)  # `low` keeps to the budget
     best = Error(0.0, 0.0)
     while low < high:
         middle = (low + high + 1) // 2
-        found = measure([row.linear for row in order[:middle]])
+        found = measure([row.layer for row in order[:middle]])
         if budget.share(found) <= 1:
             low, best = middle, found
         else:
             high = middle - 1
-    return [row.linear for row in order[:low]], best
+    return [row.layer for row in order[:low]], best

@@ -1,4 +1,4 @@
-"""What calibration saw: per linear the input's magnitudes, by channel and as a histogram; kept in one file."""
+"""What calibration saw: of every input the magnitudes, by channel and as a histogram; kept in one file."""
 
 from __future__ import annotations
 
@@ -46,38 +46,44 @@ class _Header(msgspec.Struct):
     smooth: float
     measured: list[str]
     counted: list[str]
-    limits: dict[str, tuple[float, float]]  # linear -> the histogram's limit and peak
+    limits: dict[str, tuple[float, float]]  # layer -> the histogram's limit and peak
+    attention: bool = False
 
 
 class Statistics:
-    """Statistics of every linear's input, over images that are named once they were seen.
+    """Statistics of every layer's input (see `inputs`), over images that are named once they were seen.
 
-    smooth: SmoothQuant's exponent, 0 for none. channels: linear -> (K,) largest magnitude by channel; histograms: of
-    the input divided by `factors` (linear -> (K,), those that have any). measured, counted: images seen for each.
+    smooth: SmoothQuant's exponent, 0 for none. attention: whether attentions are among the layers. channels: layer ->
+    (K,) largest magnitude by channel; histograms: of the input divided by `factors` (layer -> (K,), those that have
+    any). measured, counted: images seen for each.
     """
 
-    def __init__(self, identity: Identity, smooth: float = 0.0) -> None:
-        self.identity, self.smooth = identity, smooth
+    def __init__(self, identity: Identity, smooth: float = 0.0, *, attention: bool = False) -> None:
+        self.identity, self.smooth, self.attention = identity, smooth, attention
         self.channels: dict[str, Float32] = {}
         self.factors: dict[str, Float32] = {}
         self.histograms: dict[str, Histogram] = {}
         self.measured: list[str] = []
         self.counted: list[str] = []
 
-    def measure(self, linear: str, rows: Float32) -> None:
-        """rows (T, K) of a linear's input: the largest magnitude of each channel."""
+    def measure(self, layer: str, rows: Float32) -> None:
+        """rows (T, K) of a layer's input: the largest magnitude of each channel."""
         peaks = np.abs(rows).max(axis=0, initial=0.0)
         if not np.isfinite(peaks).all():
-            raise QuantizationError(f"NaN or infinity in the input of {linear}")
-        self.channels[linear] = np.maximum(self.channels.get(linear, np.zeros_like(peaks)), peaks)
+            raise QuantizationError(f"NaN or infinity in the input of {layer}")
+        self.channels[layer] = np.maximum(self.channels.get(layer, np.zeros_like(peaks)), peaks)
 
-    def count(self, linear: str, rows: Float32) -> None:
-        """rows (T, K) of a linear's input, into its histogram; divided by its factors first."""
-        factors = self.factors.get(linear)
+    def count(self, layer: str, rows: Float32) -> None:
+        """rows (T, K) of a layer's input, into its histogram; divided by its factors first."""
+        factors = self.factors.get(layer)
         try:
-            self.histograms.setdefault(linear, Histogram()).add(rows if factors is None else rows / factors)
+            self.histograms.setdefault(layer, Histogram()).add(rows if factors is None else rows / factors)
         except QuantizationError as error:
-            raise QuantizationError(f"{error} in the input of {linear}") from None
+            raise QuantizationError(f"{error} in the input of {layer}") from None
+
+    def products(self, attention: str) -> int:
+        """Multiply-adds of an attention for one query: two for each number among the keys of an image."""
+        return 2 * int(self.histograms[f"{attention}.k"].counts.sum()) // len(self.counted)
 
     def save(self, path: Path) -> None:
         """Write the file; it is whole or not there."""
@@ -86,7 +92,7 @@ class Statistics:
             tensors |= {f"{prefix}.{name}": array for name, array in arrays.items()}
         tensors |= {f"counts.{name}": histogram.counts for name, histogram in self.histograms.items()}
         limits = {name: (histogram.limit, histogram.peak) for name, histogram in self.histograms.items()}
-        header = _Header(self.identity, self.smooth, self.measured, self.counted, limits)
+        header = _Header(self.identity, self.smooth, self.measured, self.counted, limits, self.attention)
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={_KEY: msgspec.json.encode(header).decode()})
 
@@ -99,14 +105,14 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
             raise QuantizationError(f"{path} is no file of `densegeo calibrate`: {error}") from error
-        made = cls(header.identity, header.smooth)
+        made = cls(header.identity, header.smooth, attention=header.attention)
         made.measured, made.counted = header.measured, header.counted
         for name, tensor in tensors.items():
-            kind, _, linear = name.partition(".")
+            kind, _, layer = name.partition(".")
             if kind == "counts":
-                made.histograms[linear] = Histogram(tensor, *header.limits[linear])
+                made.histograms[layer] = Histogram(tensor, *header.limits[layer])
             else:
-                getattr(made, kind)[linear] = tensor
+                getattr(made, kind)[layer] = tensor
         return made
 
 

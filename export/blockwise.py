@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from densegeo.runtime.backends.ort import AS_THEY_ARE
+
 Array = NDArray[np.generic]
 CHECK_BYTES = 512 << 20  # weights that are in memory at a time
 
@@ -61,9 +63,7 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = [output.name for output in model.graph.output]
     chunks = list(_chunks(model, limit))
-    # ONNX Runtime would move fp8 into operators that have none of it.
-    eight_bit = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
-    left_out = ["QDQPropagationTransformer"] if eight_bit else []
+    fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
     last_use = {name: index for index, chunk in enumerate(chunks) for node in chunk for name in node.input}
     live: dict[str, Array] = dict(feeds)
     for index, chunk in enumerate(chunks):
@@ -92,9 +92,9 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
         piece = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        session = ort.InferenceSession(
-            piece.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
-        )
+        if fp8:
+            options.add_session_config_entry(*AS_THEY_ARE)
+        session = ort.InferenceSession(piece.SerializeToString(), options, providers=["CPUExecutionProvider"])
         live.update(zip(outputs, session.run(outputs, {name: live[name] for name in inputs}), strict=True))
         live = {name: value for name, value in live.items() if last_use.get(name, -1) > index or name in wanted}
     return [live[name] for name in wanted]

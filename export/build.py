@@ -133,7 +133,7 @@ def _build_into(
     family = files.family
     applied = rewrites.select(family.rewrites, options.without)
     of_a_bucket = len(STAGES) * (1 + options.groups) + 1
-    of_a_size = 1 + bool(quantizer.linears) + of_a_bucket * (1 + len(options.batches))
+    of_a_size = 1 + bool(quantizer.layers) + of_a_bucket * (1 + len(options.batches))
     steps = progress.add_task("loading", total=3 + of_a_size * len(options.sizes) + bool(options.architectures))
 
     def step(what: str) -> None:
@@ -156,7 +156,7 @@ def _build_into(
         _check_fp16(pipeline, stored, next(iter(references.values()))[0])
     pipeline.denoiser = final
     cast_module(pipeline.vae, options.base)
-    if quantizer.linears:
+    if quantizer.layers:
         emulated = streamed_copy(pipeline, stored)
         for (width, height), pictures in references.items():
             step(f"emulating {width}x{height}")

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import densegeo.models.quantized  # noqa: F401  (registers its operator)
+from densegeo.models.quantized import FORMATS  # registers its operators, too
 
 OPSET = 20
 LARGEST_FUSED, CHUNK_LOGITS = 256, 1 << 25  # features of a head; logits a head: 128 MiB in float32
@@ -50,21 +50,38 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """aten.scaled_dot_product_attention; logits get their bias and softmax in float32, as flash kernels do."""
-    assert not any((dropout_p, is_causal, enable_gqa))
-    factor = op.CastLike(op.Constant(value_float=scale or int(query.shape[-1]) ** -0.5), query)
+    """aten.scaled_dot_product_attention."""
+    assert not any((dropout_p, is_causal, enable_gqa, scale))
+    return _softmax_attention(query, key, value, attn_mask, _sizes(query, key))
+
+
+def _sizes(query: Any, key: Any) -> tuple[int, int, int]:
+    """Queries, keys, features of a head."""
+    return int(query.shape[2]), int(key.shape[2]), int(query.shape[3])
+
+
+def _softmax_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    sizes: tuple[int, int, int],
+    rounded: Callable[[Any], Any] = lambda weights: weights,
+) -> Any:
+    """Logits get their bias and softmax in float32, as in flash kernels. rounded: what happens to the probabilities."""
+    factor = op.CastLike(op.Constant(value_float=sizes[2] ** -0.5), query)
     scaled, turned = op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2])
 
     def attend(rows: Any) -> Any:
         logits = op.Cast(op.MatMul(rows, turned), to=ir.DataType.FLOAT)
         if attn_mask is not None:
             logits = op.Add(logits, op.Cast(attn_mask, to=ir.DataType.FLOAT))
-        return op.MatMul(op.CastLike(op.Softmax(logits, axis=-1), value), value)
+        return op.MatMul(rounded(op.CastLike(op.Softmax(logits, axis=-1), value)), value)
 
-    count = query_chunks(int(query.shape[2]), int(key.shape[2]), int(query.shape[3]))
+    count = query_chunks(*sizes)
     if count == 1 or attn_mask is not None:
         return attend(scaled)
-    step = -(-int(query.shape[2]) // count)
+    step = -(-sizes[0] // count)
     edges = [
         (op.Constant(value_ints=[first]), op.Constant(value_ints=[first + step]))
         for first in range(0, step * count, step)
@@ -106,19 +123,34 @@ def _group_norm(
 
 def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """An 8-bit linear in the form that TensorRT fuses: Gemm of a quantized input and a stored 8-bit weight."""
-    number = {ir.DataType.INT8: np.int8, ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn}[weight.dtype]
-    zero = op.Constant(value=ir.tensor(np.zeros((), number)))
     shape = [int(size) for size in x.shape]
     flat = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
-    rounded = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale, zero)
+    rounded = _in_8_bits(flat, input_scale, weight.dtype)
     out = op.Gemm(rounded, op.DequantizeLinear(weight, weight_scale, axis=0), bias, transB=1)
     return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
+
+
+def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:
+    """Quantized and back: the pair of nodes by which builders know an 8-bit operand."""
+    number = {ir.DataType.INT8: np.int8, ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn}[dtype]
+    zero = op.Constant(value=ir.tensor(np.zeros((), number)))
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+
+
+def _quantized_attention(
+    query: Any, key: Any, value: Any, key_bias: Any, q_scale: Any, k_scale: Any, v_scale: Any
+) -> Any:
+    """Attention in the form that TensorRT makes one fp8 kernel of: both products must have 8-bit operands."""
+    unit = op.CastLike(op.Constant(value_float=1 / FORMATS["fp8"].largest), query)  # of the probabilities
+    q, k, v = (_in_8_bits(x, scale) for x, scale in ((query, q_scale), (key, k_scale), (value, v_scale)))
+    return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: _in_8_bits(weights, unit))
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.densegeo.quantized_linear.default: _quantized_linear,
+    torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
 _EXACT = {torch.ops.aten.group_norm.default: _group_norm}  # for float32 graphs, which CPUs run
 

@@ -1,4 +1,4 @@
-"""What a calibration makes of a build: which linears become 8-bit and with which ranges; is it of this model at all?"""
+"""What a calibration makes of a build: which layers become 8-bit and with which ranges; is it of this model at all?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import BASES, DTYPES, EIGHT_BIT_BASES
-from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
+from densegeo.models.quantized import FORMATS, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Rewrite
 from densegeo.runtime.bundle import Quantization, Source
 
@@ -43,8 +43,8 @@ class Quantizer:
     Called with a float32 block and its name, or the rest and "".
     """
 
-    def __init__(self, base: str, plan: QuantizationPlan | None, linears: dict[str, LinearPlan], where: Path) -> None:
-        self.base, self.plan, self.linears, self._where = base, plan, linears, where
+    def __init__(self, base: str, plan: QuantizationPlan | None, layers: Plans, where: Path) -> None:
+        self.base, self.plan, self.layers, self._where = base, plan, layers, where
 
     @classmethod
     def load(cls, precision: str, base: str, calibration: Path | None) -> Quantizer:
@@ -52,7 +52,7 @@ class Quantizer:
         if calibration is None:
             return cls(base, None, {}, Path())
         plan = load_plan(calibration, precision)
-        return cls(base, plan, plan.linears(Statistics.load(calibration / FILE)), plan_file(calibration, precision))
+        return cls(base, plan, plan.layers(Statistics.load(calibration / FILE)), plan_file(calibration, precision))
 
     def check(self, inputs: Iterable[Source], applied: Iterable[Rewrite]) -> None:
         """Raises QuantizationError when the plan is of other files or other rewrites."""
@@ -64,7 +64,7 @@ class Quantizer:
 
     def __call__(self, block: nn.Module, name: str) -> None:
         if self.plan is not None:
-            quantize_block(block, name, self.linears, FORMATS[self.plan.format], DTYPES[self.base])
+            quantize_block(block, name, self.layers, FORMATS[self.plan.format], DTYPES[self.base])
 
     def apply(self, denoiser: AnyDenoiser) -> None:
         """Quantize all blocks, and what is outside them."""
@@ -82,9 +82,9 @@ class Quantizer:
         if self.plan is None:
             return ""
         digest = hashlib.sha256(msgspec.json.encode(self.plan))
-        for name, linear in sorted(self.linears.items()):
-            if linear.smooth is not None:
-                digest.update(name.encode() + linear.smooth.numpy().tobytes())
+        for name, layer in sorted(self.layers.items()):
+            if isinstance(layer, LinearPlan) and layer.smooth is not None:
+                digest.update(name.encode() + layer.smooth.numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -98,6 +98,7 @@ class Quantizer:
             method=plan.method,
             smooth=plan.smooth,
             linears=sorted(plan.ranges),
+            attentions=sorted(plan.attentions),
             share=plan.parameters / plan.linear_parameters,
             depth_error=None if plan.error is None else plan.error.depth,
             normal_error=None if plan.error is None else plan.error.normals,

@@ -151,6 +151,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -
     return out.transpose(1, 2).flatten(2)
 
 
+class Attention(nn.Module):
+    """`attention` as a module without weights: it has a name, and may become 8-bit (`models.quantized`)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        return attention(q, k, v, key_bias)
+
+
 def rope_tables(positions: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (tokens, head_size / 2) in float32 for integer positions (tokens, axes)."""
     angles = []

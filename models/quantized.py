@@ -1,7 +1,8 @@
-"""Linears in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale, products in float32.
+"""Linears in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale, products in float32;
+and attention in fp8: queries, keys, values and probabilities with one scale each.
 
-Both sides stand here: `QuantizedLinear.prepare` and `smooth` are what happens offline to a float32 network;
-`quantized_linear` is what a device computes, and what the exporter turns into Q, DQ and Gemm nodes.
+Both sides stand here: `quantize_block` is what happens offline to a float32 network; `quantized_linear` and
+`quantized_attention` are what a device computes, and what the exporter turns into Q and DQ around products.
 
 NVIDIA's ModelOpt quantizes modules of this kind too. It is not used: it works on a model that is whole in memory, while
 ours are folded, quantized and written one block at a time, and it does not know which folded norms here can take up a
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densegeo.models.layers import FoldedBranch, FoldedModulation
+from densegeo.models.layers import Attention, FoldedBranch, FoldedModulation
 from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
 
 
@@ -112,11 +113,72 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
 
 
+@torch.library.custom_op("densegeo::quantized_attention", mutates_args=())
+def quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> Tensor:
+    """`layers.attention` with 8-bit operands: (B, heads, Tq, size), (B, heads, Tk, size) twice -> q's shape and dtype.
+
+    Scales () are of q, k and v; probabilities, which end at 1, have 1 / 448. The 8-bit numbers are multiplied as
+    float32 one head at a time, so that not all logits are in memory.
+    """
+    wide = [_in_8_bits(x, scale) for x, scale in ((q, q_scale), (k, k_scale), (v, v_scale))]
+    unit = torch.tensor(1 / FORMATS["fp8"].largest, device=q.device)
+    heads = []
+    for query, key, value in zip(*(x.unbind(1) for x in wide), strict=True):
+        logits = (query * query.shape[-1] ** -0.5) @ key.mT
+        if key_bias is not None:
+            logits += key_bias[:, 0]
+        heads.append(_in_8_bits(logits.softmax(-1), unit) @ value)
+    return torch.stack(heads, dim=1).to(q.dtype)
+
+
+@quantized_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
+    """x as fp8 gives it back, in float32."""
+    return quantize(x, scale, FORMATS["fp8"].dtype).float() * scale.float()
+
+
+class QuantizedAttention(nn.Module):
+    """What an attention becomes in fp8. q_scale, k_scale, v_scale ()."""
+
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+    def __init__(self, plan: AttentionPlan, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        for part, limit in plan._asdict().items():
+            scale = torch.full((), limit / FORMATS["fp8"].largest, dtype=dtype, device=device)
+            self.register_buffer(f"{part}_scale", scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        out = quantized_attention(q, k, v, key_bias, self.q_scale, self.k_scale, self.v_scale)
+        return out.transpose(1, 2).flatten(2)
+
+
 class LinearPlan(NamedTuple):
     """How one linear is quantized. smooth: (K,) what its input is divided by and its columns multiplied by, or None."""
 
     input_range: float
     smooth: Tensor | None = None
+
+
+class AttentionPlan(NamedTuple):
+    """The largest magnitudes that are kept of an attention's queries, keys and values."""
+
+    q: float
+    k: float
+    v: float
+
+
+Plans = Mapping[str, LinearPlan | AttentionPlan]  # by a module's full name
 
 
 def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]]]:
@@ -134,22 +196,26 @@ def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]
         yield branch, ("linear1",) if isinstance(block, SingleBlock) else ("key_value", "query_mlp")
 
 
-def quantize_block(
-    block: nn.Module, prefix: str, plans: Mapping[str, LinearPlan], kind: Format, dtype: torch.dtype
-) -> None:
-    """Replace the linears of a float32 block that have a plan, in place; smoothing goes into its norms first.
+def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dtype: torch.dtype) -> None:
+    """Replace the linears and attentions of a float32 block that have a plan, in place; smoothing comes first.
 
     plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv"). A transformer is a block without prefix.
+    kind: of the linears; attention is fp8. Smoothing goes into the block's norms.
     """
     start = f"{prefix}." if prefix else ""
     for norm, names in smoothable(block):
-        factors = [plans[start + name].smooth for name in names if start + name in plans]
+        given = [plans.get(start + name) for name in names]
+        factors = [plan.smooth for plan in given if isinstance(plan, LinearPlan)]
         if factors and factors[0] is not None and not norm.weight.is_meta:
             _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
-    for name, linear in list(block.named_modules()):
+    for name, module in list(block.named_modules()):
         plan = plans.get(start + name)
-        if plan is not None and isinstance(linear, nn.Linear):
-            made = QuantizedLinear.prepare(linear, plan.input_range, kind, dtype)
+        made: nn.Module | None = None
+        if isinstance(plan, LinearPlan) and isinstance(module, nn.Linear):
+            made = QuantizedLinear.prepare(module, plan.input_range, kind, dtype)
+        elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
+            made = QuantizedAttention(plan, dtype, next(block.parameters()).device)
+        if made is not None:
             parent, _, child = name.rpartition(".")
             setattr(block.get_submodule(parent), child, made)
 

@@ -14,12 +14,12 @@ from densegeo.models.config import TransformerConfig
 from densegeo.models.connector import Connector
 from densegeo.models.denoiser import Denoiser
 from densegeo.models.layers import (
+    Attention,
     FinalModulation,
     MLPEmbedder,
     Modulated,
     Modulation,
     QKNorm,
-    attention,
     heads_first,
     rope_tables,
     rotate,
@@ -74,6 +74,7 @@ class DoubleBlock(nn.Module):
         self.txt_mod: nn.Module = Modulation(hidden, 2)
         self.img_attn = StreamAttention(hidden, heads)
         self.txt_attn = StreamAttention(hidden, heads)
+        self.attention: nn.Module = Attention()
         self.img_mlp = _mlp(hidden, config.mlp_hidden)
         self.txt_mlp = _mlp(hidden, config.mlp_hidden)
 
@@ -88,7 +89,7 @@ class DoubleBlock(nn.Module):
         image_attn, image_mlp = self.img_mod(vec)
         text_attn, text_mlp = self.txt_mod(vec)
         q, k, v = self.qkv(image, text, image_attn, text_attn)
-        mixed = attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
+        mixed = self.attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
         image = image_attn.add(image, self.img_attn.proj(mixed[:, text.shape[1] :]))
         text = text_attn.add(text, self.txt_attn.proj(mixed[:, : text.shape[1]]))
         image = image_mlp.add(image, self.img_mlp(image_mlp.norm(image)))
@@ -106,6 +107,7 @@ class SingleBlock(nn.Module):
         self.modulation: nn.Module = Modulation(hidden, 1)
         self.linear1 = nn.Linear(hidden, 3 * hidden + config.mlp_hidden)
         self.norm = QKNorm(config.head_size)
+        self.attention: nn.Module = Attention()
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)
 
     def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
@@ -113,7 +115,7 @@ class SingleBlock(nn.Module):
         qkv, mlp = self.linear1(branch.norm(x)).split([3 * self.hidden, self.mlp_hidden], dim=-1)
         q, k, v = split_qkv(qkv, self.heads)
         q, k = self.norm(q, k)
-        mixed = attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
+        mixed = self.attention(rotate(q, *rope), rotate(k, *rope), v, key_bias)
         return branch.add(x, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1)))
 
 
@@ -303,6 +305,7 @@ class TrimmedSingleBlock(nn.Module):
         hidden = block.hidden
         self.hidden, self.heads, self.mlp_hidden, self.text_tokens = hidden, block.heads, block.mlp_hidden, text_tokens
         self.modulation, self.norm, self.linear2 = block.modulation, block.norm, block.linear2
+        self.attention = block.attention
         weight, bias = block.linear1.weight, block.linear1.bias
         self.key_value = _linear(weight[hidden : 3 * hidden], bias[hidden : 3 * hidden])
         rows = [*range(hidden), *range(3 * hidden, weight.shape[0])]
@@ -319,7 +322,7 @@ class TrimmedSingleBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor | None, rope: Rope, key_bias: Tensor | None) -> Tensor:
         (branch,) = self.modulation(vec)
         q, k, v, mlp = self.project(branch.norm(x), rope)
-        mixed = attention(q, k, v, key_bias)
+        mixed = self.attention(q, k, v, key_bias)
         update = self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
         return branch.add(x[:, self.text_tokens :], update)
 

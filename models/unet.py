@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from densegeo.models.config import UNetConfig
 from densegeo.models.denoiser import Denoiser
-from densegeo.models.layers import attention, heads_first, sinusoid
+from densegeo.models.layers import Attention, attention, heads_first, sinusoid
 from densegeo.models.prompt import Prompt
 from densegeo.models.vae import Norm
 
@@ -59,11 +59,12 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
+        self.attention: nn.Module = Attention()
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (heads_first(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(attention(q, k, v))
+        return self.to_out(self.attention(q, k, v))
 
 
 class CrossAttention(nn.Module):

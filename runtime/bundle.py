@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "denoiser", "decoder"]
@@ -181,7 +181,7 @@ class Verification(Record, frozen=True):
 
 
 class Quantization(Record, frozen=True, kw_only=True):
-    """Which linears of the denoiser are 8-bit, and what that did to the calibration's images.
+    """Which layers of the denoiser are 8-bit, and what that did to the calibration's images.
 
     depth_error: root mean square change of predictions; normal_error: mean change in degrees; None: not measured.
     """
@@ -190,6 +190,7 @@ class Quantization(Record, frozen=True, kw_only=True):
     method: str  # how the inputs' ranges were chosen: "max", "percentile", "mse", "entropy"
     smooth: float  # SmoothQuant's exponent, 0 for none
     linears: list[str]
+    attentions: list[str]  # whose two products have fp8 operands
     share: float  # of the parameters of all linears
     depth_error: float | None
     normal_error: float | None

@@ -15,6 +15,7 @@ from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+AS_THEY_ARE = ("session.disable_quant_qdq", "1")  # optimizers would move fp8 into operators that have none of it
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
@@ -35,8 +36,7 @@ class OrtBackend(GraphBackend):
                 f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
             ) from error
         self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.base)
-        # It would move fp8 into operators that have none of it.
-        self._left_out = ["QDQPropagationTransformer"] if manifest.precision == "fp8" else []
+        self._fp8 = manifest.precision == "fp8"
         self._options = _provider_options(self.device)
         self._start(directory, manifest)
 
@@ -52,13 +52,11 @@ class OrtBackend(GraphBackend):
     def _load(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if self._fp8:
+            options.add_session_config_entry(*AS_THEY_ARE)
         try:
             session = self._ort.InferenceSession(
-                str(path),
-                options,
-                providers=[self._provider],
-                provider_options=[self._options],
-                disabled_optimizers=self._left_out,
+                str(path), options, providers=[self._provider], provider_options=[self._options]
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {path} on {self.device}: {error}") from error

@@ -25,7 +25,7 @@ from densegeo.models.families import FAMILIES
 from densegeo.models.loading import load_rewritten
 from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
-from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder
@@ -186,8 +186,11 @@ def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, 
 
 
 def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Module, str], None]:
-    """Gives blocks without values the linears that were stored."""
-    plans = {name: LinearPlan(0.0) for name in quantization.linears}
+    """Gives blocks without values the layers that were stored."""
+    plans: Plans = {
+        **dict.fromkeys(quantization.linears, LinearPlan(0.0)),
+        **dict.fromkeys(quantization.attentions, AttentionPlan(0.0, 0.0, 0.0)),
+    }
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])
 
 

@@ -36,6 +36,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bundle: Path, images: Path, output: Path, **changes: object) -> None:
     values: dict[str, object] = {"kind": "fp8", "method": "mse", "smooth": 0.0, "everything": False}
     values |= {
+        "attention": False,
         "max_depth_error": None,
         "max_normal_error": None,
         "backend": "onnxruntime",
@@ -51,4 +52,12 @@ def calibrated(bundle: Path, images: Path) -> Path:
     folder = bundle.with_name("calibration")
     run(bundle, images, folder, kind="fp8")
     run(bundle, images, folder, kind="int8", method="entropy")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def attentive(bundle: Path, images: Path) -> Path:
+    """Statistics of linears and attentions, and an fp8 plan of both."""
+    folder = bundle.with_name("attentive")
+    run(bundle, images, folder, attention=True)
     return folder

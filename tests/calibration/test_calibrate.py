@@ -29,6 +29,7 @@ from tests.calibration.conftest import run
 from tests.export.test_build import options
 
 QUIET = Console(quiet=True)
+ATTENTIONS = {"double_blocks.0.attention", "single_blocks.0.attention"}
 
 
 def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -> None:
@@ -43,7 +44,8 @@ def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -
     assert set(plan.ranges) == blocks
     assert set(plan.left) == {"img_in", "final_layer.linear"}
     assert plan.parameters == sum(int(np.prod(matrices[name])) for name in blocks)
-    assert {row.linear for row in plan.sensitivity} == blocks
+    assert {row.layer for row in plan.sensitivity} == blocks
+    assert plan.attentions == {}
     assert plan.error is not None
     assert 0 < plan.error.normals < 20
     assert all(0 <= row.error.depth <= 3 * plan.error.depth for row in plan.sensitivity)
@@ -63,6 +65,7 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
             streamed,
             tmp_path / name,
             smooth=0.5,
+            attention=True,
             console=QUIET,
         )
         for name, inputs in kinds.items()
@@ -71,6 +74,9 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
     for name, channels in theirs.channels.items():
         assert np.array_equal(channels, last.channels[name])
     assert set(ours.channels) == set(theirs.channels)
+    assert {name for name in ours.channels if ".attention." in name} == {
+        f"{name}.{part}" for name in ATTENTIONS for part in "qkv"
+    }
     assert set(ours.factors) == set(theirs.factors) != set()
     for name, channels in ours.channels.items():
         np.testing.assert_allclose(channels, theirs.channels[name], rtol=1e-4, atol=1e-5)
@@ -111,16 +117,18 @@ def test_an_interrupted_run_goes_on(
     assert load_plan(whole, "fp8") == load_plan(parts, "fp8")  # reproducible, too
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize(("kind", "plan"), [("fp8", "calibrated"), ("int8", "calibrated"), ("fp8", "attentive")])
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 def test_8_bit_bundles_run_within_their_bounds(
-    checkpoint_dir: Path, calibrated: Path, tmp_path: Path, kind: str, base: str
+    checkpoint_dir: Path, tmp_path: Path, kind: str, plan: str, base: str, request: pytest.FixtureRequest
 ) -> None:
-    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision=kind, base=base, calibration=calibrated))
+    calibration = request.getfixturevalue(plan)
+    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision=kind, base=base, calibration=calibration))
     manifest = read_manifest(made)
     assert (manifest.precision, manifest.base) == (kind, base)
     assert manifest.quantization is not None
     assert manifest.quantization.share > 0.5
+    assert set(manifest.quantization.attentions) == (ATTENTIONS if plan == "attentive" else set())
     with safe_open(made / "denoiser.safetensors", framework="pt") as file:
         for name in manifest.quantization.linears:
             assert str(file.get_slice(f"{name}.weight").get_dtype()) == {"fp8": "F8_E4M3", "int8": "I8"}[kind]
@@ -159,8 +167,37 @@ def test_a_budget_leaves_the_most_harmful_as_they_are(bundle: Path, images: Path
     assert plan.error is not None
     assert plan.error.normals <= 0.5 * free.error.normals
     assert 0 < len(plan.ranges) < len(free.ranges)
-    worst = max(plan.sensitivity, key=lambda row: row.error.normals / row.parameters)
-    assert "budget" in plan.left[worst.linear]
+    worst = max(plan.sensitivity, key=lambda row: row.error.normals / row.work)
+    assert "budget" in plan.left[worst.layer]
+
+
+def test_attentions_are_planned_as_linears_are(
+    bundle: Path, images: Path, attentive: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    plan, without = load_plan(attentive, "fp8"), load_plan(calibrated, "fp8")
+    assert set(plan.attentions) == ATTENTIONS
+    assert plan.ranges == without.ranges
+    assert plan.parameters == without.parameters
+    alone = {row.layer: row for row in plan.sensitivity}
+    assert set(alone) == {*plan.ranges, *ATTENTIONS}
+    assert all(alone[name].error.depth > 0 for name in ATTENTIONS)
+    tokens, hidden = 2 * 3 * 2 + 3, 32  # both halves of 48x32, and merged text
+    assert {alone[name].work for name in ATTENTIONS} == {2 * tokens * hidden}
+    shutil.copytree(attentive, tmp_path / "copy")
+    assert plan.error is not None
+    run(bundle, images, tmp_path / "copy", attention=True, max_normal_error=0.5 * plan.error.normals)
+    tight = load_plan(tmp_path / "copy", "fp8")
+    assert tight.error is not None
+    assert tight.error.normals <= 0.5 * plan.error.normals
+    kept = {*tight.ranges, *tight.attentions}
+    assert 0 < len(kept) < len(alone)
+    assert set(tight.left) - set(plan.left) == set(alone) - kept
+    run(bundle, images, tmp_path / "copy", kind="int8")  # statistics with attentions serve plans without
+    assert load_plan(tmp_path / "copy", "int8").attentions == {}
+    with pytest.raises(ConfigError, match="--attention is for fp8"):
+        run(bundle, images, tmp_path / "copy", kind="int8", attention=True)
+    with pytest.raises(QuantizationError, match="made without --attention"):
+        run(bundle, images, calibrated, attention=True)
 
 
 def test_statistics_of_another_model_are_refused(
@@ -297,7 +334,7 @@ def test_sensitivities_are_drawn(calibrated: Path) -> None:
     plan = load_plan(calibrated, "fp8")
     picture = ElementTree.parse(calibrated / "sensitivity-fp8.svg").getroot()
     shown = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
-    order = [row.linear for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth)]
+    order = [row.layer for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth)]
     assert [text for text in shown if text in order] == order
     bars = [element for element in picture.iter("{http://www.w3.org/2000/svg}rect") if element.get("x")]
     assert len(bars) == 2 * len(order)  # depth and normals

@@ -18,18 +18,20 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights", "architectures", "engines"),
+    ("kind", "plan", "weights", "architectures", "engines"),
     [
-        ("fp8", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
-        ("fp8", "input", (89,), [["sm_89"]]),
-        ("int8", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
+        ("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
+        ("fp8", "attentive", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
+        ("fp8", "attentive", "input", (89,), [["sm_89"]]),
+        ("int8", "calibrated", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
     ],
 )
 def test_products_are_8_bit(
     checkpoint_dir: Path,
-    calibrated: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     kind: str,
+    plan: str,
     weights: str,
     architectures: tuple[int, ...],
     engines: list[list[str]],
@@ -38,8 +40,9 @@ def test_products_are_8_bit(
         options(
             checkpoint_dir,
             tmp_path / "made",
+            sizes=((128, 96),),  # the builder fuses no attention to a handful of fp8 keys
             precision=kind,
-            calibration=calibrated,
+            calibration=request.getfixturevalue(plan),
             backend="tensorrt",
             architectures=architectures,
             engines=EngineOptions(library="tensorrt_rtx", weights=weights),  # type: ignore[arg-type]
@@ -55,6 +58,9 @@ def test_products_are_8_bit(
         products = [layer for layer in log.layers if layer.role == "matmul"]
         assert sum(wanted in layer.dtype for layer in products) == len(manifest.quantization.linears)
         assert len(products) == len(manifest.quantization.linears) + 2  # img_in and final_layer.linear
+        attentions = [layer.dtype for layer in log.layers if layer.role == "attention"]
+        assert len(attentions) == 2
+        assert attentions.count("FP8") == len(manifest.quantization.attentions) == (2 if plan == "attentive" else 0)
         assert not [line for line in warnings(log, kind, float_tail=False) if "float32" in line]
         if weights == "input":
             assert "single_blocks.0.linear2.weight" in engine.weight_inputs
