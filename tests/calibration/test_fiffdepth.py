@@ -78,7 +78,7 @@ def test_products_of_engines_are_8_bit(
         tmp_path / kind,
         kind,
         calibration=calibration,
-        sizes=((128, 96),),  # the builder fuses no attention to a handful of fp8 keys
+        sizes=((128, 96),),
         backend="tensorrt",
         architectures=architectures,
         engines=EngineOptions(library="tensorrt_rtx", weights="constant"),
@@ -92,6 +92,8 @@ def test_products_of_engines_are_8_bit(
         products = [layer for layer in log.layers if layer.role == "matmul"]
         wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
         assert sum(wanted in layer.dtype for layer in products) > 0, [layer.dtype for layer in products]
-        attentions = [layer.dtype for layer in log.layers if layer.role == "attention"]
-        assert attentions.count("FP8") == len(manifest.quantization.attentions), attentions
-        assert bool(manifest.quantization.attentions) == (kind == "fp8")
+        # The builder fuses no fp8 attention of one head, or to a handful of keys, as this small network has some.
+        fused = [layer for layer in log.layers if layer.role == "attention" and layer.dtype == "FP8"]
+        parts = [layer for layer in products if layer.dtype == "FP8" and len(layer.inputs[0].shape) == 3]
+        assert len(fused) + len(parts) / 2 == len(manifest.quantization.attentions)
+        assert bool(fused) == (kind == "fp8")
