@@ -1,8 +1,8 @@
 """What 8 bits cost: `python benchmarks/quantization.py` calibrates fe2e-tiny and scores every precision side by side.
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
-float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, and for contrast naive fp8, which quantizes everything,
-first and last layers included, over the whole range seen. 8-bit graphs run on ONNX Runtime, their floats in float32;
+float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, and for contrast
+naive fp8, which quantizes all linears, first and last layers included, over the whole range seen. 8-bit graphs run on ONNX Runtime, their floats in float32;
 the fp8 bundle as a GPU gets it, its floats in bf16, runs emulated in torch.
 """
 
@@ -34,6 +34,7 @@ BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "bf16": ("bf16", "", "", "torch"),
     "fp8": ("fp8", "fp32", "planned", "onnxruntime"),
     "fp8-bf16": ("fp8", "", "planned", "torch"),
+    "fp8-attention": ("fp8", "fp32", "attention", "onnxruntime"),
     "int8": ("int8", "fp32", "planned", "onnxruntime"),
     "fp8-naive": ("fp8", "fp32", "naive", "onnxruntime"),
 }
@@ -48,7 +49,16 @@ def render_images(folder: Path, count: int) -> None:
             Image.fromarray(view(SEED, SPLIT, index, *SIZE).rgb).save(path)
 
 
-def plan(bundle: Path, images: Path, folder: Path, kind: str, method: str, everything: bool) -> None:
+def plan(
+    bundle: Path,
+    images: Path,
+    folder: Path,
+    kind: str,
+    method: str = "mse",
+    *,
+    attention: bool = False,
+    everything: bool = False,
+) -> None:
     calibrate(
         bundle,
         [str(images)],
@@ -58,6 +68,7 @@ def plan(bundle: Path, images: Path, folder: Path, kind: str, method: str, every
         smooth=0.0,
         max_depth_error=None,
         max_normal_error=None,
+        attention=attention,
         everything=everything,
         backend="onnxruntime",
         device="cpu",
@@ -71,7 +82,8 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
     for kind in ("fp8", "int8"):
-        plan(float_bundle, images, folder / "planned", kind, "mse", everything=False)
+        plan(float_bundle, images, folder / "planned", kind)
+    plan(float_bundle, images, folder / "attention", "fp8", attention=True)
     plan(float_bundle, images, folder / "naive", "fp8", "max", everything=True)
     split, rows, shares = synthetic_split(views), [], {}
     console = Console()
