@@ -2,8 +2,8 @@
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
 float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, and for contrast
-naive fp8, which quantizes all linears, first and last layers included, over the whole range seen. 8-bit graphs run on ONNX Runtime, their floats in float32;
-the fp8 bundle as a GPU gets it, its floats in bf16, runs emulated in torch.
+naive fp8, which quantizes all linears, first and last layers included, over the whole range seen. 8-bit graphs run on
+ONNX Runtime, their floats in float32; the fp8 bundle as a GPU gets it, its floats in bf16, runs emulated in torch.
 """
 
 from __future__ import annotations
