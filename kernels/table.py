@@ -156,21 +156,21 @@ def _layer_norm(kind: str, target: str = "", hidden: int = 4096) -> Variant:
     )
 
 
-def _qk_norm_rope(kind: str, size: int = 128) -> Variant:
+def _qk_norm_rope(kind: str, target: str = "", size: int = 128) -> Variant:
     return Variant(
-        name=f"qk_norm_rope.{kind}",
+        name=f"qk_norm_rope.{kind}{target and '_'}{target}",
         kernel=qk_norm_rope.qk_norm_rope_kernel,
         types=_types(
             {
                 "qkv": kind,
                 **dict.fromkeys(("query_scale", "key_scale", "cos", "sin"), "fp32"),
-                "query": kind,
-                "key": kind,
+                "query": target or kind,
+                "key": target or kind,
             },
             ("tokens", "heads", "size", "batch_stride", "token_stride"),
-            ("eps",),
+            ("eps", "query_inverse_scale", "key_inverse_scale"),
         ),
-        constants={"BLOCK_T": qk_norm_rope.BLOCK_T, "BLOCK_S": size},
+        constants={"LIMIT": LIMITS.get(target, 0), "BLOCK_T": qk_norm_rope.BLOCK_T, "BLOCK_S": size},
         grid=qk_norm_rope.GRID,
         aligned=("query", "key"),
     )
@@ -208,19 +208,20 @@ def _quantize(source: str, target: str, gelu: bool) -> Variant:
     )
 
 
-def _attention(kind: str, size: int) -> Variant:
-    """Heads of `size` features; strides are multiples of 16."""
-    element = 4 if kind == "fp32" else 2
+def _attention(kind: str, size: int, target: str = "") -> Variant:
+    """Heads of `size` features; strides are multiples of 16. target: of the result, if not kind."""
+    element = {"fp32": 4, "fp8e4nv": 1}.get(kind, 2)
+    largest, summed = attention.SCALED[element]
     strides = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "token"))
     return Variant(
-        name=f"attention.bias{size}_{kind}",
+        name=f"attention.bias{size}_{kind}{target and '_'}{target}",
         kernel=attention.attention_kernel,
         types=_types(
-            {"q": kind, "k": kind, "v": kind, "bias": "fp32", "out": kind},
+            {"q": kind, "k": kind, "v": kind, "bias": "fp32", "out": target or kind},
             ("heads", "queries", "keys", "biased", *strides),
-            ("scale",),
+            ("scale", "out_scale"),
         ),
-        constants={"SIZE": size, "BLOCK_S": size, **attention.blocks_of(element)},
+        constants={"SIZE": size, "BLOCK_S": size, "LARGEST": largest, "SUMMED": summed, **attention.blocks_of(element)},
         grid=attention.grid_of(element),
         aligned=("q", "k", "v", "bias", "out", *strides),
         warps=attention.warps_of(element),
@@ -303,6 +304,10 @@ def _rows() -> Iterator[Variant]:
             for norm in (False, True):
                 yield _gated_residual(kind, gated, norm)
         yield _quantize(kind, kind, gelu=True)
+        if kind != "fp32":
+            yield _qk_norm_rope(kind, "fp8e4nv")
+            for size in (32, 64, 128):  # a head of fe2e-tiny, of FiffDepth and of fe2e
+                yield _attention("fp8e4nv", size, kind)
         for target in LIMITS if kind != "fp32" else ():
             yield _quantize(kind, target, gelu=True)
             yield _quantize(kind, target, gelu=False)

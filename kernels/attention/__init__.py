@@ -31,6 +31,24 @@ def attention(
     return run(q, k, v, counts, strategy)
 
 
+def attention_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: tuple[float, float, float],
+    dtype: torch.dtype,
+    counts: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """`attention` of q, k and v divided by their scales and rounded to torch.float8_e4m3fn -> (B, H, Tq, S) of `dtype`.
+
+    Each key's weight, at most 1 when a query's largest is 1, is rounded to fp8 too, times 448. Its kernel needs sm_89.
+    Raises ValueError for a count below 1, and more counts than keys.
+    """
+    from densegeo.kernels.attention.strategies import run_fp8
+
+    return run_fp8(q, k, v, scales, dtype, counts)
+
+
 def choose(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -15,17 +15,18 @@ from densegeo.kernels.launch import OPTIONS, assert_small
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`
+SCALED = {1: (448, 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
 ADD_GRID = (Axis("queries", BLOCK_A), Axis("heads"), Axis("batch"))
 
 
 def blocks_of(element: int) -> dict[str, int | bool]:
     """Sizes of a program of `attention` for elements of so many bytes; chosen so that nothing spills."""
-    queries, keys = (128, 64) if element == 2 else (32, 32)
+    queries, keys = (128, 64) if element <= 2 else (32, 32)
     return {"BLOCK_Q": queries, "BLOCK_K": keys, "STAGES": 2}  # STAGES: steps whose keys and values are in flight
 
 
 def warps_of(element: int) -> int:
-    return 8 if element == 2 else 4
+    return 8 if element <= 2 else 4
 
 
 def grid_of(element: int) -> tuple[Axis, ...]:
@@ -53,8 +54,11 @@ def attention_kernel(
     v_head,
     v_token,
     scale,  # of the logits, times log2(e)
+    out_scale,
     SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two, at least 16
+    BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two, at least 16, and 32 for fp8
+    LARGEST: tl.constexpr,  # what a weight of 1 is multiplied as; out_scale makes up for it
+    SUMMED: tl.constexpr,  # keys after which partial sums are added in float32: Hopper's fp8 products lose bits; or 0
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -85,10 +89,11 @@ def attention_kernel(
         weight = tl.exp2(logits - higher[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
         values = tl.load(value_source + key[:, None] * v_token + feature[None, :], mask=real, other=0.0)
-        mixed = tl.dot(weight.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
+        weight = (weight * LARGEST).to(values.dtype)
+        mixed = tl.dot(weight, values, mixed * shrink[:, None], input_precision="ieee", max_num_imprecise_acc=SUMMED)
         peak = higher
 
-    mixed = mixed / total[:, None]
+    mixed = mixed / total[:, None] * out_scale
     target = out + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=mask)
 
@@ -156,16 +161,27 @@ def add_keys_kernel(
     tl.store(target, mixed.to(result.dtype.element_ty), mask=mask)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`densegeo.kernels.attention.attention` with a bias (leading keys,), float32, on the logits."""
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`densegeo.kernels.attention.attention` with a bias (leading keys,), float32, on the logits.
+
+    scales: what q, k and v are multiplied by. dtype: of the result, if not q's.
+    """
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     _assert_layout(q, k, v)
     assert bias.dtype == torch.float32
     assert bias.is_contiguous()
     assert len(bias) <= keys
-    out = _tokens_first(q)
+    out = _tokens_first(q, dtype)
     element = q.element_size()
+    largest, summed = SCALED[element]
     attention_kernel[programs(grid_of(element), queries=queries, heads=heads, batch=batch)](
         q,
         k,
@@ -179,9 +195,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Ten
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        math.log2(math.e) / math.sqrt(size),
+        math.log2(math.e) / math.sqrt(size) * scales[0] * scales[1],
+        scales[2] / largest,
         SIZE=size,
-        BLOCK_S=max(16, triton.next_power_of_2(size)),
+        BLOCK_S=max(32 if element == 1 else 16, triton.next_power_of_2(size)),
+        LARGEST=largest,
+        SUMMED=summed,
         **blocks_of(element),
         **(OPTIONS | {"num_warps": warps_of(element)}),
     )
@@ -243,7 +262,7 @@ def _assert_layout(q: torch.Tensor, *others: torch.Tensor) -> None:
     assert_small(q, *others)
 
 
-def _tokens_first(q: torch.Tensor) -> torch.Tensor:
+def _tokens_first(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(B, Tq, H, S): joining the heads of a token then copies nothing."""
     batch, heads, queries, size = q.shape
-    return torch.empty((batch, queries, heads, size), dtype=q.dtype, device=q.device)
+    return torch.empty((batch, queries, heads, size), dtype=dtype or q.dtype, device=q.device)

@@ -1,4 +1,4 @@
-"""`attention` in plain torch, float64 inside: each key's weight exp(logit) counts as often as its tokens."""
+"""`attention` and `attention_fp8` in plain torch, float64 inside: each key's weight counts as often as its tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,24 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int]) -> Tensor:
     """See `densegeo.kernels.attention.attention`."""
+    weight = _weights(q.double(), k.double(), counts)
+    return (weight / weight.sum(-1, keepdim=True) @ v.double()).to(q.dtype)
+
+
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[float, float, float], dtype: torch.dtype, counts: Sequence[int]
+) -> Tensor:
+    """See `densegeo.kernels.attention.attention_fp8`."""
+    assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn
+    query, key, value = (x.double() * scale for x, scale in zip((q, k, v), scales, strict=True))
+    weight = _weights(query, key, counts)
+    rounded = (weight * 448).to(q.dtype).double() / 448
+    return (rounded @ value / weight.sum(-1, keepdim=True)).to(dtype)
+
+
+def _weights(q: Tensor, k: Tensor, counts: Sequence[int]) -> Tensor:
+    """exp(logit) times multiplicity, for each query divided by the largest."""
     multiplicity = torch.ones(k.shape[2], dtype=torch.float64, device=q.device)
     multiplicity[: len(counts)] = torch.tensor(counts, dtype=torch.float64)
-    logits = q.double() @ k.double().mT / q.shape[-1] ** 0.5
-    weight = (logits - logits.amax(-1, keepdim=True)).exp() * multiplicity
-    return (weight / weight.sum(-1, keepdim=True) @ v.double()).to(q.dtype)
+    logits = q @ k.mT / q.shape[-1] ** 0.5 + multiplicity.log()
+    return (logits - logits.amax(-1, keepdim=True)).exp()

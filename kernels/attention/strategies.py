@@ -82,6 +82,25 @@ def choose(
     return min(strategies, key=lambda name: _seconds(lambda: strategies[name].run(q, k, v, merged), runs, q.device))
 
 
+def run_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[float, float, float],
+    dtype: torch.dtype,
+    counts: Sequence[int] | None,
+) -> Tensor:
+    """See `densegeo.kernels.attention.attention_fp8`."""
+    merged = _checked(counts, k.shape[2])
+    if q.is_cuda:
+        from densegeo.kernels.attention.kernel import attention
+
+        return attention(q, k, v, _logarithms(merged, q.device), scales, dtype)
+    from densegeo.kernels.attention.reference import attention_fp8
+
+    return attention_fp8(q, k, v, scales, dtype, merged)
+
+
 def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
     """Median of `runs` runs, after one that is not counted."""
     durations = []

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.quantize.kernel import rounded
+from densegeo.kernels.quantize.reference import LIMITS
 
 BLOCK_T = 16  # tokens a program
 GRID = (Axis("tokens", BLOCK_T), Axis("heads"), Axis("batch"))
@@ -35,6 +37,9 @@ def qk_norm_rope_kernel(
     batch_stride,
     token_stride,
     eps,
+    query_inverse_scale,  # not read without LIMIT, as key_inverse_scale
+    key_inverse_scale,
+    LIMIT: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,  # size, rounded up to a power of two
 ):
@@ -54,11 +59,13 @@ def qk_norm_rope_kernel(
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     x0, x1 = _normed_pairs(value, query_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
     turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
+    turned = rounded(turned, query_inverse_scale, LIMIT)
     tl.store(query + target, turned.to(query.dtype.element_ty), mask=mask)
 
     value = tl.load(source + heads * size, mask=mask, other=0.0).to(tl.float32)
     x0, x1 = _normed_pairs(value, key_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
     turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
+    turned = rounded(turned, key_inverse_scale, LIMIT)
     tl.store(key + target, turned.to(key.dtype.element_ty), mask=mask)
 
 
@@ -70,6 +77,8 @@ def qk_norm_rope(
     sin: torch.Tensor,
     heads: int,
     eps: float,
+    dtype: torch.dtype | None,
+    inverse_scales: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     batch, tokens, features = qkv.shape
@@ -81,7 +90,8 @@ def qk_norm_rope(
     for table in (query_scale, key_scale, cos, sin):
         assert table.dtype == torch.float32
         assert table.is_contiguous()
-    query = torch.empty((batch, heads, tokens, size), dtype=qkv.dtype, device=qkv.device)
+    assert dtype in LIMITS or inverse_scales == (1, 1)
+    query = torch.empty((batch, heads, tokens, size), dtype=dtype or qkv.dtype, device=qkv.device)
     key = torch.empty_like(query)
     assert_small(qkv, query)
     qk_norm_rope_kernel[programs(GRID, tokens=tokens, heads=heads, batch=batch)](
@@ -98,6 +108,8 @@ def qk_norm_rope(
         qkv.stride(0),
         qkv.stride(1),
         eps,
+        *inverse_scales,
+        LIMIT=LIMITS.get(query.dtype, 0),
         BLOCK_T=BLOCK_T,
         BLOCK_S=triton.next_power_of_2(size),
         **OPTIONS,

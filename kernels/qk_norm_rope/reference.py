@@ -5,16 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from densegeo.kernels.quantize.reference import rounded
+
 
 def qk_norm_rope(
-    qkv: Tensor, query_scale: Tensor, key_scale: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    dtype: torch.dtype | None,
+    inverse_scales: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     size = len(query_scale)
     parts = qkv[..., : 2 * heads * size].double().unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
     query, key = (
-        _rotate(part * (part.square().mean(-1, keepdim=True) + eps).rsqrt() * scale.double(), cos, sin).to(qkv.dtype)
-        for part, scale in zip(parts, (query_scale, key_scale), strict=True)
+        rounded(
+            _rotate(part * (part.square().mean(-1, keepdim=True) + eps).rsqrt() * scale.double(), cos, sin),
+            dtype or qkv.dtype,
+            inverse_scale,
+        )
+        for part, scale, inverse_scale in zip(parts, (query_scale, key_scale), inverse_scales, strict=True)
     )
     return query, key
 
