@@ -53,6 +53,7 @@ class Compiled:
     contract: LaunchContract
     resources: Resources
     cubin: bytes
+    ptx: str
 
 
 def compile_kernels(
@@ -119,7 +120,7 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
         triton=triton.__version__,
         digest=hashlib.sha256(cubin).hexdigest(),
     )
-    return Compiled(contract, resources, cubin)
+    return Compiled(contract, resources, cubin, binary.asm["ptx"])
 
 
 def check_resources(label: str, resources: Resources, architecture: int) -> None:

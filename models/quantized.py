@@ -72,7 +72,12 @@ def _has_product(taken: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies these on their device: E4M3 from compute capability 8.9 on."""
     if not taken.is_cuda or weight.dtype != torch.float8_e4m3fn or any(size % 16 for size in weight.shape):
         return False
-    return torch.cuda.get_device_capability(taken.device) >= (8, 9)
+    return has_fp8(taken.device)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels multiply E4M3 there: from compute capability 8.9 on, and on a CPU, where references stand in."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class QuantizedLinear(nn.Module):

@@ -77,8 +77,8 @@ def qk_norm_rope(
     sin: torch.Tensor,
     heads: int,
     eps: float,
-    dtype: torch.dtype | None,
-    inverse_scales: tuple[float, float],
+    dtype: torch.dtype | None = None,
+    inverse_scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     batch, tokens, features = qkv.shape

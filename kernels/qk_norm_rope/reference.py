@@ -16,8 +16,8 @@ def qk_norm_rope(
     sin: Tensor,
     heads: int,
     eps: float,
-    dtype: torch.dtype | None,
-    inverse_scales: tuple[float, float],
+    dtype: torch.dtype | None = None,
+    inverse_scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     size = len(query_scale)

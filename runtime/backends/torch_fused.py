@@ -1,7 +1,7 @@
 """The networks over the project's kernels: the same weights and the same function, fewer passes over memory.
 
-Linears, convolutions and attention stay the libraries'. What a quantized linear takes is written in 8 bits by the
-kernel before it, rounded once. On a CPU the kernels' references run, which is for tests.
+Linears, convolutions and attention stay the libraries', but for fp8 attention. What a quantized layer takes is written
+in 8 bits by the kernel before it, rounded once. On a CPU the kernels' references run, which is for tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from densegeo.kernels.attention import attention, choose
+from densegeo.kernels.attention import attention, attention_fp8, choose
 from densegeo.kernels.gated_residual import residual_layer_norm
 from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
@@ -21,13 +21,12 @@ from densegeo.kernels.layer_norm import layer_norm
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
 from densegeo.kernels.quantize import quantize
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, heads_first, rotate
-from densegeo.models.quantized import QuantizedLinear
+from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, QKNorm, heads_first, rotate
+from densegeo.models.quantized import QuantizedAttention, QuantizedLinear, has_fp8
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
     SingleBlock,
-    StreamAttention,
     Transformer,
     TrimmedSingleBlock,
 )
@@ -56,6 +55,30 @@ class Following(NamedTuple):
     linear: nn.Module | None
 
 
+class FusedAttention(nn.Module):
+    """An attention whose products are fp8, on hardware that has them; q, k and v may be in 8 bits already."""
+
+    DTYPE = torch.float8_e4m3fn
+
+    def __init__(self, attention: QuantizedAttention, counts: list[int] | None = None) -> None:
+        super().__init__()
+        self.scales = float(attention.q_scale), float(attention.k_scale), float(attention.v_scale)
+        self.dtype, self.counts = attention.q_scale.dtype, counts
+
+    def rounded(self, x: Tensor, part: int) -> Tensor:
+        """x (B, heads, T, size) of q, k or v (part 0, 1, 2) in 8 bits."""
+        if x.dtype == self.DTYPE:
+            return x
+        if x.is_contiguous():
+            return quantize(x.flatten(1, 2), self.DTYPE, 1 / self.scales[part]).view(x.shape)
+        return heads_first(quantize(x.transpose(1, 2).flatten(2), self.DTYPE, 1 / self.scales[part]), x.shape[1])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """(B, heads, T, size) -> (B, T, heads * size). key_bias: not looked at; the counts tell it."""
+        q, k, v = (self.rounded(x, part) for part, x in enumerate((q, k, v)))
+        return attention_fp8(q, k, v, self.scales, self.dtype, self.counts).transpose(1, 2).flatten(2)
+
+
 class FusedTransformer(nn.Module):
     """A rewritten transformer's forward: latent (B, C, h, w) -> velocity (B, 2L, 4C) float32.
 
@@ -73,6 +96,11 @@ class FusedTransformer(nn.Module):
             id(module): Taken(module.weight.dtype, 1 / float(module.input_scale))
             for module in model.modules()
             if isinstance(module, QuantizedLinear)
+        }
+        self._eight = {  # by id, too
+            id(module): FusedAttention(module, self.counts)
+            for module in model.modules()
+            if isinstance(module, QuantizedAttention) and has_fp8(module.q_scale.device)
         }
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -140,11 +168,14 @@ class FusedTransformer(nn.Module):
                 of_text, of_image = _next(block)
                 normed = self._norm(text, of_text), self._norm(image, of_image)
             parts = [
-                self._heads(block.txt_attn, normed[0], slice(0, tokens)),
-                self._heads(block.img_attn, normed[1], slice(tokens, None)),
+                self._heads(attn.qkv(rows), attn.norm, places, attn.heads, block.attention)
+                for attn, rows, places in (
+                    (block.txt_attn, normed[0], slice(0, tokens)),
+                    (block.img_attn, normed[1], slice(tokens, None)),
+                )
             ]
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-        mixed = self._attend(q, k, v)
+        mixed = self._attend(block.attention, q, k, v)
         update = self._given(block.img_attn.proj, mixed[:, tokens:])
         image, wide = self._add_norm(image, update, Following(image_mlp, block.img_mlp[0]))
         image_update = self._mlp(block.img_mlp, wide)
@@ -165,33 +196,40 @@ class FusedTransformer(nn.Module):
             x = x[:, block.text_tokens :]
         else:
             assert isinstance(block, SingleBlock)
-            q, k, v, mlp = self._project(block, normed)
+            joint = block.linear1(normed)  # (B, T, 3 hidden + MLP)
+            q, k, v = self._heads(joint, block.norm, slice(None), block.heads, block.attention)
+            mlp = joint[..., 3 * block.hidden :]
         dtype, inverse_scale = self._takes(block.linear2)
         both = mlp.new_empty(*mlp.shape[:2], block.hidden + block.mlp_hidden, dtype=dtype)
         gelu_quantize(mlp, dtype, inverse_scale, out=both[..., block.hidden :])
         if dtype is None:
-            both[..., : block.hidden] = self._attend(q, k, v)
+            both[..., : block.hidden] = self._attend(block.attention, q, k, v)
         else:
-            quantize(self._attend(q, k, v), dtype, inverse_scale, out=both[..., : block.hidden])
+            quantize(self._attend(block.attention, q, k, v), dtype, inverse_scale, out=both[..., : block.hidden])
         return self._add_norm(x, block.linear2(both), self._final if following is None else _next(following)[0])
 
-    def _project(self, block: SingleBlock, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k, normed and rotated, v (B, heads, T, size), and the MLP's features (B, T, MLP)."""
-        joint, hidden = block.linear1(normed), block.hidden  # (B, T, 3 hidden + MLP)
-        scales = block.norm.query_norm.scale.float(), block.norm.key_norm.scale.float()
-        q, k = qk_norm_rope(joint, *scales, self.model.rope_cos, self.model.rope_sin, block.heads, EPS)
-        v = heads_first(joint[..., 2 * hidden : 3 * hidden], block.heads)
-        return q, k, v, joint[..., 3 * hidden :]
+    def _heads(
+        self, qkv: Tensor, norm: QKNorm, rows: slice, heads: int, attention: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, T, at least 3 hidden) -> q and k, normed and rotated, and v, (B, heads, T, size), as attention wants.
 
-    def _heads(self, attn: StreamAttention, normed: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k, normed and rotated, and v of one stream: (B, heads, tokens, size)."""
-        qkv = attn.qkv(normed)
-        scales = attn.norm.query_norm.scale.float(), attn.norm.key_norm.scale.float()
-        q, k = qk_norm_rope(qkv, *scales, self.model.rope_cos[rows], self.model.rope_sin[rows], attn.heads, EPS)
-        return q, k, heads_first(qkv.chunk(3, dim=-1)[2], attn.heads)
+        rows: the tokens' places in the joint sequence.
+        """
+        scales = norm.query_norm.scale.float(), norm.key_norm.scale.float()
+        tables = self.model.rope_cos[rows], self.model.rope_sin[rows]
+        hidden = heads * len(scales[0])
+        v = heads_first(qkv[..., 2 * hidden : 3 * hidden], heads)
+        eight = self._eight.get(id(attention))
+        if eight is None:
+            return *qk_norm_rope(qkv, *scales, *tables, heads, EPS), v
+        inverse = 1 / eight.scales[0], 1 / eight.scales[1]
+        return *qk_norm_rope(qkv, *scales, *tables, heads, EPS, eight.DTYPE, inverse), eight.rounded(v, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, T, size) -> (B, T, heads * size)."""
+        if isinstance(module, QuantizedAttention):
+            mixed: Tensor = self._eight.get(id(module), module)(q, k, v, self.model.key_bias)
+            return mixed
         return attention(q, k, v, self.counts, self.strategy).transpose(1, 2).flatten(2)
 
 
@@ -242,7 +280,7 @@ Pictures = TypeVar("Pictures", VAE, UNet)
 
 
 def fuse_norms(network: Pictures) -> Pictures:
-    """A copy with fused norms, in channels-last memory, that shares every other weight."""
+    """A copy with fused norms and fp8 attention, in channels-last memory, that shares every other weight."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
     for module in list(fused.modules()):
@@ -251,6 +289,8 @@ def fuse_norms(network: Pictures) -> Pictures:
                 setattr(module, name, FusedNorm(child))
             elif isinstance(child, LayerNorm):
                 setattr(module, name, FusedLayerNorm(child))
+            elif isinstance(child, QuantizedAttention) and has_fp8(child.q_scale.device):
+                setattr(module, name, FusedAttention(child))
     return fused
 
 

@@ -16,8 +16,9 @@ from tests.kernels.test_kernels import BOUND, FLOATS, LOW, error, noise
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-from densegeo.kernels.attention import attention, choose, strategies  # noqa: E402
+from densegeo.kernels.attention import attention, attention_fp8, choose, strategies  # noqa: E402
 
+FP8 = torch.float8_e4m3fn
 NAMES = ["merge", "bias", "expand"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [  # batch, heads, queries, keys, size, counts
@@ -134,6 +135,55 @@ def test_bias_kernel_types(device: str, dtype: Any) -> None:
     q, k, v = tensors(1, 2, 40, 70, 32, device, dtype)
     counts = (1, 3, 625)
     check(kernel.attention(q, k, v, torch.tensor(counts, device=device).float().log()), q, k, v, counts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bias_kernel_scales(device: str, case: Any) -> None:
+    """What 8-bit operands need: each with its scale, and a result of another type."""
+    kernel, _ = operation("attention")
+    q, k, v = tensors(*case[:5], device)
+    bias = torch.tensor(case[5], dtype=torch.float32, device=device).log()
+    actual = kernel.attention(q / 3, k / 0.25, v / 7, bias, (3.0, 0.25, 7.0), torch.float16)
+    assert actual.dtype == torch.float16
+    assert error(actual, exactly(q, k, v, case[5])) <= 2**-10
+
+
+def in_fp8(*tensors: Any) -> tuple[list[Any], tuple[float, float, float]]:
+    """Tensors over their scales, in fp8, and the scales."""
+    q, k, v = (float(x.abs().max()) / 448 for x in tensors)
+    return [(x / scale).to(FP8) for x, scale in zip(tensors, (q, k, v), strict=True)], (q, k, v)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fp8_attention_is_as_good_as_its_emulation(case: Any, dtype: Any) -> None:
+    """The reference, which a CPU runs, against the operator that calibration judges by."""
+    from densegeo.models.quantized import quantized_attention
+
+    q, k, v = tensors(*case[:5], "cpu")
+    eight, scales = in_fp8(q, k, v)
+    counts = case[5]
+    bias = torch.zeros(1, 1, 1, k.shape[2])
+    bias[..., : len(counts)] = torch.tensor(counts, dtype=torch.float32).log()
+    exact = exactly(q, k, v, counts)
+    emulated = error(quantized_attention(q, k, v, bias, *(torch.tensor(scale) for scale in scales)), exact)
+    actual = attention_fp8(*eight, scales, dtype, counts)
+    assert actual.dtype == dtype
+    assert 1e-3 < error(actual, exact) <= 2 * emulated < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", LOW)
+def test_fp8_kernel(case: Any, dtype: Any) -> None:
+    """Triton's interpreter rounds fp8 wrongly; that the kernel compiles to fp8 products is in `test_compile.py`."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 before sm_89")
+    _, reference = operation("attention")
+    eight, scales = in_fp8(*tensors(*case[:5], "cuda"))
+    exact = exactly(*(x.double() * scale for x, scale in zip(eight, scales, strict=True)), case[5])
+    expected = error(reference.attention_fp8(*eight, scales, dtype, case[5]), exact)
+    assert error(attention_fp8(*eight, scales, dtype, case[5]), exact) <= 2 * expected
 
 
 def added(kernel: Any, q: Any, k: Any, v: Any, counts: Any) -> Any:

@@ -52,6 +52,24 @@ def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
         assert not contract.fp_fusion
 
 
+def test_fp8_attention_multiplies_fp8() -> None:
+    """Both products of a head: on Ada and Blackwell's RTX as one instruction, on Hopper as another."""
+    code = r"""
+import re
+from densegeo.kernels.compile import compile_kernel
+from densegeo.kernels.table import VARIANTS
+variant = next(row for row in VARIANTS if row.name == "attention.bias128_fp8e4nv_bf16")
+for architecture in (89, 90, 120):
+    print(architecture, *set(re.findall(r"mma\S*m\d+n\d+k\d+\S*", compile_kernel(variant, architecture).ptx)))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        architecture, *products = line.split()
+        assert products, architecture
+        assert all(".e4m3.e4m3" in product for product in products), line
+
+
 def test_a_spill_is_an_error() -> None:
     code = """
 from dataclasses import replace

@@ -8,7 +8,7 @@ import pytest
 
 from tests.kernels.conftest import operation
 from tests.kernels.test_kernels import FLOATS, LOW, assert_as_good, error, noise
-from tests.kernels.test_network_kernels import EPS, affine, close, stored
+from tests.kernels.test_network_kernels import EPS, affine, close, rope, stored
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -122,6 +122,24 @@ def test_quantized_gelu_is_gelu(target: Any) -> None:
     result = reference.gelu_quantize(large, target, 1.0, None).double()
     assert result[0, 0, :2].tolist() == [20.0, 22.0]  # both types' nearest, ties to even
     assert result[0, 0, 2] == QUANTIZED[target]
+
+
+@pytest.mark.parametrize("target", list(QUANTIZED))
+@pytest.mark.parametrize("source", FLOATS)
+def test_quantized_queries_and_keys(device: str, source: Any, target: Any) -> None:
+    interpretable(device, target)
+    kernel, reference = operation("qk_norm_rope")
+    qkv, scales, tables = noise(2, 9, 3 * 2 * 32, device=device, dtype=source), affine(32, device), rope(9, 32, device)
+    inverse = 30.0, 110.0  # the second saturates
+    actual = kernel.qk_norm_rope(qkv, *scales, *tables, 2, EPS, target, inverse)
+    exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, 2, EPS)
+    rounded = reference.qk_norm_rope(qkv, *scales, *tables, 2, EPS, target, inverse)
+    for got, same, wanted, scale in zip(actual, rounded, exact, inverse, strict=True):
+        assert got.dtype == same.dtype == target
+        assert (got.view(torch.uint8) == same.view(torch.uint8)).float().mean() > 0.998
+        limited = (wanted * scale).clamp(-QUANTIZED[target], QUANTIZED[target])
+        half_step = 0.5 if target == torch.int8 else torch.maximum(limited.abs() / 16, torch.tensor(2.0**-10))
+        assert ((got.double() - limited).abs() <= half_step * (1 + 1e-4) + 1e-4).all()
 
 
 @pytest.mark.parametrize("target", [torch.float32, *QUANTIZED])

@@ -10,13 +10,21 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from densegeo.models import fe2e, rewrites  # noqa: E402
+from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
 from densegeo.models.precision import DTYPES, cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
-from densegeo.models.quantized import FORMATS, LinearPlan, QuantizedLinear, quantize_block  # noqa: E402
+from densegeo.models.quantized import (  # noqa: E402
+    FORMATS,
+    AttentionPlan,
+    LinearPlan,
+    Plans,
+    QuantizedLinear,
+    quantize_block,
+)
 from densegeo.models.reference import relative  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
-from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse_norms  # noqa: E402
+from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse_norms  # noqa: E402
 from tests.export.test_build import SMALL, SMALL_VAE  # noqa: E402
 
 CONFIG = msgspec.structs.replace(SMALL, depth=2, depth_single_blocks=3)
@@ -69,11 +77,14 @@ def test_low_precision_is_no_worse_than_the_plain_modules(files: Files, device: 
     assert relative(fused, exact) <= 2 * relative(plain, exact)
 
 
-def quantized(files: Files, kind: str, without: tuple[str, ...], base: str = "fp32") -> Pipeline:
-    """Every linear of the blocks in 8 bits."""
+def quantized(
+    files: Files, kind: str, without: tuple[str, ...], base: str = "fp32", *, attention: bool = False
+) -> Pipeline:
+    """Every linear of the blocks in 8 bits, or every attention."""
     loaded = pipeline(files, without)
-    names = [name for name, module in loaded.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    plans = {name: LinearPlan(20.0) for name in names if loaded.denoiser.quantizable(name)}
+    wanted, plan = (Attention, AttentionPlan(8.0, 8.0, 4.0)) if attention else (nn.Linear, LinearPlan(20.0))
+    names = [name for name, module in loaded.denoiser.named_modules() if isinstance(module, wanted)]
+    plans: Plans = {name: plan for name in names if loaded.denoiser.quantizable(name)}
     for name, block in loaded.denoiser.blocks():
         quantize_block(block, name, plans, FORMATS[kind], DTYPES[base])
     return cast(loaded, base)
@@ -105,6 +116,31 @@ def test_kernels_write_what_quantized_linears_take(
     assert wide == (set() if without else (first | last) & set(linears))
     assert relative(fused, exact) <= 2 * relative(plain, exact)
     assert relative(fused, plain) <= relative(plain, exact)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("without", [(), ("padding",), ("constants", "trim")])
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_kernels_write_what_fp8_attention_takes(
+    files: Files, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only blocks that rotate their queries for themselves, the first and the last, have them rounded afterwards."""
+    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
+    plain = run(quantized(files, "fp8", without, base, attention=True).denoiser, latent(), device)
+    fused = FusedTransformer(quantized(files, "fp8", without, base, attention=True).denoiser.to(device))
+    wide, rounded = [], FusedAttention.rounded
+
+    def watched(self: FusedAttention, x: Tensor, part: int) -> Tensor:
+        if part == 0 and x.dtype != self.DTYPE:
+            wide.append(x.shape)
+        return rounded(self, x, part)
+
+    monkeypatch.setattr(FusedAttention, "rounded", watched)
+    result = run(fused, latent(), device)
+    assert len(wide) == (0 if "trim" in without else 2)
+    assert relative(plain, exact) > 1e-4  # it is 8-bit
+    assert relative(result, exact) <= 2 * relative(plain, exact)
+    assert relative(result, plain) <= relative(plain, exact)
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])
