@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from densegeo.calibration.plan import load_plan
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
+from densegeo.models.reference import relative
+from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
+from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log
 from densegeo.runtime.verify import replay, within
@@ -61,7 +65,14 @@ def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_p
     for backend in ("onnxruntime", "torch"):
         checks = replay(bundle, backend)
         assert all(within(check) for check in checks)
-        assert next(check.error for check in checks if check.output == "denoiser") > 1e-4  # really 8-bit
+        error = next(check.error for check in checks if check.output == "denoiser")
+        assert error > 1e-4  # really 8-bit
+    unet = load_networks(bundle, read_manifest(bundle), CASE.size, "cpu").denoiser
+    fused = fuse(unet)
+    assert any(isinstance(module, FusedAttention) for module in fused.modules()) == (kind == "fp8")
+    latent = torch.randn(1, 4, CASE.size[1] // 8, CASE.size[0] // 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative(fused(latent), unet(latent)) <= error
 
 
 @pytest.mark.timeout(900)
