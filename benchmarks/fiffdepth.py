@@ -25,13 +25,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from densegeo.benchmarks.environment import environment, write_json
-from densegeo.benchmarks.fullsize import IMAGES, Measured, calibrate, measure, write_random
+from densegeo.benchmarks.fullsize import IMAGES, Measured, calibrate, measure, products, write_random
 from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE
 from densegeo.benchmarks.synthetic import patches
 from densegeo.benchmarks.timing import interleaved, speedup, summary
 from densegeo.cli import guarded
 from densegeo.errors import DensegeoError
 from densegeo.models.diffusers_format import vae_names
+from densegeo.models.quantized import FORMATS
 from densegeo.models.unet import UNet
 from densegeo.models.vae import VAE
 from densegeo.runtime import Estimator
@@ -50,6 +51,7 @@ BUILDS: dict[str, tuple[int, ...]] = {
     "fp16": (86, 89, 120),
     "int8": (86,),
     "fp8": (89, 120),
+    "fp8-attention": (89, 120),  # fp8 with the products of attention
 }
 KEPT = ("fp32", "bf16")  # which `speed` takes; the others are deleted once they are measured
 EXACT, TWICE = 1e-5, 2.0  # bounds: of float32 (relative L2); of low precision, in units of eager low precision's error
@@ -98,11 +100,11 @@ def write_checkpoint(folder: Path) -> None:
     save_file({"empty_prompt": embedding}, folder / "empty_prompt.safetensors")
 
 
-def row(precision: str, bundle: Path, took: Measured) -> dict[str, Any]:
+def row(name: str, bundle: Path, took: Measured) -> dict[str, Any]:
     """What a build gave and took."""
     manifest = read_manifest(bundle)
     return {
-        "precision": precision,
+        "precision": name,
         "seconds": took.seconds,
         "anonymous_gib": took.anonymous_gib,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
@@ -114,10 +116,12 @@ def row(precision: str, bundle: Path, took: Measured) -> dict[str, Any]:
             stage: getattr(manifest.buckets[0], stage).flops / 1e9 for stage in ("encoder", "denoiser", "decoder")
         },
         "quantized_share": None if manifest.quantization is None else manifest.quantization.share,
+        "quantized_attentions": 0 if manifest.quantization is None else len(manifest.quantization.attentions),
         "checks": [
             {"output": check.output, "error": check.error, "bound": check.bound}
             for check in manifest.verification.checks
         ],
+        "products": products(bundle, manifest),
         "engines": [
             {
                 "stage": engine.stage,
@@ -147,20 +151,22 @@ def _build(folder: Path, size: int, precisions: list[str], json_file: Path | Non
     console, report = Console(), {**environment(LIBRARIES), "builds": list[Any]()}
     write_checkpoint(folder / "checkpoint")
     python = [sys.executable, "-m", "densegeo"]
-    for precision in precisions:
-        output = folder / precision
+    for name in precisions:
+        precision, _, attention = name.partition("-")
+        output = folder / name
         command = [*python, "build", "--model", "fiffdepth", "--checkpoint", str(folder / "checkpoint")]
         command += ["--size", f"{size}x{size}", "--precision", precision, "--output", str(output)]
-        if BUILDS[precision]:
+        if BUILDS[name]:
             command += ["--backend", "tensorrt", "--builder", "tensorrt_rtx"]
-            command += [f"--gpu-arch={number}" for number in BUILDS[precision]]
-        if precision in ("int8", "fp8"):
-            took = calibrate(folder / "fp32", folder, precision, size)
-            report["builds"].append({"calibration": precision, "images": IMAGES, **msgspec.to_builtins(took)})
-            command += ["--calibration", str(folder / "calibration")]
-        console.print(f"{time.strftime('%H:%M:%S')} building {precision}")
-        report["builds"].append(row(precision, output, measure(command, folder / f"{precision}.log")))
-        if precision not in KEPT:
+            command += [f"--gpu-arch={number}" for number in BUILDS[name]]
+        if precision in FORMATS:
+            plans = folder / f"calibration{attention and '-attention'}"
+            took = calibrate(folder / "fp32", folder, precision, size, plans, attention=bool(attention))
+            report["builds"].append({"calibration": name, "images": IMAGES, **msgspec.to_builtins(took)})
+            command += ["--calibration", str(plans)]
+        console.print(f"{time.strftime('%H:%M:%S')} building {name}")
+        report["builds"].append(row(name, output, measure(command, folder / f"{name}.log")))
+        if name not in KEPT:
             shutil.rmtree(output)
         if json_file is not None:
             write_json(json_file, report)

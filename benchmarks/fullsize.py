@@ -3,7 +3,7 @@
 Writes a seeded random checkpoint with the released files' names, keys and shapes (11.9 B block parameters, bf16, a LoRA
 on all 304 modules), builds a bundle and its engines from it, and measures: anonymous memory, time, disk, and that every
 block's stored weights are its own source's. `--precision fp8` (or int8) then calibrates the bf16 bundle, block by
-block, and builds the 8-bit one; a calibration that is there is kept.
+block, and builds the 8-bit one, with `--attention` its attentions too; a calibration that is there is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,8 @@ from densegeo.models.reference import relative
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, rewritten_parts
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
-from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.bundle import Manifest, read_manifest
+from densegeo.runtime.engine_log import parse_log, read_log
 
 DISK = 60 * 10**9
 RANK = 16
@@ -135,15 +137,29 @@ def _anonymous(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def calibrate(bundle: Path, folder: Path, precision: str, side: int) -> Measured:
-    """`densegeo calibrate` on `IMAGES` seeded pictures, block by block, into folder/calibration."""
+def calibrate(
+    bundle: Path, folder: Path, precision: str, side: int, output: Path, *, attention: bool = False
+) -> Measured:
+    """`densegeo calibrate` on `IMAGES` seeded pictures, block by block, into `output`."""
     images = folder / "images"
     images.mkdir(exist_ok=True)
     for seed in range(IMAGES):
         Image.fromarray(patches(side, seed)).save(images / f"{seed}.png")
     command = [sys.executable, "-m", "densegeo", "calibrate", str(bundle), "--images", str(images)]
     command += ["--format", precision, "--backend", "torch", "--device", "cpu", "--stream"]
-    return measure([*command, "--output", str(folder / "calibration")], folder / f"calibrate-{precision}.log")
+    command += ["--output", str(output), *(["--attention"] if attention else [])]
+    return measure(command, folder / f"calibrate-{precision}.log")
+
+
+def products(bundle: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
+    """What the builder's logs say of the denoiser's engines: "attention FP8" -> how many layers."""
+    found = {}
+    for engine in manifest.engines:
+        if engine.stage == "denoiser":
+            layers = parse_log(read_log(bundle / engine.log)).layers
+            kinds = Counter(f"{layer.role} {layer.dtype}" for layer in layers if layer.role in ("matmul", "attention"))
+            found[" ".join(engine.architectures) or "any"] = dict(kinds)
+    return found
 
 
 def distinct_blocks(path: Path) -> int:
@@ -208,13 +224,17 @@ def _outputs(block: nn.Module, given: tuple[torch.Tensor, ...], *others: object)
     return torch.cat([part.float().flatten() for part in (found if isinstance(found, tuple) else (found,))])
 
 
-def run(folder: Path, size: str, precision: str, backend: str, json_file: Path | None) -> None:
+def run(folder: Path, size: str, precision: str, attention: bool, backend: str, json_file: Path | None) -> None:
+    if attention and precision != "fp8":
+        raise ConfigError("--attention is for --precision fp8")
     if precision not in GPUS:
         raise ConfigError(f"there is no build in {precision!r} here; there are {', '.join(GPUS)}")
     console = Console()
     machine = environment(("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13"))
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    checkpoint, base, output = folder / "checkpoint", folder / "bf16", folder / precision
+    which = "-attention" if attention else ""
+    checkpoint, base, output = folder / "checkpoint", folder / "bf16", folder / f"{precision}{which}"
+    calibration = folder / f"calibration{which}"
     console.print(f"needs about {DISK / 1e9:.0f} GB of disk in {folder}, {free / 1e9:.0f} GB are free")
     if free < DISK and not checkpoint.exists():
         raise ResourceError(f"{folder} has too little space: choose another --folder")
@@ -226,12 +246,12 @@ def run(folder: Path, size: str, precision: str, backend: str, json_file: Path |
     if backend == "tensorrt":
         command += ["--builder", "tensorrt_rtx", *(f"--gpu-arch={number}" for number in GPUS[precision])]
     report: dict[str, Any] = {**machine, "precision": precision}
-    if precision in FORMATS and not plan_file(folder / "calibration", precision).exists():
-        took = calibrate(base, folder, precision, max(parse_size(size)))
+    if precision in FORMATS and not plan_file(calibration, precision).exists():
+        took = calibrate(base, folder, precision, max(parse_size(size)), calibration, attention=attention)
         report["calibration"] = {"images": IMAGES, **msgspec.to_builtins(took)}
         console.print(f"calibration: {took.seconds:.0f} s, {took.anonymous_gib:.1f} GiB of anonymous memory")
     if precision in FORMATS:
-        command += ["--calibration", str(folder / "calibration")]
+        command += ["--calibration", str(calibration)]
     dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
     console.print(dry.stdout or dry.stderr, markup=False)
     built = measure(command, folder / f"{precision}.log")
@@ -243,8 +263,10 @@ def run(folder: Path, size: str, precision: str, backend: str, json_file: Path |
         "denoiser_bytes": manifest.files["denoiser.safetensors"].bytes,
         "distinct_block_matrices": distinct_blocks(output / "denoiser.safetensors"),
         "quantized_share": None if manifest.quantization is None else manifest.quantization.share,
+        "quantized_attentions": 0 if manifest.quantization is None else len(manifest.quantization.attentions),
         "checks": msgspec.to_builtins(manifest.verification.checks),
         "engines": msgspec.to_builtins(manifest.engines),
+        "products": products(output, manifest),
         "dry_run": dry.stdout.splitlines()[-4:],
     }
     if precision not in FORMATS:
@@ -258,11 +280,12 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where checkpoint and bundle go: 60 GB.")] = Path("out/fullsize"),
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the bundle's bucket.")] = "256x192",
     precision: Annotated[str, typer.Option(help="bf16; then, from what that left: fp8 or int8.")] = "bf16",
+    attention: Annotated[bool, typer.Option("--attention", help="With fp8: the products of attention too.")] = False,
     backend: Annotated[str, typer.Option(help="onnxruntime (graphs alone) or tensorrt (engines too).")] = "tensorrt",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Build full-size FE2E from a seeded random checkpoint, and measure it."""
-    guarded(lambda: run(folder, size, precision, backend, json_file))
+    guarded(lambda: run(folder, size, precision, attention, backend, json_file))
 
 
 if __name__ == "__main__":
