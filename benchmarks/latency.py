@@ -25,6 +25,7 @@ from densegeo.inspection import check_with_progress
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
 from densegeo.runtime.images import load_image
+from densegeo.runtime.measured import measured, remember
 from densegeo.runtime.resample import choose_bucket
 from densegeo.runtime.verify import replay, within
 
@@ -112,6 +113,9 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         used_backend, used_device = estimator.backend, estimator.device
         gpu = _nvml(used_device)
     stages = summarise(samples, bucket, manifest.decode.pictures)
+    facts = environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"))
+    total, name = stages["total"], device_name(used_device, facts["machine"])
+    remember(measured(manifest, bucket, used_backend, name, total.p50, total.p90))
     return Latency(
         model=manifest.model,
         precision=manifest.precision,
@@ -130,8 +134,17 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         ceiling_gflops=matmul_gflops(),
         worst_error=max(check.error for check in checks),
         error_bound=manifest.verification.replay_bound,
-        **environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch")),
+        **facts,
     )
+
+
+def device_name(device: str, machine: dict[str, Any]) -> str:
+    """ "cuda:0" -> what the GPU is called, if that can be found out; anything else -> the CPU."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return str(machine["cpu"])
+    names: list[str] = machine["gpus"]
+    return names[int(index or 0)].partition(",")[0] if int(index or 0) < len(names) else device
 
 
 def _throughput(estimator: Estimator, source: object, callers: int, runs: int) -> float:

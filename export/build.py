@@ -25,7 +25,7 @@ from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
-from densegeo.export.reporting import progress_bar, report
+from densegeo.export.reporting import progress_bar, recommend, report
 from densegeo.export.staging import publish, staged
 from densegeo.models import rewrites
 from densegeo.models.config import VAEConfig
@@ -105,6 +105,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
         console.print(
             f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
         )
+        recommend(read_manifest(options.output), console)
         return options.output
     check_resources(plan, options.output)
     with staged(options.output) as staging, progress_bar(console) as progress:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from densegeo.runtime.bundle import Manifest
+from densegeo.runtime.measured import advice
 
 
 @contextmanager
@@ -24,6 +25,18 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress
+
+
+def recommend(manifest: Manifest, console: Console) -> None:
+    """Which precision was the fastest here, where `densegeo bench` found out."""
+    lines = advice(manifest)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if not lines and manifest.target_architectures:
+        console.print(
+            "No precision is recommended: `densegeo bench` has not yet timed 8 bits and floats on this machine.",
+            soft_wrap=True,
+        )
 
 
 def report(manifest: Manifest, output: Path, console: Console) -> None:
@@ -45,3 +58,4 @@ def report(manifest: Manifest, output: Path, console: Console) -> None:
             "densegeo\\[torch] runs this bundle.[/yellow]",
             soft_wrap=True,
         )
+    recommend(manifest, console)

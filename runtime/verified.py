@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 from pathlib import Path
 
+from densegeo.runtime import state
 from densegeo.runtime.bundle import MANIFEST
 
 
@@ -44,15 +43,5 @@ def _marker(bundle: Path, backend: str) -> Path | None:
     except OSError:
         return None
     key = hashlib.sha256(manifest)
-    key.update("|".join((backend, platform.node(), _driver())).encode())
-    root = os.environ.get("XDG_STATE_HOME")
-    folder = (Path(root) if root else Path.home() / ".local" / "state") / "densegeo" / "verified"
-    return folder / key.hexdigest()
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version line: another driver must be verified anew."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
-    except OSError:
-        return ""
+    key.update(f"{backend}|{state.machine()}".encode())
+    return state.folder("verified") / key.hexdigest()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from densegeo import cli
 from densegeo.errors import ImageError
 from densegeo.inputs import find_images, unique_stems
 from densegeo.runtime.bundle import MANIFEST, read_manifest
+from densegeo.runtime.measured import Measured, advice, remember
 from tests.toy_bundle import write_toy_bundle
 
 
@@ -181,6 +183,24 @@ def test_bench_ends_with_json(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert all(speed > 0 for speed in result["images_per_second"].values())
     assert result["batched_per_second"] == {}  # the bundle has no graphs for several images
     assert result["ceiling_gflops"] > result["stages"]["encoder"]["gflops"]
+
+
+def test_bench_is_remembered(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what follows from two of them, with the precisions that the manifests say."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert run("bench", bundle, "--runs", 3) == 0
+    (path,) = (tmp_path / "densegeo" / "measured").iterdir()
+    first = msgspec.json.decode(path.read_bytes(), type=Measured)
+    assert (first.model, first.what, first.bucket, first.backend) == ("toy", "fp32", "64x48", "onnxruntime")
+    assert 0 < first.p50 <= first.p90
+    manifest = read_manifest(bundle)
+    assert advice(manifest) == []
+    remember(msgspec.structs.replace(first, what="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2))
+    (line,) = advice(manifest)
+    assert line.startswith(f"fp8 with attention is recommended at 64x48 on {first.device} (onnxruntime): ")
+    assert f"took {first.p50 / 2:.3g} ms, fp32 {first.p50:.3g} ms" in line
+    assert run("bench", bundle, "--runs", 3) == 0  # in place of the first
+    assert len(list((tmp_path / "densegeo" / "measured").iterdir())) == 2
 
 
 def test_compare_puts_benchmarks_side_by_side(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
