@@ -17,7 +17,8 @@ from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
 from densegeo.models import fe2e, precision, rewrites
-from densegeo.models.quantized import FORMATS, LinearPlan, quantize_block
+from densegeo.models.layers import Attention
+from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, quantize_block
 from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer, split
@@ -126,16 +127,24 @@ def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str
         "folded, kernels": lambda: ours(False),
         "folded, kernels, graph": lambda: ours(True),
         "folded, kernels, graph, fp8": lambda: device_network(weights, size, True, rgb).recorded(1),
+        "folded, kernels, graph, fp8 with attention": lambda: device_network(
+            weights, size, True, rgb, attention=True
+        ).recorded(1),
     }
 
 
 def device_network(
-    weights: Weights, size: tuple[int, int], captured: bool, fp8_on: Tensor | None = None
+    weights: Weights,
+    size: tuple[int, int],
+    captured: bool,
+    fp8_on: Tensor | None = None,
+    *,
+    attention: bool = False,
 ) -> DeviceNetwork:
     """The torch backend's network of one bucket. fp8_on: a picture whose largest activations are fp8's ranges."""
     pipeline, config = folded(weights, size), weights.setup.vae
     if fp8_on is not None:
-        to_fp8(pipeline, fp8_on)
+        to_fp8(pipeline, fp8_on, attention=attention)
     decode = Decode(
         depth_kind="log_affine",
         latent_scale=config.scale_factor,
@@ -156,22 +165,23 @@ def device_network(
 
 
 @torch.inference_mode()
-def to_fp8(pipeline: Pipeline, rgb: Tensor) -> None:
-    """Quantize all linears of the blocks in place, their inputs' ranges by one picture: for speed, not for accuracy."""
-    transformer, peaks = pipeline.denoiser, dict[str, float]()
+def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
+    """Quantize all linears of the blocks in place, and attentions; ranges by one picture: for speed, not accuracy."""
+    transformer, plans = pipeline.denoiser, dict[str, LinearPlan | AttentionPlan]()
 
-    def note(name: str, x: Tensor) -> None:
-        peaks[name] = float(x.abs().max())
+    def note(name: str, kind: type[nn.Module], given: tuple[Tensor, ...]) -> None:
+        peaks = [float(x.abs().max()) for x in given[:3]]
+        plans[name] = AttentionPlan(*peaks) if kind is Attention else LinearPlan(peaks[0])
 
+    wanted = (nn.Linear, Attention) if attention else (nn.Linear,)
     handles = [
-        layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
+        layer.register_forward_pre_hook(lambda module, given, name=name: note(name, type(module), given))
         for name, layer in transformer.named_modules()
-        if isinstance(layer, nn.Linear) and Transformer.is_block(name)
+        if isinstance(layer, wanted) and Transformer.is_block(name)
     ]
     transformer(pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW])))
     for handle in handles:
         handle.remove()
-    plans = {name: LinearPlan(peak) for name, peak in peaks.items()}
     for name, block in transformer.blocks():
         quantize_block(block, name, plans, FORMATS["fp8"], precision.DTYPES[LOW])
 
