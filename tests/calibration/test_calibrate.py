@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -133,7 +134,8 @@ def test_8_bit_bundles_run_within_their_bounds(
         for name in manifest.quantization.linears:
             assert str(file.get_slice(f"{name}.weight").get_dtype()) == {"fp8": "F8_E4M3", "int8": "I8"}[kind]
         assert "F8_E4M3" not in str(file.get_slice("img_in.weight").get_dtype())
-    for backend in ("torch",) if base == "bf16" else ("torch", "onnxruntime"):
+    backends = ["torch", *(["openvino"] if find_spec("openvino") else []), *(["onnxruntime"] if base == "fp32" else [])]
+    for backend in backends:
         checks = replay(made, backend, "cpu")
         assert all(within(check) for check in checks), checks
         transformer = next(check for check in checks if check.output == "denoiser")
