@@ -42,9 +42,10 @@ class Measured(msgspec.Struct, frozen=True):
 def measured(manifest: Manifest, bucket: Bucket, backend: str, device: str, p50: float, p90: float) -> Measured:
     """A record of a run that was verified. device: its name, as "NVIDIA H100"."""
     attention = manifest.quantization is not None and bool(manifest.quantization.attentions)
+    rest = f", the rest {manifest.base}" if manifest.precision in EIGHT_BIT and manifest.base != "bf16" else ""
     return Measured(
         model=manifest.model,
-        what=f"{manifest.precision} with attention" if attention else manifest.precision,
+        what=f"{manifest.precision}{' with attention' if attention else ''}{rest}",
         bucket=bucket.name,
         flops=_flops(bucket),
         backend=backend,

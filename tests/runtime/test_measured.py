@@ -24,7 +24,9 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     return read_manifest(write_toy_bundle(tmp_path / "bundle"))
 
 
-def record(manifest: Manifest, precision: str, p50: float, p90: float = 0.0, *, attention: bool = False) -> Measured:
+def record(
+    manifest: Manifest, precision: str, p50: float, p90: float = 0.0, *, attention: bool = False, base: str = ""
+) -> Measured:
     quantization = None
     if precision in measured.EIGHT_BIT:
         quantization = Quantization(
@@ -37,7 +39,8 @@ def record(manifest: Manifest, precision: str, p50: float, p90: float = 0.0, *, 
             depth_error=None,
             normal_error=None,
         )
-    variant = msgspec.structs.replace(manifest, precision=precision, quantization=quantization)
+    base = base or (precision if quantization is None else "bf16")
+    variant = msgspec.structs.replace(manifest, precision=precision, base=base, quantization=quantization)
     return measured.measured(variant, manifest.buckets[0], "tensorrt", GPU, p50, p90 or 1.1 * p50)
 
 
@@ -47,6 +50,7 @@ def test_the_fastest_is_recommended(manifest: Manifest) -> None:
         record(manifest, "bf16", 40.0),
         record(manifest, "fp8", 30.0),
         record(manifest, "fp8", 25.0, attention=True),
+        record(manifest, "fp8", 70.0, attention=True, base="fp32"),
     ):
         remember(made)
     (line,) = advice(manifest)
