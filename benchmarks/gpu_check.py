@@ -108,8 +108,13 @@ def kernels(check: Check) -> dict[str, Any]:
 def numbers(check: Check) -> dict[str, Any]:
     """Ours against plain low precision, both against float32, on a model small enough for that."""
     errors = gpu_models.errors(check.device, check.small)
+    wrong = [
+        name
+        for name, row in {"bf16": errors, **{f"fp8, {name}": row for name, row in errors["fp8"].items()}}.items()
+        if not row["ours"] <= gpu_models.ERROR_FACTOR * row["plain"]
+    ]
     limit = gpu_models.ERROR_FACTOR * errors["plain"]
-    return {**errors, "limit": limit} | ({} if errors["ours"] <= limit else {"failed": "ours is off"})
+    return {**errors, "limit": limit} | ({"failed": f"ours is off: {', '.join(wrong)}"} if wrong else {})
 
 
 def models(check: Check) -> dict[str, Any]:

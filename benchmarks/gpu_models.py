@@ -187,8 +187,11 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
 
 
 @torch.inference_mode()
-def errors(device: str, small: bool) -> dict[str, float]:
-    """Relative error of the decoded pictures against float32: of plain low precision, and of ours as it is run."""
+def errors(device: str, small: bool) -> dict[str, Any]:
+    """Relative error of the decoded pictures against float32: of plain low precision, and of ours as it is run.
+
+    "fp8" holds for each of its variants the error of its emulation on the CPU, and of ours.
+    """
     setup = SMOKE if small else MID
     size, rgb = (setup.width, setup.height), setup.image().to(device)
     exact = setup.pipeline()
@@ -199,12 +202,27 @@ def errors(device: str, small: bool) -> dict[str, float]:
     plain = _chain(weights.plain, weights.plain.vae, 1, precision.DTYPES[LOW])(rgb)
     network = device_network(weights, size, captured=True).recorded(1)
     ours, again = network(rgb).clone(), network(rgb)
+    fp8 = {}
+    for name, attention in (("linears", False), ("linears and attention", True)):
+        low = device_network(weights, size, True, rgb, attention=attention).recorded(1)
+        found = {"plain": emulated(weights, size, rgb, attention=attention), "ours": low(rgb)}
+        fp8[name] = {way: relative(decoded, wanted) for way, decoded in found.items()}
     return {
         "plain": relative(plain, wanted),
         "ours": relative(ours, wanted),
         "captured": float(network.captured),
         "repeated_exactly": float(torch.equal(ours, again)),
+        "fp8": fp8,
     }
+
+
+def emulated(weights: Weights, size: tuple[int, int], rgb: Tensor, *, attention: bool) -> Tensor:
+    """What fp8 gives by the plain modules on the CPU, which multiply 8-bit numbers as floats; on rgb's device."""
+    pipeline = folded(weights, size)
+    to_fp8(pipeline, rgb, attention=attention)
+    for network in (pipeline.denoiser, pipeline.vae):
+        network.cpu()
+    return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
 
 
 @torch.inference_mode()

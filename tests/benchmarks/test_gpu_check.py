@@ -38,6 +38,9 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = result["steps"]
     assert tuple(found) == steps
     assert 0 < found["numbers"]["ours"] <= found["numbers"]["limit"] < 0.2
+    for row in found["numbers"]["fp8"].values():
+        assert found["numbers"]["plain"] < row["plain"] < 0.3  # it is 8-bit
+        assert 0 < row["ours"] <= 2 * row["plain"]
     kernels = found["kernels"]["kernels"]
     assert kernels["copy"]["of_copy"] == 1
     # a token's 64 features are read once and written once
@@ -83,10 +86,12 @@ def test_a_bundle_is_run_through_every_backend(tmp_path: Path, monkeypatch: pyte
 def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_models, "errors", lambda device, small: {"plain": 0.01, "ours": 0.03})
+    fine, off = {"plain": 0.01, "ours": 0.02}, {"plain": 0.01, "ours": 0.03}
+    found = {**off, "fp8": {"linears": fine, "linears and attention": off}}
+    monkeypatch.setattr(gpu_models, "errors", lambda device, small: found)
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "numbers", "models", "kernels")
     assert code == 1
-    assert result["steps"]["numbers"]["failed"] == "ours is off"
+    assert result["steps"]["numbers"]["failed"] == "ours is off: bf16, fp8, linears and attention"
     assert "no speed is measured" in result["steps"]["models"]["failed"]
     assert "sizes" not in result["steps"]["models"]
     assert "kernels" in result["steps"]["kernels"]  # the rest goes on
