@@ -100,12 +100,15 @@ def collect(
             except ImageError as error:
                 images.skip(image, error)
                 continue
-            for layer, rows in inputs(bucket, rgb):
-                try:
-                    for observe in observers:
-                        observe(layer, rows)
-                except QuantizationError as error:
-                    raise QuantizationError(f"{error}, for {image}") from None
+
+            def see(layer: str, rows: Float32) -> None:
+                for observe in observers:
+                    observe(layer, rows)
+
+            try:
+                inputs(bucket, rgb, see)
+            except QuantizationError as error:
+                raise QuantizationError(f"{error}, for {image}") from None
             done.append(name)
             if index % SAVE_EVERY == SAVE_EVERY - 1:
                 statistics.save(path)

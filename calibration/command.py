@@ -239,7 +239,7 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
     """Each layer's own error as a table with bars, worst first, and what the plan amounts to."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
-    for name in ("work", "depth", "", "normals", ""):
+    for name in ("MACs a token", "depth", "", "normals", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
     worst = Error(

@@ -6,7 +6,7 @@ An attention's queries, keys and values are three inputs, "NAME.q", "NAME.k" and
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,18 +26,18 @@ from densegeo.runtime.bundle import Bucket, Manifest
 Float32 = NDArray[np.float32]
 GROUP_BYTES = 1 << 30  # inputs that are in memory at a time
 PARTS = AttentionPlan._fields  # "q", "k", "v"
-Inputs = Iterator[tuple[str, Float32]]  # a name and an input (rows, features)
+See = Callable[[str, Float32], None]  # takes a name and an input (rows, features)
 
 
 class LayerInputs(Protocol):
-    """Runs encoder and denoiser on rgb (1, 3, H, W) and shows what enters the denoiser's linears.
+    """Runs encoder and denoiser on rgb (1, 3, H, W) and shows what enters the denoiser's linears, as it comes.
 
-    attention: and its attentions.
+    attention: and its attentions. What `see` raises ends the run.
     """
 
     attention: bool
 
-    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs: ...
+    def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None: ...
 
 
 class Watched(NamedTuple):
@@ -62,7 +62,7 @@ class OnnxInputs:
         self._backend = open_backend("onnxruntime", bundle, manifest, "cpu")
         self._sessions: dict[str, tuple[Any, list[Watched]]] = {}
 
-    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
+    def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
         """One run for each group of inputs that fits into memory."""
         latent = self._backend.run(bucket, "encoder", rgb)
         session, watched = self._session(bucket.denoiser.file)
@@ -71,7 +71,7 @@ class OnnxInputs:
             values = dict(zip(group, session.run(group, feed), strict=True))
             for layer, value, _ in watched:
                 if value in values:
-                    yield layer, values[value].reshape(-1, values[value].shape[-1])
+                    see(layer, values[value].reshape(-1, values[value].shape[-1]))
 
     def _session(self, name: str) -> tuple[Any, list[Watched]]:
         """A session whose outputs are the layers' inputs, and what they are."""
@@ -138,14 +138,13 @@ class TorchInputs:
         self.attention = False
         self._pipeline = pipeline
 
-    def __call__(self, bucket: Bucket, rgb: Float32) -> Inputs:
-        """One run; inputs leave the device as they come."""
+    def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
+        """One run; inputs leave the device as they come, and none is kept."""
         transformer = self._pipeline.denoiser
         transformer.resize(bucket.width, bucket.height)
-        seen: list[tuple[str, Float32]] = []
 
         def note(name: str, x: Tensor) -> None:
-            seen.append((name, x.detach().flatten(0, -2).float().cpu().numpy()))
+            see(name, x.detach().flatten(0, -2).float().cpu().numpy())
 
         def note_three(name: str, given: tuple[Tensor, ...]) -> None:
             for part, x in zip(PARTS, given[:3], strict=True):
@@ -164,4 +163,3 @@ class TorchInputs:
         finally:
             for handle in handles:
                 handle.remove()
-        yield from seen

@@ -90,6 +90,25 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
     assert Statistics.load(tmp_path / "ort").measured == ours.measured
 
 
+def test_inputs_are_seen_as_they_come(bundle: Path) -> None:
+    """None is kept until the run ends: those of a full-size picture would not fit into memory."""
+    manifest = read_manifest(bundle)
+    pipeline = load_networks(bundle, manifest, (48, 32), "cpu")
+    ran: list[str] = []
+    for name, layer in pipeline.denoiser.named_modules():
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+
+    def see(name: str, rows: np.ndarray) -> None:
+        assert ran.count(name) == 0
+        if name == "double_blocks.0.img_mlp.0":
+            raise QuantizationError(name)
+
+    with pytest.raises(QuantizationError, match=r"img_mlp\.0"):
+        TorchInputs(pipeline)(manifest.buckets[0], np.zeros((1, 3, 32, 48), np.float32), see)
+    assert "double_blocks.0.img_attn.qkv" in ran
+    assert not any(name.startswith("single_blocks") for name in ran)
+
+
 def test_an_interrupted_run_goes_on(
     bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,9 +301,11 @@ def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, mon
     class Spoiled(OnnxInputs):
         value = np.nan
 
-        def __call__(self, bucket, rgb):  # type: ignore[no-untyped-def]
-            for name, rows in super().__call__(bucket, rgb):
-                yield name, np.full_like(rows, self.value) if name == "double_blocks.0.img_mlp.2" else rows
+        def __call__(self, bucket, rgb, see):  # type: ignore[no-untyped-def]
+            def spoil(name: str, rows: np.ndarray) -> None:
+                see(name, np.full_like(rows, self.value) if name == "double_blocks.0.img_mlp.2" else rows)
+
+            super().__call__(bucket, rgb, spoil)
 
     monkeypatch.setattr(command, "OnnxInputs", Spoiled)
     with pytest.raises(QuantizationError, match=r"NaN .* input of double_blocks\.0\.img_mlp\.2, for .*00\.png"):
