@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from densegeo.calibration import command
 from densegeo.calibration.collect import MINIMUM, Images, collect
 from densegeo.calibration.histogram import Histogram
 from densegeo.calibration.inputs import OnnxInputs, TorchInputs
-from densegeo.calibration.plan import Budget, load_plan
+from densegeo.calibration.plan import Budget, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
 from densegeo.export.build import build_bundle
@@ -219,6 +220,16 @@ def test_attentions_are_planned_as_linears_are(
         run(bundle, images, tmp_path / "copy", kind="int8", attention=True)
     with pytest.raises(QuantizationError, match="made without --attention"):
         run(bundle, images, calibrated, attention=True)
+
+
+def test_a_plan_of_attentions_alone_builds(checkpoint_dir: Path, attentive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(attentive, folder)
+    plan = load_plan(folder, "fp8").keep(ATTENTIONS)
+    assert (plan.ranges, plan.parameters) == ({}, 0)
+    plan_file(folder, "fp8").write_bytes(msgspec.json.encode(plan))
+    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision="fp8", base="fp32", calibration=folder))
+    assert all(within(check) for check in replay(made, "onnxruntime", "cpu"))
 
 
 def test_statistics_of_another_model_are_refused(
