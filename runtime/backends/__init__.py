@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +19,8 @@ from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import is_verified
+
+log = logging.getLogger("densegeo")
 
 
 class Backend(Protocol):
@@ -122,11 +126,19 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
             continue
         try:
             backend: Backend = import_module(row.module).open_backend(directory, manifest, device)
-            return backend
         except BackendError as error:
             if name != "auto":
                 raise
             reasons.append(f"{row.name}: {error}")
+            continue
+        if device == "auto" and backend.device == "cpu" and has_cuda_driver():
+            log.warning(
+                "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is missing, "
+                'and device="cpu" that it is meant.',
+                directory,
+                row.name,
+            )
+        return backend
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
 
 
@@ -136,3 +148,14 @@ def parse_device(device: str) -> tuple[str, str]:
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
     return kind, index
+
+
+def has_cuda_driver() -> bool:
+    """Whether NVIDIA's driver library loads: GPU builds of libraries also install without one."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return False

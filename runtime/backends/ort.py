@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
-from densegeo.runtime.backends import parse_device
+from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
 
@@ -76,7 +76,7 @@ def _choose_provider(device: str, available: list[str], base: str) -> tuple[str,
             "This ONNX Runtime has no CUDA provider. Install it with `pip install densegeo[gpu]` in place of [cpu], "
             'or use device="cpu".'
         )
-    if kind == "cuda" or (kind == "auto" and CUDA in available and _has_cuda_driver()):
+    if kind == "cuda" or (kind == "auto" and CUDA in available and has_cuda_driver()):
         return CUDA, f"cuda:{index or 0}"
     if base == "bf16":
         raise BackendError(
@@ -88,16 +88,3 @@ def _choose_provider(device: str, available: list[str], base: str) -> tuple[str,
 
 def _provider_options(device: str) -> dict[str, str]:
     return {"device_id": device.partition(":")[2]} if device.startswith("cuda") else {}
-
-
-def _has_cuda_driver() -> bool:
-    """Whether the NVIDIA driver library loads: the GPU build of ONNX Runtime also installs without one."""
-    import ctypes
-
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return True
-    return False

@@ -294,10 +294,26 @@ def test_provider_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert _choose_provider("cuda:1", both, "bf16") == ("CUDAExecutionProvider", "cuda:1")
     assert _choose_provider("cpu", both, "fp16") == ("CPUExecutionProvider", "cpu")
-    monkeypatch.setattr(ort_module, "_has_cuda_driver", lambda: False)
+    monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: False)
     assert _choose_provider("auto", both, "fp32")[1] == "cpu"
-    monkeypatch.setattr(ort_module, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
     assert _choose_provider("auto", both, "fp32")[1] == "cuda:0"
+
+
+def test_a_cpu_beside_a_gpu_is_warned_of(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_manifest(bundle)
+    row = next(row for row in BACKENDS if row.name == "onnxruntime")
+    monkeypatch.setattr("densegeo.runtime.backends.BACKENDS", (row,))
+    open_backend("auto", bundle, manifest, "auto").close()
+    assert not caplog.records
+    monkeypatch.setattr("densegeo.runtime.backends.has_cuda_driver", lambda: True)
+    open_backend("auto", bundle, manifest, "cpu").close()
+    assert not caplog.records
+    open_backend("auto", bundle, manifest, "auto").close()
+    (record,) = caplog.records
+    assert "runs on the CPU with onnxruntime, although an NVIDIA driver is here" in record.getMessage()
 
 
 def test_no_backend_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
