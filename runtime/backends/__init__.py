@@ -133,8 +133,8 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
             continue
         if device == "auto" and backend.device == "cpu" and has_cuda_driver():
             log.warning(
-                "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is missing, "
-                'and device="cpu" that it is meant.',
+                "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is "
+                'missing, and device="cpu" that it is meant.',
                 directory,
                 row.name,
             )
