@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from densegeo.kernels.attention import attention, attention_fp8, choose
+from densegeo.kernels.attention.strategies import Strategy
 from densegeo.kernels.gated_residual import residual_layer_norm
 from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
@@ -97,7 +98,8 @@ class FusedTransformer(nn.Module):
             for module in model.modules()
             if isinstance(module, QuantizedLinear)
         }
-        self._eight = {  # by id, too
+        self.plainly = False  # attend in floating point where fp8 is planned, too
+        self.in_fp8 = {  # by id, too
             id(module): FusedAttention(module, self.counts)
             for module in model.modules()
             if isinstance(module, QuantizedAttention) and has_fp8(module.q_scale.device)
@@ -219,7 +221,7 @@ class FusedTransformer(nn.Module):
         tables = self.model.rope_cos[rows], self.model.rope_sin[rows]
         hidden = heads * len(scales[0])
         v = heads_first(qkv[..., 2 * hidden : 3 * hidden], heads)
-        eight = self._eight.get(id(attention))
+        eight = self.in_fp8.get(id(attention))
         if eight is None:
             return *qk_norm_rope(qkv, *scales, *tables, heads, EPS), v
         inverse = 1 / eight.scales[0], 1 / eight.scales[1]
@@ -227,21 +229,34 @@ class FusedTransformer(nn.Module):
 
     def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, T, size) -> (B, T, heads * size)."""
-        if isinstance(module, QuantizedAttention):
-            mixed: Tensor = self._eight.get(id(module), module)(q, k, v, self.model.key_bias)
+        if isinstance(module, QuantizedAttention) and not self.plainly:
+            mixed: Tensor = self.in_fp8.get(id(module), module)(q, k, v, self.model.key_bias)
             return mixed
         return attention(q, k, v, self.counts, self.strategy).transpose(1, 2).flatten(2)
 
 
 def fuse_transformer(model: Transformer) -> FusedTransformer:
-    """The fused form, with the attention strategy that is fastest on the model's device at its size."""
+    """The fused form, with the ways to attend that are the fastest on the model's device at its size.
+
+    Where fp8 attention is planned and turns out slower than the plain one, the latter runs: it is the more exact one.
+    """
     config, like, tokens = model.config, model.img_in.bias, model.rope_cos.shape[0]
     fused = FusedTransformer(model)
+    shape = (1, config.num_heads, tokens, config.head_size)
+    q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
     if fused.counts is not None:
-        shape = (1, config.num_heads, tokens, config.head_size)
-        q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
         fused.strategy = choose(q, k, v, fused.counts)
         log.info("attention over %d tokens with merged padding: %s", tokens, fused.strategy)
+    if fused.in_fp8:
+        eight = next(iter(fused.in_fp8.values()))
+        eight_q, eight_k = eight.rounded(q, 0), eight.rounded(k, 1)  # in a network the kernel before writes them
+        ways = {
+            "fp8": Strategy(lambda q, k, v, counts: eight(eight_q, eight_k, v), "planned"),
+            "plain": Strategy(lambda q, k, v, counts: attention(q, k, v, fused.counts, fused.strategy), "exact"),
+        }
+        if choose(q, k, v, strategies=ways) == "plain":
+            fused.in_fp8, fused.plainly = {}, True
+        log.info("planned fp8 attention over %d tokens: %s", tokens, "plain is faster" if fused.plainly else "fp8")
     return fused
 
 

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
+from densegeo.kernels.attention.strategies import STRATEGIES, Strategy  # noqa: E402
 from densegeo.models import fe2e, rewrites  # noqa: E402
 from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
@@ -24,7 +25,8 @@ from densegeo.models.quantized import (  # noqa: E402
 )
 from densegeo.models.reference import relative  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
-from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse_norms  # noqa: E402
+from densegeo.runtime.backends import torch_fused  # noqa: E402
+from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse, fuse_norms  # noqa: E402
 from tests.export.test_build import SMALL, SMALL_VAE  # noqa: E402
 
 CONFIG = msgspec.structs.replace(SMALL, depth=2, depth_single_blocks=3)
@@ -141,6 +143,32 @@ def test_kernels_write_what_fp8_attention_takes(
     assert relative(plain, exact) > 1e-4  # it is 8-bit
     assert relative(result, exact) <= 2 * relative(plain, exact)
     assert relative(result, plain) <= relative(plain, exact)
+
+
+@pytest.mark.parametrize("without", [(), ("padding",)])
+def test_fp8_attention_runs_only_where_it_is_faster(
+    files: Files, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the network attends as if none had been planned."""
+    model = quantized(files, "fp8", without, "bf16", attention=True).denoiser
+    floating = FusedTransformer(pipeline(files, without, "bf16").denoiser, "bias")
+    measured = []
+
+    def choose(*tensors: Tensor, strategies: dict[str, Strategy] = STRATEGIES) -> str:
+        measured.append([way.run(*tensors[:3], (2, 1)) for way in strategies.values()])
+        return fastest if "fp8" in strategies else "bias"
+
+    monkeypatch.setattr(torch_fused, "choose", choose)
+    results = {}
+    for fastest in ("fp8", "plain"):
+        fused = fuse(model)
+        assert isinstance(fused, FusedTransformer)
+        assert fused.plainly == (fastest == "plain")
+        results[fastest] = run(fused, latent(), "cpu")
+    assert torch.equal(results["plain"], run(floating, latent(), "cpu"))
+    assert relative(results["fp8"], results["plain"]) > 1e-4
+    ways = measured[-1]
+    assert [way.shape[1] for way in ways] == [ways[1].shape[2], CONFIG.num_heads]  # tokens first, heads first
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])
