@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,3 +64,10 @@ def choose(
     from densegeo.kernels.attention import strategies as table
 
     return table.choose(q, k, v, counts, runs, table.STRATEGIES if strategies is None else strategies)
+
+
+def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, runs: int = 5) -> str:
+    """The name of the call that is fastest on a device, by the median of `runs` runs after one that is not counted."""
+    from densegeo.kernels.attention.strategies import seconds
+
+    return min(ways, key=lambda name: seconds(ways[name], runs, device))

@@ -79,7 +79,7 @@ def choose(
 ) -> str:
     """See `densegeo.kernels.attention.choose`."""
     merged = _checked(counts, k.shape[2])
-    return min(strategies, key=lambda name: _seconds(lambda: strategies[name].run(q, k, v, merged), runs, q.device))
+    return min(strategies, key=lambda name: seconds(lambda: strategies[name].run(q, k, v, merged), runs, q.device))
 
 
 def run_fp8(
@@ -101,7 +101,7 @@ def run_fp8(
     return attention_fp8(q, k, v, scales, dtype, merged)
 
 
-def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
+def seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
     """Median of `runs` runs, after one that is not counted."""
     durations = []
     for _ in range(runs + 1):

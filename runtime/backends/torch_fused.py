@@ -13,8 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from densegeo.kernels.attention import attention, attention_fp8, choose
-from densegeo.kernels.attention.strategies import Strategy
+from densegeo.kernels.attention import attention, attention_fp8, choose, fastest
 from densegeo.kernels.gated_residual import residual_layer_norm
 from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
@@ -251,10 +250,10 @@ def fuse_transformer(model: Transformer) -> FusedTransformer:
         eight = next(iter(fused.in_fp8.values()))
         eight_q, eight_k = eight.rounded(q, 0), eight.rounded(k, 1)  # in a network the kernel before writes them
         ways = {
-            "fp8": Strategy(lambda q, k, v, counts: eight(eight_q, eight_k, v), "planned"),
-            "plain": Strategy(lambda q, k, v, counts: attention(q, k, v, fused.counts, fused.strategy), "exact"),
+            "fp8": lambda: eight(eight_q, eight_k, v),
+            "plain": lambda: attention(q, k, v, fused.counts, fused.strategy),
         }
-        if choose(q, k, v, strategies=ways) == "plain":
+        if fastest(ways, q.device) == "plain":
             fused.in_fp8, fused.plainly = {}, True
         log.info("planned fp8 attention over %d tokens: %s", tokens, "plain is faster" if fused.plainly else "fp8")
     return fused

@@ -16,7 +16,7 @@ from tests.kernels.test_kernels import BOUND, FLOATS, LOW, error, noise
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-from densegeo.kernels.attention import attention, attention_fp8, choose, strategies  # noqa: E402
+from densegeo.kernels.attention import attention, attention_fp8, choose, fastest, strategies  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 NAMES = ["merge", "bias", "expand"]
@@ -96,6 +96,23 @@ def test_wrong_arguments() -> None:
         attention(q, k, v, (1, 1, 1, 1))
     with pytest.raises(ValueError, match="at least one token"):
         choose(q, k, v, (2, 0))
+
+
+def test_the_fastest_by_the_median() -> None:
+    calls: list[str] = []
+
+    def wait(name: str, *seconds: float) -> Any:
+        durations = iter(seconds)
+
+        def call() -> None:
+            calls.append(name)
+            time.sleep(next(durations))
+
+        return call
+
+    ways = {"steady": wait("steady", 0.0, 0.1, 0.1, 0.1), "jumpy": wait("jumpy", 0.5, 0.01, 0.9, 0.02)}
+    assert fastest(ways, torch.device("cpu"), runs=3) == "jumpy"
+    assert calls == ["steady"] * 4 + ["jumpy"] * 4
 
 
 def test_choose_measures() -> None:
