@@ -59,7 +59,7 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
     rows = {
         "bundle": f"{bundle} (schema {manifest.schema_version}, build key {manifest.build_key[:16]})",
         "model": manifest.model,
-        "precision": manifest.precision,
+        "precision": _precision(manifest),
         "weights": manifest.weights_note or "from the files below",
         "depth": f"{decode.depth_kind}, latent scale {decode.latent_scale:g}, shift {decode.latent_shift:g}",
         "rewrites": ", ".join(manifest.rewrites) or "none",
@@ -71,6 +71,19 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
     for key, value in rows.items():
         table.add_row(key, escape(value))
     return table
+
+
+def _precision(manifest: Manifest) -> str:
+    plan = manifest.quantization
+    if plan is None:
+        return manifest.precision
+    parts = [f"{plan.share:.1%} of the linears' parameters"]
+    if plan.attentions:
+        parts.append(f"{len(plan.attentions)} attentions")
+    text = f"{plan.format}: {' and '.join(parts)}, ranges by {plan.method}; the rest is {manifest.base}"
+    if plan.depth_error is not None and plan.normal_error is not None:
+        text += f"; when calibrated: depth {plan.depth_error:.5f}, normals {plan.normal_error:.3f}°"
+    return text
 
 
 def _graphs(manifest: Manifest) -> Table:

@@ -12,7 +12,13 @@ from onnx import shape_inference
 from densegeo.errors import ExportError
 from densegeo.runtime.bundle import Graph, TensorSpec
 
-_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+_NUMBERS = {  # of parameters; shapes and indices are INT64
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.FLOAT8E4M3FN,
+    onnx.TensorProto.INT8,
+}
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
@@ -62,6 +68,6 @@ def describe(path: Path) -> Graph:
         inputs=[_spec(value) for value in model.graph.input],
         outputs=[_spec(value) for value in model.graph.output],
         nodes=len(model.graph.node),
-        parameters=sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in _FLOATS),
+        parameters=sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in _NUMBERS),
         flops=sum(node_flops(node, shapes) for node in model.graph.node),
     )

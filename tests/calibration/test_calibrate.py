@@ -23,6 +23,7 @@ from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationE
 from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
+from densegeo.inspection import print_manifest
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
@@ -141,7 +142,14 @@ def test_an_interrupted_run_goes_on(
 @pytest.mark.parametrize(("kind", "plan"), [("fp8", "calibrated"), ("int8", "calibrated"), ("fp8", "attentive")])
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 def test_8_bit_bundles_run_within_their_bounds(
-    checkpoint_dir: Path, tmp_path: Path, kind: str, plan: str, base: str, request: pytest.FixtureRequest
+    checkpoint_dir: Path,
+    bundle: Path,
+    tmp_path: Path,
+    kind: str,
+    plan: str,
+    base: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calibration = request.getfixturevalue(plan)
     made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision=kind, base=base, calibration=calibration))
@@ -160,6 +168,13 @@ def test_8_bit_bundles_run_within_their_bounds(
         assert all(within(check) for check in checks), checks
         transformer = next(check for check in checks if check.output == "denoiser")
         assert transformer.error > 1e-4  # it is quantized
+    floats = read_manifest(bundle).buckets[0].denoiser.parameters
+    assert floats < manifest.buckets[0].denoiser.parameters < 1.2 * floats  # and the scales
+    inspected = Console(width=200)
+    monkeypatch.setattr("densegeo.inspection.Console", lambda: inspected)
+    with inspected.capture() as said:
+        print_manifest(made, manifest)
+    assert f"{kind}: 84.0% of the linears' parameters{' and 2 attentions' if plan == 'attentive' else ''}" in said.get()
     with Estimator(made, "torch", "cpu") as estimator:
         assert np.isfinite(estimator(np.zeros((32, 48, 3), np.uint8)).prediction).all()
     if base == "bf16":
