@@ -260,8 +260,6 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
         console.print(table)
     for name, why in plan.left.items():
         console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
-    share = plan.parameters / plan.linear_parameters
-    attentions = f" and {len(plan.attentions)} attentions" if plan.attentions else ""
-    console.print(f"{share:.1%} of the linears' parameters{attentions} become {plan.format} (ranges by {plan.method})")
+    console.print(f"{plan.amount} become {plan.format} (ranges by {plan.method})")
     if plan.error is not None:
         console.print(f"all together: depth {plan.error.depth:.5f}, normals {plan.error.normals:.3f}°")

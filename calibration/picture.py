@@ -18,8 +18,7 @@ def draw(plan: QuantizationPlan) -> str:
     if normals:
         columns.append(("normals (mean)", [row.error.normals for row in rows], "{:.3f}°"))
     width, height = NAMES + len(columns) * (BAR + GAP), ROW * (len(rows) + 3)
-    share = plan.parameters / plan.linear_parameters
-    title = f"{plan.format}: error of each layer quantized alone; {share:.1%} of the linears' parameters are planned"
+    title = f"{plan.format}: error of each layer quantized alone; planned: {plan.amount}"
     parts = [_text(8, ROW, title, "bold")]
     parts += [_text(NAMES - 8, ROW * (index + 3), row.layer, anchor="end") for index, row in enumerate(rows)]
     for number, (name, values, form) in enumerate(columns):

@@ -78,6 +78,12 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
         factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
         return {name: LinearPlan(limit, factors.get(name)) for name, limit in self.ranges.items()} | self.attentions
 
+    @property
+    def amount(self) -> str:
+        """What is planned, in words."""
+        attentions = f" and {len(self.attentions)} attentions" if self.attentions else ""
+        return f"{self.parameters / self.linear_parameters:.1%} of the linears' parameters{attentions}"
+
     def takes(self, layer: str) -> bool:
         """Whether a layer is planned."""
         return layer in self.ranges or layer in self.attentions
