@@ -15,7 +15,7 @@ help:
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
-	@echo "make fullsize        build full-size FE2E from random weights, bf16 and fp8 (two hours, 60 GB of disk)"
+	@echo "make fullsize        build full-size FE2E from random weights, bf16, fp8, fp8 with attention (three hours, 70 GB)"
 	@echo "make fiffdepth       build full-size FiffDepth in every precision, and time it beside diffusers (45 minutes, 15 GB)"
 	@echo "make quantization    calibrate fe2e-tiny to fp8 and int8, and score every precision (15 minutes)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
@@ -55,6 +55,7 @@ engines: $(STAMP)
 fullsize: $(STAMP)
 	$(BIN)/python benchmarks/fullsize.py
 	$(BIN)/python benchmarks/fullsize.py --precision fp8
+	$(BIN)/python benchmarks/fullsize.py --precision fp8 --attention
 
 fiffdepth: $(STAMP)
 	$(BIN)/python benchmarks/fiffdepth.py build
