@@ -1,4 +1,4 @@
-"""Full-size builds on a small machine: `python benchmarks/fullsize.py --folder DIR`. An hour each, 70 GB of disk in all.
+"""Full-size builds on a small machine: `python benchmarks/fullsize.py --folder DIR`. An hour each, 70 GB of disk.
 
 Writes a seeded random checkpoint with the released files' names, keys and shapes (11.9 B block parameters, bf16, a LoRA
 on all 304 modules), builds a bundle and its engines from it, and measures: anonymous memory, time, disk, and that every
