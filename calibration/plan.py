@@ -22,6 +22,7 @@ from densegeo.errors import QuantizationError
 from densegeo.models import reference
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
+from densegeo.runtime.bundle import amount_quantized
 
 Float32 = NDArray[np.float32]
 Outputs = tuple[Tensor, Tensor | None]  # prediction (H, W), and unit normals (3, H, W) where there are any
@@ -81,8 +82,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def amount(self) -> str:
         """What is planned, in words."""
-        attentions = f" and {len(self.attentions)} attentions" if self.attentions else ""
-        return f"{self.parameters / self.linear_parameters:.1%} of the linears' parameters{attentions}"
+        return amount_quantized(self.parameters / self.linear_parameters, len(self.attentions))
 
     def takes(self, layer: str) -> bool:
         """Whether a layer is planned."""

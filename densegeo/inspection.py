@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from densegeo.runtime.bundle import STAGES, Check, Engine, Graph, Manifest, check_files
+from densegeo.runtime.bundle import STAGES, Check, Engine, Graph, Manifest, amount_quantized, check_files
 from densegeo.runtime.engine_log import BuildLog, parse_log, read_log, warnings
 
 
@@ -77,10 +77,8 @@ def _precision(manifest: Manifest) -> str:
     plan = manifest.quantization
     if plan is None:
         return manifest.precision
-    parts = [f"{plan.share:.1%} of the linears' parameters"]
-    if plan.attentions:
-        parts.append(f"{len(plan.attentions)} attentions")
-    text = f"{plan.format}: {' and '.join(parts)}, ranges by {plan.method}; the rest is {manifest.base}"
+    amount = amount_quantized(plan.share, len(plan.attentions))
+    text = f"{plan.format}: {amount}, ranges by {plan.method}; the rest is {manifest.base}"
     if plan.depth_error is not None and plan.normal_error is not None:
         text += f"; when calibrated: depth {plan.depth_error:.5f}, normals {plan.normal_error:.3f}°"
     return text

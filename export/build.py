@@ -101,11 +101,11 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
         inputs = sources.digests(files, origins, lambda done: progress.advance(task, done))
     quantizer.check(inputs, applied)
     key = build_key(options, inputs, quantizer.digest)
-    if _is_current(options.output, key):
+    if (current := _current(options.output, key)) is not None:
         console.print(
             f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
         )
-        recommend(read_manifest(options.output), console)
+        recommend(current, console)
         return options.output
     check_resources(plan, options.output)
     with staged(options.output) as staging, progress_bar(console) as progress:
@@ -363,13 +363,14 @@ def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> 
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
 
 
-def _is_current(output: Path, key: str) -> bool:
+def _current(output: Path, key: str) -> Manifest | None:
+    """The bundle that is there, if it is whole and would be made again."""
     try:
         manifest = read_manifest(output)
         check_files(output, manifest, digests=False)
     except BundleError:
-        return False
-    return manifest.build_key == key
+        return None
+    return manifest if manifest.build_key == key else None
 
 
 def _older(output: Path) -> tuple[Path, Manifest] | None:

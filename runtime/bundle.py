@@ -196,6 +196,11 @@ class Quantization(Record, frozen=True, kw_only=True):
     normal_error: float | None
 
 
+def amount_quantized(share: float, attentions: int) -> str:
+    """How much of a denoiser is 8-bit, in words: a share of the linears' parameters, and some attentions."""
+    return f"{share:.1%} of the linears' parameters" + (f" and {attentions} attentions" if attentions else "")
+
+
 class Manifest(Record, frozen=True):
     schema_version: int
     model: str  # "fe2e", "fe2e-tiny", "fiffdepth"

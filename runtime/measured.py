@@ -69,11 +69,11 @@ def remember(record: Measured) -> None:
 
 def advice(manifest: Manifest) -> list[str]:
     """For each size and place where floats and 8 bits were both measured: which precision is recommended, and why."""
-    lines = []
+    lines, records = [], list(_records())
     for bucket in manifest.buckets:
         alike = [
             record
-            for record in _records()
+            for record in records
             if (record.model, record.bucket, record.flops) == (manifest.model, bucket.name, _flops(bucket))
         ]
         for place in sorted({record.place for record in alike}):
@@ -98,10 +98,11 @@ def _flops(bucket: Bucket) -> int:
 
 def _records() -> Iterator[Measured]:
     """This machine's; what cannot be read is left out."""
+    machine = state.machine()
     for path in sorted(state.folder("measured").glob("*.json")):
         try:
             record = msgspec.json.decode(path.read_bytes(), type=Measured)
         except (OSError, msgspec.MsgspecError):
             continue
-        if record.machine == state.machine():
+        if record.machine == machine:
             yield record

@@ -68,6 +68,6 @@ def choose(
 
 def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, runs: int = 5) -> str:
     """The name of the call that is fastest on a device, by the median of `runs` runs after one that is not counted."""
-    from densegeo.kernels.attention.strategies import seconds
+    from densegeo.kernels.attention import strategies as table
 
-    return min(ways, key=lambda name: seconds(ways[name], runs, device))
+    return table.fastest(ways, device, runs)

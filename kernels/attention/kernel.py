@@ -12,10 +12,11 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.quantize.reference import LIMITS
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`
-SCALED = {1: (448, 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
+SCALED = {1: (LIMITS[torch.float8_e4m3fn], 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
 ADD_GRID = (Axis("queries", BLOCK_A), Axis("heads"), Axis("batch"))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from densegeo.kernels.quantize.reference import LIMITS
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int]) -> Tensor:
     """See `densegeo.kernels.attention.attention`."""
@@ -21,7 +23,8 @@ def attention_fp8(
     assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn
     query, key, value = (x.double() * scale for x, scale in zip((q, k, v), scales, strict=True))
     weight = _weights(query, key, counts)
-    rounded = (weight * 448).to(q.dtype).double() / 448
+    largest = LIMITS[q.dtype]
+    rounded = (weight * largest).to(q.dtype).double() / largest
     return (rounded @ value / weight.sum(-1, keepdim=True)).to(dtype)
 
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,13 @@ def choose(
 ) -> str:
     """See `densegeo.kernels.attention.choose`."""
     merged = _checked(counts, k.shape[2])
-    return min(strategies, key=lambda name: seconds(lambda: strategies[name].run(q, k, v, merged), runs, q.device))
+    ways = {name: partial(strategy.run, q, k, v, merged) for name, strategy in strategies.items()}
+    return fastest(ways, q.device, runs)
+
+
+def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, runs: int) -> str:
+    """See `densegeo.kernels.attention.fastest`."""
+    return min(ways, key=lambda name: _seconds(ways[name], runs, device))
 
 
 def run_fp8(
@@ -101,7 +107,7 @@ def run_fp8(
     return attention_fp8(q, k, v, scales, dtype, merged)
 
 
-def seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
+def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
     """Median of `runs` runs, after one that is not counted."""
     durations = []
     for _ in range(runs + 1):

@@ -22,7 +22,7 @@ from densegeo.kernels.qk_norm_rope import qk_norm_rope
 from densegeo.kernels.quantize import quantize
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, QKNorm, heads_first, rotate
-from densegeo.models.quantized import QuantizedAttention, QuantizedLinear, has_fp8
+from densegeo.models.quantized import FORMATS, QuantizedAttention, QuantizedLinear, has_fp8
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
@@ -58,7 +58,7 @@ class Following(NamedTuple):
 class FusedAttention(nn.Module):
     """An attention whose products are fp8, on hardware that has them; q, k and v may be in 8 bits already."""
 
-    DTYPE = torch.float8_e4m3fn
+    DTYPE = FORMATS["fp8"].dtype
 
     def __init__(self, attention: QuantizedAttention, counts: list[int] | None = None) -> None:
         super().__init__()
@@ -241,6 +241,8 @@ def fuse_transformer(model: Transformer) -> FusedTransformer:
     """
     config, like, tokens = model.config, model.img_in.bias, model.rope_cos.shape[0]
     fused = FusedTransformer(model)
+    if fused.counts is None and not fused.in_fp8:
+        return fused
     shape = (1, config.num_heads, tokens, config.head_size)
     q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
     if fused.counts is not None:
