@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from densegeo.benchmarks import gpu_fiffdepth, gpu_models  # noqa: E402
+from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
@@ -90,6 +92,8 @@ class Check:
 def tests(check: Check) -> dict[str, Any]:
     """The gpu-marked tests, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if check.device != "cpu" else "not gpu", *TESTS]
+    if find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.left() / 2)
     )
@@ -103,6 +107,13 @@ def tests(check: Check) -> dict[str, Any]:
 def kernels(check: Check) -> dict[str, Any]:
     """Bandwidth of every memory-bound kernel."""
     return bandwidths(check.device, small=check.small)
+
+
+def launches(check: Check) -> dict[str, Any]:
+    """The tensorrt backend's kernels, copies and recording, without torch's or Triton's launcher."""
+    if check.device == "cpu":
+        return {"skipped": "it needs a GPU"}
+    return gpu_launches.launches(check.device)
 
 
 def numbers(check: Check) -> dict[str, Any]:
@@ -261,6 +272,7 @@ class _Lines(logging.Handler):
 
 
 STEPS: dict[str, Step] = {
+    "launches": launches,
     "numbers": numbers,
     "kernels": kernels,
     "fiffdepth": fiffdepth,
@@ -276,16 +288,17 @@ def main() -> int:
     """The command; returns 1 when a step failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/gpu_check.json"), help="the JSON file to write")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these, in this order")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
     parser.add_argument("--device", default="cuda:0", help='"cpu" tries the script where there is no GPU')
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds it may take (default: %(default).0f)")
     parser.add_argument("--bundle", type=Path, help="a bundle to run through every backend that is here")
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)
         return 2
-    check = Check(options.output, options.device, options.small, BUDGET_S, options.bundle)
-    good = check.run({name: STEPS[name] for name in STEPS if name in options.steps})
+    check = Check(options.output, options.device, options.small, options.budget, options.bundle)
+    good = check.run({name: STEPS[name] for name in options.steps})
     print(f"wrote {options.output}")
     return 0 if good else 1
 

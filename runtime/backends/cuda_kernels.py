@@ -16,7 +16,7 @@ _SCALARS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
 def pack(contract: LaunchContract, values: Mapping[str, float]) -> list[Any]:
-    """Values by argument name -> C values in launch order; pointers are addresses.
+    """Values by argument name -> what `cuda.core.launch` takes, in order: C scalars, and pointers as addresses.
 
     Raises BackendError for a missing or unknown name, and for an address or stride that breaks the alignment the
     kernel was compiled with.
@@ -31,8 +31,8 @@ def pack(contract: LaunchContract, values: Mapping[str, float]) -> list[Any]:
         if argument.alignment and int(value) % argument.alignment:
             raise BackendError(f"{contract.name}: {argument.name} must be a multiple of {argument.alignment}")
         pointer = argument.type.startswith("*")
-        packed.append(ctypes.c_void_p(int(value)) if pointer else _SCALARS[argument.type](value))  # type: ignore[arg-type]
-    return packed + [ctypes.c_void_p(None)] * len(contract.hidden)
+        packed.append(int(value) if pointer else _SCALARS[argument.type](value))  # type: ignore[arg-type]
+    return packed + [0] * len(contract.hidden)
 
 
 class Kernels:

@@ -98,8 +98,7 @@ def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
 
 
 def test_without_time_steps_are_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "BUDGET_S", 10.0)
-    code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "kernels")
+    code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "kernels", "--budget", "10")
     assert code == 0
     assert result["steps"]["kernels"]["skipped"] == "no time left"
 

@@ -41,14 +41,9 @@ def has_driver() -> bool:
 
 def test_arguments_are_packed_in_launch_order() -> None:
     packed = pack(CONTRACT, {"scale": 0.25, "source": 4096, "rows": 7})
-    assert [type(value) for value in packed] == [
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_float,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    ]
-    assert [value.value for value in packed] == [4096, 7, 0.25, None, None]
+    # cuda.core.launch takes addresses as int; it refuses c_void_p (seen with 0.6 to 1.2)
+    assert [type(value) for value in packed] == [int, ctypes.c_int32, ctypes.c_float, int, int]
+    assert [getattr(value, "value", value) for value in packed] == [4096, 7, 0.25, 0, 0]
 
 
 @pytest.mark.parametrize(
