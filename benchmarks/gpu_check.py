@@ -81,6 +81,7 @@ class Check:
                     traceback.print_exc()
                     entry = {"failed": f"{type(error).__name__}: {error}"}
             entry["seconds"] = round(time.monotonic() - started, 1)
+            gpu_models.free(self.device)
             good &= "failed" not in entry
             self.result["steps"][name] = entry
             write_json(self.output, self.result)
@@ -91,12 +92,14 @@ class Check:
 
 def tests(check: Check) -> dict[str, Any]:
     """The gpu-marked tests, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if check.device != "cpu" else "not gpu", *TESTS]
+    which = "gpu" if check.device != "cpu" else "not gpu"
+    command = [sys.executable, "-m", "pytest", "--tb=short", "--show-capture=no", "-m", which, *TESTS]
     if find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.left() / 2)
     )
+    check.output.with_suffix(".tests.txt").write_text(done.stdout)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
     entry: dict[str, Any] = {"command": " ".join(command[1:]), **counts, "tail": done.stdout[-3000:]}
     if done.returncode or not counts.get("passed"):
@@ -132,10 +135,13 @@ def models(check: Check) -> dict[str, Any]:
     """Full-size FE2E at both sizes; no speed when the numbers were wrong."""
     if "failed" in check.result["steps"]["numbers"]:
         raise RuntimeError("the numbers are wrong, so no speed is measured")
-    check.weights = gpu_models.make_weights(check.small, check.device)
+    weights = _weights(check)
     sizes = SIZES if not check.small else ((64, 48),)
-    rows = [gpu_models.compare(check.weights, size, 3 if check.small else 7, check.left) for size in sizes]
-    return {"sizes": rows}
+    found = [gpu_models.Comparison(weights, size, 3 if check.small else 7, check.left) for size in sizes]
+    for compiled in (False, True):
+        for comparison in found:
+            comparison.measure(compiled=compiled)
+    return {"sizes": [comparison.report() for comparison in found]}
 
 
 def fiffdepth(check: Check) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def fiffdepth(check: Check) -> dict[str, Any]:
 def transfers(check: Check) -> dict[str, Any]:
     """Milliseconds an image, end to end: one image at a time against two in flight; pinned against pageable copies."""
     size = (64, 48) if check.small else SIZES[0]
-    network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
+    network = gpu_models.device_network(_weights(check), size, True)
     pixels = _pixels(size)
     placement = Placement((0, 0, *size), size)
     ring, count = Ring(check.device), 8
@@ -193,20 +199,37 @@ def _batched(ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]]
 
 
 def profile(check: Check) -> dict[str, Any]:
-    """Every GPU kernel of one image, by total time."""
-    size = (64, 48) if check.small else SIZES[0]
-    network = gpu_models.device_network(check.weights or gpu_models.make_weights(check.small, check.device), size, True)
-    pixels = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=check.device)
+    """Every GPU kernel of one image of FE2E and of FiffDepth, by total time."""
+    size, side = ((64, 48), 64) if check.small else (SIZES[0], gpu_fiffdepth.SIDE)
+    entry = {}
+    for name, size_of, make in (
+        ("fe2e", size, lambda: gpu_models.device_network(_weights(check), size, True)),
+        ("fiffdepth", (side, side), lambda: gpu_fiffdepth.ours(check.device, check.small)),
+    ):
+        entry[name] = _kernels(make(), size_of, check.device)
+        gpu_models.free(check.device)
+    return entry
+
+
+def _weights(check: Check) -> gpu_models.Weights:
+    """FE2E's, made once a run."""
+    if check.weights is None:
+        check.weights = gpu_models.make_weights(check.small, check.device)
+    return check.weights
+
+
+def _kernels(network: DeviceNetwork, size: tuple[int, int], device: str) -> dict[str, Any]:
+    on_gpu = device != "cpu"
+    pixels = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=device)
     placement = Placement((0, 0, *size), size)
     network([pixels], [placement])
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if check.device != "cpu":
+    if on_gpu:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as recorded:
         network([pixels], [placement])
-        if check.device != "cpu":
+        if on_gpu:
             torch.cuda.synchronize()
-    on_gpu = check.device != "cpu"
     rows = [
         {
             "name": event.key[:160],

@@ -21,7 +21,7 @@ from densegeo.benchmarks.timing import flops
 from densegeo.models import fiffdepth, precision, reference, rewrites
 from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
-from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.bundle import Bucket, Decode, Graph
@@ -69,6 +69,17 @@ def device_network(pipeline: Pipeline, side: int, device: str) -> DeviceNetwork:
 
 
 @torch.inference_mode()
+def ours(device: str, small: bool) -> DeviceNetwork:
+    """Ours in low precision, recorded."""
+    return device_network(_folded(pipeline_on(device, small)), 64 if small else SIDE, device)
+
+
+def _folded(exact: Pipeline) -> Pipeline:
+    return _channels_last(precision.cast(rewrites.apply(exact, fiffdepth.REWRITES), LOW))
+
+
+@torch.inference_mode()
+@settings()
 def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> dict[str, Any]:
     """Milliseconds of every contender at 512x512, and an image of batches of ours; wrong numbers get no speed."""
     side = 64 if small else SIDE
@@ -77,7 +88,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> d
     wanted = chain(exact, low=False)(rgb)
     plain = precision.cast(copy.deepcopy(exact), LOW)
     limit = ERROR_FACTOR * relative(chain(plain, low=True)(rgb), wanted)
-    folded = _channels_last(precision.cast(rewrites.apply(exact, fiffdepth.REWRITES), LOW))
+    folded = _folded(exact)
     contenders: dict[str, Callable[[], Network]] = {
         "plain, bf16, eager": lambda: chain(plain, low=True),
         "plain, bf16, compiled": lambda: chain(_compiled(_channels_last(copy.deepcopy(plain))), low=True),

@@ -106,7 +106,10 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> tuple[Case, ...]:
 
 
 def measure(case: Case, device: str, runs: int) -> dict[str, float]:
-    """Microseconds of one launch, bytes and GB/s; the median of `runs` passes over all input sets."""
+    """Microseconds of one run in a graph and when launched from Python, bytes and GB/s of the former.
+
+    Medians of `runs` passes over all input sets.
+    """
     first = case.make(device)
     size = sum(tensor.nbytes for tensor in first)
     count = max(1, min(64, round(SETS_BYTES / size))) if device != "cpu" else 1
@@ -118,8 +121,18 @@ def measure(case: Case, device: str, runs: int) -> dict[str, float]:
         for tensors in sets:
             case.run(*tensors)
 
-    seconds = sorted(seconds_of(once, device, runs))[runs // 2] / count
-    return {"us": 1e6 * seconds, "bytes": size + written, "gb_per_s": (size + written) / seconds / 1e9}
+    alone = sorted(seconds_of(once, device, runs))[runs // 2] / count
+    seconds = alone if device == "cpu" else sorted(seconds_of(_recorded(once), device, runs))[runs // 2] / count
+    moved = size + written
+    return {"us": 1e6 * seconds, "us_launched": 1e6 * alone, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
+
+
+def _recorded(work: Callable[[], object]) -> Callable[[], object]:
+    """The same launches from a CUDA graph: without Python's and the launcher's time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def seconds_of(work: Callable[[], object], device: str, runs: int, warm_up: int = 2) -> list[float]:

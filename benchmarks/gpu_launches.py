@@ -81,12 +81,19 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
     }
     memory = Memory(gpu)
     network = Network(memory, kernels, SimpleNamespace(decode=DECODE), bucket, engines)  # type: ignore[arg-type]
-    signs = {"depth_sign": DECODE.depth_sign, "normal_sign": DECODE.normal_sign}
-    latents = split(velocity.cpu(), height, width, scale=DECODE.latent_scale, shift=DECODE.latent_shift, **signs)
+    latents = split(
+        velocity.cpu(),
+        height,
+        width,
+        scale=DECODE.latent_scale,
+        shift=DECODE.latent_shift,
+        depth_sign=DECODE.depth_sign,
+        normal_sign=DECODE.normal_sign,
+    )
     rows = {}
     for source in SOURCES:
         image: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (source[1], source[0], 3), dtype=np.uint8)
-        placement = place(source, bucket, "stretch")
+        placement = place(bucket, source, "stretch")
         network.prepare(0, network.upload(image), (3 * source[0], 3), placement, "rgb")
         network.launch()
         prediction, vectors = network.outputs(0, placement)
@@ -100,7 +107,10 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
             "preprocess": (_buffer(network, "rgb"), rgb),
             "split": (_buffer(network, "latents"), latents),
             "log_dequantize": (torch.from_numpy(network.download(prediction)), depth[0]),
-            "normals": (torch.from_numpy(network.download(vectors)), normals(decoded[1:].cpu(), placement.box, source)[0]),
+            "normals": (
+                torch.from_numpy(network.download(vectors)),
+                normals(decoded[1:].cpu(), placement.box, source)[0],
+            ),
         }
         rows[f"{source[0]}x{source[1]}"] = {name: relative(*pair) for name, pair in pairs.items()}
     found: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}

@@ -23,7 +23,7 @@ from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
-from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_modules import resized
@@ -71,7 +71,13 @@ def folded(weights: Weights, size: tuple[int, int]) -> Pipeline:
 
 def authors(weights: Weights, size: tuple[int, int]) -> Network:
     """What the released code does: batch of two, the whole connector, a float32 autoencoder, two decodes; eager."""
-    return _chain(_resized(weights, size), weights.vae, 1, torch.float32)
+    network = _chain(_resized(weights, size), weights.vae, 1, torch.float32)
+
+    def run(rgb: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):  # torch's default for these
+            return network(rgb)
+
+    return run
 
 
 def hard(weights: Weights, size: tuple[int, int]) -> Network:
@@ -108,7 +114,10 @@ def _chain(pipeline: Pipeline, vae: VAE, parts: int, vae_dtype: torch.dtype) -> 
 
 
 def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str, Callable[[], Network]]:
-    """Name -> what makes the network; each is made, measured and dropped in turn, because memory is limited."""
+    """Name -> what makes the network; each is made, measured and dropped in turn, because memory is limited.
+
+    The authors' comes first, because others are compared with it, and those that torch compiles, in minutes, come last.
+    """
 
     def plain_folded(compiled: bool) -> Network:
         pipeline = folded(weights, size)
@@ -116,20 +125,18 @@ def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str
             _compile(pipeline, pipeline.vae)
         return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])
 
-    def ours(captured: bool) -> Network:
-        return device_network(weights, size, captured).recorded(1)
+    def ours(captured: bool, fp8: bool = False, attention: bool = False) -> Network:
+        return device_network(weights, size, captured, rgb if fp8 else None, attention=attention).recorded(1)
 
     return {
         "authors, eager": lambda: authors(weights, size),
-        "batch 1, bf16, compiled": lambda: hard(weights, size),
-        "folded, eager": lambda: plain_folded(False),
-        "folded, compiled": lambda: plain_folded(True),
-        "folded, kernels": lambda: ours(False),
         "folded, kernels, graph": lambda: ours(True),
-        "folded, kernels, graph, fp8": lambda: device_network(weights, size, True, rgb).recorded(1),
-        "folded, kernels, graph, fp8 with attention": lambda: device_network(
-            weights, size, True, rgb, attention=True
-        ).recorded(1),
+        "folded, kernels, graph, fp8": lambda: ours(True, True),
+        "folded, kernels, graph, fp8 with attention": lambda: ours(True, True, True),
+        "folded, kernels": lambda: ours(False),
+        "folded, eager": lambda: plain_folded(False),
+        "batch 1, bf16, compiled": lambda: hard(weights, size),
+        "folded, compiled": lambda: plain_folded(True),
     }
 
 
@@ -187,6 +194,7 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
 
 
 @torch.inference_mode()
+@settings()
 def errors(device: str, small: bool) -> dict[str, Any]:
     """Relative error of the decoded pictures against float32: of plain low precision, and of ours as it is run.
 
@@ -225,32 +233,45 @@ def emulated(weights: Weights, size: tuple[int, int], rgb: Tensor, *, attention:
     return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
 
 
-@torch.inference_mode()
-def compare(weights: Weights, size: tuple[int, int], runs: int, left: Callable[[], float]) -> dict[str, Any]:
+class Comparison:
     """Milliseconds of every contender at one size, and how far its output is from the authors' way.
 
     left: seconds that may still be used; contenders that no longer fit are listed as skipped.
     """
-    rgb = random_image(*size, seed=2).to(weights.device)
-    rows: dict[str, Any] = {}
-    wanted: Tensor | None = None
-    for name, make in contenders(weights, size, rgb).items():
-        if left() < 60:
-            rows[name] = {"skipped": "no time left"}
-            continue
-        try:
-            rows[name], decoded = _measure(make, rgb, weights.device, runs)
-            wanted = decoded if wanted is None else wanted
-            rows[name]["relative_to_authors"] = relative(decoded, wanted)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            rows[name] = {"failed": str(error)[:300]}
-        free(weights.device)
-    pipeline = folded(weights, size)
-    work = flops(partial(_chain(pipeline, pipeline.vae, 2, precision.DTYPES[LOW]), rgb))
-    for row in rows.values():
-        if "ms" in row:
-            row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
-    return {"size": list(size), "folded_tflop": work / 1e12, "contenders": rows}
+
+    def __init__(self, weights: Weights, size: tuple[int, int], runs: int, left: Callable[[], float]) -> None:
+        self._weights, self._size, self._runs, self._left = weights, size, runs, left
+        self._rgb = random_image(*size, seed=2).to(weights.device)
+        self._wanted: Tensor | None = None
+        self._rows: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    @settings()
+    def measure(self, *, compiled: bool) -> None:
+        """Those that torch compiles, or the others, which come first."""
+        for name, make in contenders(self._weights, self._size, self._rgb).items():
+            if name.endswith("compiled") != compiled:
+                continue
+            if self._left() < 60:
+                self._rows[name] = {"skipped": "no time left"}
+                continue
+            try:
+                row, decoded = _measure(make, self._rgb, self._weights.device, self._runs)
+                self._wanted = decoded if self._wanted is None else self._wanted
+                self._rows[name] = {**row, "relative_to_authors": relative(decoded, self._wanted)}
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self._rows[name] = {"failed": str(error)[:300]}
+            free(self._weights.device)
+
+    @torch.inference_mode()
+    def report(self) -> dict[str, Any]:
+        """The figures so far; rates are of the folded work, which is the least."""
+        pipeline = folded(self._weights, self._size)
+        work = flops(partial(_chain(pipeline, pipeline.vae, 2, precision.DTYPES[LOW]), self._rgb))
+        for row in self._rows.values():
+            if "ms" in row:
+                row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
+        return {"size": list(self._size), "folded_tflop": work / 1e12, "contenders": self._rows}
 
 
 def _measure(make: Callable[[], Network], rgb: Tensor, device: str, runs: int) -> tuple[dict[str, float], Tensor]:

@@ -146,6 +146,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -
     if q.requires_grad and q.device.type == "cpu":  # in training: the fused kernel's backward is slower than this
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         out = (logits if key_bias is None else logits + key_bias).softmax(-1).to(v.dtype) @ v
+    elif key_bias is not None and q.is_cuda:
+        # torch's CUDA kernels read a float32 bias as if it were of q's type (seen with 2.11: results off by 40 %)
+        q32, k32, v32 = (x.to(key_bias.dtype) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q32, k32, v32, attn_mask=key_bias).to(q.dtype)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
     return out.transpose(1, 2).flatten(2)

@@ -28,7 +28,7 @@ from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends import parse_device
-from densegeo.runtime.backends.torch_capture import CudaRecorder
+from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_transfer import Ring
@@ -73,7 +73,7 @@ class TorchBackend:
             raise BackendError(f"The {stage} takes {spec.name} of shape {spec.shape}, not {list(array.shape)}.")
         module = self._module(bucket, stage)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), settings():
                 given = torch.tensor(np.asarray(array, dtype=np.float32), device=self.device)
                 result: NDArray[np.float32] = module(given).float().cpu().contiguous().numpy()
         except (RuntimeError, torch.OutOfMemoryError) as error:
