@@ -2,17 +2,20 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+RUNTIME := $(VENV)/.runtime
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-slow lint ready-bundle kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
-	@echo "make demo            build fe2e-tiny and run it on a photo"
+	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
 	@echo "make test            the test suite"
 	@echo "make test-slow       the tests that take minutes"
 	@echo "make lint            ruff, mypy, import contracts"
+	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
 	@echo "make fullsize        build full-size FE2E from random weights, bf16, fp8, fp8 with attention (three hours, 70 GB)"
@@ -23,16 +26,26 @@ help:
 	@echo "make train           train fe2e-tiny anew (two and a half hours on two cores; resumes)"
 	@echo "make clean           remove the environment, caches and out/"
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is older than Python 3.10: install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	"$(PYTHON)" -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[dev]"
 	@touch $@
 
-demo: $(STAMP)
-	@$(BIN)/python -m densegeo.demo
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	@test -f $(STAMP) || { echo '$(INSTALL) ".[cpu]"' && $(INSTALL) ".[cpu]"; }
+	@touch $@
+
+demo: $(RUNTIME)
+	@$(BIN)/densegeo demo
+
+ready-bundle: $(STAMP)
+	$(BIN)/densegeo build --model fe2e-tiny --output runtime/bundles/fe2e-tiny
+	$(BIN)/python -m densegeo.training.photographs
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"

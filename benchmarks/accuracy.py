@@ -41,6 +41,7 @@ from densegeo.benchmarks.metrics import (
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import DepthKind, read_manifest
+from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import resize_plain
 
 Float = NDArray[np.float32]
@@ -223,7 +224,12 @@ def measure(bundles: list[Path], split: Split, options: Options, console: Consol
 
 
 def main(
-    bundles: Annotated[list[Path], typer.Argument(help="The bundles' directories.", show_default=False)],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=find_bundle, metavar="BUNDLES...", help="The bundles' directories, or fe2e-tiny.", show_default=False
+        ),
+    ],
     dataset: Annotated[str, typer.Option(help=f"{', '.join((SYNTHETIC, *DATASETS))}.")] = SYNTHETIC,
     data: Annotated[Path | None, typer.Option(help="The dataset's folder, or Marigold's tar of it.")] = None,
     file_list: Annotated[Path | None, typer.Option("--list", help="A file list of your own.")] = None,

@@ -40,6 +40,7 @@ from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
+from densegeo.runtime.ready import find_bundle  # noqa: E402
 from densegeo.runtime.resample import Placement  # noqa: E402
 from densegeo.runtime.verify import replay, within  # noqa: E402
 
@@ -315,7 +316,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
     parser.add_argument("--device", default="cuda:0", help='"cpu" tries the script where there is no GPU')
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds it may take (default: %(default).0f)")
-    parser.add_argument("--bundle", type=Path, help="a bundle to run through every backend that is here")
+    parser.add_argument("--bundle", type=find_bundle, help="a bundle to run through every backend that is here")
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)

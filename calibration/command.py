@@ -37,12 +37,21 @@ from densegeo.models.quantized import FORMATS, AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
+from densegeo.runtime.ready import beside, find_bundle
 
 JUDGED = 4  # images on which errors are measured
 
 
 def calibrate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle in fp32, bf16 or fp16.", show_default=False)],
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            parser=find_bundle,
+            metavar="BUNDLE",
+            help="A bundle in fp32, bf16 or fp16: its directory, or fe2e-tiny, which comes with densegeo.",
+            show_default=False,
+        ),
+    ],
     images: Annotated[list[str], typer.Option(help="Image, folder or glob; repeat for more.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -97,7 +106,7 @@ def calibrate(
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate an fp32, bf16 or fp16 one")
     check_files(bundle, manifest, digests=True)
-    folder = output or bundle.with_name(f"{bundle.name}.calibration")
+    folder = output or beside(bundle, "calibration")
     console = Console()
     found = Images(find_images(images))
     if stream and (backend, device) != ("torch", "cpu"):

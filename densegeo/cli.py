@@ -39,7 +39,22 @@ app = typer.Typer(
     help="Depth and surface normals from single-step diffusion models.",
 )
 
-Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
+
+def _find_bundle(given: str) -> Path:
+    from densegeo.runtime.ready import find_bundle
+
+    return find_bundle(given)
+
+
+Bundle = Annotated[
+    Path,
+    typer.Argument(
+        parser=_find_bundle,
+        metavar="BUNDLE",
+        help="The bundle's directory, or the name of one that comes with densegeo: fe2e-tiny.",
+        show_default=False,
+    ),
+]
 Backend = Annotated[str, typer.Option(help="What runs the graphs; `auto` takes the best one installed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
@@ -166,6 +181,21 @@ def _intrinsics(
     if fx is None or fy is None or cx is None or cy is None:
         raise ConfigError("--fx, --fy, --cx and --cy go together: give all four or none.")
     return fx, fy, cx, cy
+
+
+@app.command()
+def demo(
+    bundle: Annotated[
+        Path, typer.Argument(parser=_find_bundle, metavar="[BUNDLE]", help="As in the other commands.")
+    ] = Path("fe2e-tiny"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/demo"),
+    backend: Backend = "auto",
+    device: Device = "auto",
+) -> None:
+    """Run a bundle on three photographs that come with densegeo, and show depth and normals beside them."""
+    from densegeo.demo import run
+
+    run(bundle, output, backend, device)
 
 
 @app.command()

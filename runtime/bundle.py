@@ -250,7 +250,8 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise BundleError(
             f"{directory} is not a densegeo bundle: it has no {MANIFEST}. "
-            "Make one with `densegeo build --model fe2e-tiny --output DIR`."
+            "Make one with `densegeo build`, or name the one that comes with densegeo, fe2e-tiny, from a folder that "
+            "has nothing of that name."
         )
     raw = path.read_bytes()
     try:

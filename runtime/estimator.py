@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 from weakref import WeakSet
@@ -30,6 +29,7 @@ from densegeo.runtime.chain import assemble, assemble_whole, run_network
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, Frame, device_size, load_image
 from densegeo.runtime.metrics import Laps, Metrics
+from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import (
     Placement,
     authors_bucket,
@@ -60,7 +60,8 @@ class Job:
 class Estimator:
     """A loaded bundle. Calls are independent of each other, so threads may share one estimator.
 
-    bundle: directory made by `densegeo build`. backend: "auto" or a name of `backends.BACKENDS`.
+    bundle: directory made by `densegeo build`, or the name of a bundle that comes with densegeo ("fe2e-tiny"; a
+    directory of that name wins). backend: "auto" or a name of `backends.BACKENDS`.
     device: "auto", "cpu", "cuda", "cuda:N". fit: "stretch" fills the bucket, "pad" keeps the aspect ratio.
     preprocessing: "densegeo" (nearest aspect ratio, antialiased) or "authors" (their sizes and filters).
     check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
@@ -100,7 +101,7 @@ class Estimator:
         if preprocessing == "authors" and fit == "pad":
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
         options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
-        directory = Path(bundle)
+        directory = find_bundle(bundle)
         self.manifest = read_manifest(directory)
         if not self.manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")

@@ -1,47 +1,60 @@
-"""The demo around a toy bundle: what it writes and says. The real build is covered by the export tests."""
+"""The demo: a bundle and photographs that come with densegeo, without torch."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from densegeo import demo
-from densegeo.errors import ImageError
-from tests.toy_bundle import write_toy_bundle
+from densegeo.cli import main
+from densegeo.errors import BundleError
+from densegeo.runtime.ready import find_bundle
+
+HEAVY = ("torch", "triton", "onnx", "diffusers", "transformers", "viser", "safetensors")
 
 
-def test_demo_writes_pictures_and_says_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def build(path: Path, console: Console) -> Path:
-        return write_toy_bundle(path)
-
-    files = demo.run(build, tmp_path / "bundle", tmp_path / "demo")
-    for file in files:
-        assert file.is_file()
-    width, height = demo.SIZE
+def test_it_writes_pictures_and_says_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = demo.run(find_bundle("fe2e-tiny"), tmp_path / "demo", "onnxruntime", "cpu")
+    assert {path.stem for path in demo.photographs()} == {"hall", "square", "warehouse"}
+    assert all(file.stat().st_size > 100 for file in files)
+    assert {file.name for file in files} == {file.name for file in (tmp_path / "demo").iterdir()}
     with Image.open(tmp_path / "demo" / "side_by_side.png") as picture:
-        assert picture.width > 2 * width
-        assert picture.height >= len(demo.PHOTOS) * height
-    shown = capsys.readouterr().out
-    for text in ("side_by_side.png", "denoiser", "Poly Haven", "CC0", "random weights"):
+        assert picture.size == (3 * 512, 3 * 384)
+    for stem in ("hall", "square", "warehouse"):
+        prediction, normals = (np.load(tmp_path / "demo" / f"{stem}_{kind}.npy") for kind in ("prediction", "normals"))
+        near, far = prediction[-40:].mean(), prediction[130:230, 150:350].mean()
+        assert near < far - 0.2  # the floor at the camera's feet, and what is in the middle
+        assert normals[-40:, 200:300, 1].mean() < -0.5  # the floor faces up: y points down
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("side_by_side.png", "denoiser", "onnxruntime on cpu", "trained on synthetic scenes alone"):
         assert text in shown
+    assert "Poly Haven" in (tmp_path / "demo" / "ATTRIBUTION.txt").read_text()
 
 
-def test_a_view_of_a_panorama_sees_what_lies_that_way() -> None:
-    rows, columns = 90, 180  # two degrees a pixel
-    longitude, latitude = np.meshgrid(np.arange(columns), np.arange(rows))
-    panorama = np.stack([longitude, latitude, np.zeros_like(longitude)], axis=-1).astype(np.uint8)
-    photo = demo.Photo("", "", yaw=30, pitch=20, field_of_view=90)
-    seen = demo.look(panorama, photo, (101, 75))
-    assert seen[37, 50, :2] == pytest.approx([(30 + 180) / 2 - 0.5, (90 - 20) / 2 - 0.5], abs=1)
-    level = demo.look(panorama, demo.Photo("", "", yaw=30, pitch=0, field_of_view=90), (101, 75))
-    assert level[37, [0, 100], 0] == pytest.approx([(30 - 45 + 180) / 2 - 0.5, (30 + 45 + 180) / 2 - 0.5], abs=1.5)
+def test_the_command_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, densegeo.cli\n"
+        "try: densegeo.cli.main(['demo', '--backend', 'onnxruntime'])\n"
+        f"except SystemExit as end: print(end.code, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert (tmp_path / "out" / "demo" / "side_by_side.png").is_file()
 
 
-def test_missing_photos_are_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(ImageError, match="pip install viser"):
-        demo.panoramas()
+def test_missing_photographs_and_a_wrong_bundle_are_typed_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["demo", str(tmp_path / "nothing"), "-o", str(tmp_path / "out")])
+    assert end.value.code == 1
+    assert "is not a densegeo bundle" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", tmp_path)
+    with pytest.raises(BundleError, match="install densegeo again"):
+        demo.run(find_bundle("fe2e-tiny"), tmp_path / "out")

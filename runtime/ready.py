@@ -1,0 +1,25 @@
+"""The bundles that come with the package, found by name: `Estimator("fe2e-tiny")` needs no build."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "bundles"  # made by `make ready-bundle`
+
+
+def names() -> list[str]:
+    """Of the bundles that come with this installation."""
+    return sorted(path.name for path in FOLDER.iterdir()) if FOLDER.is_dir() else []
+
+
+def find_bundle(given: str | os.PathLike[str]) -> Path:
+    """The directory that is meant: the given one, or, if nothing is there, the ready bundle of that name."""
+    path = Path(given)
+    return FOLDER / path if not path.exists() and os.fspath(given) in names() else path
+
+
+def beside(bundle: Path, ending: str) -> Path:
+    """Where what belongs to a bundle goes by default: beside it, or for a ready one into the working directory."""
+    name = f"{bundle.name}.{ending}"
+    return Path(name) if bundle.parent == FOLDER else bundle.with_name(name)
