@@ -89,8 +89,8 @@ print(*sorted({{n.partition(".")[0] for n in sys.modules}}))
 
 
 def test_runtime_imports_quickly() -> None:
-    """Under 0.3 s, the best of three: other processes may be busy on this machine."""
-    code = "import time; start = time.perf_counter(); import densegeo.runtime; print(time.perf_counter() - start)"
+    """Under 0.3 s of processor time, the best of three: other processes may be busy on this machine."""
+    code = "import time; start = time.process_time(); import densegeo.runtime; print(time.process_time() - start)"
     assert min(float(python(code)) for _ in range(3)) < 0.3
 
 

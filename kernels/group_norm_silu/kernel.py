@@ -10,8 +10,8 @@ import triton.language as tl
 from densegeo.kernels.contract import Axis, programs
 from densegeo.kernels.launch import OPTIONS, assert_small
 
-TILE = 4096  # values a program holds
-RUNS = 128  # runs of pixels a picture is cut into for its statistics
+TILE = 8192  # values a program holds (measured on an H100, benchmarks/LOG.md)
+RUNS = 256  # runs of pixels a picture is cut into for its statistics: about two for each processor of an H100
 STATISTICS_GRID = (Axis("runs"), Axis("batch"))
 
 
