@@ -35,6 +35,7 @@ from densegeo.models.loading import Files, open_streamed
 from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.presets import preset
 from densegeo.models.prompt import write_prompt
+from densegeo.models.published import PUBLICATIONS
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.runtime.bundle import (
@@ -77,11 +78,11 @@ def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str
 
 def _published(options: BuildOptions, console: Console) -> dict[str, tuple[Path, str]]:
     """The files that the user did not name, role -> (file, origin). Raises CheckpointError."""
-    row = preset(options.model)
-    roles = sources.unnamed(options.given, row.family)
-    if not roles or not (row.published or row.nowhere):
+    row = PUBLICATIONS[options.model]
+    roles = sources.unnamed(options.given, preset(options.model).family)
+    if not roles:
         return {}
-    if not row.published:
+    if not row.files:
         raise CheckpointError(row.nowhere)
     found = downloads.look(row, roles, offline=options.given.offline)
     downloads.show(found, console)

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from densegeo.errors import ResourceError
-from densegeo.export.plan import existing_parent
+from densegeo.files import existing_parent
 from densegeo.runtime.bundle import MANIFEST
 
 
