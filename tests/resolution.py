@@ -1,8 +1,8 @@
 """Which extra can be installed on which Python and platform, asked of the public package index.
 
-`make resolve` (`python -m tests.resolution`) resolves every extra under constraints.txt with uv, from wheels alone, without
-the machine's own indexes and wheels, and prints a table. It fails where an extra should resolve and does not, where a known
-exception resolves after all, and where a package is installed that constraints.txt does not pin.
+`make resolve` (`python -m tests.resolution`) resolves every extra under constraints.txt with uv, from wheels alone and
+without the machine's own indexes and wheels, and prints a table. It fails where an extra should resolve and does not,
+where a known exception resolves after all, and where a package would be installed that constraints.txt does not pin.
 """
 
 from __future__ import annotations
