@@ -21,7 +21,7 @@ def check_links(root: Path) -> None:
     if lost:
         raise SystemExit(
             f"densegeo cannot be built here: {', '.join(lost)} should be symbolic links to the folders of these names, "
-            "and this copy of the sources came without them, as a zip download and Git on Windows make it. Clone it with "
+            "which a zip download and Git on Windows leave out. Clone the repository with "
             "`git clone -c core.symlinks=true` (on Windows with developer mode switched on), or install the wheel."
         )
 
