@@ -198,6 +198,19 @@ def test_doctor_says_when_the_installation_is_broken(elsewhere: Path, tmp_path: 
     assert "lacks densegeo.runtime" in done.stdout
 
 
+@pytest.mark.slow
+def test_pip_installs_the_archive_and_its_tests_pass(built: Built, tmp_path: Path) -> None:
+    install = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site")
+    done = run(sys.executable, *install, built.sdist, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "site" / "bin").iterdir()} == {"densegeo"}
+    done = run(sys.executable, "-c", "import densegeo; print(densegeo.__file__)", cwd=built.source)
+    assert done.stdout.startswith(str(built.source)), done.stderr
+    files = ("tests/test_contracts.py", "tests/test_files.py", "-k", "not quickly")  # no timings inside another test
+    done = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, cwd=built.source)
+    assert done.returncode == 0, done.stdout
+
+
 def imported(tree: ast.AST) -> set[str]:
     """Modules imported anywhere in a file, also by name through `import_module`."""
     found: set[str] = set()
