@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import densegeo
-from densegeo.errors import BundleError, CheckpointError
+from densegeo.errors import BundleError, CheckpointError, ConfigError
 from densegeo.export import checks, downloads, sources
 from densegeo.export.cubins import write_cubins
 from densegeo.export.engine_plan import device_plan
@@ -109,6 +109,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     Raises ConfigError, CheckpointError, ResourceError and ExportError; see each.
     """
     options = options.validated()
+    onnxruntime_version()
     console = console or Console(quiet=True)
     files, origins = find_files(options, console)
     applied = rewrites.select(files.family.rewrites, options.without)
@@ -346,12 +347,25 @@ def streamed_copy(pipeline: Pipeline, stored: Path) -> Pipeline:
 
 def versions() -> dict[str, str]:
     """Versions of the builder and of the libraries that shape its output."""
-    libraries = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors", "numpy")
+    libraries = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "numpy")
     return {
         "densegeo": densegeo.__version__,
         "python": platform.python_version(),
+        "onnxruntime": onnxruntime_version(),
         **{library: metadata.version(library) for library in libraries},
     }
+
+
+def onnxruntime_version() -> str:
+    """ONNX Runtime's version, whichever of its distributions brought it. Raises ConfigError without one."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            f"A build runs its graphs in ONNX Runtime, which cannot be imported ({error}): "
+            'pip install "densegeo[cpu]", or "densegeo[gpu]" (one of the two: they overwrite each other).'
+        ) from error
+    return str(onnxruntime.__version__)
 
 
 def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> str:
