@@ -26,7 +26,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # With the C library of RHEL 8, and of JetPack 6 (Ubuntu 22.04): later ones take the same wheels.
 PLATFORMS = {"x86_64": "x86_64-manylinux_2_28", "aarch64": "aarch64-manylinux_2_35"}
-# Published as a source archive that holds no code and asks for the two packages that have wheels.
+# Published as a source archive, of Python files alone: nothing is compiled. What it loads comes in two wheels.
 NO_WHEEL_NEEDED = ("tensorrt-rtx-cu13",)
 
 
@@ -133,9 +133,9 @@ def table(names: Sequence[str], wrong: dict[Cell, str]) -> str:
 
 
 def main() -> int:
-    """Ask for every column, four at a time; print the table and what is wrong."""
+    """Ask for every column, eight at a time; print the table and what is wrong."""
     names = list(project()["optional-dependencies"])
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(examine, python, machine, names) for machine in PLATFORMS for python in PYTHONS]
         wrong = {cell: answer for future in asked for cell, answer in future.result().items()}
     print(table(names, wrong))
