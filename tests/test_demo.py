@@ -11,12 +11,12 @@ from rich.console import Console
 
 from densegeo import demo
 from densegeo.errors import ImageError
-from tests.toy_bundle import write_toy_bundle
+from tests.support.toy_bundle import make_toy_bundle
 
 
 def test_demo_writes_pictures_and_says_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def build(path: Path, console: Console) -> Path:
-        return write_toy_bundle(path)
+        return make_toy_bundle(path)
 
     files = demo.run(build, tmp_path / "bundle", tmp_path / "demo")
     for file in files:

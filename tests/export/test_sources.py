@@ -19,7 +19,7 @@ from densegeo.export.sources import Given, resolve
 from densegeo.models.families import FE2E
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
 from densegeo.runtime.bundle import read_manifest
-from tests.export.test_build import CONFIG, SMALL, SMALL_VAE
+from tests.support.checkpoints import CONFIG, SMALL, SMALL_VAE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
