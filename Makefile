@@ -6,12 +6,13 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-unit test-slow lint kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            build fe2e-tiny and run it on a photo"
-	@echo "make test            the test suite"
-	@echo "make test-slow       the tests that take minutes"
+	@echo "make test-unit       the quick tests (a minute)"
+	@echo "make test            the test suite (five minutes)"
+	@echo "make test-slow       the tests that take minutes each"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
@@ -34,8 +35,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python -m densegeo.demo
 
+# Workers take tests from each other; what they share is built once (tests/support/shared.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-unit: $(STAMP)
+	$(PYTEST) -m unit
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600

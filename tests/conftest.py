@@ -1,6 +1,6 @@
 """What holds for every test: the tiers, Triton's mode, the user's state; fixtures for many come from `tests/support`.
 
-Tiers: `unit` is every test that is not marked `build`, `slow` or `gpu`; `make test` adds `build`.
+Tiers: `unit` is every test that is not marked `integration`, `slow` or `gpu`; `make test` adds `integration`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "once" in getattr(item, "fixturenames", ()):  # of tests/support/shared.py
-            item.add_marker("build")
-        if not any(item.get_closest_marker(tier) for tier in ("build", "slow", "gpu")):
+            item.add_marker("integration")
+        if not any(item.get_closest_marker(tier) for tier in ("integration", "slow", "gpu")):
             item.add_marker("unit")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """.ci/run reads this line: a run that left the kernels out must not pass for one that tested them."""
+    if terminalreporter.config.option.collectonly:
+        return
     passed = terminalreporter.stats.get("passed", [])
     count = sum(list(RAN) in [list(given) for given in report.user_properties] for report in passed)
     terminalreporter.write_line(f"kernels in Triton's interpreter: {count} passed")

@@ -140,8 +140,18 @@ def test_an_interrupted_run_goes_on(
     assert load_plan(whole, "fp8") == load_plan(parts, "fp8")  # reproducible, too
 
 
-@pytest.mark.parametrize(("kind", "plan"), [("fp8", "calibrated"), ("int8", "calibrated"), ("fp8", "attentive")])
-@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "plan", "base"),
+    [
+        ("fp8", "calibrated", "fp32"),
+        ("int8", "calibrated", "fp32"),
+        ("fp8", "attentive", "fp32"),
+        ("fp8", "attentive", "bf16"),
+        # The same plans once more: a minute each where a CPU has no bf16.
+        pytest.param("fp8", "calibrated", "bf16", marks=pytest.mark.slow),
+        pytest.param("int8", "calibrated", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_8_bit_bundles_run_within_their_bounds(
     small_checkpoint: Path,
     bundle: Path,

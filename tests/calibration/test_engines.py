@@ -20,9 +20,10 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "plan", "weights", "architectures", "engines"),
     [
-        ("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
         ("fp8", "attentive", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
-        ("fp8", "attentive", "input", (89,), [["sm_89"]]),
+        # The same products without the attentions, and the same graph with its weights elsewhere.
+        pytest.param("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]], marks=pytest.mark.slow),
+        pytest.param("fp8", "attentive", "input", (89,), [["sm_89"]], marks=pytest.mark.slow),
         ("int8", "calibrated", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
     ],
 )

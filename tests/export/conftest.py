@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def graphs(graphs_once: Path) -> None:
+    """All builds here share what they trace."""
+
+
 @pytest.fixture
 def checkpoint(small_checkpoint: Path, tmp_path: Path) -> Path:
     """The smallest checkpoint, which the test may damage."""

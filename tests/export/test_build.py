@@ -23,6 +23,7 @@ from densegeo.export.sources import Given
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.runtime.bundle import read_manifest
 from tests.support.checkpoints import leftovers, options
+from tests.support.shared import BUILT_SIZES
 
 
 def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, capsys):
@@ -45,9 +46,9 @@ def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, caps
 
 def test_buckets_share_their_weights(checkpoint, tmp_path):
     one = build_bundle(options(checkpoint, tmp_path / "one"))
-    two = build_bundle(options(checkpoint, tmp_path / "two", sizes=((48, 32), (32, 64))))
+    two = build_bundle(options(checkpoint, tmp_path / "two", sizes=BUILT_SIZES))
     manifest = read_manifest(two)
-    assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [(48, 32), (32, 64)]
+    assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [*BUILT_SIZES]
     for name in ("encoder.safetensors", "denoiser.safetensors", "decoder.safetensors"):
         assert manifest.files[name].sha256 == read_manifest(one).files[name].sha256
     assert all(check.error <= check.bound for check in manifest.verification.checks)

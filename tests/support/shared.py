@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,21 @@ BUILT_SIZES = ((48, 32), (64, 32))  # width, height; of the bundles that the run
 
 
 @pytest.fixture(scope="session")
-def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """(name, make) -> the folder that `make(folder)` filled."""
+def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run."""
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"  # one for all workers of a run
-    root.mkdir(exist_ok=True)
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Once:
+    """(name, make) -> the folder that `make(folder)` filled."""
 
     def get(name: str, make: Callable[[Path], object]) -> Path:
-        folder, done = root / name, root / f"{name}.done"
-        with (root / f"{name}.lock").open("w") as lock:
+        folder, done = shared_folder / name, shared_folder / f"{name}.done"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
                 folder.mkdir()
@@ -41,7 +47,20 @@ def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def build_once(once: Once) -> Build:
+def graphs_once(shared_folder: Path) -> Iterator[Path]:
+    """Builds in this process trace equal graphs once a run, and keep them in this folder."""
+    from densegeo.export import build
+    from tests.support.graphs import remembering
+
+    folder = shared_folder / "graphs"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "export_graph", remembering(build.export_graph, folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def build_once(once: Once, graphs_once: Path) -> Build:
     """The bundle of these `BuildOptions`, without `output`."""
     from densegeo.export.build import build_bundle
     from densegeo.export.options import BuildOptions
