@@ -30,8 +30,8 @@ from densegeo.models.presets import PRESETS, write_random_checkpoint
 from densegeo.models.published import PUBLICATIONS, Published
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
-from tests.export.hub import Hub, serve
-from tests.export.test_build import CONFIG, SMALL, SMALL_VAE
+from tests.support.checkpoints import CONFIG, SMALL, SMALL_VAE
+from tests.support.hub import Hub, serve
 
 FILES = PUBLICATIONS["fe2e"].files
 NAMES = {row.role: f"{row.repository}/{row.path}" for row in FILES}

@@ -14,7 +14,7 @@ import pytest
 from densegeo.errors import KernelError
 from densegeo.kernels.compile import Resources, check_resources
 from densegeo.kernels.contract import Axis, LaunchContract, programs
-from tests.kernels.conftest import INTERPRET, OPERATIONS, installed
+from tests.support.interpreter import INTERPRET, OPERATIONS, installed
 
 pytestmark = pytest.mark.skipif(not installed() or sys.platform != "linux", reason="needs torch and triton on Linux")
 
