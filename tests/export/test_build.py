@@ -16,7 +16,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
-from densegeo.export import build as build_module
 from densegeo.export import checks
 from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
@@ -179,7 +178,7 @@ def test_a_graph_that_misses_its_bound_fails_the_build(checkpoint, tmp_path, mon
         outputs = original(*args, **kwargs)  # type: ignore[arg-type]
         return outputs | {"denoiser": outputs["denoiser"] * np.float32(1 + 1e-4)}
 
-    monkeypatch.setattr(build_module.checks, "graph_outputs", faulty)
+    monkeypatch.setattr(checks, "graph_outputs", faulty)
     with pytest.raises(ExportError, match=r"denoiser: 1\.00e-04 > 1\.00e-05"):
         build_bundle(options(checkpoint, tmp_path / "bundle"))
     assert not (tmp_path / "bundle").exists()
