@@ -16,7 +16,11 @@ from typer.core import TyperGroup
 from densegeo.errors import ConfigError, DensegeoError
 
 _EXPORT_LIBRARIES = frozenset({"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"})
-_HEAVY = {"build": "densegeo.export.command", "calibrate": "densegeo.calibration.command"}
+_HEAVY = {
+    "build": "densegeo.export.command",
+    "fetch": "densegeo.export.fetch_command",
+    "calibrate": "densegeo.calibration.command",
+}
 _RUNTIME_LIBRARIES = frozenset({"onnxruntime"})
 
 
@@ -110,6 +114,12 @@ def _root(
 @app.command("build")
 def _build_stand_in() -> None:
     """Build a bundle from checkpoints (needs the export extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("fetch")
+def _fetch_stand_in() -> None:
+    """Download a model's published files (needs the export extra)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from densegeo.errors import BundleError
-from densegeo.export import checks, digests, sources
+from densegeo.errors import BundleError, CheckpointError
+from densegeo.export import checks, digests, downloads, sources
 from densegeo.export.display import Display
+from densegeo.export.engine_plan import device_plan
 from densegeo.export.engines import library_version
 from densegeo.export.keys import code_digest, digest, stage_keys, versions
 from densegeo.export.options import BuildOptions
@@ -35,15 +36,31 @@ from densegeo.runtime.bundle import (
 )
 
 
-def find_files(options: BuildOptions) -> tuple[Files, dict[str, str]]:
-    """The model's files and where each came from. Raises CheckpointError; see `sources.resolve`."""
-    directory = options.carried_weights
-    family = preset(options.model).family
+def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str, str]]:
+    """The model's files and where each came from; those that nobody named are fetched from where they are published.
+
+    Raises CheckpointError; see `sources.resolve`.
+    """
+    directory, row = options.carried_weights, preset(options.model)
+    family = row.family
     if directory is None:
-        return sources.resolve(options.given, family)
+        return sources.resolve(options.given, family, _published(options, console))
     given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
     files, origins = sources.resolve(given, family)
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
+
+
+def _published(options: BuildOptions, console: Console) -> dict[str, tuple[Path, str]]:
+    """The files that the user did not name, role -> (file, origin). Raises CheckpointError."""
+    row = preset(options.model)
+    roles = sources.unnamed(options.given, row.family)
+    if not roles or not (row.published or row.nowhere):
+        return {}
+    if not row.published:
+        raise CheckpointError(row.nowhere)
+    found = downloads.look(row, roles, offline=options.given.offline)
+    downloads.show(found, console)
+    return downloads.fetch(row, found, console, any_digest=options.given.any_digest)
 
 
 def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
@@ -68,7 +85,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     """
     options = options.validated()
     console = console or Console(quiet=True)
-    files, origins = find_files(options)
+    files, origins = find_files(options, console)
     applied = rewrites.select(files.family.rewrites, options.without)
     quantizer, plan = plan_build(options, files)
     with progress_bar(console) as progress:
@@ -95,7 +112,8 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
             write_manifest(state.bundle, manifest)
             publish(staging, options.output)
         state.forget()
-    report(manifest, options.output, console)
+    needed = (device_plan(plan, size, options.base, max((1, *options.batches))) for size in options.sizes)
+    report(manifest, options.output, max(needed, key=lambda one: one.total), console)
     return options.output
 
 
@@ -142,6 +160,7 @@ def _build_into(
             max(bound for by_output in weights.bounds.values() for bound in by_output.values()),
             graphs.checks,
         ),
+        choice=options.choice,
     )
 
 
@@ -156,7 +175,7 @@ def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> 
             options.precision,
             options.base,
             calibration,
-            options.backend,
+            options.backend == "tensorrt",
             sorted(options.without),
             options.architectures,
             options.engines if options.backend == "tensorrt" else None,

@@ -12,17 +12,22 @@ from rich.table import Table
 
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle, find_files, plan_build
+from densegeo.export.choice import AUTO, BACKENDS, Asked, choose, on_this_gpu
+from densegeo.export.downloads import look, show
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
-from densegeo.export.options import BACKENDS, BuildOptions
+from densegeo.export.machine import facts
+from densegeo.export.options import BuildOptions
 from densegeo.export.plan import (
     GIB,
+    ITEM_BYTES,
     Plan,
     available_memory,
     check_resources,
     stage_flops,
 )
-from densegeo.export.sources import Given
+from densegeo.export.reporting import try_out
+from densegeo.export.sources import Given, unnamed
 from densegeo.models.families import FAMILIES
 from densegeo.models.precision import BASES, EIGHT_BIT_BASES
 from densegeo.models.presets import PRESETS, preset
@@ -85,7 +90,9 @@ def build(
             "--batch", help="Graphs and engines that take this many images at once too, for throughput (repeatable)."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help=f"{', '.join(BASES)}.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help=f"{', '.join((AUTO, *BASES))}; auto: what the backend here runs fastest.")
+    ] = AUTO,
     calibration: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="The directory that `densegeo calibrate` made, for fp8 and int8."),
@@ -93,7 +100,13 @@ def build(
     base: Annotated[
         str, typer.Option(help=f"What fp8 and int8 leave in floating point: {' (default) or '.join(EIGHT_BIT_BASES)}.")
     ] = "",
-    backend: Annotated[str, typer.Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")] = "onnxruntime",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help=f"What will run the bundle: {', '.join((AUTO, *BACKENDS))}. auto: TensorRT engines where a GPU and "
+            "TensorRT are, else what is fastest on this machine."
+        ),
+    ] = AUTO,
     no_rewrite: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--no-rewrite", help=f"Leave one out (repeatable): {_REWRITES}."),
@@ -160,6 +173,12 @@ def build(
     convert_bin: Annotated[
         bool, typer.Option("--convert-bin", help="Read pickled weights (weights_only) where there are no safetensors.")
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Fetch nothing: use published files that were fetched before.")
+    ] = False,
+    any_digest: Annotated[
+        bool, typer.Option("--any-digest", help="Take published files whose digest is not the recorded one.")
+    ] = False,
     no_lora: Annotated[bool, typer.Option("--no-lora", help="Build without the FE2E LoRA.")] = False,
     allow_unexpected: Annotated[
         bool, typer.Option("--allow-unexpected", help="Ignore tensors the model does not know.")
@@ -167,7 +186,8 @@ def build(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build a bundle: checkpoint files in, a directory that `Estimator` runs out."""
-    family = preset(model).family
+    row = preset(model)
+    family = row.family
     if authors_sizes and not family.any_size:
         raise ConfigError(f"--authors-sizes is not for {model}, whose sides are multiples of {family.multiple}")
     if (max_edge is not None and size) or (aspect and max_edge is None):
@@ -175,6 +195,20 @@ def build(
     sizes = [parse_size(text) for text in size or ()]
     if max_edge is not None:
         sizes = bucket_sizes(max_edge, aspect or ["4:3"], 1 if authors_sizes else family.multiple)
+    console, machine = Console(), facts()
+    choice = choose(
+        Asked(
+            backend=backend,
+            precision=precision,
+            base=base,
+            builder=builder,
+            architectures=tuple(dict.fromkeys(gpu_arch or ())),
+            calibration=calibration,
+            weight_streaming=weight_streaming,
+        ),
+        machine,
+        row,
+    )
     options = BuildOptions(
         model=model,
         output=output or Path("out") / model,
@@ -186,18 +220,21 @@ def build(
             prompt=prompt,
             config=config,
             no_lora=no_lora,
+            any_digest=any_digest,
+            offline=offline,
             convert_bin=convert_bin,
         ),
         sizes=tuple(sizes),
         batches=tuple(batch or ()),
         any_size=authors_sizes,
-        precision=precision,
+        precision=choice.precision,
         base=base,
         calibration=calibration,
-        backend=backend,
+        backend=choice.backend,
         without=tuple(no_rewrite or ()),
         allow_unexpected=allow_unexpected,
-        architectures=tuple(dict.fromkeys(gpu_arch or ())),
+        architectures=tuple(choice.architectures),
+        choice=choice,
         engines=EngineOptions(
             library=builder,
             weights=weights,  # type: ignore[arg-type]  # checked by validated()
@@ -209,16 +246,21 @@ def build(
             memory_gib=memory_gib,
         ),
     ).validated()
-    console = Console()
+    for line in (f"{model}: {choice.what}", choice.why, f"for another choice: {choice.instead}"):
+        console.print(line, soft_wrap=True)
     if dry_run:
         dry_run_report(options, console)
     else:
-        build_bundle(options, console)
+        bundle = build_bundle(options, console)
+        if on_this_gpu(choice, machine):
+            try_out(bundle, choice, console)
 
 
 def dry_run_report(options: BuildOptions, console: Console) -> None:
     """Print what the files hold and what a build would do; raises what would stop the build."""
-    files, origins = find_files(options)
+    if _not_here(options, console):
+        return
+    files, origins = find_files(options, console)
     _, plan = plan_build(options, files)
     _print_files(plan, options.model, origins, console)
     _print_plan(plan, options, console)
@@ -229,6 +271,23 @@ def dry_run_report(options: BuildOptions, console: Console) -> None:
         raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
     check_resources(plan, options.output)
     console.print("The build can start.")
+
+
+def _not_here(options: BuildOptions, console: Console) -> bool:
+    """Whether published files would have to be fetched first; says which."""
+    row = preset(options.model)
+    roles = unnamed(options.given, row.family) if options.carried_weights is None else []
+    found = look(row, roles, offline=options.given.offline) if row.published else []
+    if all(one.local for one in found):
+        return False
+    show(found, console)
+    bundle = row.bundle_parameters * ITEM_BYTES[options.base]
+    console.print(
+        f"disk: about {bundle / GIB:.1f} GiB more for the bundle; the plan's other figures need the files' headers: "
+        f"`densegeo fetch {options.model}` fetches them. A dry run fetches nothing.",
+        soft_wrap=True,
+    )
+    return True
 
 
 def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Console) -> None:

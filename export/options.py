@@ -8,13 +8,14 @@ import msgspec
 
 from densegeo.errors import ConfigError
 from densegeo.export import quantization, sources
+from densegeo.export.choice import BACKENDS
 from densegeo.export.cubins import check_architectures
 from densegeo.export.engines import EngineOptions, target_groups
 from densegeo.models import rewrites
 from densegeo.models.precision import BASES
 from densegeo.models.presets import preset
+from densegeo.runtime.bundle import Choice
 
-BACKENDS = ("onnxruntime", "tensorrt")
 SMALLEST = 32  # pixels of a bucket's side
 MOST = 64  # images in a batch
 
@@ -36,6 +37,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     allow_unexpected: bool = False
     architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
     engines: EngineOptions = EngineOptions()  # of the tensorrt backend
+    choice: Choice | None = None  # what the command chose, for the manifest
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""

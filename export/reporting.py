@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from densegeo.runtime.bundle import Manifest
+from densegeo.errors import BackendError
+from densegeo.export.choice import GRAPHS, NO_BF16
+from densegeo.export.engine_plan import DevicePlan
+from densegeo.export.plan import GIB
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import Choice, Manifest
 from densegeo.runtime.measured import advice
+from densegeo.runtime.verified import forget, mark_verified
+from densegeo.runtime.verify import replay, within
+
+WARM_UP, TIMED = 3, 10  # images
 
 
 @contextmanager
@@ -39,23 +51,68 @@ def recommend(manifest: Manifest, console: Console) -> None:
         )
 
 
-def report(manifest: Manifest, output: Path, console: Console) -> None:
-    """What was built, and how far it is from its reference."""
-    for check in manifest.verification.checks:
-        console.print(
-            f"  {check.bucket} {check.output:<12} error {check.error:.1e}  bound {check.bound:.1e}  "
-            f"against {check.reference}",
-            highlight=False,
-            soft_wrap=True,
-        )
+def report(manifest: Manifest, output: Path, needed: DevicePlan, console: Console) -> None:
+    """What was built: where it lies, what runs it, its sizes, its errors in words, and how to use it.
+
+    needed: on a GPU, of the bundle's largest bucket.
+    """
     size = sum(file.bytes for file in manifest.files.values())
-    console.print(f"built {output}: {manifest.model}, {manifest.precision}, {size / 1e6:.1f} MB", soft_wrap=True)
+    lines = (
+        f"built {output}: {manifest.model}, {manifest.precision}, {size / 1e6:.1f} MB on disk",
+        f"runs with: {', '.join(runs_with(manifest))}",
+        f"on a GPU: about {needed.total / GIB:.1f} GiB, of which {needed.weights / GIB:.2g} GiB are weights",
+        f"errors against PyTorch in float32, on seeded pictures: {errors_in_words(manifest)}",
+        "use it:",
+        "    from densegeo import Estimator",
+        f'    geometry = Estimator("{output}")("photo.jpg")',
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if manifest.weights_note:
         console.print(f"[yellow]{manifest.weights_note}[/yellow]", soft_wrap=True)
-    if manifest.base == "bf16":
+    recommend(manifest, console)
+
+
+def runs_with(manifest: Manifest) -> list[str]:
+    """The backends that can run a bundle, its own first."""
+    engines = sorted({name for engine in manifest.engines for name in engine.architectures or ["Ampere and later"]})
+    names = [f"tensorrt ({', '.join(engines)})"] if engines else []
+    names += [name for name in GRAPHS if not (name == NO_BF16 and manifest.base == "bf16")]
+    if manifest.choice is not None and manifest.choice.backend in names:
+        names.sort(key=lambda name: name != manifest.choice.backend)  # type: ignore[union-attr]
+    return names
+
+
+def errors_in_words(manifest: Manifest) -> str:
+    """The largest error of depth in percent of the prediction, and of normals in degrees; root mean squares."""
+    worst: dict[str, float] = {}
+    for check in manifest.verification.checks:
+        worst[check.output] = max(check.error, worst.get(check.output, 0.0))
+    words = []
+    if "prediction" in worst:
+        words.append(f"depth off by {100 * worst['prediction']:.2g} %")
+    if "normals" in worst:  # of unit vectors: |a - b| = 2 sin(angle / 2)
+        degrees = math.degrees(2 * math.asin(min(1.0, worst["normals"] / 2)))
+        words.append(f"normals by {degrees:.2g} degrees")
+    return ", ".join(words)
+
+
+def try_out(bundle: Path, choice: Choice, console: Console) -> None:
+    """Verify a bundle on the GPU that it was built for, and say how long an image takes there. Raises BackendError."""
+    checks = replay(bundle, choice.backend, "auto")
+    if wrong := [check for check in checks if not within(check)]:
+        forget(bundle, choice.backend)
+        raise BackendError(
+            f"{bundle} does not give its reference outputs on this GPU: {wrong[0].output} of {wrong[0].bucket} is off "
+            f"by {wrong[0].error:.1e}, the bound is {wrong[0].bound:.1e}. Do not use it here with {choice.backend}."
+        )
+    mark_verified(bundle, choice.backend)
+    with Estimator(bundle, choice.backend, check_digests=False) as estimator:
+        bucket = estimator.manifest.buckets[0]
+        image = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
+        totals = [estimator(image).timings["total"] for _ in range(WARM_UP + TIMED)][WARM_UP:]
         console.print(
-            "[yellow]ONNX Runtime's CPU provider cannot run bf16: without a GPU, densegeo\\[openvino] or "
-            "densegeo\\[torch] runs this bundle.[/yellow]",
+            f"verified on {estimator.device}; an image of {bucket.width}x{bucket.height} takes "
+            f"{statistics.median(totals):.1f} ms (median of {TIMED}; `densegeo bench {bundle}` says more)",
             soft_wrap=True,
         )
-    recommend(manifest, console)

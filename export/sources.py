@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -27,11 +27,25 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     config: str | None = None
     no_lora: bool = False
+    any_digest: bool = False  # take published files that are not the recorded ones
+    offline: bool = False  # take published files that were fetched before, and fetch none
     convert_bin: bool = False  # read pickled weights, as weights alone, where a directory has no safetensors
 
 
-def resolve(given: Given, family: Family) -> tuple[Files, dict[str, str]]:
+def unnamed(given: Given, family: Family) -> list[str]:
+    """The roles for which the user named neither a file nor a place that may hold it."""
+    if given.checkpoint is not None:
+        return []
+    skipped = {"lora"} if given.no_lora else set()
+    return [r.name for r in family.roles if r.name not in skipped and not (r.flag and getattr(given, r.name))]
+
+
+def resolve(
+    given: Given, family: Family, fetched: Mapping[str, tuple[Path, str]] | None = None
+) -> tuple[Files, dict[str, str]]:
     """Find every role's file, downloading what is named by repository.
+
+    fetched: role -> (file, origin) of files that the user did not name.
 
     Returns the local files and role -> where it came from (`repository@commit:file` for downloads).
     Raises ConfigError for an option that is none of this family's, CheckpointError that names what is missing, the
@@ -47,6 +61,8 @@ def resolve(given: Given, family: Family) -> tuple[Files, dict[str, str]]:
             continue
         own = getattr(given, role.name) if role.flag else None
         found = _find(own, role) if own else _find_in_checkpoint(given.checkpoint, role)
+        if found is None:
+            found = (fetched or {}).get(role.name)
         if found is None and given.checkpoint is not None:
             found = _make(Path(given.checkpoint), role, convert=given.convert_bin)
         if found is None:
@@ -65,7 +81,7 @@ def resolve(given: Given, family: Family) -> tuple[Files, dict[str, str]]:
 
 def _check_options(given: Given, family: Family) -> None:
     """Refuse options for files that this family does not have."""
-    known = {"checkpoint", "convert_bin", *(role.name for role in family.roles if role.flag)}
+    known = {"checkpoint", "convert_bin", "any_digest", "offline", *(role.name for role in family.roles if role.flag)}
     if any(role.name == "lora" for role in family.roles):
         known |= {"config", "no_lora"}
     strange = [name for name in given.__struct_fields__ if getattr(given, name) and name not in known]

@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "denoiser", "decoder"]
@@ -196,6 +196,17 @@ class Quantization(Record, frozen=True, kw_only=True):
     normal_error: float | None
 
 
+class Choice(Record, frozen=True, kw_only=True):
+    """What a build made for which backend, and why: as it was said when it began."""
+
+    backend: str  # "onnxruntime", "openvino" or "torch" (of the same graphs), or "tensorrt"
+    precision: str
+    architectures: list[int]  # of engines and kernels: 89 is sm_89
+    what: str
+    why: str
+    instead: str  # what to type for another choice
+
+
 def amount_quantized(share: float, attentions: int) -> str:
     """How much of a denoiser is 8-bit, in words: a share of the linears' parameters, and some attentions."""
     return f"{share:.1%} of the linears' parameters" + (f" and {attentions} attentions" if attentions else "")
@@ -221,6 +232,7 @@ class Manifest(Record, frozen=True):
     engines: list[Engine]
     capture: Capture
     verification: Verification
+    choice: Choice | None = None  # None: built from Python, with everything given
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:

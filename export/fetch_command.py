@@ -1,0 +1,38 @@
+"""The fetch command: a model's published files into the Hub's cache, from where `densegeo build` takes them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from densegeo.errors import CheckpointError
+from densegeo.export import downloads
+from densegeo.models.presets import PRESETS, preset
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}.", show_default=False)],
+    offline: Annotated[bool, typer.Option("--offline", help="Only say what is here and what is missing.")] = False,
+    any_digest: Annotated[
+        bool, typer.Option("--any-digest", help="Take files whose digest is not the recorded one.")
+    ] = False,
+    without_lora: Annotated[bool, typer.Option("--no-lora", help="Leave the LoRA out.")] = False,
+) -> None:
+    """Download a model's files from where they are published, and check their digests.
+
+    HF_ENDPOINT, HF_HOME and HF_TOKEN work as with huggingface_hub. A download that broke off goes on where it ended.
+    """
+    row, console = preset(model), Console()
+    if row.weights is not None:
+        console.print(f"{model} comes with densegeo: there is nothing to fetch.")
+        return
+    if not row.published:
+        raise CheckpointError(row.nowhere)
+    roles = [file.role for file in row.published if not (without_lora and file.role == "lora")]
+    found = downloads.look(row, roles, offline=offline)
+    downloads.show(found, console)
+    for path, origin in downloads.fetch(row, found, console, any_digest=any_digest).values():
+        console.print(f"{path}  ({origin})", soft_wrap=True)
+    console.print(f"Everything is here: densegeo build --model {model}")
