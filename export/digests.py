@@ -70,7 +70,7 @@ def _load() -> dict[str, Known]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
         return msgspec.json.decode((cache_directory() / FILE).read_bytes(), type=dict[str, Known])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return {}
 
 

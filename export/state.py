@@ -6,6 +6,7 @@ one whose files are not what they were count for nothing, and neither does what 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,13 @@ class Engines(StageRecord, frozen=True, kw_only=True):
     engines: list[Engine]
 
 
+class Sealed(msgspec.Struct, frozen=True):
+    """A record as it lies in its file; a damaged one is known."""
+
+    sha256: str
+    record: msgspec.Raw
+
+
 AnyRecord = TypeVar("AnyRecord", bound=StageRecord)
 
 
@@ -94,7 +102,8 @@ class State:
         """From now on the stage is finished; its files must be whole."""
         name = _name(type(record))
         with atomic_write(self.folder / f"{name}.json") as partial:
-            partial.write_bytes(msgspec.json.encode(record))
+            encoded = msgspec.json.encode(record)
+            partial.write_bytes(msgspec.json.encode(Sealed(_sha256(encoded), msgspec.Raw(encoded))))
         setattr(self, name, record)
         return record
 
@@ -145,8 +154,11 @@ class State:
     def _read(self, kind: type[AnyRecord], key: str, progress: Progress) -> AnyRecord | None:
         """A stage's record, if it has this key and its files are still what it says."""
         try:
-            record = msgspec.json.decode((self.folder / f"{_name(kind)}.json").read_bytes(), type=kind)
-        except (OSError, msgspec.MsgspecError):
+            sealed = msgspec.json.decode((self.folder / f"{_name(kind)}.json").read_bytes(), type=Sealed)
+            if _sha256(bytes(sealed.record)) != sealed.sha256:
+                return None
+            record = msgspec.json.decode(sealed.record, type=kind)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
         if record.key != key:
             return None
@@ -163,6 +175,10 @@ class State:
             return path.stat().st_size == expected.bytes and sha256_file(path, progress) == expected.sha256
         except OSError:
             return False
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _name(kind: type[StageRecord]) -> str:

@@ -213,7 +213,8 @@ def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]
 
 
-def test_interrupting_a_build_leaves_nothing(checkpoint, tmp_path):
+def test_interrupting_a_build_before_its_first_stage_is_done_leaves_nothing(checkpoint, tmp_path):
+    """What is left of finished stages: see test_resume.py."""
     process = run_build(checkpoint, tmp_path / "bundle")
     deadline = time.monotonic() + 120
     while not leftovers(tmp_path) and time.monotonic() < deadline:
