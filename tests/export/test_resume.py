@@ -450,3 +450,17 @@ def test_an_older_bundle_is_replaced_whole_or_not_at_all(
         build_bundle(with_engines(small, output))
     assert (output / "manifest.json").read_bytes() == before
     assert leftovers(tmp_path) == []
+
+
+def test_an_engines_builder_ends_with_its_build() -> None:
+    """Killed builds cannot stop it, and what it wrote later would lie among the files of the next one."""
+    code = "from densegeo.export.engine_worker import end_with_parent; print('waits', flush=True); end_with_parent()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "waits\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=1)
+        worker.stdin.close()
+        assert worker.wait(timeout=30) == 1
