@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from densegeo.errors import ExportError
@@ -180,3 +180,13 @@ def write_inputs(directory: Path, references: Mapping[tuple[int, int], Sequence[
         for name, array in outputs.items()
     }
     save_file(tensors, directory / INPUTS_FILE)
+
+
+def read_inputs(directory: Path) -> dict[tuple[int, int], list[Outputs]]:
+    """What `write_inputs` stored: of every size (width, height) its pictures."""
+    references: dict[tuple[int, int], dict[int, Outputs]] = {}
+    for key, array in load_file(directory / INPUTS_FILE).items():
+        size, index, name = key.split(".")
+        width, height = map(int, size.split("x"))
+        references.setdefault((width, height), {}).setdefault(int(index), {})[name] = array
+    return {size: [pictures[index] for index in sorted(pictures)] for size, pictures in references.items()}

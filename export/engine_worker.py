@@ -1,13 +1,16 @@
 """Builds one TensorRT engine, in a process of its own: `python -m densegeo.export.engine_worker SPEC.json`.
 
 A builder can crash or take all memory; this process has a limit, writes its log line by line, and reports on standard
-output in JSON lines: {"phase", "done", "total"} on the way, and at the end a Result or {"error"}.
+output in JSON lines: {"phase", "done", "total"} on the way, and at the end a Result or {"error"}. It ends when standard
+input does: a build that was killed must not go on in the files of the next one.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +44,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 def main(spec: Spec) -> None:
     """Build, and exit 0, or report an error and exit 1."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     limit_memory(spec.memory_bytes)
     trt = import_module(spec.library)
     started = time.monotonic()
@@ -66,6 +70,13 @@ def main(spec: Spec) -> None:
                 partial.write_bytes(memoryview(content))
         result = Result(seconds=time.monotonic() - started, peak_bytes=_peak(), engine_bytes=data.nbytes)
     report(msgspec.to_builtins(result))
+
+
+def end_with_parent() -> None:
+    """Wait until whoever started this process has closed the other end of standard input, or died; then stop."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def limit_memory(count: int) -> None:

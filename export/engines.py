@@ -164,12 +164,15 @@ def build_engines(
     *,
     old: tuple[Path, Manifest] | None,
     progress: Progress,
+    finished: Sequence[Engine] = (),
 ) -> Iterator[Engine]:
     """Build every graph's engines into `directory`/engines, and give each record when it is done.
 
-    old: a bundle whose engines are taken over where their fingerprints agree. Raises EngineError, ConfigError and
-    ResourceError; nothing is left in `directory` but finished engines.
+    old: a bundle whose engines are taken over where their fingerprints agree. finished: engines that lie in `directory`
+    already, whole. Raises EngineError, ConfigError and ResourceError; nothing is left in `directory` but finished
+    engines.
     """
+    here = {engine.fingerprint: engine for engine in finished}
     groups = target_groups(options.library, precision, architectures)
     (directory / FOLDER).mkdir(exist_ok=True)
     weight_digests = {stage: sha256_file(directory / f"{stage}.safetensors") for stage in STAGES}
@@ -179,6 +182,9 @@ def build_engines(
             how = choose_weights(options, (directory / f"{stage}.safetensors").stat().st_size)
             for group in groups:
                 wanted = _wanted(stage, bucket, graph, weight_digests[stage], precision, how, group, options)
+                if wanted.fingerprint in here:
+                    yield here[wanted.fingerprint]
+                    continue
                 progress(wanted.file)
                 found = reusable(*old, wanted.fingerprint) if old else None
                 if old and found:
@@ -271,7 +277,8 @@ def build_engine(
 def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) -> Result:
     """Run the worker to its end, passing its phases to `progress`. Raises EngineError."""
     command = [sys.executable, "-m", "densegeo.export.engine_worker", str(spec)]
-    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     expired = threading.Event()
 
     def stop() -> None:
@@ -280,6 +287,7 @@ def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) 
 
     timer = threading.Timer(timeout_s, stop)
     errors: deque[str] = deque(maxlen=50)
+    assert worker.stdin is not None
     assert worker.stdout is not None
     assert worker.stderr is not None
     drain = threading.Thread(target=errors.extend, args=(worker.stderr,), daemon=True)
@@ -300,6 +308,7 @@ def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) 
         timer.cancel()
         worker.kill()  # nothing goes on when this process is interrupted
         worker.wait()
+        worker.stdin.close()  # never written to: see the worker's `end_with_parent`
         drain.join(timeout=5)
     if code == 0 and "engine_bytes" in last:
         return msgspec.convert(last, Result)

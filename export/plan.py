@@ -119,8 +119,11 @@ def available_memory() -> int | None:
         return None
 
 
-def check_resources(plan: Plan, output: Path) -> None:
-    """Raise ResourceError when memory or disk are too small for the plan, with the figures and what to do."""
+def check_resources(plan: Plan, output: Path, finished: int = 0) -> None:
+    """Raise ResourceError when memory or disk are too small for the plan, with the figures and what to do.
+
+    finished: bytes of the bundle that an interrupted build has left.
+    """
     memory = available_memory()
     if memory is not None and plan.memory_needed > memory:
         raise ResourceError(
@@ -129,9 +132,10 @@ def check_resources(plan: Plan, output: Path) -> None:
         )
     directory = existing_parent(output)
     free = shutil.disk_usage(directory).free
-    if plan.disk_needed > free:
+    needed = max(0, plan.disk_needed - finished)
+    if needed > free:
         raise ResourceError(
-            f"this build needs about {plan.disk_needed / GIB:.1f} GiB on disk, "
+            f"this build needs about {needed / GIB:.1f} GiB on disk, "
             f"{directory} has {free / GIB:.1f} GiB free. Free some space or choose another --output."
         )
     if not os.access(directory, os.W_OK):

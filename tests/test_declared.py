@@ -81,7 +81,7 @@ def test_doctor_knows_every_extra() -> None:
 def test_a_build_takes_whichever_onnxruntime_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    from densegeo.export.build import versions
+    from densegeo.export.keys import versions
 
     real = metadata.version
 

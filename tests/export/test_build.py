@@ -6,23 +6,19 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
-from densegeo.export import build as build_module
 from densegeo.export import checks
 from densegeo.export.build import build_bundle
 from densegeo.export.sources import Given
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.runtime.bundle import read_manifest
-from tests.support.checkpoints import leftovers, options
+from tests.support.checkpoints import leftovers, options, run_build
 from tests.support.shared import BUILT_SIZES
 
 
@@ -142,7 +138,7 @@ def test_a_graph_that_misses_its_bound_fails_the_build(checkpoint, tmp_path, mon
         outputs = original(*args, **kwargs)  # type: ignore[arg-type]
         return outputs | {"denoiser": outputs["denoiser"] * np.float32(1 + 1e-4)}
 
-    monkeypatch.setattr(build_module.checks, "graph_outputs", faulty)
+    monkeypatch.setattr(checks, "graph_outputs", faulty)
     with pytest.raises(ExportError, match=r"denoiser: 1\.00e-04 > 1\.00e-05"):
         build_bundle(options(checkpoint, tmp_path / "bundle"))
     assert not (tmp_path / "bundle").exists()
@@ -171,13 +167,8 @@ def test_a_precision_that_overflows_without_rewrites_gives_no_bound(checkpoint, 
     assert leftovers(tmp_path) == []
 
 
-def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
-    command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]
-
-
-def test_interrupting_a_build_leaves_nothing(checkpoint, tmp_path):
+def test_interrupting_a_build_before_its_first_stage_is_done_leaves_nothing(checkpoint, tmp_path):
+    """What is left of finished stages: see test_resume.py."""
     process = run_build(checkpoint, tmp_path / "bundle")
     deadline = time.monotonic() + 120
     while not leftovers(tmp_path) and time.monotonic() < deadline:

@@ -1,0 +1,79 @@
+"""SHA-256 of input files, remembered: a checkpoint of 25 GB is read once to know it, and not for every build.
+
+A file is known by its path, size, times, inode and device, as they were before and after it was read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from densegeo.export.engines import cache_directory
+from densegeo.files import atomic_write
+from densegeo.models.loading import Files
+from densegeo.runtime.bundle import Source, sha256_file
+
+FILE = "digests.json"
+MOST = 256  # files that are remembered; the oldest are forgotten
+SETTLED_NS = 2_000_000_000  # file systems count time in steps of up to 2 s: a later change must show
+Progress = Callable[[int], object]
+
+
+class Known(msgspec.Struct, frozen=True):
+    """A file as it was found, and what was read."""
+
+    facts: tuple[int, ...]  # see `_facts`
+    sha256: str
+
+
+def inputs(files: Files, origins: Mapping[str, str], progress: Progress = lambda count: None) -> list[Source]:
+    """Size and SHA-256 of every input file. `progress` gets the number of bytes each time."""
+    return [
+        Source(role, origins[role], path.stat().st_size, sha256(path, progress)) for role, path in files.paths.items()
+    ]
+
+
+def sha256(path: Path, progress: Progress = lambda count: None) -> str:
+    """The file's SHA-256, read only when it is not known or has changed since."""
+    path = path.resolve()
+    before = path.stat()
+    known = _load().get(str(path))
+    if known is not None and known.facts == _facts(before):
+        progress(before.st_size)
+        return known.sha256
+    found = sha256_file(path, progress)
+    after = path.stat()
+    if _facts(before) == _facts(after) and time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > SETTLED_NS:
+        remember(path, found)
+    return found
+
+
+def remember(path: Path, digest: str) -> None:
+    """Note the digest of a file as it is now. Nothing is noted where the cache cannot be written."""
+    path = path.resolve()
+    entries = _load()
+    entries.pop(str(path), None)
+    entries[str(path)] = Known(_facts(path.stat()), digest)  # the newest last
+    kept = dict(list(entries.items())[-MOST:])
+    try:
+        with atomic_write(cache_directory() / FILE) as partial:
+            partial.write_bytes(msgspec.json.encode(kept))
+    except OSError:
+        return
+
+
+def _load() -> dict[str, Known]:
+    """What is remembered; nothing where the file is missing or damaged."""
+    try:
+        return msgspec.json.decode((cache_directory() / FILE).read_bytes(), type=dict[str, Known])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
+
+
+def _facts(status: os.stat_result) -> tuple[int, ...]:
+    """What changes with a file's content. The change time cannot be set back as the modification time can."""
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)

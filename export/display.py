@@ -1,0 +1,82 @@
+"""What a build shows on its way: for each stage a bar with the time left, and a line when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+SAID_AFTER_S = 10.0  # where no bar can be drawn, as in a log, the time left is said once
+
+
+class Bar:
+    """One amount of work. `left`: how long the rest takes if it goes on as it did so far."""
+
+    def __init__(self, progress: Progress, task: TaskID, what: str, total: int, say: Callable[[str], object]) -> None:
+        self._progress, self._task, self._what, self._total, self._say = progress, task, what, max(total, 1), say
+        self._done, self._started, self._said = 0, time.monotonic(), False
+
+    def advance(self, count: int = 1) -> None:
+        """Some more of the work is done."""
+        self._done += count
+        self._progress.update(self._task, completed=self._done, left=f"{in_words(self.left)} left")
+        if not self._said and time.monotonic() - self._started >= SAID_AFTER_S:
+            self._said = True
+            self._say(f"{self._what}: about {in_words(self.left)} left")
+
+    def describe(self, what: str) -> None:
+        """What is being done now."""
+        self._progress.update(self._task, description=what)
+
+    @property
+    def left(self) -> float:
+        """Seconds. Something must have been done."""
+        passed = time.monotonic() - self._started
+        return passed * max(self._total - self._done, 0) / max(self._done, 1)
+
+
+class Display:
+    """Bars and lines on a console; `with` it, the bars are drawn."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Bar]:
+        """A bar while the block runs; total: the sum of what it will be advanced by."""
+        task = self._progress.add_task(what, total=max(total, 1), left="")
+        quiet = self._console.is_terminal  # the bar says it
+        try:
+            yield Bar(self._progress, task, what, total, (lambda text: None) if quiet else self.say)
+        finally:
+            self._progress.remove_task(task)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def in_words(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
