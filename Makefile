@@ -1,4 +1,4 @@
-# Every target makes its own environment: all that is needed is Python 3.10 or newer (3.11 is what is pinned) and pip.
+# Every target makes its own environment: all that is needed is Python 3.10 or newer (up to 3.14 is pinned) and pip.
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
