@@ -23,6 +23,8 @@ from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import Measured, advice, remember
 from tests.support.toy_bundle import make_toy_bundle
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def bundle(toy_bundle: Path) -> Path:

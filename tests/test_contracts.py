@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [
     name for name in ("models", "calibration", "export", "runtime", "kernels", "benchmarks") if (ROOT / name).is_dir()

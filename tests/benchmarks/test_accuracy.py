@@ -26,6 +26,8 @@ from densegeo.runtime import Estimator
 from tests.support.datasets import picture, slow_angle, write
 from tests.support.toy_bundle import make_toy_bundle
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 Float = NDArray[np.float32]
 

@@ -19,6 +19,8 @@ from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_models  # noqa: E4
 from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

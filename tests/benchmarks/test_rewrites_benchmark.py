@@ -13,6 +13,8 @@ from densegeo.benchmarks import comparisons, pricing, rewrites
 from densegeo.models import fiffdepth
 from densegeo.models.fe2e import NAMES
 
+pytestmark = pytest.mark.integration
+
 
 def invoke(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()

@@ -27,7 +27,7 @@ from tests.support.checkpoints import leftovers, options, small_given
 from tests.support.shared import Build
 
 pytest.importorskip("tensorrt_rtx")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.integration]
 TARGETS = (80, 86, 89, 120)
 
 

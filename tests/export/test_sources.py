@@ -21,6 +21,8 @@ from densegeo.runtime.bundle import read_manifest
 from tests.support.checkpoints import CONFIG, SMALL, SMALL_VAE
 from tests.support.graphs import command
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.integration]
 
 from densegeo.kernels.attention import attention, attention_fp8, choose, fastest, strategies  # noqa: E402
 from tests.support.interpreter import operation  # noqa: E402

@@ -16,7 +16,10 @@ from densegeo.kernels.compile import Resources, check_resources
 from densegeo.kernels.contract import Axis, LaunchContract, programs
 from tests.support.interpreter import INTERPRET, OPERATIONS, installed
 
-pytestmark = pytest.mark.skipif(not installed() or sys.platform != "linux", reason="needs torch and triton on Linux")
+pytestmark = [
+    pytest.mark.skipif(not installed() or sys.platform != "linux", reason="needs torch and triton on Linux"),
+    pytest.mark.integration,
+]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.interpreter import OPERATIONS
+
+pytestmark = pytest.mark.integration
 
 
 def test_imports_are_light() -> None:

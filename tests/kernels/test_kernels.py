@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from tests.support.interpreter import operation  # noqa: E402
 from tests.support.kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise, spread  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.integration]
 
 SPLIT = (0.3611, 0.1159, -1.0, 1.0)
 OPENCV = ((-1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))

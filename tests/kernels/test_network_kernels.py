@@ -22,7 +22,7 @@ from tests.support.kernels import (  # noqa: E402
     stored,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.integration]
 
 
 @pytest.mark.parametrize(("batch", "tokens", "hidden"), [(1, 5, 160), (2, 3, 77), (1, 1, 1)])

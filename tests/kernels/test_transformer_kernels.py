@@ -22,7 +22,7 @@ from tests.support.kernels import (  # noqa: E402
     stored,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.integration]
 FP8 = torch.float8_e4m3fn
 QUANTIZED = {FP8: 448, torch.int8: 127}
 

@@ -17,6 +17,8 @@ from densegeo.models import fe2e, reference, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.prompt import Prompt
 
+pytestmark = pytest.mark.integration
+
 BOUND = 1e-5
 TOKENS, FEATURES, HIDDEN, HEADS = 14, 20, 24, 3
 

@@ -15,6 +15,8 @@ from densegeo.models.config import TransformerConfig, VAEConfig, transformer_con
 from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
 
+pytestmark = pytest.mark.integration
+
 BOUND = 1e-5
 
 

@@ -21,6 +21,8 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.unet import ConstantCrossAttention, CrossAttention, GatedCrossAttention, TokenBlock
 from tests.support.diffusers_checkpoint import CASES, Case, oracle, picture, write
 
+pytestmark = pytest.mark.integration
+
 BOUND = 1e-5  # relative L2 norm (DESIGN section 9)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OFF = ((), *((name,) for name in fiffdepth.NAMES), fiffdepth.NAMES)

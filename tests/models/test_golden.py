@@ -19,6 +19,8 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer, split
 from densegeo.models.vae import VAE
 
+pytestmark = pytest.mark.integration
+
 BOUND = 1e-5
 
 

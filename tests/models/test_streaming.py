@@ -18,6 +18,8 @@ from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewrit
 from densegeo.models.transformer import Transformer
 from tests.support.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.integration
+
 WIDTH, HEIGHT = 64, 32
 
 

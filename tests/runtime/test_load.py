@@ -24,7 +24,10 @@ from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.metrics import COUNTERS
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.integration,
+]
 THREADS, REQUESTS, ROUND = 8, 10_000, 50
 SIZES = ((16, 16), (32, 16))
 

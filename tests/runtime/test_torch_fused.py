@@ -30,6 +30,8 @@ from densegeo.runtime.backends import torch_capture, torch_fused  # noqa: E402
 from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse, fuse_norms  # noqa: E402
 from tests.support.checkpoints import SMALL, SMALL_VAE  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 CONFIG = msgspec.structs.replace(SMALL, depth=2, depth_single_blocks=3)
 WIDTH, HEIGHT = 64, 48
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]

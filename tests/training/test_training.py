@@ -24,6 +24,8 @@ from densegeo.training import autoencoder, diffusion, publish
 from densegeo.training.data import Chunk, pictures
 from densegeo.training.loop import Schedule, fit, make_optimizers
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 
