@@ -8,14 +8,17 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint ready-bundle kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-unit test-slow lint constraints resolve ready-bundle kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
-	@echo "make test            the test suite"
-	@echo "make test-slow       the tests that take minutes"
+	@echo "make test-unit       the quick tests (a minute)"
+	@echo "make test            the test suite (five minutes)"
+	@echo "make test-slow       the tests that take minutes each"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
+	@echo "make constraints     pin every dependency anew in constraints.txt (UPGRADE=--upgrade takes newer versions)"
+	@echo "make resolve         which extra can be installed on which Python and platform, asked of the package index"
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
 	@echo "make fullsize        build full-size FE2E from random weights, bf16, fp8, fp8 with attention (three hours, 70 GB)"
@@ -47,8 +50,14 @@ ready-bundle: $(STAMP)
 	$(BIN)/densegeo build --model fe2e-tiny --output runtime/bundles/fe2e-tiny
 	$(BIN)/python -m densegeo.training.photographs
 
+# Workers take tests from each other; what they share is built once (tests/support/shared.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-unit: $(STAMP)
+	$(PYTEST) -m unit
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600
@@ -58,6 +67,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+constraints: $(STAMP)
+	$(BIN)/uv --no-config pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate $(UPGRADE) \
+	  --constraints constraints.in --output-file constraints.txt pyproject.toml
+
+resolve: $(STAMP)
+	@$(BIN)/python -m tests.resolution
 
 kernels: $(STAMP)
 	$(BIN)/python -m densegeo.kernels.compile --output out/kernels

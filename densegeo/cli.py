@@ -15,7 +15,9 @@ from typer.core import TyperGroup
 
 from densegeo.errors import ConfigError, DensegeoError
 
-_EXPORT_LIBRARIES = frozenset({"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"})
+_EXPORT_LIBRARIES = frozenset(
+    {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "typing_extensions"}
+)
 _HEAVY = {
     "build": "densegeo.export.command",
     "fetch": "densegeo.export.fetch_command",
@@ -296,7 +298,7 @@ def compare(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What this machine has (CPU, memory, GPUs, backends) and what is missing."""
+    """What this machine has (CPU, memory, GPUs, backends) and what is missing; fails when densegeo itself is broken."""
     from densegeo.doctor import examine, print_report
 
     report = examine()
@@ -306,3 +308,5 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         typer.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
         print_report(report)
+    if report.broken:
+        raise typer.Exit(1)

@@ -8,12 +8,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import msgspec
 
+_FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime")
 # CPU flags (as Linux names them) that decide how fast low precision is.
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
@@ -26,15 +27,17 @@ class Extra(NamedTuple):
     purpose: str
 
 
+_CUDA = ("cuda-bindings", "cuda-core")
+_TORCH = ("safetensors", "torch", "typing_extensions")
 EXTRAS = (
     Extra("cpu", ("onnxruntime",), "run bundles on a CPU"),
-    Extra("gpu", ("onnxruntime-gpu", "cuda-core", "cuda-bindings"), "run bundles on an NVIDIA GPU"),
+    Extra("gpu", ("onnxruntime-gpu", *_CUDA), "run bundles on an NVIDIA GPU"),
     Extra("openvino", ("openvino",), "run bundles on a CPU, bf16 ones too"),
-    Extra(
-        "tensorrt-rtx", ("tensorrt-rtx-cu13", "cuda-core", "cuda-bindings"), "build TensorRT engines, run them on a GPU"
-    ),
-    Extra("torch", ("torch", "safetensors"), "run bundles with torch, bf16 ones too"),
-    Extra("export", ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "huggingface_hub"), "build bundles"),
+    Extra("tensorrt", _CUDA, "run engines with the TensorRT that is already here"),
+    Extra("tensorrt-rtx", ("tensorrt-rtx-cu13", *_CUDA), "build TensorRT engines, run them on a GPU"),
+    Extra("torch", _TORCH, "run bundles with torch, bf16 ones too"),
+    Extra("export", (*_TORCH, "huggingface_hub", "ml_dtypes", "onnx", "onnx-ir", "onnxscript"), "build bundles"),
+    Extra("text-encoder", ("transformers",), "embed the empty prompt while building"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
     Extra("kernels", ("triton",), "compile the GPU kernels"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
@@ -50,6 +53,7 @@ class Backend(msgspec.Struct, frozen=True):
 
 class Report(msgspec.Struct, frozen=True):
     densegeo: str
+    broken: str  # what is wrong with densegeo's own installation; empty: nothing
     python: str
     platform: str
     cpu: str
@@ -73,6 +77,7 @@ def examine() -> Report:
     total, available = _memory()
     return Report(
         densegeo=__version__,
+        broken=broken(),
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         cpu=cpu,
@@ -91,6 +96,19 @@ def examine() -> Report:
         missing=_missing(),
         warnings=_warnings(),
     )
+
+
+def broken() -> str:
+    """What keeps densegeo itself from working, tried by importing its runtime and looking for its parts; or ""."""
+    remedy = "Install densegeo again, from a wheel or from a checkout with symbolic links."
+    try:
+        lost = [name for name in _FOLDERS if find_spec(f"densegeo.{name}") is None]
+        if lost:
+            return f"This installation lacks densegeo.{', densegeo.'.join(lost)}. {remedy}"
+        import_module("densegeo.runtime")
+    except Exception as error:  # whatever an import can raise is a finding
+        return f"densegeo.runtime cannot be imported: {error}. {remedy}"
+    return ""
 
 
 def version(distribution: str) -> str | None:
@@ -262,6 +280,8 @@ def print_report(report: Report) -> None:
         colour = "green" if backend.usable == "yes" else "yellow"
         mark = f"[{colour}]{backend.usable}[/]"
         backends.add_row(backend.name, backend.version or "-", mark, escape(backend.detail))
+    if report.broken:
+        console.print(f"[bold red]broken[/] {escape(report.broken)}\n", soft_wrap=True)
     console.print(machine, "", backends, sep="\n")
     if report.missing:
         extras = Table("missing extra", "for", "install with", show_edge=False)

@@ -22,3 +22,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest ancestor that exists."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path if path.is_dir() else path.parent

@@ -12,7 +12,7 @@ from densegeo.export import checks, digests, downloads, sources
 from densegeo.export.display import Display
 from densegeo.export.engine_plan import device_plan
 from densegeo.export.engines import library_version
-from densegeo.export.keys import code_digest, digest, stage_keys, versions
+from densegeo.export.keys import code_digest, digest, onnxruntime_version, stage_keys, versions
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
@@ -23,6 +23,7 @@ from densegeo.export.state import State
 from densegeo.models import rewrites
 from densegeo.models.loading import Files
 from densegeo.models.presets import preset
+from densegeo.models.published import PUBLICATIONS
 from densegeo.runtime.bundle import (
     CAPTURE,
     SCHEMA_VERSION,
@@ -52,11 +53,11 @@ def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str
 
 def _published(options: BuildOptions, console: Console) -> dict[str, tuple[Path, str]]:
     """The files that the user did not name, role -> (file, origin). Raises CheckpointError."""
-    row = preset(options.model)
-    roles = sources.unnamed(options.given, row.family)
-    if not roles or not (row.published or row.nowhere):
+    row = PUBLICATIONS[options.model]
+    roles = sources.unnamed(options.given, preset(options.model).family)
+    if not roles:
         return {}
-    if not row.published:
+    if not row.files:
         raise CheckpointError(row.nowhere)
     found = downloads.look(row, roles, offline=options.given.offline)
     downloads.show(found, console)
@@ -84,6 +85,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     `State.resumable`. Raises ConfigError, CheckpointError, ResourceError, ExportError, KernelError and EngineError.
     """
     options = options.validated()
+    onnxruntime_version()
     console = console or Console(quiet=True)
     files, origins = find_files(options, console)
     applied = rewrites.select(files.family.rewrites, options.without)

@@ -31,6 +31,7 @@ from densegeo.export.sources import Given, unnamed
 from densegeo.models.families import FAMILIES
 from densegeo.models.precision import BASES, EIGHT_BIT_BASES
 from densegeo.models.presets import PRESETS, preset
+from densegeo.models.published import PUBLICATIONS
 from densegeo.models.rewrites import select
 from densegeo.runtime.bundle import STAGES
 
@@ -275,9 +276,9 @@ def dry_run_report(options: BuildOptions, console: Console) -> None:
 
 def _not_here(options: BuildOptions, console: Console) -> bool:
     """Whether published files would have to be fetched first; says which."""
-    row = preset(options.model)
+    row, published = preset(options.model), PUBLICATIONS[options.model]
     roles = unnamed(options.given, row.family) if options.carried_weights is None else []
-    found = look(row, roles, offline=options.given.offline) if row.published else []
+    found = look(published, roles, offline=options.given.offline)
     if all(one.local for one in found):
         return False
     show(found, console)

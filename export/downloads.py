@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ResourceError
-from densegeo.export.plan import GIB, existing_parent
-from densegeo.files import atomic_write
-from densegeo.models.presets import Preset
-from densegeo.models.published import Published
+from densegeo.files import atomic_write, existing_parent
+from densegeo.models.published import Publication, Published
 from densegeo.runtime.bundle import sha256_file
 
 GITHUB = "DENSEGEO_GITHUB"  # environment variable: what stands in for https://raw.githubusercontent.com
 TIMEOUT_S = 30
+GIB = 1 << 30
 
 
 class Download(msgspec.Struct, frozen=True):
@@ -40,15 +39,24 @@ class Download(msgspec.Struct, frozen=True):
     size: int | None = None
 
 
-def look(preset: Preset, roles: Iterable[str], *, offline: bool = False) -> list[Download]:
+def look(publication: Publication, roles: Iterable[str], *, offline: bool = False) -> list[Download]:
     """Which of the published files for these roles are here, and how large the others are. Raises CheckpointError."""
-    rows = [_where(row, offline=offline) for row in preset.published if row.role in set(roles)]
-    found = []
-    for row in rows:
-        local = cached(row)
-        with _explained(preset, rows):
-            found.append(Download(row, local, None if local else _remote_size(row, offline=offline)))
-    return found
+    from huggingface_hub import constants
+
+    offline = offline or constants.HF_HUB_OFFLINE
+    rows = [_where(row, offline=offline) for row in publication.files if row.role in set(roles)]
+    local = {row.role: cached(row) for row in rows}
+    missing = [row for row in rows if local[row.role] is None]
+    if offline and missing:
+        raise CheckpointError(
+            f"{len(missing)} of {publication.model}'s {len(rows)} files are not here, and fetching is off "
+            f"(--offline or HF_HUB_OFFLINE): {by_hand(publication, missing)}."
+        )
+    sizes = {}
+    for row in missing:
+        with _explained(publication, row, missing):
+            sizes[row.role] = _remote_size(row)
+    return [Download(row, local[row.role], sizes.get(row.role)) for row in rows]
 
 
 def show(downloads: Sequence[Download], console: Console) -> None:
@@ -70,7 +78,7 @@ def show(downloads: Sequence[Download], console: Console) -> None:
 
 
 def fetch(
-    preset: Preset, downloads: Sequence[Download], console: Console, *, any_digest: bool
+    publication: Publication, downloads: Sequence[Download], console: Console, *, any_digest: bool
 ) -> dict[str, tuple[Path, str]]:
     """Download what is not here, check it, and return role -> (file, origin).
 
@@ -83,7 +91,7 @@ def fetch(
     for one in downloads:
         row, local = one.file, one.local
         if local is None:
-            with _explained(preset, [row]):
+            with _explained(publication, row, [row]):
                 local = _from_github(row) if row.site == "github" else _from_hub(row)
             check(row, local, console, any_digest=any_digest)
         files[row.role] = (local, row.origin)
@@ -116,10 +124,10 @@ def git_blob(path: Path) -> str:
     return digest.hexdigest()
 
 
-def by_hand(preset: Preset, rows: Iterable[Published]) -> str:
+def by_hand(publication: Publication, rows: Iterable[Published]) -> str:
     """One sentence for machines that cannot download: which files, from where, into which folder."""
     names = ", ".join(f"{Path(row.path).name} ({row.page})" for row in rows)
-    folder = Path("checkpoints") / preset.name
+    folder = Path("checkpoints") / publication.model
     return f"put these files into a folder, {folder} for example, and say --checkpoint {folder}: {names}"
 
 
@@ -170,11 +178,7 @@ def _metadata(row: Published) -> object:
     return get_hf_file_metadata(hf_hub_url(row.repository, row.path, revision=row.revision))
 
 
-def _remote_size(row: Published, *, offline: bool) -> int | None:
-    from huggingface_hub import constants
-
-    if offline or constants.HF_HUB_OFFLINE:
-        raise ConnectionError("--offline" if offline else "HF_HUB_OFFLINE is set")
+def _remote_size(row: Published) -> int | None:
     if row.site == "github":
         request = urllib.request.Request(_github_url(row), method="HEAD")
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -252,8 +256,8 @@ def _amount(count: int) -> str:
 
 
 @contextmanager
-def _explained(preset: Preset, rows: Sequence[Published]) -> Iterator[None]:
-    """One sentence on what went wrong and what to do, for whatever the network and its libraries raise."""
+def _explained(publication: Publication, row: Published, missing: Sequence[Published]) -> Iterator[None]:
+    """One sentence on what went wrong with a file and what to do, for whatever the network and its libraries raise."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -263,11 +267,13 @@ def _explained(preset: Preset, rows: Sequence[Published]) -> Iterator[None]:
             what = "needs permission there: accept its terms on its page and set HF_TOKEN"
         else:
             what = "is not there any more, or needs a token (HF_TOKEN)"
-        raise CheckpointError(f"{rows[-1].origin} {what} ({_one_line(error)}). Or {by_hand(preset, rows)}.") from error
+        raise CheckpointError(
+            f"{row.origin} {what} ({_one_line(error)}). Or {by_hand(publication, missing)}."
+        ) from error
     except Exception as error:  # libraries raise many kinds, of each version others
         raise CheckpointError(
-            f"cannot download {preset.name}'s files ({_one_line(error)}): what came is kept, and the same command goes "
-            f"on from there. Without a network, {by_hand(preset, rows)}."
+            f"cannot download {publication.model}'s files ({_one_line(error)}): what came is kept, and the same "
+            f"command goes on from there. Without a network, {by_hand(publication, missing)}."
         ) from error
 
 

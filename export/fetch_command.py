@@ -1,4 +1,7 @@
-"""The fetch command: a model's published files into the Hub's cache, from where `densegeo build` takes them."""
+"""The fetch command: a model's published files into the Hub's cache, from where `densegeo build` takes them.
+
+It imports nothing heavy: it may run where there is a network and no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from densegeo.errors import CheckpointError
+from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export import downloads
-from densegeo.models.presets import PRESETS, preset
+from densegeo.models.published import PUBLICATIONS
 
 
 def fetch(
-    model: Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=f"{', '.join(PUBLICATIONS)}.", show_default=False)],
     offline: Annotated[bool, typer.Option("--offline", help="Only say what is here and what is missing.")] = False,
     any_digest: Annotated[
         bool, typer.Option("--any-digest", help="Take files whose digest is not the recorded one.")
@@ -24,13 +27,15 @@ def fetch(
 
     HF_ENDPOINT, HF_HOME and HF_TOKEN work as with huggingface_hub. A download that broke off goes on where it ended.
     """
-    row, console = preset(model), Console()
-    if row.weights is not None:
+    if model not in PUBLICATIONS:
+        raise ConfigError(f"there is no model {model!r}; there are {', '.join(PUBLICATIONS)}")
+    row, console = PUBLICATIONS[model], Console()
+    if row.carried:
         console.print(f"{model} comes with densegeo: there is nothing to fetch.")
         return
-    if not row.published:
+    if not row.files:
         raise CheckpointError(row.nowhere)
-    roles = [file.role for file in row.published if not (without_lora and file.role == "lora")]
+    roles = [file.role for file in row.files if not (without_lora and file.role == "lora")]
     found = downloads.look(row, roles, offline=offline)
     downloads.show(found, console)
     for path, origin in downloads.fetch(row, found, console, any_digest=any_digest).values():

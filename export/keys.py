@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 
 import densegeo
+from densegeo.errors import ConfigError
 from densegeo.export.options import BuildOptions
 from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors", "numpy")
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -23,8 +24,21 @@ def versions() -> dict[str, str]:
     return {
         "densegeo": densegeo.__version__,
         "python": platform.python_version(),
+        "onnxruntime": onnxruntime_version(),
         **{library: metadata.version(library) for library in LIBRARIES},
     }
+
+
+def onnxruntime_version() -> str:
+    """ONNX Runtime's version, whichever of its distributions brought it. Raises ConfigError without one."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            f"A build runs its graphs in ONNX Runtime, which cannot be imported ({error}): "
+            'pip install "densegeo[cpu]", or "densegeo[gpu]" (one of the two: they overwrite each other).'
+        ) from error
+    return str(onnxruntime.__version__)
 
 
 def code_digest(folders: Iterable[str]) -> str:

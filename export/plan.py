@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.errors import CheckpointError, ResourceError
 from densegeo.export.blockwise import CHECK_BYTES
+from densegeo.files import existing_parent
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
@@ -139,14 +140,6 @@ def check_resources(plan: Plan, output: Path, finished: int = 0) -> None:
         )
     if not os.access(directory, os.W_OK):
         raise ResourceError(f"{directory} cannot be written: choose another --output or change its permissions")
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest ancestor that exists."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path if path.is_dir() else path.parent
 
 
 def stage_flops(form: Pipeline, size: tuple[int, int]) -> dict[str, int]:

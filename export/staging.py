@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from densegeo.errors import ResourceError
-from densegeo.export.plan import existing_parent
+from densegeo.files import existing_parent
 from densegeo.runtime.bundle import MANIFEST
 
 LOCK = ".densegeo-build"  # by this file the folder is known as ours

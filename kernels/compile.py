@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from densegeo.kernels.table import Variant
 
 # Architecture -> most shared memory of one block, in KiB (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
+SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99, 121: 99}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 ALIGNMENT = 16  # of what a row calls aligned: bytes of a pointer, the number itself of an integer
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers Triton appends to every kernel's arguments

@@ -221,10 +221,11 @@ def _attention(kind: str, size: int, target: str = "") -> Variant:
             ("heads", "queries", "keys", "biased", *strides),
             ("scale", "out_scale"),
         ),
-        constants={"SIZE": size, "BLOCK_S": size, "LARGEST": largest, "SUMMED": summed, **attention.blocks_of(element)},
-        grid=attention.grid_of(element),
+        constants={"SIZE": size, "BLOCK_S": size, "LARGEST": largest, "SUMMED": summed}
+        | attention.blocks_of(element, size),
+        grid=attention.grid_of(element, size),
         aligned=("q", "k", "v", "bias", "out", *strides),
-        warps=attention.warps_of(element),
+        warps=attention.warps_of(element, size),
         since=(80, "no attention before sm_80, where its tiles spill"),
     )
 

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from densegeo.errors import ConfigError
-from densegeo.models import published
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E, FIFFDEPTH, Family
 from densegeo.models.transformer import Transformer
@@ -25,7 +24,7 @@ AUTHORS_FILES = {role.name: role.files for role in FE2E.roles}
 @dataclass(frozen=True)
 class Preset:
     """A model by name. `sizes`: default buckets (width, height). `weights`: where its files lie, if with the code;
-    `published`: where others are downloaded from; `nowhere`: what to do when that is not known.
+    where others are published stands in `published.PUBLICATIONS`.
     """
 
     name: str
@@ -33,18 +32,14 @@ class Preset:
     sizes: tuple[tuple[int, int], ...]
     weights: Path | None = None
     weights_note: str = ""  # what to know of these weights
-    published: tuple[published.Published, ...] = ()
-    nowhere: str = ""
     bundle_parameters: int = 0  # about, after the rewrites; at full size alone
 
 
 PRESETS = {
     row.name: row
     for row in (
-        Preset("fe2e", FE2E, ((1024, 768),), published=published.FE2E, bundle_parameters=8_700_000_000),
-        Preset(
-            "fiffdepth", FIFFDEPTH, ((768, 576),), nowhere=published.NOWHERE_FIFFDEPTH, bundle_parameters=876_000_000
-        ),
+        Preset("fe2e", FE2E, ((1024, 768),), bundle_parameters=8_700_000_000),
+        Preset("fiffdepth", FIFFDEPTH, ((768, 576),), bundle_parameters=876_000_000),
         Preset(
             "fe2e-tiny",
             FE2E,

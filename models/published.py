@@ -1,4 +1,7 @@
-"""Where the models' files are published, as rows: pinned revisions, digests and licences, for downloads and errors."""
+"""Where the models' files are published, as rows: pinned revisions, digests and licences, for downloads and errors.
+
+Imports nothing heavy: `densegeo fetch` runs without torch.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,20 @@ class Published:
         return f"{host}/{self.repository}/blob/{self.revision}/{self.path}"
 
 
+@dataclass(frozen=True)
+class Publication:
+    """A model's files. nowhere: what to do where it is not known where they are published. carried: with densegeo."""
+
+    model: str
+    files: tuple[Published, ...] = ()
+    nowhere: str = ""
+    carried: bool = False
+
+
 _FE2E, _FE2E_REVISION = "exander/FE2E", "4c52e5e3d133e4111f6099b57879d517dd8677b8"
 _STEP1X = "a file of stepfun-ai/Step1X-Edit, which is Apache-2.0"
 
-FE2E = (
+_FE2E_FILES = (
     Published(
         "dit",
         _FE2E,
@@ -74,8 +87,16 @@ FE2E = (
         mirrored_in=_FE2E,
     ),
 )
-NOWHERE_FIFFDEPTH = (
+_FIFFDEPTH = (
     "FiffDepth's authors (github.com/yunpeng1998/FiffDepth) do not say where their weights are published, and their "
     "repository has no licence: get the diffusers directory that their code calls checkpoints/fiffdepth from them, and "
     "pass --checkpoint DIR."
 )
+PUBLICATIONS = {
+    row.model: row
+    for row in (
+        Publication("fe2e", _FE2E_FILES),
+        Publication("fiffdepth", nowhere=_FIFFDEPTH),
+        Publication("fe2e-tiny", carried=True),
+    )
+}

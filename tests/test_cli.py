@@ -21,18 +21,18 @@ from densegeo.errors import ImageError
 from densegeo.inputs import find_images, unique_stems
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import Measured, advice, remember
-from tests.toy_bundle import write_toy_bundle
+from tests.support.toy_bundle import make_toy_bundle
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+def bundle(toy_bundle: Path) -> Path:
+    return toy_bundle
 
 
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     """A bundle that a test may damage."""
-    return write_toy_bundle(tmp_path / "bundle")
+    return make_toy_bundle(tmp_path / "bundle", references=1.0)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_accepts_then_refuses(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", copy) == 0
     assert "verified" in capsys.readouterr().out
-    graph = copy / "encoder.onnx"
+    graph = copy / "encoder_64x48.onnx"
     raw = bytearray(graph.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     graph.write_bytes(raw)
@@ -159,7 +159,7 @@ def test_verify_accepts_then_refuses(copy: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_wrong_numbers_fail_verify_and_get_no_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = write_toy_bundle(tmp_path / "bundle", reference_factor=1.01)
+    bundle = make_toy_bundle(tmp_path / "bundle", references=1.01)
     assert run("verify", bundle) == 1
     assert "exceeds" in capsys.readouterr().out
     assert run("bench", bundle, "--runs", 2) == 1
@@ -242,7 +242,7 @@ def test_unknown_schema_version(copy: Path, capsys: pytest.CaptureFixture[str]) 
 def test_missing_graph(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / read_manifest(copy).buckets[0].decoder.file).unlink()
     assert run("verify", copy) == 1
-    assert "decoder.onnx" in capsys.readouterr().err
+    assert "decoder_64x48.onnx" in capsys.readouterr().err
 
 
 def test_errors_show_no_traceback(tmp_path: Path) -> None:

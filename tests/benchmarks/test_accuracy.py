@@ -23,9 +23,8 @@ from densegeo.benchmarks.heldout import DEPTH_RANGE, synthetic_split
 from densegeo.benchmarks.layouts import Sample, Split
 from densegeo.errors import BundleError, ConfigError, DatasetError
 from densegeo.runtime import Estimator
-from tests.benchmarks.test_layouts import picture, write
-from tests.benchmarks.test_metrics import slow_angle
-from tests.runtime.conftest import make_bundle
+from tests.support.datasets import picture, slow_angle, write
+from tests.support.toy_bundle import make_toy_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 Float = NDArray[np.float32]
@@ -35,7 +34,7 @@ Float = NDArray[np.float32]
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two bundles of one model, in two precisions by name."""
     folder = tmp_path_factory.mktemp("bundles")
-    return [make_bundle(folder / precision, precision=precision) for precision in ("fp32", "fp16")]
+    return [make_toy_bundle(folder / precision, precision=precision) for precision in ("fp32", "fp16")]
 
 
 def sample(depth: Float | None, normals: Float | None = None, size: tuple[int, int] = (6, 4)) -> Sample:
@@ -158,7 +157,7 @@ def test_the_command(bundles: list[Path], tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert result["images"] == 2
     assert len(result["rows"]) == 4
-    assert result["rows"][3]["model"] == "fake"
+    assert result["rows"][3]["model"] == "toy"
     assert 0 < result["rows"][3]["depth"]["abs_rel"] < math.inf
     for key in ("machine", "versions", "commit", "command"):
         assert key in result

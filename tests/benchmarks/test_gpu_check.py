@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_models  # noqa: E402
-from densegeo.export.build import build_bundle  # noqa: E402
 from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
-from tests.export.test_build import options, write_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,8 +63,10 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result["commit"] is None or len(result["commit"]) >= 40
 
 
-def test_a_bundle_is_run_through_every_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = build_bundle(options(write_checkpoint(tmp_path), tmp_path / "bundle"))
+def test_a_bundle_is_run_through_every_backend(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(small_bundle(), tmp_path / "bundle")
     arguments = ("--steps", "bundles", "--bundle", str(bundle))
     code, result = run(monkeypatch, tmp_path / "check.json", *arguments)
     assert code == 0

@@ -14,6 +14,7 @@ from sklearn.linear_model import LinearRegression
 from densegeo.benchmarks import metrics
 from densegeo.benchmarks.metrics import AnglePool, align, angles, depth_scores, fit_line, mean_scores
 from densegeo.runtime.bundle import DepthKind
+from tests.support.datasets import slow_angle
 
 WIDE = (1e-5, math.inf)
 KINDS: tuple[DepthKind, ...] = ("log_affine", "affine", "disparity_affine", "metric")
@@ -83,12 +84,6 @@ def test_normals_equal_a_second_implementation(seed: int) -> None:
     assert scores.rmse == pytest.approx(math.sqrt(statistics.fmean(a * a for a in every)), rel=1e-6)
     shares = [100 * sum(a < limit for a in every) / len(every) for limit in (5, 7.5, 11.25, 22.5, 30)]
     assert list(astuple(scores)[4:]) == pytest.approx(shares)
-
-
-def slow_angle(a: list[float], b: list[float]) -> float:
-    """By atan2 of the cross and the dot product."""
-    cross = (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
-    return math.degrees(math.atan2(math.hypot(*cross), sum(x * y for x, y in zip(a, b, strict=True))))
 
 
 def row(*values: float) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,8 +29,8 @@ from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import replay, within
-from tests.calibration.conftest import run
-from tests.export.test_build import options
+from tests.support.calibration import run
+from tests.support.checkpoints import options, write_checkpoint
 
 QUIET = Console(quiet=True)
 ATTENTIONS = {"double_blocks.0.attention", "single_blocks.0.attention"}
@@ -139,10 +140,20 @@ def test_an_interrupted_run_goes_on(
     assert load_plan(whole, "fp8") == load_plan(parts, "fp8")  # reproducible, too
 
 
-@pytest.mark.parametrize(("kind", "plan"), [("fp8", "calibrated"), ("int8", "calibrated"), ("fp8", "attentive")])
-@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "plan", "base"),
+    [
+        ("fp8", "calibrated", "fp32"),
+        ("int8", "calibrated", "fp32"),
+        ("fp8", "attentive", "fp32"),
+        ("fp8", "attentive", "bf16"),
+        # The same plans once more: a minute each where a CPU has no bf16.
+        pytest.param("fp8", "calibrated", "bf16", marks=pytest.mark.slow),
+        pytest.param("int8", "calibrated", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_8_bit_bundles_run_within_their_bounds(
-    checkpoint_dir: Path,
+    small_checkpoint: Path,
     bundle: Path,
     tmp_path: Path,
     kind: str,
@@ -152,7 +163,9 @@ def test_8_bit_bundles_run_within_their_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calibration = request.getfixturevalue(plan)
-    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision=kind, base=base, calibration=calibration))
+    made = build_bundle(
+        options(small_checkpoint, tmp_path / "made", precision=kind, base=base, calibration=calibration)
+    )
     manifest = read_manifest(made)
     assert (manifest.precision, manifest.base) == (kind, base)
     assert manifest.quantization is not None
@@ -182,24 +195,26 @@ def test_8_bit_bundles_run_within_their_bounds(
             Estimator(made, "onnxruntime", "cpu")
 
 
-def test_everything_and_smoothing_build_too(checkpoint_dir: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
+def test_everything_and_smoothing_build_too(small_checkpoint: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
     run(bundle, images, tmp_path / "all", everything=True, smooth=0.5, kind="int8", method="max")
     plan = load_plan(tmp_path / "all", "int8")
     assert {"img_in", "final_layer.linear"} <= set(plan.ranges)
     assert plan.parameters == plan.linear_parameters
     made = build_bundle(
-        options(checkpoint_dir, tmp_path / "made", precision="int8", base="fp32", calibration=tmp_path / "all")
+        options(small_checkpoint, tmp_path / "made", precision="int8", base="fp32", calibration=tmp_path / "all")
     )
     for backend in ("torch", "onnxruntime"):
         assert all(within(check) for check in replay(made, backend, "cpu"))
 
 
-def test_a_budget_leaves_the_most_harmful_as_they_are(bundle: Path, images: Path, calibrated: Path) -> None:
+def test_a_budget_leaves_the_most_harmful_as_they_are(
+    bundle: Path, images: Path, calibrated: Path, tmp_path: Path
+) -> None:
     free = load_plan(calibrated, "fp8")
     assert free.error is not None
-    run(bundle, images, calibrated, max_normal_error=0.5 * free.error.normals)
-    plan = load_plan(calibrated, "fp8")
-    run(bundle, images, calibrated)  # as it was
+    shutil.copytree(calibrated, tmp_path / "copy")
+    run(bundle, images, tmp_path / "copy", max_normal_error=0.5 * free.error.normals)
+    plan = load_plan(tmp_path / "copy", "fp8")
     assert plan.budget == Budget(None, 0.5 * free.error.normals)
     assert plan.error is not None
     assert plan.error.normals <= 0.5 * free.error.normals
@@ -237,25 +252,20 @@ def test_attentions_are_planned_as_linears_are(
         run(bundle, images, calibrated, attention=True)
 
 
-def test_a_plan_of_attentions_alone_builds(checkpoint_dir: Path, attentive: Path, tmp_path: Path) -> None:
+def test_a_plan_of_attentions_alone_builds(small_checkpoint: Path, attentive: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(attentive, folder)
     plan = load_plan(folder, "fp8").keep(ATTENTIONS)
     assert (plan.ranges, plan.parameters) == ({}, 0)
     plan_file(folder, "fp8").write_bytes(msgspec.json.encode(plan))
-    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision="fp8", base="fp32", calibration=folder))
+    made = build_bundle(options(small_checkpoint, tmp_path / "made", precision="fp8", base="fp32", calibration=folder))
     assert all(within(check) for check in replay(made, "onnxruntime", "cpu"))
 
 
 def test_statistics_of_another_model_are_refused(
-    checkpoint_dir: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
+    small_checkpoint: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
 ) -> None:
-    from densegeo.models.presets import write_random_checkpoint
-    from tests.export.test_build import CONFIG, SMALL, SMALL_VAE
-
-    other = tmp_path / "other"
-    write_random_checkpoint(other, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=9)
-    (other / "config.json").write_text(CONFIG)
+    other = write_checkpoint(tmp_path / "other", seed=9)
     with pytest.raises(QuantizationError, match="of another model: its dit file"):
         build_bundle(options(other, tmp_path / "made", precision="fp8", calibration=calibrated))
     second = build_bundle(options(other, tmp_path / "second"))
@@ -265,7 +275,7 @@ def test_statistics_of_another_model_are_refused(
         run(second, images, folder)
     with pytest.raises(QuantizationError, match="rewritten by"):
         build_bundle(
-            options(checkpoint_dir, tmp_path / "made", precision="fp8", calibration=calibrated, without=("trim",))
+            options(small_checkpoint, tmp_path / "made", precision="fp8", calibration=calibrated, without=("trim",))
         )
     with pytest.raises(QuantizationError, match="--smooth 0"):
         run(bundle, images, folder, smooth=0.5)
@@ -273,10 +283,10 @@ def test_statistics_of_another_model_are_refused(
 
 
 def test_contradictions_are_refused(
-    checkpoint_dir: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
+    small_checkpoint: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
 ) -> None:
     def build(**changes: object) -> None:
-        build_bundle(options(checkpoint_dir, tmp_path / "made", **changes))
+        build_bundle(options(small_checkpoint, tmp_path / "made", **changes))
 
     with pytest.raises(ConfigError, match="needs --calibration"):
         build(precision="fp8")
@@ -343,8 +353,10 @@ def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, mon
     assert "double_blocks.0.img_mlp.2" not in plan.ranges
 
 
-def test_a_bf16_bundle_is_calibrated_through_torch(checkpoint_dir: Path, images: Path, tmp_path: Path) -> None:
-    low = build_bundle(options(checkpoint_dir, tmp_path / "bf16", precision="bf16"))
+def test_a_bf16_bundle_is_calibrated_through_torch(
+    small_bundle: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    low = small_bundle(precision="bf16")
     with pytest.raises(BackendError, match=r"no bf16"):
         run(low, images, tmp_path / "out")
     run(low, images, tmp_path / "out", backend="torch")
@@ -352,15 +364,15 @@ def test_a_bf16_bundle_is_calibrated_through_torch(checkpoint_dir: Path, images:
 
 
 def test_a_model_larger_than_memory_is_planned_without_errors(
-    checkpoint_dir: Path, calibrated: Path, images: Path, tmp_path: Path
+    small_checkpoint: Path, small_bundle: Callable[..., Path], calibrated: Path, images: Path, tmp_path: Path
 ) -> None:
-    low = build_bundle(options(checkpoint_dir, tmp_path / "bf16", precision="bf16"))
+    low = small_bundle(precision="bf16")
     streaming = {"backend": "torch", "stream": True}
     run(low, images, tmp_path / "out", **streaming)
     plan = load_plan(tmp_path / "out", "fp8")
     assert (plan.error, plan.sensitivity) == (None, [])
     assert plan.parameters == load_plan(calibrated, "fp8").parameters
-    made = build_bundle(options(checkpoint_dir, tmp_path / "made", precision="fp8", calibration=tmp_path / "out"))
+    made = build_bundle(options(small_checkpoint, tmp_path / "made", precision="fp8", calibration=tmp_path / "out"))
     assert all(within(check) for check in replay(made, "torch", "cpu"))
     with pytest.raises(ConfigError, match="is fp8 already"):
         run(made, images, tmp_path / "twice")

@@ -11,7 +11,7 @@ from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
-from tests.export.test_build import options
+from tests.support.checkpoints import options
 
 pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.timeout(900)
@@ -20,14 +20,15 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "plan", "weights", "architectures", "engines"),
     [
-        ("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
         ("fp8", "attentive", "constant", (89, 120), [["sm_89"], ["sm_120"]]),
-        ("fp8", "attentive", "input", (89,), [["sm_89"]]),
+        # The same products without the attentions, and the same graph with its weights elsewhere.
+        pytest.param("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]], marks=pytest.mark.slow),
+        pytest.param("fp8", "attentive", "input", (89,), [["sm_89"]], marks=pytest.mark.slow),
         ("int8", "calibrated", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
     ],
 )
 def test_products_are_8_bit(
-    checkpoint_dir: Path,
+    small_checkpoint: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     kind: str,
@@ -38,7 +39,7 @@ def test_products_are_8_bit(
 ) -> None:
     made = build_bundle(
         options(
-            checkpoint_dir,
+            small_checkpoint,
             tmp_path / "made",
             sizes=((128, 96),),  # the builder fuses no attention to a handful of fp8 keys
             precision=kind,
@@ -66,11 +67,11 @@ def test_products_are_8_bit(
             assert "single_blocks.0.linear2.weight" in engine.weight_inputs
 
 
-def test_fp8_is_refused_where_there_is_none(checkpoint_dir: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_fp8_is_refused_where_there_is_none(small_checkpoint: Path, calibrated: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no fp8 before sm_89, so no engine for sm_80, sm_86.*int8"):
         build_bundle(
             options(
-                checkpoint_dir,
+                small_checkpoint,
                 tmp_path / "made",
                 precision="fp8",
                 calibration=calibrated,

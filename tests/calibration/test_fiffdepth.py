@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,30 +19,34 @@ from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log
 from densegeo.runtime.verify import replay, within
-from tests.calibration.conftest import run
-from tests.diffusers_checkpoint import Case, write
+from tests.support.calibration import run
+from tests.support.diffusers_checkpoint import Case
+from tests.support.shared import Once
 
 CASE = Case("8-bit", {"use_linear_projection": True, "attention_head_dim": [1, 2, 2]}, size=(48, 32))
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("fiffdepth") / "files", CASE)
+@pytest.fixture(scope="session")
+def files(diffusers_files: Callable[[Case], Path]) -> Path:
+    return diffusers_files(CASE)
 
 
-def build(files: Path, output: Path, precision: str = "fp32", **options: object) -> Path:
+def build(files: Path, output: Path, precision: str, **options: object) -> Path:
     given = Given(checkpoint=str(files))
     values = {"model": "fiffdepth", "output": output, "given": given, "sizes": (CASE.size,), "precision": precision}
     return build_bundle(BuildOptions(**(values | options)))  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def calibration(files: Path, images: Path) -> Path:
+@pytest.fixture(scope="session")
+def calibration(once: Once, fiffdepth_bundle: Callable[..., Path], images: Path) -> Path:
     """Statistics and both formats' plans, int8's with errors measured, fp8's with attentions."""
-    bundle, folder = build(files, files.parent / "fp32"), files.parent / "calibration"
-    run(bundle, images, folder, kind="fp8", backend="torch", stream=True, attention=True)
-    run(bundle, images, folder, kind="int8", max_depth_error=0.05)
-    return folder
+    bundle = fiffdepth_bundle(CASE)
+
+    def make(folder: Path) -> None:
+        run(bundle, images, folder, kind="fp8", backend="torch", stream=True, attention=True)
+        run(bundle, images, folder, kind="int8", max_depth_error=0.05)
+
+    return once("calibrated-fiffdepth", make)
 
 
 def test_what_is_planned(calibration: Path) -> None:

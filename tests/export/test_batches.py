@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +11,14 @@ from numpy.typing import NDArray
 
 from densegeo.benchmarks.latency import run
 from densegeo.errors import ConfigError
-from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage, read_manifest
 from densegeo.runtime.tensorfile import read_tensors
 from densegeo.runtime.verify import alternating, relative_error, replay, within
-from tests.diffusers_checkpoint import CASES, write
-from tests.export.conftest import golden_given
+from tests.support.shared import Build
 
-BOUND = 1e-5  # relative L2 norm (DESIGN section 10)
-SIZE = (64, 48)
-BATCHES = (2, 3)
-Build = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """(model, precision, rewrites left out) -> bundle, each built once."""
-
-    @cache
-    def made(model: str, precision: str, without: tuple[str, ...]) -> Path:
-        folder = tmp_path_factory.mktemp("batches")
-        given = golden_given(golden) if model == "fe2e" else Given(checkpoint=str(write(folder / "files", CASES[0])))
-        return build_bundle(
-            BuildOptions(
-                model=model,
-                output=folder / "bundle",
-                given=given,
-                sizes=(SIZE,),
-                batches=BATCHES,
-                precision=precision,
-                without=without,
-            )
-        )
-
-    return lambda model, precision="fp32", without=(): made(model, precision, without)
+BOUND = 1e-5  # relative L2 norm
 
 
 def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
@@ -70,14 +39,15 @@ def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
     ("model", "precision", "without"),
     [
         ("fe2e", "fp32", ()),
-        ("fe2e", "bf16", ("decoder",)),  # a decoder run for each kind of picture
+        ("fe2e", "fp32", ("decoder",)),  # a decoder run for each kind of picture
+        pytest.param("fe2e", "bf16", ("decoder",), marks=pytest.mark.slow),  # minutes where a CPU has no bf16
         ("fiffdepth", "fp32", ()),
     ],
 )
 def test_images_of_a_batch_get_what_they_get_alone(
-    model: str, precision: str, without: tuple[str, ...], build: Build
+    model: str, precision: str, without: tuple[str, ...], batched_bundle: Build
 ) -> None:
-    bundle = build(model, precision, without)
+    bundle = batched_bundle(model, precision=precision, without=without)
     manifest = read_manifest(bundle)
     names = ["64x48", "64x48_b2", "64x48_b3"]
     assert [bucket.name for bucket in manifest.buckets] == names
@@ -107,8 +77,8 @@ def test_images_of_a_batch_get_what_they_get_alone(
                 assert np.median(np.abs(batched.normals - single.normals)) <= bound
 
 
-def test_submitted_images_share_a_batch(build: Build) -> None:
-    bundle = build("fiffdepth")
+def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
+    bundle = batched_bundle("fiffdepth")
     images = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(4)]
     with Estimator(bundle, "onnxruntime", "cpu", max_batch=2, max_wait_ms=10_000) as estimator:
         alone = [estimator(image) for image in images]
@@ -119,19 +89,19 @@ def test_submitted_images_share_a_batch(build: Build) -> None:
     assert [bucket for bucket, stage in seen if stage == "encoder"] == ["64x48_b2", "64x48_b2"]  # not b3: max_batch
 
 
-def test_bench_reports_batches(build: Build, tmp_path: Path) -> None:
-    result = run(build("fiffdepth"), image=None, runs=3, backend="onnxruntime", device="cpu")
+def test_bench_reports_batches(batched_bundle: Build, tmp_path: Path) -> None:
+    result = run(batched_bundle("fiffdepth"), image=None, runs=3, backend="onnxruntime", device="cpu")
     assert sorted(result.batched_per_second) == ["2", "3"]
     assert min(result.batched_per_second.values()) > 0
     work = result.stages["total"].gflops * result.stages["total"].p50
-    (single, *_) = read_manifest(build("fiffdepth")).buckets
+    (single, *_) = read_manifest(batched_bundle("fiffdepth")).buckets
     flops = sum(graph.flops for graph in (single.encoder, single.denoiser, single.decoder))
     assert work * 1e6 == pytest.approx(flops)  # one picture is decoded, once
 
 
-def test_a_batch_of_mixed_up_images_fails_verification(build: Build) -> None:
+def test_a_batch_of_mixed_up_images_fails_verification(batched_bundle: Build) -> None:
     """The check can fail: the stored pictures differ, and so does a batch of them from its mirror image."""
-    bundle = build("fe2e")
+    bundle = batched_bundle("fe2e")
     manifest = read_manifest(bundle)
     tensors = read_tensors(bundle / manifest.verification.inputs)
     stored = [

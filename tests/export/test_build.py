@@ -18,48 +18,11 @@ from safetensors.torch import load_file, save_file
 from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
 from densegeo.export import checks
 from densegeo.export.build import build_bundle
-from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
-from densegeo.models.config import TransformerConfig, VAEConfig
-from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
+from densegeo.models.presets import AUTHORS_FILES
 from densegeo.runtime.bundle import read_manifest
-
-SMALL = TransformerConfig(
-    hidden_size=32,
-    num_heads=2,
-    axes_dim=(2, 8, 6),
-    depth=1,
-    depth_single_blocks=1,
-    context_in_dim=128,
-    vec_in_dim=16,
-    prompt_dim=24,
-    connector_hidden=128,
-    connector_heads=1,
-    connector_depth=1,
-    mlp_hidden=64,
-    connector_mlp_hidden=32,
-    in_channels=64,
-)
-SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16)
-CONFIG = '{"axes_dim": [2, 8, 6]}'
-
-
-def write_checkpoint(folder: Path) -> Path:
-    """A directory with the authors' file names, smaller than any real model."""
-    directory = folder / "checkpoint"
-    write_random_checkpoint(directory, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=1)
-    (directory / "config.json").write_text(CONFIG)
-    return directory
-
-
-def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:
-    given = Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
-    values: dict[str, object] = {"model": "fe2e", "output": output, "given": given, "sizes": ((48, 32),)}
-    return BuildOptions(**(values | changes))  # type: ignore[arg-type]
-
-
-def leftovers(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if "building" in path.name)
+from tests.support.checkpoints import leftovers, options
+from tests.support.shared import BUILT_SIZES
 
 
 def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, capsys):
@@ -82,9 +45,9 @@ def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, caps
 
 def test_buckets_share_their_weights(checkpoint, tmp_path):
     one = build_bundle(options(checkpoint, tmp_path / "one"))
-    two = build_bundle(options(checkpoint, tmp_path / "two", sizes=((48, 32), (32, 64))))
+    two = build_bundle(options(checkpoint, tmp_path / "two", sizes=BUILT_SIZES))
     manifest = read_manifest(two)
-    assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [(48, 32), (32, 64)]
+    assert [(bucket.width, bucket.height) for bucket in manifest.buckets] == [*BUILT_SIZES]
     for name in ("encoder.safetensors", "denoiser.safetensors", "decoder.safetensors"):
         assert manifest.files[name].sha256 == read_manifest(one).files[name].sha256
     assert all(check.error <= check.bound for check in manifest.verification.checks)

@@ -11,7 +11,7 @@ from densegeo.errors import ConfigError, KernelError
 from densegeo.export import cubins
 from densegeo.export.build import build_bundle
 from densegeo.runtime.bundle import check_files, read_manifest
-from tests.export.test_build import leftovers, options
+from tests.support.checkpoints import leftovers, options
 
 pytest.importorskip("triton")
 

@@ -17,45 +17,42 @@ from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
 from densegeo.export import engines
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
-from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.inspection import print_layers, print_manifest
 from densegeo.models.presets import PRESETS
 from densegeo.runtime.bundle import STAGES, Engine, Manifest, check_files, read_manifest, write_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from densegeo.runtime.engines import check_engine, fingerprint, read_engine, runs_on, select_engine
-from tests.export.conftest import golden_given
-from tests.export.test_build import leftovers, options
+from tests.support.checkpoints import leftovers, options, small_given
+from tests.support.shared import Build
 
 pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.timeout(900)
 TARGETS = (80, 86, 89, 120)
 
 
+# By default each model, precision and place of weights once; the other pairs take as long again.
 KINDS = [
     ("fe2e-tiny", "bf16", "input"),
-    ("fe2e-tiny", "fp16", "constant"),
-    ("golden", "bf16", "constant"),
-    ("golden", "fp16", "input"),
+    ("small", "fp16", "constant"),
+    pytest.param(("fe2e-tiny", "fp16", "constant"), marks=pytest.mark.slow),
+    pytest.param(("small", "bf16", "input"), marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(scope="session", params=KINDS, ids="-".join)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Engines for SM80 to SM120 of the trained small model and of the reference configuration."""
+def bundle(request: pytest.FixtureRequest, build_once: Build, small_checkpoint: Path) -> tuple[Path, Manifest]:
+    """Engines for SM80 to SM120 of the trained small model and of the smallest one."""
     name, precision, weights = request.param
-    model, given = (name, Given()) if name in PRESETS else ("fe2e", golden_given(request.getfixturevalue("golden")))
-    directory = build_bundle(
-        BuildOptions(
-            model=model,
-            output=tmp_path_factory.mktemp("bundle") / "bundle",
-            given=given,
-            sizes=((96, 64),),
-            precision=precision,
-            backend="tensorrt",
-            architectures=TARGETS,
-            engines=EngineOptions(library="tensorrt_rtx", weights=weights),
-        )
+    model, given = (name, Given()) if name in PRESETS else ("fe2e", small_given(small_checkpoint))
+    directory = build_once(
+        model=model,
+        given=given,
+        sizes=((96, 64),),
+        precision=precision,
+        backend="tensorrt",
+        architectures=TARGETS,
+        engines=EngineOptions(library="tensorrt_rtx", weights=weights),
     )
     return directory, read_manifest(directory)
 

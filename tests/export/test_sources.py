@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +18,10 @@ from densegeo.export.sources import Given, resolve
 from densegeo.models.families import FE2E
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
 from densegeo.runtime.bundle import read_manifest
-from tests.export.test_build import CONFIG, SMALL, SMALL_VAE
+from tests.support.checkpoints import CONFIG, SMALL, SMALL_VAE
+from tests.support.graphs import command
+
+ROOT = Path(__file__).parents[2]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -71,20 +73,24 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     thread.join()
 
 
-def build_from_hub(address: str, tmp_path: Path, repository: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+def build_from_hub(
+    address: str, graphs: Path, tmp_path: Path, repository: str
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     config = tmp_path / "config.json"
     config.write_text(CONFIG)
     output = tmp_path / "bundle"
-    command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", repository, "--no-lora"]
-    command += ["--config", str(config), "--size", "48x32", "--output", str(output)]
+    words = [*command(graphs), "build", "--model", "fe2e", "--checkpoint", repository, "--no-lora"]
+    words += ["--config", str(config), "--size", "48x32", "--output", str(output)]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False), output
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    ), output
 
 
-def test_a_repository_is_downloaded_at_a_pinned_commit(hub, tmp_path):
+def test_a_repository_is_downloaded_at_a_pinned_commit(hub, graphs_once, tmp_path):
     address, folder = hub
-    result, output = build_from_hub(address, tmp_path, "acme/fe2e")
+    result, output = build_from_hub(address, graphs_once, tmp_path, "acme/fe2e")
     assert result.returncode == 0, result.stdout + result.stderr
     sources = {source.role: source for source in read_manifest(output).sources}
     name = AUTHORS_FILES["dit"][0]
@@ -92,8 +98,8 @@ def test_a_repository_is_downloaded_at_a_pinned_commit(hub, tmp_path):
     assert sources["dit"].sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
-def test_an_unknown_repository_is_one_clear_line(hub, tmp_path):
-    result, output = build_from_hub(hub[0], tmp_path, "acme/nothing")
+def test_an_unknown_repository_is_one_clear_line(hub, graphs_once, tmp_path):
+    result, output = build_from_hub(hub[0], graphs_once, tmp_path, "acme/nothing")
     assert result.returncode == 1
     assert "cannot download dit from acme/nothing" in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.conftest import operation
-from tests.kernels.test_kernels import BOUND, FLOATS, LOW, error, noise
-
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 from densegeo.kernels.attention import attention, attention_fp8, choose, fastest, strategies  # noqa: E402
+from tests.support.interpreter import operation  # noqa: E402
+from tests.support.kernels import BOUND, FLOATS, LOW, error, noise  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 NAMES = ["merge", "bias", "expand"]

@@ -1,7 +1,6 @@
 """Every kernel against its reference: odd sizes, strided inputs, all types, outputs poisoned beforehand.
 
-Bounds: float32 within 1e-5; low precision at most twice the error of the same computation in plain torch of that
-precision, both against float64 (relative L2 norm).
+The bounds are in `support/kernels.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.conftest import operation
-
 torch = pytest.importorskip("torch")
+
+from tests.support.interpreter import operation  # noqa: E402
+from tests.support.kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise, spread  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-BOUND = 1e-5
-LOW = [torch.bfloat16, torch.float16]
-FLOATS = [torch.float32, *LOW]
 SPLIT = (0.3611, 0.1159, -1.0, 1.0)
 OPENCV = ((-1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))
 BOXES = [  # box in a 37x29 picture, output size
@@ -27,28 +25,6 @@ BOXES = [  # box in a 37x29 picture, output size
     ((1, 0, 35, 27), (13, 7)),  # shrinking
     ((0, 5, 36, 1), (5, 14)),  # one row
 ]
-
-
-def noise(*shape: int, device: str, dtype: Any = torch.float32, seed: int = 0) -> Any:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def spread(tensor: Any) -> Any:
-    """The same values with gaps between rows and between columns."""
-    shape = (*tensor.shape[:-2], tensor.shape[-2] + 3, 2 * tensor.shape[-1] + 1)
-    wide = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    view = wide[..., 2 : 2 + tensor.shape[-2], 1::2]
-    view.copy_(tensor)
-    return view
-
-
-def error(actual: Any, exact: Any) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
-
-
-def assert_as_good(actual: Any, plain: Any, exact: Any) -> None:
-    assert torch.isfinite(actual).all()
-    assert error(actual, exact) <= 2 * error(plain, exact)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The kernels inside the network against their references, with the bounds of `test_kernels.py`."""
+"""The kernels inside the network against their references, with the bounds of `support/kernels.py`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.conftest import operation
-from tests.kernels.test_kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise
-
 torch = pytest.importorskip("torch")
+
+from tests.support.interpreter import operation  # noqa: E402
+from tests.support.kernels import (  # noqa: E402
+    EPS,
+    FLOATS,
+    LOW,
+    affine,
+    assert_as_good,
+    close,
+    error,
+    noise,
+    rope,
+    stored,
+)
+
 pytestmark = pytest.mark.usefixtures("poisoned")
-EPS = 1e-6
-
-
-def close(actual: Any, exact: Any) -> None:
-    assert torch.isfinite(actual).all()
-    assert error(actual, exact) <= BOUND
-
-
-def stored(x: Any, dtype: Any, device: str) -> Any:
-    """float32 rounded as a kernel's store rounds: to nearest, but Triton's interpreter cuts bf16's bits off."""
-    if device == "cpu" and dtype == torch.bfloat16:
-        return (x.view(torch.int32) & -65536).view(torch.float32).to(dtype)
-    return x.to(dtype)
-
-
-def affine(features: int, device: str) -> tuple[Any, Any]:
-    return 1 + 0.3 * noise(features, device=device, seed=1), noise(features, device=device, seed=2)
 
 
 @pytest.mark.parametrize(("batch", "tokens", "hidden"), [(1, 5, 160), (2, 3, 77), (1, 1, 1)])
@@ -51,11 +46,6 @@ def test_layer_norm_types(device: str, dtype: Any) -> None:
     actual = kernel.layer_norm(x, gain, offset, EPS, dtype)
     assert actual.dtype == dtype
     assert_as_good(actual, plain, reference.layer_norm(x.double(), gain, offset, EPS, torch.float64))
-
-
-def rope(tokens: int, size: int, device: str) -> tuple[Any, Any]:
-    angles = 2 * noise(tokens, size // 2, device=device, seed=3)
-    return angles.cos(), angles.sin()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from densegeo.models.diffusers_format import sd_vae_config, unet_config
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.unet import ConstantCrossAttention, CrossAttention, GatedCrossAttention, TokenBlock
-from tests.diffusers_checkpoint import CASES, Case, oracle, picture, write
+from tests.support.diffusers_checkpoint import CASES, Case, oracle, picture, write
 
 BOUND = 1e-5  # relative L2 norm (DESIGN section 9)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,8 +50,8 @@ def errors(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, floa
 
 
 @pytest.mark.parametrize("off", OFF, ids="-".join)
-def test_the_authors_numbers(golden: Path, off: tuple[str, ...]) -> None:
-    folder = golden / "fiffdepth_small"
+def test_the_authors_numbers(each_golden: Path, off: tuple[str, ...]) -> None:
+    folder = each_golden / "fiffdepth_small"
     image = torch.from_numpy(np.load(folder / "image_u8_hwc.npy")).permute(2, 0, 1)[None].float()
     loaded = load_pipeline(files(folder, "prompt.safetensors"), image.shape[3], image.shape[2])
     found = run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), image / 255 * 2 - 1)

@@ -23,8 +23,8 @@ BOUND = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folder(golden: Path) -> Path:
-    return golden / "fe2e_small"
+def folder(each_golden: Path) -> Path:
+    return each_golden / "fe2e_small"
 
 
 @pytest.fixture(scope="module", params=["base", "lora"])

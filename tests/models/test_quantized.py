@@ -26,7 +26,7 @@ from densegeo.models.quantized import (
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
-from tests.export.test_build import SMALL, SMALL_VAE
+from tests.support.checkpoints import SMALL, SMALL_VAE
 
 
 def test_rounding_is_that_of_an_independent_library() -> None:

@@ -16,7 +16,7 @@ from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
 from densegeo.models.transformer import Transformer
-from tests.export.test_build import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 WIDTH, HEIGHT = 64, 32
 

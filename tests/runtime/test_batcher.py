@@ -26,7 +26,7 @@ from densegeo.errors import (
 from densegeo.runtime import Estimator
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.metrics import COUNTERS, Metrics
-from tests.runtime.doubles import Gate, constant_image, fake_estimator, level_of
+from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 T = 30  # seconds: far longer than anything here takes

@@ -28,9 +28,9 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def numbers(golden: Path) -> dict[str, np.ndarray]:
+def numbers(each_golden: Path) -> dict[str, np.ndarray]:
     load_file = pytest.importorskip("safetensors.numpy").load_file
-    return dict(load_file(golden / "fe2e_small" / "expected.safetensors"))
+    return dict(load_file(each_golden / "fe2e_small" / "expected.safetensors"))
 
 
 @pytest.mark.parametrize("run", ["base", "lora"])

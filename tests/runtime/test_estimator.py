@@ -29,7 +29,7 @@ pytest.importorskip("onnxruntime")
 
 
 def expected_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the fake bundle must give for a 64x48 uint8 image, computed apart from the code under test."""
+    """What the toy bundle must give for a 64x48 uint8 image, computed apart from the code under test."""
     rgb = pixels.astype(np.float64) / 255 * 2 - 1
     pooled = rgb.reshape(6, 8, 8, 8, 3).mean(axis=(1, 3))
     depth, normals = (np.clip(sign * pooled / 0.5 + 0.1, -1, 1).repeat(8, 0).repeat(8, 1) for sign in (-1, 0.5))
@@ -52,7 +52,7 @@ def test_one_image(new_bundle: Callable[..., Path], small: np.ndarray, decoder_b
     np.testing.assert_allclose(result.prediction, prediction, atol=1e-5)
     np.testing.assert_allclose(result.normals, normals, atol=1e-4)
     assert result.valid.all()
-    assert (result.source_size, result.model) == ((64, 48), "fake")
+    assert (result.source_size, result.model) == ((64, 48), "toy")
     spans = dict(result.timings)
     assert list(spans) == ["load", "prepare", "encoder", "denoiser", "split", "decoder", "finish", "total"]
     assert all(span > 0 for span in spans.values())

@@ -22,7 +22,7 @@ from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.metrics import COUNTERS
-from tests.runtime.doubles import Gate, constant_image, fake_estimator, level_of
+from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 THREADS, REQUESTS, ROUND = 8, 10_000, 50

@@ -13,15 +13,14 @@ from densegeo.export.reporting import recommend
 from densegeo.runtime import measured, state
 from densegeo.runtime.bundle import Manifest, Quantization, read_manifest
 from densegeo.runtime.measured import Measured, advice, remember
-from tests.toy_bundle import write_toy_bundle
 
 GPU = "NVIDIA H100"
 
 
 @pytest.fixture
-def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+def manifest(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return read_manifest(write_toy_bundle(tmp_path / "bundle"))
+    return read_manifest(toy_bundle)
 
 
 def record(

@@ -19,7 +19,6 @@ from densegeo.runtime import backends as table
 from densegeo.runtime.backends import BackendRow, open_backend, openvino_cpu
 from densegeo.runtime.bundle import Bucket, read_manifest
 from densegeo.runtime.verify import replay, within
-from tests.toy_bundle import write_toy_bundle
 
 if find_spec("openvino") is None:  # looked up: importing it here would send its usage report
     pytest.skip("openvino is not installed", allow_module_level=True)
@@ -32,8 +31,8 @@ def seeded(bucket: Bucket, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
-def test_the_toy_bundle_gives_its_stored_outputs(tmp_path: Path) -> None:
-    checks = replay(write_toy_bundle(tmp_path / "toy"), backend="openvino")
+def test_the_toy_bundle_gives_its_stored_outputs(toy_bundle: Path) -> None:
+    checks = replay(toy_bundle, backend="openvino")
     assert all(check.error < 1e-6 for check in checks), checks
 
 

@@ -13,7 +13,7 @@ from densegeo.cli import main
 from densegeo.errors import BundleError
 from densegeo.runtime import ready
 from densegeo.runtime.bundle import SCHEMA_VERSION, check_files, read_manifest, sha256_file
-from tests.conftest import ROOT
+from tests.support.golden import ROOT
 
 WEIGHTS = ROOT / "models" / "weights"
 NAME = "fe2e-tiny"

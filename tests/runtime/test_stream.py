@@ -13,7 +13,7 @@ from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, Imag
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage
 from densegeo.runtime.stream import Stream
-from tests.runtime.doubles import Gate, constant_image, fake_estimator, level_of
+from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 T = 30  # seconds

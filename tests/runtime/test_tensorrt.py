@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from densegeo.runtime.backends import BACKENDS, open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verified import forget, is_verified, mark_verified
-from tests.runtime.conftest import BundleMaker
 
 CONTRACT = LaunchContract(
     name="split.test",
@@ -117,7 +117,7 @@ def test_a_machine_without_a_driver_is_told_so() -> None:
 
 
 def test_auto_takes_no_backend_that_was_not_verified_here(
-    new_bundle: BundleMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     bundle = new_bundle()

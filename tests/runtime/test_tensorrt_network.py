@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from densegeo.export.build import build_bundle  # noqa: E402
 from densegeo.export.cubins import write_cubins  # noqa: E402
-from densegeo.export.options import BuildOptions  # noqa: E402
-from densegeo.export.sources import Given  # noqa: E402
 from densegeo.kernels.contract import LaunchContract  # noqa: E402
 from densegeo.kernels.log_dequantize import log_dequantize  # noqa: E402
 from densegeo.kernels.normals import normals  # noqa: E402
@@ -35,11 +32,7 @@ from densegeo.runtime.backends.tensorrt_engines import Network, TensorRTBackend 
 from densegeo.runtime.bundle import STAGES, Bucket, Manifest, Stage, read_manifest  # noqa: E402
 from densegeo.runtime.resample import choose_bucket, place  # noqa: E402
 from densegeo.runtime.verify import relative_error  # noqa: E402
-from tests.diffusers_checkpoint import CASES, write  # noqa: E402
-from tests.export.conftest import golden_given  # noqa: E402
-
-Build = Callable[..., Path]
-SIZE = (64, 48)
+from tests.support.shared import Build  # noqa: E402
 
 
 def view(address: int, shape: Any, dtype: Any = np.float32) -> NDArray[Any]:
@@ -191,36 +184,23 @@ def contracts(tmp_path_factory: pytest.TempPathFactory) -> list[LaunchContract]:
     return write_cubins(tmp_path_factory.mktemp("cubins"), (89,))
 
 
-@pytest.fixture(scope="module")
-def build(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    @cache
-    def made(model: str, without: tuple[str, ...]) -> Path:
-        folder = tmp_path_factory.mktemp("network")
-        given = golden_given(golden) if model == "fe2e" else Given(checkpoint=str(write(folder / "files", CASES[0])))
-        options = BuildOptions(
-            model=model, output=folder / "bundle", given=given, sizes=(SIZE,), batches=(2,), without=without,
-        )  # fmt: skip
-        return build_bundle(options)
-
-    return made
-
-
 @pytest.mark.parametrize(("model", "without"), [("fe2e", ()), ("fe2e", ("decoder",)), ("fiffdepth", ())])
 def test_frames_give_what_the_estimator_gives(
-    model: str, without: tuple[str, ...], build: Build, contracts: list[LaunchContract]
+    model: str, without: tuple[str, ...], batched_bundle: Build, contracts: list[LaunchContract]
 ) -> None:
-    """Five images of different sizes, in two batches of two and one alone, against numpy's path around the graphs."""
-    bundle = build(model, without)
+    """Six images of different sizes, three together, one alone and two together, against numpy's path."""
+    bundle = batched_bundle(model, without=without)
     manifest = read_manifest(bundle)
     random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (40 + 3 * i, 60 - i, 3), dtype=np.uint8) for i in range(5)]
+    images = [random.integers(0, 256, (40 + 3 * i, 60 - i, 3), dtype=np.uint8) for i in range(6)]
     bucket = choose_bucket(manifest.buckets, 64, 48)
     backend = emulated(bundle, manifest, contracts)
     placements = [place(bucket, (image.shape[1], image.shape[0]), "pad") for image in images]
-    results = backend.estimate(bucket, images, placements)
+    parts = slice(0, 4), slice(4, 6)
+    results = [one for part in parts for one in backend.estimate(bucket, images[part], placements[part])]
     with Estimator(bundle, "onnxruntime", "cpu", fit="pad") as estimator:
         wanted = [estimator(image) for image in images]
-    assert len(results) == 5
+    assert len(results) == 6
     for (prediction, found), geometry in zip(results, wanted, strict=True):
         assert relative_error(prediction, geometry.prediction) <= 1e-5
         assert (found is None) == (geometry.normals is None) == (model == "fiffdepth")
@@ -228,8 +208,8 @@ def test_frames_give_what_the_estimator_gives(
             assert np.median(np.abs(found - geometry.normals)) <= 1e-5
 
 
-def test_stages_run_one_by_one(build: Build, contracts: list[LaunchContract]) -> None:
-    bundle = build("fe2e", ("decoder",))
+def test_stages_run_one_by_one(batched_bundle: Build, contracts: list[LaunchContract]) -> None:
+    bundle = batched_bundle("fe2e", without=("decoder",))
     manifest = read_manifest(bundle)
     backend = emulated(bundle, manifest, contracts)
     for bucket in manifest.buckets:

@@ -25,7 +25,7 @@ from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_modules  # noqa: E402
 from densegeo.runtime.bundle import STAGES, Bucket, Stage, read_manifest  # noqa: E402
 from densegeo.runtime.verify import replay, within  # noqa: E402
-from tests.runtime.conftest import BUILT_SIZES  # noqa: E402
+from tests.support.shared import BUILT_SIZES  # noqa: E402
 
 
 def seeded(bucket: Bucket, stage: Stage, seed: int = 0) -> np.ndarray:
@@ -46,10 +46,10 @@ def stages_of(pipeline: Pipeline) -> dict[str, torch.nn.Module]:
     ],
 )
 def test_stored_weights_give_back_the_pipeline(
-    built_checkpoint: Path, tmp_path: Path, without: tuple[str, ...], precision: str
+    small_checkpoint: Path, tmp_path: Path, without: tuple[str, ...], precision: str
 ) -> None:
-    paths = {role: built_checkpoint / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
-    pipeline = load_pipeline(Files.of("fe2e", **paths, config=built_checkpoint / "config.json"), *BUILT_SIZES[0])
+    paths = {role: small_checkpoint / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
+    pipeline = load_pipeline(Files.of("fe2e", **paths, config=small_checkpoint / "config.json"), *BUILT_SIZES[0])
     applied = rewrites.select(fe2e.REWRITES, without)
     cast(rewrites.apply(pipeline, applied), precision)
     files = {stage: tmp_path / f"{stage}.safetensors" for stage in STAGES}

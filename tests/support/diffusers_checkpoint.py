@@ -50,7 +50,10 @@ CASES = (
 
 
 def modules(case: Case, seed: int = 0) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """Random modules of a case; norms and biases are random too, so that a missing one shows."""
+    """Random modules of a case; norms and biases are random too, so that a missing one shows.
+
+    Cases with the same autoencoder have the same weights for it.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         **{
@@ -66,6 +69,7 @@ def modules(case: Case, seed: int = 0) -> tuple[UNet2DConditionModel, Autoencode
             **case.unet,
         }
     ).eval()
+    torch.manual_seed(seed)
     vae = AutoencoderKL(
         **{
             "block_out_channels": [8, 8, 16, 16],
@@ -78,8 +82,8 @@ def modules(case: Case, seed: int = 0) -> tuple[UNet2DConditionModel, Autoencode
             **case.vae,
         }
     ).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
     for module in (unet, vae):
+        generator = torch.Generator().manual_seed(seed + 1)
         for name, tensor in module.named_parameters():
             if tensor.ndim == 1:
                 noise = 0.2 * torch.randn(tensor.shape, generator=generator)

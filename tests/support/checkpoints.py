@@ -1,0 +1,66 @@
+"""Checkpoints smaller than any real model, and the options that build them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from densegeo.export.options import BuildOptions
+from densegeo.export.sources import Given
+from densegeo.models.config import TransformerConfig, VAEConfig
+from densegeo.models.presets import write_random_checkpoint
+
+SMALL = TransformerConfig(
+    hidden_size=32,
+    num_heads=2,
+    axes_dim=(2, 8, 6),
+    depth=1,
+    depth_single_blocks=1,
+    context_in_dim=128,
+    vec_in_dim=16,
+    prompt_dim=24,
+    connector_hidden=128,
+    connector_heads=1,
+    connector_depth=1,
+    mlp_hidden=64,
+    connector_mlp_hidden=32,
+    in_channels=64,
+)
+SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16)
+CONFIG = '{"axes_dim": [2, 8, 6]}'
+SIZE = (48, 32)  # width, height
+
+
+def write_checkpoint(folder: Path, seed: int = 1) -> Path:
+    """A directory with the authors' file names."""
+    directory = folder / "checkpoint"
+    write_random_checkpoint(directory, SMALL, SMALL_VAE, text_tokens=5, valid_tokens=2, seed=seed)
+    (directory / "config.json").write_text(CONFIG)
+    return directory
+
+
+def small_given(checkpoint: Path) -> Given:
+    """The files of `write_checkpoint`."""
+    return Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
+
+
+def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:
+    """A build of `write_checkpoint`'s directory, in float32 and at one size unless told otherwise."""
+    values: dict[str, object] = {"model": "fe2e", "given": small_given(checkpoint), "sizes": (SIZE,)}
+    return BuildOptions(output=output, **(values | changes))  # type: ignore[arg-type]
+
+
+def golden_given(golden: Path, *, lora: bool = True) -> Given:
+    """The files of the FE2E configuration that the authors' code was run on."""
+    folder = golden / "fe2e_small"
+    return Given(
+        checkpoint=str(folder),
+        dit=str(folder / "dit.safetensors"),
+        lora=str(folder / "lora.safetensors") if lora else None,
+        config=str(folder / "config.json"),
+        no_lora=not lora,
+    )
+
+
+def leftovers(directory: Path) -> list[str]:
+    """What unfinished builds left in a directory."""
+    return sorted(path.name for path in directory.iterdir() if "building" in path.name)

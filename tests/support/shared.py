@@ -1,0 +1,142 @@
+"""What many tests need is made once in a run: the first worker that asks makes it, the others wait and share it.
+
+Nothing here may be changed by a test: whoever damages a file copies it first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+Build = Callable[..., Path]
+BATCHES = (2, 3)  # besides 1
+BUILT_SIZES = ((48, 32), (64, 32))  # width, height; of the bundles that the runtime's tests run
+
+
+@pytest.fixture(scope="session")
+def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Once:
+    """(name, make) -> the folder that `make(folder)` filled."""
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared_folder / name, shared_folder / f"{name}.done"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def graphs_once(shared_folder: Path) -> Iterator[Path]:
+    """Builds in this process trace equal graphs once a run, and keep them in this folder."""
+    from densegeo.export import build
+    from tests.support.graphs import remembering
+
+    folder = shared_folder / "graphs"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "export_graph", remembering(build.export_graph, folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def build_once(once: Once, graphs_once: Path) -> Build:
+    """The bundle of these `BuildOptions`, without `output`."""
+    from densegeo.export.build import build_bundle
+    from densegeo.export.options import BuildOptions
+
+    def build(**options: Any) -> Path:
+        wanted = BuildOptions(output=Path("bundle"), **options)
+        key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]
+
+        def make(folder: Path) -> None:
+            build_bundle(msgspec.structs.replace(wanted, output=folder / wanted.output))
+
+        return once(f"{wanted.model}-{key}", make) / wanted.output
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(once: Once) -> Path:
+    """The smallest FE2E checkpoint."""
+    from tests.support.checkpoints import write_checkpoint
+
+    return once("small", write_checkpoint) / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def small_bundle(build_once: Build, small_checkpoint: Path) -> Build:
+    """The bundle of the smallest FE2E checkpoint with these options; float32 at 48x32 when there are none."""
+    from tests.support.checkpoints import SIZE, small_given
+
+    def build(**changes: Any) -> Path:
+        return build_once(**({"model": "fe2e", "given": small_given(small_checkpoint), "sizes": (SIZE,)} | changes))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(build_once: Build, golden: Path) -> Build:
+    """(lora, options) -> the bundle of `tests/golden`'s FE2E configuration, at its image's size."""
+    from tests.support.checkpoints import SIZE, golden_given
+
+    def build(*, lora: bool = True, **changes: Any) -> Path:
+        given = golden_given(golden, lora=lora)
+        return build_once(**({"model": "fe2e", "given": given, "sizes": (SIZE,)} | changes))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def diffusers_files(once: Once) -> Callable[[Any], Path]:
+    """A `diffusers_checkpoint.Case` -> its directory."""
+    from tests.support.diffusers_checkpoint import write
+
+    return lambda case: once(f"diffusers-{case.name}", lambda folder: write(folder / "files", case)) / "files"
+
+
+@pytest.fixture(scope="session")
+def fiffdepth_bundle(build_once: Build, diffusers_files: Callable[[Any], Path]) -> Build:
+    """(case, options) -> the bundle of a `diffusers_checkpoint.Case` at its size."""
+    from densegeo.export.sources import Given
+
+    def build(case: Any, **changes: Any) -> Path:
+        given = Given(checkpoint=str(diffusers_files(case)))
+        return build_once(**({"model": "fiffdepth", "given": given, "sizes": (case.size,)} | changes))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def batched_bundle(golden_bundle: Build, fiffdepth_bundle: Build) -> Build:
+    """(model, options) -> a bundle of either model at 64x48 with graphs for two and for three images at once."""
+
+    def build(model: str, **changes: Any) -> Path:
+        if model == "fe2e":
+            return golden_bundle(sizes=((64, 48),), batches=BATCHES, **changes)
+        from tests.support.diffusers_checkpoint import CASES
+
+        return fiffdepth_bundle(CASES[0], batches=BATCHES, **changes)
+
+    return build

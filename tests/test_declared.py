@@ -1,0 +1,110 @@
+"""What is imported is declared: in densegeo's own dependencies, or in the extra that a folder goes with."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from densegeo.doctor import EXTRAS
+from densegeo.errors import ConfigError
+from tests.resolution import normal, project
+from tests.test_package import ROOT, imported
+
+# Folder -> the extras that people install to use it; a backend's library is imported by its backend alone.
+BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr")
+FOLDERS = {
+    "densegeo": ("cpu",),
+    "runtime": BACKENDS,
+    "models": ("torch",),
+    "kernels": ("torch", "kernels"),
+    "calibration": ("export", "cpu"),
+    "export": ("export", "cpu", "text-encoder", "tensorrt-rtx"),
+    "benchmarks": ("dev",),
+    "training": ("dev",),
+    "tests": ("dev",),
+}
+# Imported name -> distribution, where they differ.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
+}
+CUDA = {"core": "cuda-core", "bindings": "cuda-bindings"}
+FOREIGN = {"tensorrt", "pynvml"}  # TensorRT itself is a machine's own; pynvml is asked for and done without
+
+
+def declared(extras: tuple[str, ...]) -> set[str]:
+    """Distributions that densegeo with these extras asks for by name."""
+    lists = project()
+    found, wanted = {normal(Requirement(text).name) for text in lists["dependencies"]}, list(extras)
+    while wanted:
+        for row in map(Requirement, lists["optional-dependencies"][wanted.pop()]):
+            if row.name == "densegeo":
+                wanted += row.extras
+            else:
+                found.add(normal(row.name))
+    return found
+
+
+def distribution(module: str) -> str:
+    first, _, rest = module.partition(".")
+    if first == "cuda":
+        return CUDA[rest.partition(".")[0]]
+    return normal(DISTRIBUTIONS.get(first, first))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_are_declared(folder: str) -> None:
+    allowed = declared(FOLDERS[folder])
+    paths = [path for path in (ROOT / folder).rglob("*.py") if folder != "densegeo" or path.parent == ROOT / folder]
+    assert paths
+    for path in paths:
+        for module in imported(ast.parse(path.read_text())):
+            first = module.partition(".")[0]
+            if first not in {"densegeo", "tests", *FOREIGN, *sys.stdlib_module_names}:
+                assert distribution(module) in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_doctor_knows_every_extra() -> None:
+    """`dev` apart, which is for work on densegeo itself."""
+    extras = {extra.name: {normal(name) for name in extra.distributions} for extra in EXTRAS}
+    base = declared(())
+    assert extras == {name: declared((name,)) - base for name in project()["optional-dependencies"] if name != "dev"}
+
+
+def test_a_build_takes_whichever_onnxruntime_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    from densegeo.export.keys import versions
+
+    real = metadata.version
+
+    def only_gpu(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", only_gpu)
+    assert versions()["onnxruntime"] == onnxruntime.__version__
+
+
+def test_a_build_without_onnxruntime_says_so_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from densegeo.export.build import build_bundle
+    from densegeo.export.options import BuildOptions
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    options = BuildOptions(model="fe2e", output=tmp_path / "bundle")
+    with pytest.raises(ConfigError, match=r"densegeo\[cpu\].*densegeo\[gpu\]"):
+        build_bundle(options)
+
+
+def test_the_export_extra_leaves_the_choice_of_onnxruntime() -> None:
+    """The CPU's distribution would overwrite the files of the GPU's."""
+    for extra in ("export", "text-encoder", "torch", "openvino", "tensorrt", "tensorrt-rtx", "kernels"):
+        assert not {name for name in declared((extra,)) if name.startswith("onnxruntime")}, extra
