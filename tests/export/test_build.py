@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -170,8 +171,13 @@ def test_a_precision_that_overflows_without_rewrites_gives_no_bound(checkpoint, 
     assert leftovers(tmp_path) == []
 
 
-def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
+PROGRAM = (sys.executable, "-m", "densegeo")
+
+
+def run_build(
+    checkpoint: Path, output: Path, program: Sequence[str] = PROGRAM, **keywords: object
+) -> subprocess.Popen[str]:
+    command = [*program, "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
     command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]
 

@@ -29,7 +29,9 @@ from densegeo.export.keys import StageKeys, stage_keys
 from densegeo.export.options import BuildOptions
 from densegeo.export.staging import LOCK, locked, staging_folder
 from densegeo.runtime.bundle import STAGES, Engine, Source, check_files, read_manifest, sha256_file
-from tests.export.test_build import leftovers, options, run_build, write_checkpoint
+from tests.export.test_build import PROGRAM, run_build
+from tests.support.checkpoints import leftovers, options, write_checkpoint
+from tests.support.graphs import command
 
 pytestmark = pytest.mark.timeout(900)
 STAGING = ".bundle.building"
@@ -77,18 +79,19 @@ def hollow(checkpoint: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one_go(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_go(small: Path, tmp_path_factory: pytest.TempPathFactory, graphs_once: Path) -> Path:
     bundle = tmp_path_factory.mktemp("one") / "bundle"
-    process = run_build(small, bundle)
+    process = run_build(small, bundle, command(graphs_once))
     assert process.wait(timeout=600) == 0, process.communicate()[0]
     return bundle
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_build_goes_on_without_its_checkpoint(
-    number: signal.Signals, small: Path, one_go: Path, tmp_path: Path
+    number: signal.Signals, small: Path, one_go: Path, tmp_path: Path, graphs_once: Path
 ) -> None:
     output, folder = tmp_path / "bundle", tmp_path / STAGING
+    program = PROGRAM if number == signal.SIGINT else command(graphs_once)  # the latter traces no graph again
     process = run_build(small, output)
     deadline = time.monotonic() + 300
     while not (folder / "weights.json").exists() and time.monotonic() < deadline and process.poll() is None:
@@ -104,7 +107,7 @@ def test_a_build_goes_on_without_its_checkpoint(
         assert not list((folder / "bundle").glob("*.onnx"))
     (folder / "bundle" / "half_a_graph.onnx").write_bytes(b"unfinished")
     with hollow(small):
-        resumed = run_build(small, output)
+        resumed = run_build(small, output, program)
         said, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, said
     assert "weights: taken over from an interrupted build" in said
@@ -137,8 +140,8 @@ def with_engines(checkpoint: Path, output: Path, level: int | None = None, **cha
 
 
 @pytest.fixture(scope="module")
-def failed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The staging folder of a build that failed in the last of its three engines."""
+def failed(small: Path, tmp_path_factory: pytest.TempPathFactory, graphs_once: Path) -> Path:
+    """The staging folder of a build, with shared graphs, that failed in the last of its three engines."""
     pytest.importorskip("tensorrt_rtx")
     output = tmp_path_factory.mktemp("failed") / "bundle"
     built: list[str] = []
@@ -357,8 +360,7 @@ with locked(Path(sys.argv[1])):
 
 def test_two_builds_of_one_output(small: Path, tmp_path: Path, built: list[str]) -> None:
     output = tmp_path / "bundle"
-    command = [sys.executable, "-c", HOLD, str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "locked\n"
@@ -458,8 +460,8 @@ def test_an_older_bundle_is_replaced_whole_or_not_at_all(
 def test_an_engines_builder_ends_with_its_build() -> None:
     """Killed builds cannot stop it, and what it wrote later would lie among the files of the next one."""
     code = "from densegeo.export.engine_worker import end_with_parent; print('waits', flush=True); end_with_parent()"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
         assert worker.stdout.readline() == "waits\n"

@@ -49,13 +49,13 @@ def once(shared_folder: Path) -> Once:
 @pytest.fixture(scope="session")
 def graphs_once(shared_folder: Path) -> Iterator[Path]:
     """Builds in this process trace equal graphs once a run, and keep them in this folder."""
-    from densegeo.export import build
+    from densegeo.export import stages
     from tests.support.graphs import remembering
 
     folder = shared_folder / "graphs"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "export_graph", remembering(build.export_graph, folder))
+        patch.setattr(stages, "export_graph", remembering(stages.export_graph, folder))
         yield folder
 
 
