@@ -85,7 +85,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     `State.resumable`. Raises ConfigError, CheckpointError, ResourceError, ExportError, KernelError and EngineError.
     """
     options = options.validated()
-    onnxruntime_version()
+    onnxruntime_version()  # without it the graphs cannot be checked, which would be found out late
     console = console or Console(quiet=True)
     files, origins = find_files(options, console)
     applied = rewrites.select(files.family.rewrites, options.without)

@@ -6,11 +6,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +18,7 @@ from densegeo.export.build import build_bundle
 from densegeo.export.sources import Given
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.runtime.bundle import read_manifest
-from tests.support.checkpoints import leftovers, options
+from tests.support.checkpoints import leftovers, options, run_build
 from tests.support.shared import BUILT_SIZES
 
 
@@ -169,17 +165,6 @@ def test_a_precision_that_overflows_without_rewrites_gives_no_bound(checkpoint, 
     with pytest.raises(ExportError, match=r"without rewrites this precision overflows.*denoiser"):
         build_bundle(options(checkpoint, tmp_path / "bundle", precision="fp16"))
     assert leftovers(tmp_path) == []
-
-
-PROGRAM = (sys.executable, "-m", "densegeo")
-
-
-def run_build(
-    checkpoint: Path, output: Path, program: Sequence[str] = PROGRAM, **keywords: object
-) -> subprocess.Popen[str]:
-    command = [*program, "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
-    command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]
 
 
 def test_interrupting_a_build_before_its_first_stage_is_done_leaves_nothing(checkpoint, tmp_path):

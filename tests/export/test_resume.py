@@ -29,8 +29,7 @@ from densegeo.export.keys import StageKeys, stage_keys
 from densegeo.export.options import BuildOptions
 from densegeo.export.staging import LOCK, locked, staging_folder
 from densegeo.runtime.bundle import STAGES, Engine, Source, check_files, read_manifest, sha256_file
-from tests.export.test_build import PROGRAM, run_build
-from tests.support.checkpoints import leftovers, options, write_checkpoint
+from tests.support.checkpoints import PROGRAM, leftovers, options, run_build, write_checkpoint
 from tests.support.graphs import command
 
 pytestmark = pytest.mark.timeout(900)
