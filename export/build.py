@@ -90,10 +90,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     files, origins = find_files(options, console)
     applied = rewrites.select(files.family.rewrites, options.without)
     quantizer, plan = plan_build(options, files)
-    with progress_bar(console) as progress:
-        size = sum(path.stat().st_size for path in _paths(files))
-        task = progress.add_task("reading inputs", total=size, unit="")
-        inputs = digests.inputs(files, origins, lambda done: progress.advance(task, done))
+    inputs = _identify(files, origins, console)
     quantizer.check(inputs, applied)
     key = build_key(options, inputs, quantizer.digest)
     if (current := _current(options.output, key)) is not None:
@@ -109,8 +106,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
             state = State(staging, keys, bar.advance)
         check_resources(plan, options.output, sum(file.bytes for file in state.files.values()))
         with state.resumable(display.say):
-            job = Job(options, files, quantizer, plan, display)
-            manifest = _build_into(job, state, inputs, key, _older(options.output))
+            manifest = _build_into(state, Job(options, files, quantizer, plan, display), inputs, key)
             write_manifest(state.bundle, manifest)
             publish(staging, options.output)
         state.forget()
@@ -119,19 +115,21 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     return options.output
 
 
-def _paths(files: Files) -> list[Path]:
-    return list(files.paths.values())
+def _identify(files: Files, origins: dict[str, str], console: Console) -> list[Source]:
+    """Size and digest of every input file; only those are read that are not known yet."""
+    with progress_bar(console) as progress:
+        size = sum(path.stat().st_size for path in files.paths.values())
+        task = progress.add_task("reading inputs", total=size, unit="")
+        return digests.inputs(files, origins, lambda done: progress.advance(task, done))
 
 
-def _build_into(
-    job: Job, state: State, inputs: list[Source], key: str, older: tuple[Path, Manifest] | None
-) -> Manifest:
+def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manifest:
     """Run the stages that are not finished; returns the manifest."""
     options, form = job.options, job.plan.form
     weights = run_stage(job, state, state.weights, make_weights)
     graphs = run_stage(job, state, state.graphs, make_graphs)
     contracts = run_stage(job, state, state.kernels, make_kernels).contracts if options.architectures else []
-    engines = make_engines(job, state, older).engines if options.backend == "tensorrt" else []
+    engines = make_engines(job, state, _older(options.output)).engines if options.backend == "tensorrt" else []
     state.prune()  # the files of the records, and no other
     return Manifest(
         schema_version=SCHEMA_VERSION,

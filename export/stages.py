@@ -111,8 +111,10 @@ def make_weights(job: Job, state: State) -> Weights:
     for stage in ("encoder", "decoder"):
         write_weights(pipeline.stages()[stage], directory / f"{stage}.safetensors")
     write_prompt(pipeline.prompt, directory / PROMPT_FILE)
-    written = [*(f"{stage}.safetensors" for stage in STAGES), checks.INPUTS_FILE, PROMPT_FILE]
-    files = state.describe(directory / name for name in written)
+    names = (*(f"{stage}.safetensors" for stage in STAGES), checks.INPUTS_FILE, PROMPT_FILE)
+    written = [directory / name for name in names]
+    with display.bar("digests of what was written", sum(path.stat().st_size for path in written)) as bar:
+        files = state.describe(written, bar.advance)
     return Weights(key=state.keys.weights, seconds=0.0, files=files, bounds=bounds)
 
 

@@ -48,16 +48,7 @@ def locked(output: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if not any(folder.glob(RECORDS)):
-            clear(folder, keep=set())
-            with suppress(OSError):
-                (folder / LOCK).unlink()  # while it is still locked, where the system allows that
-        lock.close()
-        if sys.platform == "win32" and not any(folder.glob(RECORDS)):
-            with suppress(OSError):
-                (folder / LOCK).unlink()
-        with suppress(OSError):
-            folder.rmdir()  # fails where anything is left
+        _release(folder, lock)
 
 
 def remove_published(output: Path) -> None:
@@ -132,6 +123,21 @@ def _open_locked(folder: Path, output: Path) -> BinaryIO:
         file.close()
 
 
+def _release(folder: Path, lock: BinaryIO) -> None:
+    """Remove the folder unless a stage is finished, the lock last: who waits for it must not find half a folder."""
+    finished = any(folder.glob(RECORDS))
+    if not finished:
+        clear(folder, keep=set())
+    if not finished and sys.platform != "win32":
+        (folder / LOCK).unlink(missing_ok=True)
+    lock.close()
+    if not finished:
+        with suppress(OSError):  # another build may have begun
+            if sys.platform == "win32":  # open files cannot be removed there
+                (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def _require_ours(folder: Path) -> None:
     """Raise ResourceError for anything but a folder that a build of this user made."""
     try:
@@ -139,7 +145,7 @@ def _require_ours(folder: Path) -> None:
         names = os.listdir(folder) if stat.S_ISDIR(status.st_mode) else None
     except FileNotFoundError:
         return
-    foreign = hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022)
+    foreign = hasattr(os, "geteuid") and status.st_uid != os.geteuid()
     if names is None or foreign or (names and LOCK not in names):
         raise ResourceError(
             f"{folder}, where this bundle would be built, exists and is not of a build of yours: it is left alone. "

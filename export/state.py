@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from densegeo.errors import DensegeoError, ResourceError
 from densegeo.export.keys import StageKeys
-from densegeo.export.staging import BUNDLE, clear
+from densegeo.export.staging import BUNDLE, RECORDS, clear
 from densegeo.files import atomic_write
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime.bundle import Bucket, Check, Engine, FileDigest, Record, sha256_file
@@ -91,10 +91,10 @@ class State:
         """The stages' names."""
         return [_name(type(record)) for record in self.records]
 
-    def describe(self, paths: Iterable[Path]) -> dict[str, FileDigest]:
-        """Sizes and digests of files in the bundle, by their names there."""
+    def describe(self, paths: Iterable[Path], progress: Progress = lambda count: None) -> dict[str, FileDigest]:
+        """Sizes and digests of files in the bundle, by their names there. `progress` gets the bytes read."""
         return {
-            path.relative_to(self.bundle).as_posix(): FileDigest(path.stat().st_size, sha256_file(path))
+            path.relative_to(self.bundle).as_posix(): FileDigest(path.stat().st_size, sha256_file(path, progress))
             for path in sorted(paths)
         }
 
@@ -114,7 +114,7 @@ class State:
 
     def forget(self) -> None:
         """Nothing is finished: the folder goes when its lock does."""
-        for record in self.folder.glob("*.json"):
+        for record in self.folder.glob(RECORDS):
             record.unlink()
         self.weights = self.graphs = self.kernels = self.engines = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from densegeo.export.options import BuildOptions
@@ -68,8 +69,13 @@ def leftovers(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if "building" in path.name)
 
 
-def run_build(checkpoint: Path, output: Path, **keywords: object) -> subprocess.Popen[str]:
+PROGRAM = (sys.executable, "-m", "densegeo")
+
+
+def run_build(
+    checkpoint: Path, output: Path, program: Sequence[str] = PROGRAM, **keywords: object
+) -> subprocess.Popen[str]:
     """`densegeo build` of `write_checkpoint`'s directory, in a process of its own."""
-    command = [sys.executable, "-m", "densegeo", "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
+    command = [*program, "build", "--model", "fe2e", "--checkpoint", str(checkpoint)]
     command += ["--config", str(checkpoint / "config.json"), "--no-lora", "--size", "48x32", "--output", str(output)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)  # type: ignore[call-overload]

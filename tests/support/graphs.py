@@ -69,9 +69,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from densegeo.cli import main
-from densegeo.export import build
+from densegeo.export import stages
 from tests.support.graphs import remembering
-build.export_graph = remembering(build.export_graph, Path(sys.argv[1]))
+stages.export_graph = remembering(stages.export_graph, Path(sys.argv[1]))
 main(sys.argv[2:])
 """
 
