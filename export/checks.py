@@ -93,9 +93,7 @@ _WIDE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _WideConv2d, nn.Line
 
 
 def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
-    """The float32 pipeline in plain low precision, rewrites off; itself for "fp32"."""
-    if precision == "fp32":
-        return pipeline
+    """The float32 pipeline in plain low precision, rewrites off."""
     low = cast(copy.deepcopy(pipeline), precision)
     if precision == "fp16":
         for module in (*low.denoiser.modules(), *low.vae.modules()):
@@ -117,6 +115,11 @@ def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     errors = {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
     errors["replay"] = max(relative_error(chained[name], wanted[name]) for name in errors)
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
+
+
+def float32_bounds(wanted: Outputs) -> dict[str, float]:
+    """`bounds` of a float32 graph: eager float32 is the reference itself."""
+    return {name: FLOAT32_BOUND for name in (*wanted, "replay") if name != "rgb"}
 
 
 def require_finite(bounds: dict[str, float], size: str) -> None:

@@ -124,7 +124,8 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
     references: References = {}
     bounds: Bounds = {}
     mean = job.plan.form.vae.decoder.conv_out.out_channels == 1
-    pictures, low_too = PICTURES if options.batches else 1, options.precision in DTYPES
+    pictures = PICTURES if options.batches else 1
+    low_too = options.precision in DTYPES and options.precision != "fp32"
     guidance = pipeline.denoiser.guidance
     pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
     passes = (pictures + 2 * low_too) * len(options.sizes)
@@ -138,6 +139,8 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
                 rgb = checks.seeded_rgb(width, height, seed)
                 references[width, height].append(checks.reference_outputs(pipeline, rgb, mean=mean))
                 bar.advance(rest)
+            if options.precision == "fp32":
+                bounds[bucket_name(width, height)] = checks.float32_bounds(references[width, height][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
                 bounds[bucket_name(width, height)] = checks.bounds(low, references[width, height][0])
