@@ -30,3 +30,12 @@ def existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path if path.is_dir() else path.parent
+
+
+def cache_directory() -> Path:
+    """densegeo's folder in the user's cache (XDG_CACHE_HOME), mode 0700. Raises OSError where it cannot be made."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(root) if root else Path.home() / ".cache") / "densegeo"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path

@@ -4,7 +4,6 @@ embedding from the text encoder. They are kept in the user's cache under the dig
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from densegeo.errors import CheckpointError
-from densegeo.files import atomic_write
-from densegeo.runtime.bundle import sha256_file
+from densegeo.export import digests
+from densegeo.files import atomic_write, cache_directory
 
 
 def converted(path: Path) -> Path:
@@ -29,7 +28,7 @@ def converted(path: Path) -> Path:
             raise CheckpointError(f"{path} does not hold a dictionary of tensors")
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
-    return _cached("weights", sha256_file(path), read)
+    return _cached("weights", digests.sha256(path), read)
 
 
 def empty_prompt(directory: Path) -> Path:
@@ -58,14 +57,12 @@ def empty_prompt(directory: Path) -> Path:
         except Exception as error:  # of files, configurations and shapes: one message for all
             raise CheckpointError(f"{directory}: the text encoder cannot be run: {error}") from error
 
-    return _cached("prompt", sha256_file(weights[0]), compute)
+    return _cached("prompt", digests.sha256(weights[0]), compute)
 
 
 def _cached(kind: str, digest: str, make: Callable[[], Mapping[str, Tensor]]) -> Path:
     """The file of this digest; made when it is not there, whole or not at all."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "densegeo" / kind
-    path = folder / f"{digest}.safetensors"
+    path = cache_directory() / kind / f"{digest}.safetensors"
     if not path.is_file():
         tensors = dict(make())
         with atomic_write(path) as partial:

@@ -9,13 +9,15 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from densegeo.export.engines import cache_directory
-from densegeo.files import atomic_write
-from densegeo.models.loading import Files
+from densegeo.files import atomic_write, cache_directory
 from densegeo.runtime.bundle import Source, sha256_file
+
+if TYPE_CHECKING:  # it needs torch, and fetching does not
+    from densegeo.models.loading import Files
 
 FILE = "digests.json"
 MOST = 256  # files that are remembered; the oldest are forgotten

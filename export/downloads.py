@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from densegeo.errors import CheckpointError, ResourceError
-from densegeo.files import atomic_write, existing_parent
+from densegeo.export import digests
+from densegeo.files import atomic_write, cache_directory, existing_parent
 from densegeo.models.published import Publication, Published
 from densegeo.runtime.bundle import sha256_file
 
@@ -101,6 +102,7 @@ def fetch(
 def check(row: Published, local: Path, console: Console, *, any_digest: bool) -> None:
     """Compare a file with the digest that is recorded; print the one that is not yet. Raises CheckpointError."""
     sha256 = sha256_file(local)
+    digests.remember(local, sha256)
     known, found = (row.sha256, sha256) if row.sha256 else (row.git_blob, git_blob(local))
     if found != known:
         message = f"{row.path} of {row.repository} is not the recorded file: its digest is {found}, not {known}."
@@ -162,9 +164,7 @@ def _cache() -> Path:
 
 
 def _own_cache(row: Published) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root) if root else Path.home() / ".cache"
-    return folder / "densegeo" / "published" / row.revision / Path(row.path).name
+    return cache_directory() / "published" / row.revision / Path(row.path).name
 
 
 def _github_url(row: Published) -> str:

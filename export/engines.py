@@ -7,7 +7,6 @@ speed; fp8 engines are built one an architecture (together they lose the merged 
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import shutil
 import signal
@@ -29,6 +28,7 @@ from densegeo.errors import ConfigError, EngineError, ResourceError
 from densegeo.export.engine_worker import Result, Spec
 from densegeo.export.onnx_graph import with_weight_inputs
 from densegeo.export.plan import GIB, available_memory
+from densegeo.files import cache_directory
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage, sha256_file
 from densegeo.runtime.engine_log import parse_log
 from densegeo.runtime.engines import FOLDER, LIBRARIES, fingerprint, reusable
@@ -344,15 +344,6 @@ def last_layer(log: Path) -> str:
     pattern = r"(?:Parsing node: |Registering layer: |\[ONNX Layer: |Compiling kernel for )([^\s\]]+)"
     found: list[str] = re.findall(pattern, text)
     return found[-1] if found else ""
-
-
-def cache_directory() -> Path:
-    """The user's cache, mode 0700: timing caches and logs of failed builds."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    path = (Path(root) if root else Path.home() / ".cache") / "densegeo"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.chmod(0o700)
-    return path
 
 
 def timing_cache(library: str, version: str, targets: Sequence[str]) -> Path:

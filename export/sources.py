@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,6 @@ from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.conversion import converted, empty_prompt
 from densegeo.models.families import Family, Role
 from densegeo.models.loading import Files
-from densegeo.runtime.bundle import Source, sha256_file
 
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
 
@@ -166,11 +165,3 @@ def _download(value: str, role: Role, *, required: bool) -> tuple[Path, str] | N
             + (f"by hand and pass --{role.name} FILE" if role.flag else "by hand and pass --checkpoint DIR")
         ) from error
     return Path(local), f"{repository}@{info.sha}:{wanted[0]}"
-
-
-def digests(files: Files, origins: dict[str, str], progress: Callable[[int], object] | None = None) -> list[Source]:
-    """Size and SHA-256 of every input file."""
-    return [
-        Source(role, origins[role], path.stat().st_size, sha256_file(path, progress))
-        for role, path in files.paths.items()
-    ]
