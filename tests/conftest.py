@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "once" in getattr(item, "fixturenames", ()):  # of tests/support/shared.py
+        if "shared_folder" in getattr(item, "fixturenames", ()):  # of tests/support/shared.py
             item.add_marker("integration")
         if not any(item.get_closest_marker(tier) for tier in ("integration", "slow", "gpu")):
             item.add_marker("unit")
