@@ -192,4 +192,9 @@ def read_inputs(directory: Path) -> dict[tuple[int, int], list[Outputs]]:
         size, index, name = key.split(".")
         width, height = map(int, size.split("x"))
         references.setdefault((width, height), {}).setdefault(int(index), {})[name] = array
-    return {size: [pictures[index] for index in sorted(pictures)] for size, pictures in references.items()}
+    return {size: [_ordered(pictures[index]) for index in sorted(pictures)] for size, pictures in references.items()}
+
+
+def _ordered(outputs: Outputs) -> Outputs:
+    """The outputs in the order in which they are made, in which errors are listed too."""
+    return {name: outputs[name] for name in ("rgb", *STAGES, "prediction", "normals") if name in outputs}

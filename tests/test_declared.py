@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from densegeo.doctor import EXTRAS
 from densegeo.errors import ConfigError
 from tests.resolution import normal, project
-from tests.test_package import ROOT, imported
+from tests.support.project import ROOT, imported
 
 # Folder -> the extras that people install to use it; a backend's library is imported by its backend alone.
 BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr")

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.project import ROOT, imported
+
 FOLDERS = ("models", "calibration", "export", "runtime", "kernels", "training", "benchmarks")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "out"
@@ -209,16 +210,3 @@ def test_pip_installs_the_archive_and_its_tests_pass(built: Built, tmp_path: Pat
     files = ("tests/test_contracts.py", "tests/test_files.py", "-k", "not quickly")  # no timings inside another test
     done = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, cwd=built.source)
     assert done.returncode == 0, done.stdout
-
-
-def imported(tree: ast.AST) -> set[str]:
-    """Modules imported anywhere in a file, also by name through `import_module`."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
-            found |= {str(part.value) for part in node.args[:1] if isinstance(part, ast.Constant)}
-    return found

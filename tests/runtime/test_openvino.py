@@ -61,7 +61,10 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     def precisions(kind: str) -> set[str]:
         return {node["runtimePrecision"] for node in executed if node["layerType"] == kind}
 
-    assert precisions("MVN") == precisions("RMS") == precisions("Softmax") == {"f32"}
+    kept = [precisions(kind) for kind in ("MVN", "RMS", "Softmax")]
+    # Where the CPU has no bf16, OpenVINO does not make one operator of each RMS norm.
+    assert all(found == {"f32"} for found in kept if found or has_bf16)
+    assert any(kept)
     assert precisions("FullyConnected") == {"bf16" if has_bf16 else "f32"}
 
 

@@ -97,6 +97,7 @@ def random_chunk(count: int = 4) -> Chunk:
     )
 
 
+@pytest.mark.slow
 def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     device, chunk = torch.device("cpu"), random_chunk()
     short = Schedule(steps=2, batch=2, rate=1e-3, warmup=1)
