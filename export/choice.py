@@ -21,6 +21,7 @@ from densegeo.runtime.bundle import Choice
 AUTO = "auto"
 GRAPHS = ("onnxruntime", "openvino", "torch")  # backends that run a bundle's graphs, or the networks behind them
 BACKENDS = (*GRAPHS, "tensorrt")
+OLDEST = 75  # architecture that kernels and engines are built for
 NO_BF16 = "onnxruntime"  # it has no bf16 kernels, neither for CPUs nor for GPUs
 
 
@@ -107,9 +108,12 @@ def _precision(backend: str, architectures: Sequence[int], calibration: Path | N
     if calibration is not None:
         planned = [name for name in FORMATS if plan_file(calibration, name).is_file()]
         able = [name for name in planned if all(number >= FIRST[name] for number in architectures)]
+        if not planned:
+            raise ConfigError(f"{calibration} holds no plan: `densegeo calibrate` makes one")
         if not able:
-            held = ", ".join(planned) or "no plan"
-            raise ConfigError(f"{calibration} holds {held}, which {_names(architectures) or backend} cannot run")
+            raise ConfigError(
+                f"{calibration} holds a plan for {', '.join(planned)}, which {_names(architectures)} lacks"
+            )
         return able[0], f"{calibration} holds a plan for it"
     if backend == "tensorrt" or (backend == "torch" and facts.gpu is not None and facts.torch_cuda):
         first = min(architectures, default=facts.gpu.architecture if facts.gpu is not None else FIRST["bf16"])
@@ -125,8 +129,10 @@ def _refuse(
     asked: Asked, backend: str, precision: str, architectures: Sequence[int], facts: Facts, row: Preset
 ) -> None:
     """Raises ConfigError for what cannot work."""
+    if early := [number for number in architectures if number < OLDEST]:
+        raise ConfigError(f"nothing can be built for {_names(early)}: sm_{OLDEST} is the oldest architecture")
     base = asked.base or BASES[precision]
-    first = max(FIRST.get(precision, 75), FIRST.get(base, 75))
+    first = max(FIRST.get(precision, OLDEST), FIRST.get(base, OLDEST))
     if backend == "tensorrt" and (early := [number for number in architectures if number < first]):
         raise ConfigError(
             f"there is no {precision} before sm_{first}, so none for {_names(early)}: say --precision fp16, or "

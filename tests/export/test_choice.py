@@ -89,6 +89,7 @@ def test_what_is_chosen(
         (machine(), Asked(backend="onnxruntime", precision="bf16"), "has no bf16 kernels.*--precision fp32"),
         (machine(), Asked(backend="onnxruntime", precision="fp8"), "has no bf16 kernels.*--base fp32"),
         (machine(), Asked(backend="onnxruntime", precision="fp8", base="fp32"), None),
+        (machine(None, RTX), Asked(architectures=(42,)), "nothing can be built for sm_42: sm_75 is the oldest"),
         (machine(), Asked(backend="tensorflow"), "there is no backend 'tensorflow'"),
         (machine(), Asked(precision="fp4"), "there is no precision 'fp4'"),
     ],
@@ -109,6 +110,8 @@ def test_a_plan_decides_the_precision(tmp_path: Path) -> None:
         chosen(89)
     plan_file(tmp_path, "int8").touch()
     assert chosen(89) == "int8"
+    with pytest.raises(ConfigError, match="a plan for int8, which sm_75 lacks"):
+        chosen(75)
     plan_file(tmp_path, "fp8").touch()
     assert (chosen(89), chosen(86)) == ("fp8", "int8")
 
