@@ -13,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
 	@echo "make test-unit       the quick tests (a minute)"
-	@echo "make test            the test suite (five minutes)"
+	@echo "make test            the test suite (ten to twenty minutes on two cores)"
 	@echo "make test-slow       the tests that take minutes each"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
