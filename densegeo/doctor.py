@@ -73,14 +73,14 @@ def examine() -> Report:
     from densegeo import __version__
 
     gpus, gpu_note = _gpus()
-    cpu, features = _cpu()
+    processor, features = cpu()
     total, available = _memory()
     return Report(
         densegeo=__version__,
         broken=broken(),
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        cpu=cpu,
+        cpu=processor,
         cpu_features=features,
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
@@ -195,7 +195,7 @@ def _driver_device_count() -> int | None:
     return count.value
 
 
-def _cpu() -> tuple[str, list[str]]:
+def cpu() -> tuple[str, list[str]]:
     """Model name and the features that matter, from /proc/cpuinfo where there is one."""
     fields = _colon_fields("/proc/cpuinfo")
     flags = set((fields.get("flags") or fields.get("Features") or "").split())

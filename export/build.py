@@ -16,7 +16,7 @@ from densegeo.export.keys import code_digest, digest, onnxruntime_version, stage
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
-from densegeo.export.reporting import progress_bar, recommend, report
+from densegeo.export.reporting import recommend, report
 from densegeo.export.stages import PROMPT_FILE, Job, make_engines, make_graphs, make_kernels, make_weights, run_stage
 from densegeo.export.staging import folder_bytes, locked, publish, remove_published
 from densegeo.export.state import State
@@ -117,10 +117,9 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
 
 def _identify(files: Files, origins: dict[str, str], console: Console) -> list[Source]:
     """Size and digest of every input file; only those are read that are not known yet."""
-    with progress_bar(console) as progress:
-        size = sum(path.stat().st_size for path in files.paths.values())
-        task = progress.add_task("reading inputs", total=size, unit="")
-        return digests.inputs(files, origins, lambda done: progress.advance(task, done))
+    size = sum(path.stat().st_size for path in files.paths.values())
+    with Display(console) as display, display.bar("reading inputs", size) as bar:
+        return digests.inputs(files, origins, bar.advance)
 
 
 def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manifest:

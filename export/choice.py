@@ -10,7 +10,7 @@ import msgspec
 from densegeo.calibration.plan import plan_file
 from densegeo.errors import ConfigError
 from densegeo.export.engine_plan import CONTEXT
-from densegeo.export.engines import FIRST, RTX_TARGETS
+from densegeo.export.engines import FIRST, OLDEST, RTX_TARGETS
 from densegeo.export.machine import Facts
 from densegeo.export.plan import GIB, ITEM_BYTES
 from densegeo.models.precision import BASES
@@ -21,7 +21,6 @@ from densegeo.runtime.bundle import Choice
 AUTO = "auto"
 GRAPHS = ("onnxruntime", "openvino", "torch")  # backends that run a bundle's graphs, or the networks behind them
 BACKENDS = (*GRAPHS, "tensorrt")
-OLDEST = 75  # architecture that kernels and engines are built for
 NO_BF16 = "onnxruntime"  # it has no bf16 kernels, neither for CPUs nor for GPUs
 
 
@@ -31,7 +30,6 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = AUTO
     precision: str = AUTO
     base: str = ""
-    builder: str = AUTO  # TensorRT library
     architectures: tuple[int, ...] = ()
     calibration: Path | None = None
     weight_streaming: bool = False
@@ -146,7 +144,7 @@ def _refuse(
         )
     gpu = facts.gpu
     on_gpu = gpu is not None and backend in ("tensorrt", "torch") and tuple(architectures) in ((), (gpu.architecture,))
-    needed = row.bundle_parameters * (1 if precision in FORMATS else ITEM_BYTES[base]) + CONTEXT
+    needed = row.bundle_parameters * _bytes(precision) + CONTEXT
     if gpu is not None and on_gpu and needed > gpu.memory and not asked.weight_streaming:
         smaller = [name for name in BASES if row.bundle_parameters * _bytes(name) + CONTEXT <= gpu.memory]
         remedy = f"say --precision {' or '.join(smaller)}" if smaller else "no precision does; --weight-streaming might"

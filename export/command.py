@@ -202,7 +202,6 @@ def build(
             backend=backend,
             precision=precision,
             base=base,
-            builder=builder,
             architectures=tuple(dict.fromkeys(gpu_arch or ())),
             calibration=calibration,
             weight_streaming=weight_streaming,

@@ -35,6 +35,7 @@ from densegeo.runtime.engines import FOLDER, LIBRARIES, fingerprint, reusable
 
 # Architectures that TensorRT-RTX can be told to build for; others get the engine for Ampere and later, if any.
 RTX_TARGETS = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
+OLDEST = 75  # architecture that kernels and engines are built for
 FIRST = {"bf16": 80, "fp8": 89, "int8": 80}  # precision -> first architecture that has it, and bf16 beside it
 DISTRIBUTIONS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_rtx": ("tensorrt-rtx-cu13",)}
 # Anonymous memory of a build with constant weights, in sizes of the weights: the builder's copy, and the growing plan
@@ -106,7 +107,7 @@ def target_groups(library: str, precision: str, architectures: Sequence[int]) ->
 
     Raises ConfigError for an architecture that has no such precision or that the library cannot build for here.
     """
-    first = FIRST.get(precision, 75)
+    first = FIRST.get(precision, OLDEST)
     if early := [number for number in architectures if number < first]:
         raise ConfigError(
             f"there is no {precision} before sm_{first}, so no engine for {', '.join(f'sm_{n}' for n in early)}: "

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import msgspec
 
-from densegeo.doctor import examine
+from densegeo.doctor import cpu
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")  # CPU flags, the last one Arm's
@@ -32,8 +32,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 def facts() -> Facts:
     """Of this machine."""
     found = frozenset(name for name in LIBRARIES if find_spec(name) is not None)
+    _, features = cpu()
     return Facts(
-        gpu=first_gpu(), libraries=found, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(_cpu())
+        gpu=first_gpu(), libraries=found, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(features)
     )
 
 
@@ -62,7 +63,3 @@ def _torch_cuda() -> bool:
     import torch
 
     return torch.version.cuda is not None
-
-
-def _cpu() -> list[str]:
-    return examine().cpu_features

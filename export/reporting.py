@@ -1,16 +1,13 @@
-"""What a build shows: its progress, and at the end what was made."""
+"""What a build shows at its end: what was made, and on a GPU how fast it is."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from densegeo.errors import BackendError
 from densegeo.export.choice import GRAPHS, NO_BF16
@@ -23,20 +20,6 @@ from densegeo.runtime.verified import forget, mark_verified
 from densegeo.runtime.verify import replay, within
 
 WARM_UP, TIMED = 3, 10  # images
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    """Steps done of all, with the time they took and will take."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
 
 
 def recommend(manifest: Manifest, console: Console) -> None:
