@@ -51,6 +51,9 @@ ready-bundle: $(STAMP)
 	$(BIN)/python -m densegeo.training.photographs
 
 # Workers take tests from each other; what they share is built once (tests/support/shared.py).
+one-line: $(STAMP)
+	$(BIN)/python -m tests.full_size --json out/one-line.json
+
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-unit: $(STAMP)

@@ -91,10 +91,10 @@ def write_checkpoint(folder: Path) -> None:
             "layers_per_block": SD2_VAE.num_res_blocks,
         },
     }
-    for seed, part in enumerate(("unet", "vae")):
+    for part in ("unet", "vae"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_bytes(msgspec.json.encode(configs[part]))
-        write_random(folder / part / WEIGHTS, shapes[part], seed)
+        write_random(folder / part / WEIGHTS, shapes[part])
     generator = torch.Generator().manual_seed(2)
     embedding = torch.randn(1, 2, SD2_UNET.cross_attention_dim, generator=generator)
     save_file({"empty_prompt": embedding}, folder / "empty_prompt.safetensors")

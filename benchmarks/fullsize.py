@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +55,9 @@ from densegeo.runtime.engine_log import parse_log, read_log
 
 DISK = 70 * 10**9
 RANK = 16
+INTERRUPTED = 130  # exit code
 IMAGES = 8  # of a calibration
+Shapes = dict[str, tuple[int, ...]]
 GPUS = {"bf16": (), "int8": (86,), "fp8": (89, 120)}  # architectures of the engines; none: any from Ampere on
 
 
@@ -62,62 +66,79 @@ class Measured(msgspec.Struct):
 
     seconds: float
     anonymous_gib: float  # largest RssAnon of the process and its children, sampled
+    exit_code: int = 0
+
+
+def checkpoint_shapes(transformer: TransformerConfig, vae: VAEConfig) -> dict[str, Shapes]:
+    """role -> the names and shapes of its file."""
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {"dit": Transformer(transformer), "vae": VAE(vae)}
+    found: dict[str, Shapes] = {
+        role: {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        for role, module in modules.items()
+    }
+    found["lora"] = {}
+    for name, layer in modules["dit"].named_modules():
+        if isinstance(layer, nn.Linear) and Transformer.is_block(name):
+            key = "lora_unet_" + name.replace(".", "_")
+            found["lora"][f"{key}.lora_down.weight"] = (RANK, layer.in_features)
+            found["lora"][f"{key}.lora_up.weight"] = (layer.out_features, RANK)
+    return found
 
 
 def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfig, tokens: int, valid: int) -> None:
     """Seeded random files, tensor by tensor; a file that is there is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        modules: dict[str, nn.Module] = {"dit": Transformer(transformer), "vae": VAE(vae)}
-    for role, module in modules.items():
-        shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        write_random(folder / AUTHORS_FILES[role][0], shapes, seed=len(shapes))
-    linears = {name: layer for name, layer in modules["dit"].named_modules() if isinstance(layer, nn.Linear)}
-    updates: dict[str, tuple[int, ...]] = {}
-    for name, layer in linears.items():
-        if Transformer.is_block(name):
-            key = "lora_unet_" + name.replace(".", "_")
-            updates[f"{key}.lora_down.weight"] = (RANK, layer.in_features)
-            updates[f"{key}.lora_up.weight"] = (layer.out_features, RANK)
-    write_random(folder / AUTHORS_FILES["lora"][0], updates, seed=3)
-    random = np.random.default_rng(4)
+    for role, shapes in checkpoint_shapes(transformer, vae).items():
+        write_random(folder / AUTHORS_FILES[role][0], shapes)
+    write_random_prompt(folder / AUTHORS_FILES["prompt"][0], transformer.prompt_dim, tokens, valid)
+
+
+def write_random_prompt(path: Path, features: int, tokens: int, valid: int) -> None:
+    """A prompt's embedding whose first `valid` tokens count."""
     mask = np.arange(tokens)[None] < valid
-    embeds = random.standard_normal((1, tokens, transformer.prompt_dim)).astype(np.float32) * mask[..., None]
-    np.savez(folder / AUTHORS_FILES["prompt"][0], embeds=embeds, masks=mask.astype(np.int64))
+    embeds = np.random.default_rng(4).standard_normal((1, tokens, features)).astype(np.float32) * mask[..., None]
+    np.savez(path, embeds=embeds, masks=mask.astype(np.int64))
 
 
-def write_random(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-    """bf16 tensors that keep activations at their size: matrices scaled by width, norms near one, biases small.
-
-    A file that is there is kept.
-    """
+def write_random(path: Path, shapes: Shapes) -> None:
+    """A file of `random_tensor`s. A file that is there is kept."""
     if path.exists():
         return
-    generator = torch.Generator().manual_seed(seed)
     kinds = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
     with atomic_write(path) as partial, SafetensorsWriter(partial, kinds) as writer:
         for name, shape in track(shapes.items(), description=path.name):
-            noise = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
-            if len(shape) > 1:
-                noise *= float(np.prod(shape[1:])) ** -0.5
-            elif "norm" in name and name.endswith(("weight", "scale")):
-                noise = 1 + 0.1 * noise
-            else:
-                noise *= 0.1
-            writer.write(name, noise)
+            writer.write(name, random_tensor(name, shape))
 
 
-def measure(command: list[str], log: Path) -> Measured:
-    """Run a command to its end, sampling the anonymous memory of it and its children. Raises ResourceError."""
+def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """bf16, seeded by its name; activations keep their size: matrices scaled by width, norms near 1, biases small."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+    if len(shape) > 1:
+        return noise * float(np.prod(shape[1:])) ** -0.5
+    if "norm" in name and name.endswith(("weight", "scale")):
+        return 1 + 0.1 * noise
+    return noise * 0.1
+
+
+def measure(
+    command: list[str], log: Path, watch: Callable[[subprocess.Popen[bytes]], object] | None = None
+) -> Measured:
+    """Run a command to its end, sampling the anonymous memory of it and its children. Raises ResourceError.
+
+    watch: called at every sample; it may look and, say, interrupt the process.
+    """
     started, peak = time.monotonic(), 0
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, sum(_anonymous(pid) for pid in _family(process.pid)))
+            watch(process)
             time.sleep(0.2)
-    if process.returncode:
+    if process.returncode not in (0, INTERRUPTED):
         raise ResourceError(f"{' '.join(command)} failed: {log.read_text()[-2000:]}")
-    return Measured(time.monotonic() - started, peak / 2**20)
+    return Measured(time.monotonic() - started, peak / 2**20, process.returncode)
 
 
 def _family(pid: int) -> list[int]:

@@ -68,6 +68,10 @@ class Check:
         """Seconds of the budget that are left."""
         return self._end - time.monotonic()
 
+    def runs(self, count: int) -> int:
+        """How often something is timed: once where the script itself is tried."""
+        return 1 if self.small else count
+
     def run(self, steps: dict[str, Step]) -> bool:
         """Run the steps in order, write the file after each, and return whether all went well."""
         good = True
@@ -110,7 +114,7 @@ def tests(check: Check) -> dict[str, Any]:
 
 def kernels(check: Check) -> dict[str, Any]:
     """Bandwidth of every memory-bound kernel."""
-    return bandwidths(check.device, small=check.small)
+    return bandwidths(check.device, small=check.small, runs=check.runs(20))
 
 
 def launches(check: Check) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def models(check: Check) -> dict[str, Any]:
         raise RuntimeError("the numbers are wrong, so no speed is measured")
     weights = _weights(check)
     sizes = SIZES if not check.small else ((64, 48),)
-    found = [gpu_models.Comparison(weights, size, 3 if check.small else 7, check.left) for size in sizes]
+    found = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
     for compiled in (False, True):
         for comparison in found:
             comparison.measure(compiled=compiled)
@@ -147,7 +151,7 @@ def models(check: Check) -> dict[str, Any]:
 
 def fiffdepth(check: Check) -> dict[str, Any]:
     """Full-size FiffDepth at 512x512."""
-    found = gpu_fiffdepth.compare(check.device, check.small, 3 if check.small else 15, check.left)
+    found = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left)
     wrong = [name for name, row in found["contenders"].items() if "failed" in row]
     return found | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
 
@@ -158,7 +162,7 @@ def transfers(check: Check) -> dict[str, Any]:
     network = gpu_models.device_network(_weights(check), size, True)
     pixels = _pixels(size)
     placement = Placement((0, 0, *size), size)
-    ring, count = Ring(check.device), 8
+    ring, count = Ring(check.device), check.runs(8)
 
     def one(_: int) -> object:
         return ring.run([pixels], lambda frames: network(frames, [placement]))
@@ -170,13 +174,13 @@ def transfers(check: Check) -> dict[str, Any]:
     entry: dict[str, Any] = {"captured": network.recorded(1).captured, "images": count}
     for name, workers in (("one in flight", 1), ("two in flight", 2)):
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, range(2)))
+            list(pool.map(one, range(check.runs(2))))
             started = time.perf_counter()
             list(pool.map(one, range(count)))
             entry[name] = 1e3 * (time.perf_counter() - started) / count
-    entry["pageable"] = 1e3 * sorted(seconds_of(pageable, check.device, 5))[2]
+    entry["pageable"] = 1e3 * sorted(seconds_of(pageable, check.device, check.runs(5)))[check.runs(5) // 2]
     for group in (2, 4):
-        entry[f"batch of {group}"] = _batched(ring, network, [pixels] * group, placement)
+        entry[f"batch of {group}"] = _batched(ring, network, [pixels] * group, placement, check.runs(5))
     return entry
 
 
@@ -185,7 +189,9 @@ def _pixels(size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
-def _batched(ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]], placement: Placement) -> Any:
+def _batched(
+    ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]], placement: Placement, runs: int
+) -> Any:
     """Milliseconds an image when this many are run at once, or why not."""
 
     def together() -> None:
@@ -193,7 +199,7 @@ def _batched(ring: Ring, network: DeviceNetwork, pixels: list[NDArray[np.uint8]]
 
     try:
         together()  # records
-        seconds = sorted(seconds_of(together, ring.device, 5))[2]
+        seconds = sorted(seconds_of(together, ring.device, runs))[runs // 2]
     except torch.OutOfMemoryError as error:
         return {"failed": str(error)[:300]}
     return {"ms": 1e3 * seconds / len(pixels), "captured": network.recorded(len(pixels)).captured}
@@ -272,9 +278,10 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
             return {**entry, "failed": f"out of bounds: {', '.join(wrong)}"}
         image = _pixels((manifest.buckets[0].width, manifest.buckets[0].height))
         with Estimator(bundle, name, check.device, check_digests=False) as estimator:
+            runs = check.runs(7)
             for count in (1, 4, 8):
                 estimator.batch([image] * count)
-                seconds = sorted(seconds_of(partial(estimator.batch, [image] * count), "cpu", 7))[3]
+                seconds = sorted(seconds_of(partial(estimator.batch, [image] * count), "cpu", runs))[runs // 2]
                 entry[f"ms an image, {count} at once"] = 1e3 * seconds / count
         return entry
     except DensegeoError as error:

@@ -136,8 +136,9 @@ def _recorded(work: Callable[[], object]) -> Callable[[], object]:
 
 
 def seconds_of(work: Callable[[], object], device: str, runs: int, warm_up: int = 2) -> list[float]:
-    """Seconds of each of `runs` runs, timed by events on a GPU."""
+    """Seconds of each of `runs` runs, timed by events on a GPU; a single run is not warmed up."""
     out = []
+    warm_up = warm_up if runs > 1 else 0
     for turn in range(warm_up + runs):
         if device == "cpu":
             start = time.perf_counter()
@@ -161,7 +162,7 @@ def _tensors(outputs: object) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def bandwidths(device: str, small: bool = False, runs: int = 20) -> dict[str, Any]:
+def bandwidths(device: str, *, small: bool, runs: int) -> dict[str, Any]:
     """Every kernel's figures, with its share of the fastest copy seen."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows = {case.name: measure(case, device, runs) for case in cases(SMALL if small else FULL, dtype)}

@@ -82,7 +82,7 @@ class Replay:
         self._again: Callable[[], object] | None = None
         self._result = torch.empty(0)
         with torch.inference_mode(), settings():
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP if recorder is not None else 1):
                 eager = work(*self._inputs)
             if recorder is not None:
                 self._record(recorder, eager.clone())

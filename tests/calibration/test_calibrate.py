@@ -32,6 +32,7 @@ from densegeo.runtime.verify import replay, within
 from tests.support.calibration import run
 from tests.support.checkpoints import options, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("graphs_once")
 QUIET = Console(quiet=True)
 ATTENTIONS = {"double_blocks.0.attention", "single_blocks.0.attention"}
 

@@ -23,7 +23,8 @@ from tests.support.calibration import run
 from tests.support.diffusers_checkpoint import Case
 from tests.support.shared import Once
 
-CASE = Case("8-bit", {"use_linear_projection": True, "attention_head_dim": [1, 2, 2]}, size=(48, 32))
+pytestmark = pytest.mark.usefixtures("graphs_once")
+CASE = Case("8-bit", {"use_linear_projection": True, "attention_head_dim": [1, 2]}, size=(48, 32))
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +84,11 @@ def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_p
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "architectures", "engines"),
-    [("fp8", (89, 120), [["sm_89"], ["sm_120"]]), ("int8", (86,), [["sm_86"]])],
+    [
+        ("fp8", (89,), [["sm_89"]]),
+        pytest.param("fp8", (89, 120), [["sm_89"], ["sm_120"]], marks=pytest.mark.slow),  # as FE2E's by default
+        pytest.param("int8", (86,), [["sm_86"]], marks=pytest.mark.slow),
+    ],
 )
 def test_products_of_engines_are_8_bit(
     files: Path, calibration: Path, tmp_path: Path, kind: str, architectures: tuple[int, ...], engines: list[list[str]]

@@ -35,7 +35,10 @@ def build(checkpoint: Path, output: Path, **options: Any) -> Path:
     return build_bundle(BuildOptions(model="fiffdepth", output=output, given=given, **options))
 
 
-ALONE = [(name,) for name in NAMES]
+# Left to `slow`: by default PyTorch is held to all numbers in all these ways, bundles to the smaller ones in two, and
+# to diffusers' modules in small variants of every kind but the two largest.
+ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in NAMES]
+LARGEST = ("four-levels", "two-token-layers")
 
 
 @pytest.mark.parametrize("without", [(), NAMES, *ALONE], ids="-".join)
@@ -43,9 +46,8 @@ def test_bundle_matches_the_authors_numbers(golden: Path, tmp_path: Path, withou
     check(golden / "fiffdepth_small", tmp_path / "bundle", without)
 
 
-@pytest.mark.parametrize(
-    "without", [(), *(pytest.param(names, marks=pytest.mark.slow) for names in (NAMES, *ALONE))], ids="-".join
-)  # left to `slow`: by default PyTorch is held to the larger numbers in all these ways, and bundles to the smaller ones
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [(), NAMES, *ALONE], ids="-".join)
 def test_bundle_matches_the_larger_numbers(larger_golden: Path, tmp_path: Path, without: tuple[str, ...]) -> None:
     check(larger_golden / "fiffdepth_small", tmp_path / "bundle", without)
 
@@ -68,7 +70,10 @@ def check(folder: Path, output: Path, without: tuple[str, ...]) -> None:
     assert geometry.depth_kind == "affine"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.name in LARGEST), id=case.name) for case in CASES],
+)
 def test_bundle_agrees_with_diffusers(case: Case, fiffdepth_bundle: Build) -> None:
     """All rewrites on, or all off in every other case; one at a time they are left out above."""
     without = NAMES if CASES.index(case) % 2 else ()

@@ -12,13 +12,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Protocol
+
+
+class Content(Protocol):
+    """What a path holds."""
+
+    etag: str
+
+    def __len__(self) -> int: ...
+
+    def pieces(self, start: int, largest: int) -> Iterator[bytes]:
+        """The bytes from `start` on."""
+        ...
+
+
+class Stored:
+    """A file's content, read once: it may change."""
+
+    def __init__(self, path: Path) -> None:
+        self._bytes = path.read_bytes()
+        self.etag = hashlib.sha256(self._bytes).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def pieces(self, start: int, largest: int) -> Iterator[bytes]:
+        for begin in range(start, len(self._bytes), largest):
+            yield self._bytes[begin : begin + largest]
 
 
 @dataclass
 class Hub:
     """files: path below a repository ("exander/FE2E/LDRN.safetensors") -> content. What follows are its faults."""
 
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path | Content] = field(default_factory=dict)
     break_after: dict[str, int] = field(default_factory=dict)  # bytes after which an answer ends, once each
     pause: float = 0.0  # seconds between chunks
     chunk: int = 1 << 20
@@ -54,25 +82,27 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            content = file.read_bytes()
+            content = Stored(file) if isinstance(file, Path) else file
             start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "bytes=0-"))[1])  # type: ignore[index]
             self.send_response(206 if start else 200)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("ETag", f'"{content.etag}"')
             self.send_header("X-Repo-Commit", match[2])
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             if body:
-                self.send(path, content[start:])
+                self.send(path, content.pieces(start, hub.chunk))
 
-        def send(self, path: str, content: bytes) -> None:
+        def send(self, path: str, pieces: Iterator[bytes]) -> None:
             limit = hub.break_after.pop(path, None)
-            for begin in range(0, len(content), hub.chunk):
-                if limit is not None and begin >= limit:
+            sent = 0
+            for piece in pieces:
+                if limit is not None and sent >= limit:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                self.wfile.write(content[begin : begin + hub.chunk])
+                self.wfile.write(piece)
+                sent += len(piece)
                 time.sleep(hub.pause)
 
         def log_message(self, *_: object) -> None:
