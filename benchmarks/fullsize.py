@@ -134,7 +134,8 @@ def measure(
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, sum(_anonymous(pid) for pid in _family(process.pid)))
-            watch(process)
+            if watch is not None:
+                watch(process)
             time.sleep(0.2)
     if process.returncode not in (0, INTERRUPTED):
         raise ResourceError(f"{' '.join(command)} failed: {log.read_text()[-2000:]}")
