@@ -42,7 +42,7 @@ from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
 from densegeo.runtime.ready import find_bundle  # noqa: E402
 from densegeo.runtime.resample import Placement  # noqa: E402
-from densegeo.runtime.verify import replay, within  # noqa: E402
+from densegeo.runtime.verify import verify  # noqa: E402
 
 BUDGET_S = 540.0
 TESTS = ("tests/kernels", "tests/runtime/test_torch_device.py", "tests/runtime/test_torch_fused.py")
@@ -268,14 +268,15 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
     lines = _Lines()
     logging.getLogger("densegeo").addHandler(lines)
     try:
-        checks = replay(bundle, name, check.device)
+        verdict = verify(bundle, name, check.device)
         entry: dict[str, Any] = {
             "log": lines.seen,
-            "bound": manifest.verification.replay_bound,
-            "errors": {f"{found.bucket} {found.output}": found.error for found in checks},
+            "bounds": manifest.verification.bounds,
+            "errors": {f"{found.bucket} {found.output}, {found.reference}": found.error for found in verdict.served},
         }
-        if wrong := [found.output for found in checks if not within(found)]:
-            return {**entry, "failed": f"out of bounds: {', '.join(wrong)}"}
+        if not verdict.good:
+            names = dict.fromkeys(found.output for found in verdict.wrong)
+            return {**entry, "failed": f"out of bounds: {', '.join(names)}"}
         image = _pixels((manifest.buckets[0].width, manifest.buckets[0].height))
         with Estimator(bundle, name, check.device, check_digests=False) as estimator:
             runs = check.runs(7)

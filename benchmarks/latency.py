@@ -27,7 +27,7 @@ from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
 from densegeo.runtime.images import load_image
 from densegeo.runtime.measured import measured, remember
 from densegeo.runtime.resample import choose_bucket
-from densegeo.runtime.verify import replay, within
+from densegeo.runtime.verify import verify
 
 WARM_UP = 3  # runs before timing starts
 CALLERS = (1, 2, 4)  # threads that share the estimator, for the throughput
@@ -93,13 +93,8 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
     """Verify, then measure. Raises BackendError when the bundle's numbers come out wrong here."""
     manifest = read_manifest(bundle)
     check_with_progress(bundle, manifest)
-    checks = replay(bundle, backend, device)
-    if failed := [check for check in checks if not within(check)]:
-        worst = max(failed, key=lambda check: check.error)
-        raise BackendError(
-            f"No speed is reported, because the numbers are wrong here: {worst.output} at {worst.bucket} differs by "
-            f"{worst.error:.1e}, {worst.bound:.0e} is allowed. `densegeo verify {bundle}` shows all of them."
-        )
+    verdict = verify(bundle, backend, device)
+    verdict.require_good(bundle, "No speed is reported: ")
     source: Path | NDArray[np.uint8] = image if image is not None else generated_image(manifest.buckets[0])
     size = load_image(source).size
     bucket = choose_bucket(manifest.buckets, *size)
@@ -132,8 +127,8 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         memory_bytes=_peak_memory(),
         gpu=gpu,
         ceiling_gflops=matmul_gflops(),
-        worst_error=max(check.error for check in checks),
-        error_bound=manifest.verification.replay_bound,
+        worst_error=max(check.error for check in verdict.served),
+        error_bound=max(check.bound for check in verdict.served),
         **facts,
     )
 

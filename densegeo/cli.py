@@ -235,25 +235,41 @@ def inspect(
 
 
 @app.command()
-def verify(bundle: Bundle, backend: Backend = "auto", device: Device = "auto") -> None:
-    """Check every file's digest, then replay the stored verification inputs on this machine."""
+def verify(
+    bundle: Bundle,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    broken: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--break", hidden=True, help="Break this stage first: the command must notice."),
+    ] = None,
+    frames_on_cpu: Annotated[
+        bool, typer.Option("--frames-on-cpu", hidden=True, help="Take torch's way on a GPU, on the CPU.")
+    ] = False,
+) -> None:
+    """Check every file's digest, then run the stored pictures as images are run, and compare."""
     from densegeo.inspection import check_with_progress, print_checks
     from densegeo.runtime.bundle import read_manifest
-    from densegeo.runtime.verified import forget, mark_verified
-    from densegeo.runtime.verify import replay, within
+    from densegeo.runtime.faults import NoSuchStageError
+    from densegeo.runtime.verify import verify
 
     manifest = read_manifest(bundle)
     check_with_progress(bundle, manifest)
     console = Console()
     console.print(f"{len(manifest.files)} files: sizes and SHA-256 as in the manifest")
-    forget(bundle, backend)  # until it passes again
-    checks = replay(bundle, backend=backend, device=device)
-    print_checks(checks, "replayed here")
-    if all(within(check) for check in checks):
-        mark_verified(bundle, backend)
-    else:
-        _fail("This machine does not reproduce the bundle's reference outputs: do not trust its results here.")
-    console.print("[green]verified[/]: the numbers come out right on this machine")
+    try:
+        verdict = verify(bundle, backend, device, frames_on_cpu=frames_on_cpu, broken=broken)
+    except NoSuchStageError as error:
+        raise typer.BadParameter(str(error), param_hint="--break") from error
+    print_checks(verdict.served, f"images through {verdict.backend} on {verdict.device}")
+    if verdict.stages:
+        print_checks(verdict.stages, "the stages one by one, to find the one that is off")
+    if not verdict.good:
+        _fail(
+            "This machine does not reproduce the bundle's reference outputs: do not trust its results here."
+            + (f" (The stage {broken} was broken on purpose.)" if broken else "")
+        )
+    console.print(f"[green]verified[/]: with {verdict.backend} the numbers come out right on {verdict.device}")
 
 
 @app.command()

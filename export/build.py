@@ -9,10 +9,11 @@ from rich.console import Console
 
 from densegeo.errors import BundleError, CheckpointError
 from densegeo.export import checks, digests, downloads, sources
+from densegeo.export.command_line import flags
 from densegeo.export.display import Display
 from densegeo.export.engine_plan import device_plan
 from densegeo.export.engines import library_version
-from densegeo.export.keys import code_digest, digest, onnxruntime_version, stage_keys, versions
+from densegeo.export.keys import RECIPES, digest, onnxruntime_version, stage_keys, versions
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
@@ -156,15 +157,17 @@ def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manif
         capture=CAPTURE,
         verification=Verification(
             checks.INPUTS_FILE,
-            max(bound for by_output in weights.bounds.values() for bound in by_output.values()),
+            checks.served_bounds(weights.bounds.values()),
+            max(by_output["replay"] for by_output in weights.bounds.values()),
             graphs.checks,
         ),
+        options=flags(options),
         choice=options.choice,
     )
 
 
 def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> str:
-    """Digest of everything the bundle depends on: input digests, options, versions, and the builder's own code."""
+    """Digest of everything the bundle depends on: input digests, options, versions and recipes."""
     facts = {
         "schema": SCHEMA_VERSION,
         "options": [
@@ -182,7 +185,7 @@ def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> 
         "builder": library_version(options.engines.library) if options.backend == "tensorrt" else "",
         "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
         "versions": versions(),
-        "code": code_digest(("models", "export", "kernels") if options.architectures else ("models", "export")),
+        "recipes": RECIPES,
     }
     return digest(facts)
 

@@ -7,8 +7,10 @@ of plain eager low precision, rewrites off. Errors are relative L2 norms.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +27,57 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
 from densegeo.runtime.chain import assemble_whole
 from densegeo.runtime.decode import latents_of
-from densegeo.runtime.resample import Placement, restore
-from densegeo.runtime.verify import relative_error, within
+from densegeo.runtime.images import Frame
+from densegeo.runtime.resample import Placement, nearest, place, prepare, restore
+from densegeo.runtime.verify import IMAGE, relative_error, within
 
 FLOAT32_BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2.0
 INPUTS_FILE = "verification.safetensors"
+LARGER, SMALLER = (1.125, 1.25, 1.5), (0.875, 0.75, 0.5)
 Float = NDArray[np.float32]
-Outputs = dict[str, Float]  # rgb and, per output of the verification, its reference
+Pixels = NDArray[np.uint8]
+Outputs = dict[str, NDArray[Any]]  # by the names of `bundle.Verification.inputs`
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a bucket, in pixels."""
+
+    width: int
+    height: int
+
+
+def picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Of each size (width, height), the odd sizes of the two pictures with which it is verified; each is served by it.
+
+    One is larger than the bucket. The other is smaller: a portrait for the size that serves portraits best.
+    """
+    buckets = [Size(*size) for size in sizes]
+    found = {size: [_served_by(buckets, Size(*size), LARGER)] for size in sizes}
+    short, long = min(sizes[0]), max(sizes[0])
+    portrait = (short * 5 // 8 | 1, long * 7 // 8 | 1)
+    best = nearest(buckets, *portrait)
+    found[best.width, best.height].append(portrait)
+    for size, pictures in found.items():
+        if len(pictures) == 1:
+            pictures.append(_served_by(buckets, Size(*size), SMALLER))
+    return found
+
+
+def _served_by(buckets: Sequence[Size], size: Size, scales: Sequence[float]) -> tuple[int, int]:
+    """An odd size by the first scale with which `size` is the nearest of all; its own where none is."""
+    for scale in scales:
+        picture = (int(size.width * scale) | 1, int(size.height * scale) | 1)
+        if nearest(buckets, *picture) == size:
+            return picture
+    return size.width, size.height
+
+
+def seeded_picture(width: int, height: int, seed: int = 0) -> Pixels:
+    """A seeded picture, uint8 (H, W, 3)."""
+    rgb = seeded_rgb(width, height, seed)[0].transpose(1, 2, 0)
+    return np.round((rgb + 1) * 127.5).astype(np.uint8)
 
 
 def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
@@ -51,13 +96,17 @@ def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
 
 
 @torch.no_grad()
-def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = None, *, mean: bool = False) -> Outputs:
-    """Every verified output of the PyTorch pipeline for one picture (1, 3, H, W), float32.
+def reference_outputs(
+    pipeline: Pipeline, image: Pixels, size: tuple[int, int], given: Outputs | None = None, *, mean: bool = False
+) -> Outputs:
+    """Every verified output of the PyTorch pipeline for one picture, uint8 (h, w, 3), in a bucket of `size`; float32.
 
     With `given`, encoder, denoiser and decoder start from the given outputs of the stage before: each stage's own
-    error, not their sum; prediction and normals are then left out. mean: take that of the decoder's channels.
+    error, not their sum; what comes after them is then left out. mean: take that of the decoder's channels.
     """
-    height, width = rgb.shape[-2:]
+    width, height = size
+    source = (image.shape[1], image.shape[0])
+    rgb = prepare(Frame(image, encoded=False), Size(width, height), place(Size(width, height), source, "stretch"))
     latent = reference.encode(pipeline, torch.from_numpy(rgb))
     output = reference.transform(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
     joined = torch.from_numpy(given["denoiser"]) if given else output
@@ -65,13 +114,21 @@ def reference_outputs(pipeline: Pipeline, rgb: Float, given: Outputs | None = No
     pictures = decoded.mean(1, keepdim=True) if mean else decoded
     outputs = {"rgb": rgb, "encoder": latent.numpy(), "denoiser": output.numpy(), "decoder": pictures.numpy()}
     if given is None:
-        box = Placement((0, 0, width, height), (width, height))
-        outputs["prediction"] = restore(pipeline.denoiser.prediction(decoded).numpy(), box)[None]
-        if pipeline.denoiser.PICTURES == 2:
-            outputs["normals"] = (
-                -reference.normals(decoded).permute(1, 2, 0)[None].contiguous().numpy()
-            )  # to OpenCV's axes
+        outputs["image"] = image
+        for prefix, whole in (("", (width, height)), (IMAGE, source)):
+            place_of = Placement((0, 0, width, height), whole)
+            prediction = restore(pipeline.denoiser.prediction(decoded).numpy(), place_of)
+            outputs[f"{prefix}prediction"] = prediction if prefix else prediction[None]
+            if pipeline.denoiser.PICTURES == 2:
+                normals = _normals(decoded, place_of)
+                outputs[f"{prefix}normals"] = normals if prefix else normals[None]
     return outputs
+
+
+def _normals(decoded: Tensor, placement: Placement) -> Float:
+    """decoded (2, 3, H, W) -> unit normals (h, w, 3) at the source's size, in OpenCV's axes: all three reversed."""
+    planes = [torch.tensor(restore(plane, placement)) for plane in decoded[1].clamp(-1, 1).numpy()]
+    return -F.normalize(torch.stack(planes), dim=0, eps=1e-9).permute(1, 2, 0).contiguous().numpy()
 
 
 class _WideConv2d(nn.Conv2d):
@@ -109,17 +166,34 @@ def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     where the eager pipeline overflows.
     """
     mean = wanted["decoder"].shape[1] == 1
-    stages = reference_outputs(low, wanted["rgb"], given=wanted, mean=mean)
-    chained = reference_outputs(low, wanted["rgb"], mean=mean)
+    size = wanted["rgb"].shape[3], wanted["rgb"].shape[2]
+    stages = reference_outputs(low, wanted["image"], size, given=wanted, mean=mean)
+    chained = reference_outputs(low, wanted["image"], size, mean=mean)
     outputs = chained | {str(stage): stages[stage] for stage in STAGES}
-    errors = {name: relative_error(outputs[name], wanted[name]) for name in wanted if name != "rgb"}
+    errors = {name: relative_error(outputs[name], wanted[name]) for name in _made(wanted)}
     errors["replay"] = max(relative_error(chained[name], wanted[name]) for name in errors)
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
 
 
 def float32_bounds(wanted: Outputs) -> dict[str, float]:
     """`bounds` of a float32 graph: eager float32 is the reference itself."""
-    return {name: FLOAT32_BOUND for name in (*wanted, "replay") if name != "rgb"}
+    return dict.fromkeys((*_made(wanted), "replay"), FLOAT32_BOUND)
+
+
+def served_bounds(bounds: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of all sizes' bounds of a served image's outputs."""
+    found: dict[str, float] = {}
+    for by_output in bounds:
+        for name, bound in by_output.items():
+            if name.startswith(IMAGE):
+                output = name.removeprefix(IMAGE)
+                found[output] = max(bound, found.get(output, 0.0))
+    return found
+
+
+def _made(outputs: Iterable[str]) -> list[str]:
+    """What is computed, and not given."""
+    return [name for name in outputs if name not in ("rgb", "image")]
 
 
 def require_finite(bounds: dict[str, float], size: str) -> None:
@@ -177,7 +251,7 @@ def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict
 def write_inputs(directory: Path, references: Mapping[tuple[int, int], Sequence[Outputs]]) -> None:
     """Store inputs and references of every size (width, height) for `densegeo verify`."""
     tensors = {
-        f"{width}x{height}.{index}.{name}": array
+        f"{width}x{height}.{index}.{name}": np.ascontiguousarray(array)  # else safetensors stores another order
         for (width, height), pictures in references.items()
         for index, outputs in enumerate(pictures)
         for name, array in outputs.items()
@@ -197,4 +271,6 @@ def read_inputs(directory: Path) -> dict[tuple[int, int], list[Outputs]]:
 
 def _ordered(outputs: Outputs) -> Outputs:
     """The outputs in the order in which they are made, in which errors are listed too."""
-    return {name: outputs[name] for name in ("rgb", *STAGES, "prediction", "normals") if name in outputs}
+    made = ("prediction", "normals")
+    names = ("rgb", *STAGES, *made, IMAGE.rstrip("_"), *(f"{IMAGE}{name}" for name in made))
+    return {name: outputs[name] for name in names if name in outputs}

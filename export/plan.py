@@ -19,7 +19,6 @@ from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
-from densegeo.runtime.verify import PICTURES
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
@@ -92,8 +91,8 @@ def make_plan(
     stored = kept * ITEM_BYTES[base] - eight_bit * (ITEM_BYTES[base] - 1)
     piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
-    pictures = min(batch, PICTURES)
-    references = pictures * sum((9 * width * height + 20 * width * height // 8) * 4 for width, height in sizes)
+    # Of each size two pictures at most: in its bucket, and with depth and normals at their own size, 9/8 of it.
+    references = 2 * sum(width * height * (4 * 9 + 4 * 20 // 8 + 25) for width, height in sizes)
     return Plan(
         skeleton,
         form,

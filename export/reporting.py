@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from densegeo.errors import BackendError
 from densegeo.export.choice import GRAPHS, NO_BF16
 from densegeo.export.engine_plan import DevicePlan
 from densegeo.export.plan import GIB
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Choice, Manifest
 from densegeo.runtime.measured import advice
-from densegeo.runtime.verified import forget, mark_verified
-from densegeo.runtime.verify import replay, within
+from densegeo.runtime.verify import verify
 
 WARM_UP, TIMED = 3, 10  # images
 
@@ -82,14 +80,7 @@ def errors_in_words(manifest: Manifest) -> str:
 
 def try_out(bundle: Path, choice: Choice, console: Console) -> None:
     """Verify a bundle on the GPU that it was built for, and say how long an image takes there. Raises BackendError."""
-    checks = replay(bundle, choice.backend, "auto")
-    if wrong := [check for check in checks if not within(check)]:
-        forget(bundle, choice.backend)
-        raise BackendError(
-            f"{bundle} does not give its reference outputs on this GPU: {wrong[0].output} of {wrong[0].bucket} is off "
-            f"by {wrong[0].error:.1e}, the bound is {wrong[0].bound:.1e}. Do not use it here with {choice.backend}."
-        )
-    mark_verified(bundle, choice.backend)
+    verify(bundle, choice.backend).require_good(bundle)
     with Estimator(bundle, choice.backend, check_digests=False) as estimator:
         bucket = estimator.manifest.buckets[0]
         image = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)

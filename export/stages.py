@@ -39,12 +39,12 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.runtime.backends.cuda_kernels import FOLDER as KERNELS
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Engine, Manifest, bucket_name
-from densegeo.runtime.verify import PICTURES, alternating
+from densegeo.runtime.verify import alternating
 
 PROMPT_FILE = "prompt.safetensors"
 Size = tuple[int, int]  # width, height
 Made = TypeVar("Made", bound=StageRecord)
-References = dict[Size, list[checks.Outputs]]  # one picture a size, or `PICTURES`
+References = dict[Size, list[checks.Outputs]]  # of the pictures of each size
 Bounds = dict[str, dict[str, float]]  # as in `state.Weights`
 
 
@@ -124,20 +124,21 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
     references: References = {}
     bounds: Bounds = {}
     mean = job.plan.form.vae.decoder.conv_out.out_channels == 1
-    pictures = PICTURES if options.batches else 1
+    pictures = checks.picture_sizes(options.sizes)
     low_too = options.precision in DTYPES and options.precision != "fp32"
     guidance = pipeline.denoiser.guidance
     pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
-    passes = (pictures + 2 * low_too) * len(options.sizes)
+    passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
     with job.display.bar("references", passes * _elements(pipeline.denoiser)) as bar:
         rest = _count_blocks(pipeline.denoiser, bar)
         for width, height in options.sizes:
             bar.describe(f"reference {width}x{height}")
             pipeline.denoiser.resize(width, height)
             references[width, height] = []
-            for seed in range(pictures):
-                rgb = checks.seeded_rgb(width, height, seed)
-                references[width, height].append(checks.reference_outputs(pipeline, rgb, mean=mean))
+            for seed, picture in enumerate(pictures[width, height]):
+                image = checks.seeded_picture(*picture, seed)
+                outputs = checks.reference_outputs(pipeline, image, (width, height), mean=mean)
+                references[width, height].append(outputs)
                 bar.advance(rest)
             if options.precision == "fp32":
                 bounds[bucket_name(width, height)] = checks.float32_bounds(references[width, height][0])
@@ -183,7 +184,7 @@ def _check_fp16(pipeline: Pipeline, stored: Path, wanted: checks.Outputs) -> Non
     streamed = streamed_copy(pipeline, stored)
     recorder = RangeRecorder()
     with recorder.watch(streamed.denoiser, "denoiser"), recorder.watch(streamed.vae, "vae"):
-        checks.reference_outputs(streamed, wanted["rgb"])
+        checks.reference_outputs(streamed, wanted["image"], (wanted["rgb"].shape[3], wanted["rgb"].shape[2]))
     recorder.check_fp16()
 
 

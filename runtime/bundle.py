@@ -15,7 +15,7 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 
 Stage = Literal["encoder", "denoiser", "decoder"]
@@ -175,8 +175,19 @@ class Check(Record, frozen=True):
 
 
 class Verification(Record, frozen=True):
-    inputs: str  # safetensors file: "{size}.{n}.rgb" of picture n and, per output, its float32 "{size}.{n}.{output}"
-    replay_bound: float  # relative L2 bound of a replay against the stored references
+    """What was measured when the bundle was built, and what is measured anew where it is to serve.
+
+    inputs: a safetensors file. Of picture n of a size it holds "{size}.{n}.image", uint8 (h, w, 3) of the picture's own
+    odd sides; "{size}.{n}.image_prediction" (h, w) and, where there are any, "{size}.{n}.image_normals" (h, w, 3; unit,
+    OpenCV frame), which PyTorch's float32 networks make of it; and for diagnosis "{size}.{n}.rgb", what the picture is
+    in the bucket, with every stage's float32 "{size}.{n}.{output}" of a run from end to end.
+    bounds: relative L2 bounds of a served image's "prediction" and "normals"; replay_bound: of all stages' outputs.
+    checks: what the build measured, every stage from the reference of the one before.
+    """
+
+    inputs: str
+    bounds: dict[str, float]
+    replay_bound: float
     checks: list[Check]
 
 
@@ -232,6 +243,7 @@ class Manifest(Record, frozen=True):
     engines: list[Engine]
     capture: Capture
     verification: Verification
+    options: dict[str, list[str]]  # of `densegeo build`, that make it again: flag -> values, none for a switch
     choice: Choice | None = None  # None: built from Python, with everything given
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -39,12 +40,14 @@ def fingerprint(engine: Engine) -> str:
 
 
 def rebuild_command(manifest: Manifest, directory: Path) -> str:
-    """What to type to get current engines into this bundle."""
-    targets = "".join(f" --gpu-arch {name.removeprefix('sm_')}" for name in manifest.target_architectures)
-    return (
-        f"densegeo build --model {manifest.model} --precision {manifest.precision} --backend tensorrt{targets} "
-        f"--output {directory}"
-    )
+    """What to type to get current engines into this bundle, everything else as it was built."""
+    options = manifest.options | {"--backend": ["tensorrt"], "--output": [str(directory)]}
+    words = [word for flag, values in options.items() for word in _typed(flag, values)]
+    return shlex.join(["densegeo", "build", *words])
+
+
+def _typed(flag: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)] if values else [flag]
 
 
 def select_engine(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError, ConfigError, ShutdownError
-from densegeo.runtime.backends import FrameBackend, open_backend
+from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.bundle import Bucket, Manifest, check_files, read_manifest
 from densegeo.runtime.chain import assemble, assemble_whole, run_network
@@ -102,19 +102,30 @@ class Estimator:
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
         options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
         directory = find_bundle(bundle)
-        self.manifest = read_manifest(directory)
-        if not self.manifest.buckets:
+        manifest = read_manifest(directory)
+        if not manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")
-        check_files(directory, self.manifest, digests=check_digests)
+        check_files(directory, manifest, digests=check_digests)
         self._fit, self._preprocessing, self._max_pixels = fit, preprocessing, max_pixels
-        self._backend = open_backend(backend, directory, self.manifest, device)
+        self._start(open_backend(backend, directory, manifest, device), manifest, options)
+
+    @classmethod
+    def from_backend(cls, backend: Backend, manifest: Manifest, *, max_batch: int = 8) -> Estimator:
+        """An estimator over a backend that is open already, other options at their defaults. It closes the backend."""
+        estimator = cls.__new__(cls)
+        estimator._fit, estimator._preprocessing, estimator._max_pixels = "stretch", "densegeo", MAX_PIXELS
+        estimator._start(backend, manifest, BatchOptions(max_batch))
+        return estimator
+
+    def _start(self, backend: Backend, manifest: Manifest, options: BatchOptions) -> None:
+        self._backend, self.manifest = backend, manifest
         takes_frames = isinstance(self._backend, FrameBackend) and self._backend.takes_frames
         self._frames = cast(FrameBackend, self._backend) if takes_frames else None
         if self._frames is not None:
-            together = min(max_batch, self._frames.frames_at_once)
+            together = min(options.max_batch, self._frames.frames_at_once)
             options = dataclasses.replace(options, lanes=2, together=together)
         else:
-            together = min(max_batch, max(bucket.batch for bucket in self.manifest.buckets))
+            together = min(options.max_batch, max(bucket.batch for bucket in manifest.buckets))
             options = dataclasses.replace(options, together=together)
         self._options = options
         self.metrics = Metrics()
@@ -220,6 +231,11 @@ class Estimator:
     def device(self) -> str:
         """The device in use: "cpu" or "cuda:N"."""
         return self._backend.device
+
+    @property
+    def frames(self) -> FrameBackend | None:
+        """The backend, where whole images go to its device; None where the host prepares them and finishes results."""
+        return self._frames
 
     @property
     def images_together(self) -> int:

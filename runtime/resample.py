@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,20 @@ from densegeo.runtime.bundle import Bucket
 from densegeo.runtime.images import Frame
 
 Float = NDArray[np.float32]
+AnySized = TypeVar("AnySized", bound="Sized")
 
 # (largest source width, largest source height) -> (width, height): the released evaluation's fixed sizes
 AUTHORS_SIZES = (((1024, 768), (1024, 768)), ((1280, 960), (1216, 352)), ((6048, 4032), (864, 576)))
+
+
+class Sized(Protocol):
+    """A bucket, or whatever else has a size in pixels."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -53,18 +64,22 @@ def resize_plain(plane: Float, width: int, height: int) -> Float:
 
 
 def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
-    """The bucket for one image of the nearest aspect ratio, by |ln ratio|.
+    """The bucket for one image, see `nearest`."""
+    return nearest([bucket for bucket in buckets if bucket.batch == 1], width, height)
+
+
+def nearest(sizes: Sequence[AnySized], width: int, height: int) -> AnySized:
+    """The one of the nearest aspect ratio to an image's, by |ln ratio|.
 
     Of equal ones the largest that does not upscale the source (neither side exceeds it), else the smallest.
     """
 
-    def distance(bucket: Bucket) -> float:
-        return abs(math.log(bucket.width / bucket.height) - math.log(width / height))
+    def distance(size: AnySized) -> float:
+        return abs(math.log(size.width / size.height) - math.log(width / height))
 
-    single = [bucket for bucket in buckets if bucket.batch == 1]
-    nearest = min(map(distance, single))
-    ties = sorted((b for b in single if distance(b) <= nearest + 1e-9), key=lambda b: b.width * b.height)
-    fitting = [b for b in ties if b.width <= width and b.height <= height]
+    least = min(map(distance, sizes))
+    ties = sorted((one for one in sizes if distance(one) <= least + 1e-9), key=lambda one: one.width * one.height)
+    fitting = [one for one in ties if one.width <= width and one.height <= height]
     return fitting[-1] if fitting else ties[0]
 
 
@@ -103,7 +118,7 @@ def authors_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def place(bucket: Bucket, size: tuple[int, int], fit: str) -> Placement:
+def place(bucket: Sized, size: tuple[int, int], fit: str) -> Placement:
     """Where an image of `size` (width, height) goes.
 
     fit "stretch" fills the bucket; "pad" keeps the aspect ratio and centres.
@@ -118,7 +133,7 @@ def place(bucket: Bucket, size: tuple[int, int], fit: str) -> Placement:
     return Placement((left, top, inner_width, inner_height), size)
 
 
-def prepare(frame: Frame, bucket: Bucket, placement: Placement) -> Float:
+def prepare(frame: Frame, bucket: Sized, placement: Placement) -> Float:
     """Our preprocessing: antialiased bilinear into the placement's box -> rgb (1, 3, H, W) float32 in [-1, 1].
 
     Outside the box the edge pixels repeat.

@@ -1,61 +1,183 @@
-"""Replays a bundle's stored verification inputs on this machine and compares with the stored float32 references."""
+"""Whether a bundle's numbers come out right here: its stored pictures go the way that every image goes.
+
+The pictures, of odd sizes, are sent through `estimator(image)`, `batch` and `submit`, and what comes back is compared
+with what PyTorch's float32 networks made of them when the bundle was built. Only that counts. Where it fails the stages
+are run one by one on stored inputs, to find the one that is off.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BundleError
-from densegeo.runtime.bundle import Check, Decode
+from densegeo.errors import BackendError, BundleError
+from densegeo.runtime import verified
+from densegeo.runtime.bundle import Bucket, Check, Decode, Manifest, read_manifest
 from densegeo.runtime.estimator import Estimator
+from densegeo.runtime.faults import breaking
+from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.tensorfile import Array, read_tensors
 
-PICTURES = 2  # stored for a size that also has batches, which they fill by turns; else one
+IMAGE = "image_"  # before the names of what belongs to a picture at its own size
+WAIT_S = 600.0  # for a submitted picture
+
+Way = Callable[[Estimator, list[Array]], list[Geometry]]
+WAYS: dict[str, Way] = {
+    "estimator(image)": lambda estimator, images: [estimator(image) for image in images],
+    "batch": lambda estimator, images: estimator.batch(images),
+    "submit": lambda estimator, images: [
+        future.result(WAIT_S) for future in [estimator.submit(image) for image in images]
+    ],
+}
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What `verify` found. backend, device: those that really ran. stages: their own errors, where `served` is off."""
+
+    backend: str
+    device: str
+    served: list[Check]
+    stages: list[Check]
+
+    @property
+    def good(self) -> bool:
+        """Whether images may be run here."""
+        return bool(self.served) and all(within(check) for check in self.served)
+
+    @property
+    def wrong(self) -> list[Check]:
+        """What is beyond its bound, a broken stage before what follows from it."""
+        return [check for check in (*self.stages, *self.served) if not within(check)]
+
+    def require_good(self, bundle: Path, consequence: str = "") -> None:
+        """Raises BackendError that names what is wrong, after the words in `consequence`."""
+        if not self.good:
+            first = self.wrong[0]
+            raise BackendError(
+                f"{consequence}{bundle} does not give its reference outputs with {self.backend} on {self.device}: "
+                f"{first.output} at {first.bucket} ({first.reference}) is off by {first.error:.1e}, {first.bound:.0e} "
+                f"is allowed. Do not use it here with {self.backend}; `densegeo verify {bundle} --backend "
+                f"{self.backend}` shows all."
+            )
+
+
+def verify(
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    device: str = "auto",
+    *,
+    frames_on_cpu: bool = False,
+    broken: str | None = None,
+) -> Verdict:
+    """Send the stored pictures the way of every image, and note the result for this backend on this machine.
+
+    frames_on_cpu: torch's way on a GPU, on a CPU. broken: a stage to break on purpose, see `faults.breaking`; nothing
+    is noted in either case. Digests are not checked here. Raises BundleError when the stored pictures are missing or
+    misshapen, BackendError when something does not run, NoSuchStageError for a stage that this way does not have.
+    """
+    directory = find_bundle(bundle)
+
+    def opened(name: str) -> Estimator:
+        return _frames_on_cpu(directory) if frames_on_cpu else Estimator(directory, name, device, check_digests=False)
+
+    if broken is not None:
+        with opened(backend) as estimator:
+            breaking_it = breaking(broken, estimator)
+        with breaking_it, opened(estimator.backend) as estimator:
+            return _verdict(estimator, directory)
+    with opened(backend) as estimator:
+        if not frames_on_cpu:
+            verified.forget(directory, estimator.backend)  # until it passes again
+        verdict = _verdict(estimator, directory)
+    if verdict.good and not frames_on_cpu:
+        verified.mark_verified(directory, verdict.backend)
+    return verdict
+
+
+def _frames_on_cpu(directory: Path) -> Estimator:
+    from densegeo.runtime.backends.torch_modules import TorchBackend
+
+    manifest = read_manifest(directory)
+    backend = TorchBackend(directory, manifest, "cpu", frames_on_cpu=True)
+    return Estimator.from_backend(backend, manifest, max_batch=2)
+
+
+def _verdict(estimator: Estimator, directory: Path) -> Verdict:
+    path = directory / estimator.manifest.verification.inputs
+    tensors = read_tensors(path)
+    verdict = Verdict(estimator.backend, estimator.device, serve(estimator, tensors, path), [])
+    return verdict if verdict.good else msgspec.structs.replace(verdict, stages=run_stages(estimator, tensors, path))
+
+
+def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[Check]:
+    """For each size and way the largest error of a picture's outputs; the pictures alternate and fill batches."""
+    manifest, checks = estimator.manifest, []
+    for bucket in single(manifest):
+        pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in served_outputs(manifest))))
+        count = max(len(pictures), estimator.images_together)
+        turns = [pictures[i % len(pictures)] for i in range(count)]
+        for way, send in WAYS.items():
+            results = send(estimator, [picture["image"] for picture in turns])
+            for output in served_outputs(manifest):
+                errors = [
+                    relative_error(getattr(result, output), picture[f"{IMAGE}{output}"])
+                    for result, picture in zip(results, turns, strict=True)
+                ]
+                bound = manifest.verification.bounds[output]
+                what = f"stored float32: {count} images by {way}"
+                checks.append(Check(bucket.size, output, what, _largest(errors), bound))
+    return checks
+
+
+def run_stages(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[Check]:
+    """Every stage's output in every bucket, run from end to end, against the stored ones."""
+    manifest, checks = estimator.manifest, []
+    for bucket in manifest.buckets:
+        pictures = stored(tensors, path, bucket, ("rgb", *outputs_of(manifest.decode)))
+        for picture in pictures:
+            if picture["rgb"].shape != (1, 3, bucket.height, bucket.width):
+                shape = picture["rgb"].shape
+                raise BundleError(f"{path}: rgb of {bucket.size} has shape {shape}. Rebuild the bundle.")
+        wanted = alternating(pictures, bucket.batch)
+        outputs = estimator.replay(wanted.pop("rgb"))
+        for output, reference in wanted.items():
+            error = relative_error(outputs[output], reference)
+            checks.append(Check(bucket.name, output, "stored float32", error, manifest.verification.replay_bound))
+    return checks
+
+
+def single(manifest: Manifest) -> list[Bucket]:
+    """One bucket a size."""
+    return [bucket for bucket in manifest.buckets if bucket.batch == 1]
+
+
+def served_outputs(manifest: Manifest) -> tuple[str, ...]:
+    """What an image gives."""
+    return ("prediction", "normals") if manifest.decode.pictures == 2 else ("prediction",)
 
 
 def outputs_of(decode: Decode) -> tuple[str, ...]:
-    """What a verification compares."""
+    """What the stages of a bucket give, in order."""
     return ("encoder", "denoiser", "decoder", "prediction", *(("normals",) if decode.pictures == 2 else ()))
 
 
-def replay(bundle: str | os.PathLike[str], backend: str = "auto", device: str = "auto") -> list[Check]:
-    """One check an output and bucket, each against the manifest's `replay_bound`.
+def stored(tensors: dict[str, Array], path: Path, bucket: Bucket, names: Sequence[str]) -> list[dict[str, Array]]:
+    """The pictures of a bucket's size: of each what has these names. Raises BundleError where one is missing."""
+    count = len({key for key in tensors if key.startswith(f"{bucket.size}.") and key.endswith(".image")})
+    if not count:
+        raise BundleError(f"{path} lacks the pictures that {bucket.size} is verified with. Rebuild the bundle.")
+    return [{name: _tensor(tensors, path, f"{bucket.size}.{index}.{name}") for name in names} for index in range(count)]
 
-    The estimator's own stages run, chained as they are for an image. Digests are not checked here.
-    Raises BundleError when the stored inputs are missing or misshapen, BackendError when a graph does not run.
-    """
-    with Estimator(bundle, backend=backend, device=device, check_digests=False) as estimator:
-        verification = estimator.manifest.verification
-        path = Path(bundle) / verification.inputs
-        tensors = read_tensors(path)
-        checks = []
-        for bucket in estimator.manifest.buckets:
-            names = ("rgb", *outputs_of(estimator.manifest.decode))
-            stored = [
-                {name: _tensor(tensors, path, f"{bucket.size}.{picture}.{name}") for name in names}
-                for picture in range(min(bucket.batch, PICTURES))
-            ]
-            for picture, outputs in enumerate(stored):
-                if outputs["rgb"].shape != (1, 3, bucket.height, bucket.width):
-                    shape = outputs["rgb"].shape
-                    raise BundleError(f"{path}: {bucket.size}.{picture}.rgb has shape {shape}. Rebuild the bundle.")
-            wanted = alternating(stored, bucket.batch)
-            outputs = estimator.replay(wanted.pop("rgb"))
-            for output, reference in wanted.items():
-                checks.append(
-                    Check(
-                        bucket=bucket.name,
-                        output=output,
-                        reference="stored float32 outputs",
-                        error=relative_error(outputs[output], reference),
-                        bound=verification.replay_bound,
-                    )
-                )
-        return checks
+
+def _largest(errors: Sequence[float]) -> float:
+    """The largest, or what is no number."""
+    return float(np.max(errors))
 
 
 def alternating(pictures: Sequence[Mapping[str, Array]], batch: int) -> dict[str, NDArray[np.float32]]:
@@ -66,6 +188,8 @@ def alternating(pictures: Sequence[Mapping[str, Array]], batch: int) -> dict[str
     images = [pictures[i % len(pictures)] for i in range(batch)]
     joined = {}
     for name in images[0]:
+        if name.startswith("image"):  # of its own size
+            continue
         parts = [image[name].astype(np.float32, copy=False) for image in images]
         if name == "decoder":
             parts = [part[i : i + 1] for i in range(len(parts[0])) for part in parts]

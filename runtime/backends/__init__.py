@@ -43,6 +43,7 @@ class FrameBackend(Backend, Protocol):
     """A backend that can take images as they are and resize on its device, so that little crosses the bus."""
 
     takes_frames: bool  # whether that is the faster way on its device
+    records: bool  # whether the networks are replayed from a recording
     frames_at_once: int  # how many it can run together; more than that gain nothing or do not fit
 
     def estimate(

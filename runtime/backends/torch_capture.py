@@ -69,6 +69,15 @@ class CudaRecorder:
         return graph.replay, result
 
 
+class HostRecorder:
+    """Recordings on a CPU, for tests of what is around them: replaying runs the work again, on the same buffers."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """See `Recorder`."""
+        result = work()
+        return lambda: result.copy_(work()), result
+
+
 class Replay:
     """`work` on copies of the given tensors: eager at first, and replayed if a recording gives the same bits.
 

@@ -28,7 +28,7 @@ from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends import parse_device
-from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
+from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, Recorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_transfer import Ring
@@ -49,18 +49,22 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, device: str, *, frames_on_cpu: bool = False) -> None:
+        """frames_on_cpu: take images as on a GPU, which tests do."""
         self.device = choose_device(device)
         first = manifest.buckets[0]
         self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
         self._denoisers: dict[Size, AnyDenoiser] = {(first.width, first.height): self._pipeline.denoiser}
         self._lock = threading.RLock()
         self._decode = manifest.decode
-        self._recorder = CudaRecorder(self.device) if self.device != "cpu" else None
+        self.takes_frames = frames_on_cpu or self.device != "cpu"  # numpy and Pillow are a CPU's faster way in and out
+        self._recorder: Recorder | None = None
+        if self.takes_frames:
+            self._recorder = HostRecorder() if self.device == "cpu" else CudaRecorder(self.device)
+        self.records = self._recorder is not None
         self._ring = Ring(self.device)
         self._networks: dict[Size, DeviceNetwork] = {}
         self._fused_vae = fuse_norms(self._pipeline.vae)
-        self.takes_frames = self.device != "cpu"  # on a CPU, numpy and Pillow are the faster way in and out
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:
             self._network(first)

@@ -28,8 +28,8 @@ from densegeo.inspection import print_manifest
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.verify import replay, within
-from tests.support.calibration import run
+from densegeo.runtime.verify import verify
+from tests.support.calibration import run, stage_error
 from tests.support.checkpoints import options, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("graphs_once")
@@ -178,10 +178,9 @@ def test_8_bit_bundles_run_within_their_bounds(
         assert "F8_E4M3" not in str(file.get_slice("img_in.weight").get_dtype())
     backends = ["torch", *(["openvino"] if find_spec("openvino") else []), *(["onnxruntime"] if base == "fp32" else [])]
     for backend in backends:
-        checks = replay(made, backend, "cpu")
-        assert all(within(check) for check in checks), checks
-        transformer = next(check for check in checks if check.output == "denoiser")
-        assert transformer.error > 1e-4  # it is quantized
+        verdict = verify(made, backend, "cpu")
+        assert verdict.good, verdict
+        assert stage_error(made, backend, "denoiser") > 1e-4  # it is quantized
     floats = read_manifest(bundle).buckets[0].denoiser.parameters
     assert floats < manifest.buckets[0].denoiser.parameters < 1.2 * floats  # and the scales
     inspected = Console(width=200)
@@ -205,7 +204,7 @@ def test_everything_and_smoothing_build_too(small_checkpoint: Path, bundle: Path
         options(small_checkpoint, tmp_path / "made", precision="int8", base="fp32", calibration=tmp_path / "all")
     )
     for backend in ("torch", "onnxruntime"):
-        assert all(within(check) for check in replay(made, backend, "cpu"))
+        assert verify(made, backend, "cpu").good
 
 
 def test_a_budget_leaves_the_most_harmful_as_they_are(
@@ -260,7 +259,7 @@ def test_a_plan_of_attentions_alone_builds(small_checkpoint: Path, attentive: Pa
     assert (plan.ranges, plan.parameters) == ({}, 0)
     plan_file(folder, "fp8").write_bytes(msgspec.json.encode(plan))
     made = build_bundle(options(small_checkpoint, tmp_path / "made", precision="fp8", base="fp32", calibration=folder))
-    assert all(within(check) for check in replay(made, "onnxruntime", "cpu"))
+    assert verify(made, "onnxruntime", "cpu").good
 
 
 def test_statistics_of_another_model_are_refused(
@@ -374,7 +373,7 @@ def test_a_model_larger_than_memory_is_planned_without_errors(
     assert (plan.error, plan.sensitivity) == (None, [])
     assert plan.parameters == load_plan(calibrated, "fp8").parameters
     made = build_bundle(options(small_checkpoint, tmp_path / "made", precision="fp8", calibration=tmp_path / "out"))
-    assert all(within(check) for check in replay(made, "torch", "cpu"))
+    assert verify(made, "torch", "cpu").good
     with pytest.raises(ConfigError, match="is fp8 already"):
         run(made, images, tmp_path / "twice")
     with pytest.raises(ConfigError, match="a budget needs errors"):

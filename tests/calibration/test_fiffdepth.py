@@ -18,8 +18,8 @@ from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log
-from densegeo.runtime.verify import replay, within
-from tests.support.calibration import run
+from densegeo.runtime.verify import verify
+from tests.support.calibration import run, stage_error
 from tests.support.diffusers_checkpoint import Case
 from tests.support.shared import Once
 
@@ -69,9 +69,8 @@ def test_what_is_planned(calibration: Path) -> None:
 def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_path: Path, kind: str) -> None:
     bundle = build(files, tmp_path / kind, kind, base="fp32", calibration=calibration)
     for backend in ("onnxruntime", "torch"):
-        checks = replay(bundle, backend)
-        assert all(within(check) for check in checks)
-        error = next(check.error for check in checks if check.output == "denoiser")
+        assert verify(bundle, backend).good
+        error = stage_error(bundle, backend, "denoiser")
         assert error > 1e-4  # really 8-bit
     unet = load_networks(bundle, read_manifest(bundle), CASE.size, "cpu").denoiser
     fused = fuse(unet)

@@ -22,7 +22,7 @@ from densegeo.export.sources import Given
 from densegeo.models.fiffdepth import NAMES
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.verify import relative_error, replay, within
+from densegeo.runtime.verify import relative_error, verify
 from tests.support.diffusers_checkpoint import CASES, Case, oracle, picture, prompt, write
 from tests.support.shared import Build
 
@@ -97,7 +97,7 @@ def test_low_precision_stays_within_twice_eager(precision: str, fiffdepth_bundle
     assert [check.output for check in checks] == ["encoder", "denoiser", "decoder", "prediction"]
     for check in checks:
         assert 1e-6 < check.error <= check.bound < 0.1, check
-    assert all(within(check) for check in replay(bundle, backend="torch"))
+    assert verify(bundle, "torch").good
 
 
 def test_sides_that_are_no_multiple_of_8(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from densegeo.runtime import Estimator
 from densegeo.runtime import backends as table
 from densegeo.runtime.backends import BackendRow, open_backend, openvino_cpu
 from densegeo.runtime.bundle import Bucket, read_manifest
-from densegeo.runtime.verify import replay, within
+from densegeo.runtime.verify import verify
 
 if find_spec("openvino") is None:  # looked up: importing it here would send its usage report
     pytest.skip("openvino is not installed", allow_module_level=True)
@@ -32,19 +32,21 @@ def seeded(bucket: Bucket, seed: int = 0) -> np.ndarray:
 
 
 def test_the_toy_bundle_gives_its_stored_outputs(toy_bundle: Path) -> None:
-    checks = replay(toy_bundle, backend="openvino")
+    checks = verify(toy_bundle, "openvino").served
     assert all(check.error < 1e-6 for check in checks), checks
 
 
 def test_a_float32_bundle_is_not_lowered(built: dict[str, Path]) -> None:
     """OpenVINO's own default is bf16 wherever the CPU has it."""
-    checks = replay(built["fp32"], backend="openvino", device="cpu")
-    assert all(check.bound <= 1e-5 and within(check) for check in checks), checks
+    verdict = verify(built["fp32"], "openvino", "cpu")
+    assert verdict.good, verdict
+    assert all(check.bound <= 1e-5 for check in verdict.served), verdict
 
 
 def test_a_bf16_bundle_is_within_its_bound(built: dict[str, Path]) -> None:
-    checks = replay(built["bf16"], backend="openvino", device="cpu")
-    assert all(check.bound < 0.1 and within(check) for check in checks), checks
+    verdict = verify(built["bf16"], "openvino", "cpu")
+    assert verdict.good, verdict
+    assert all(check.bound < 0.1 for check in verdict.served), verdict
 
 
 def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:

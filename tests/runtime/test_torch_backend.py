@@ -24,7 +24,7 @@ from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_modules  # noqa: E402
 from densegeo.runtime.bundle import STAGES, Bucket, Stage, read_manifest  # noqa: E402
-from densegeo.runtime.verify import replay, within  # noqa: E402
+from densegeo.runtime.verify import verify  # noqa: E402
 from tests.support.shared import BUILT_SIZES  # noqa: E402
 
 
@@ -68,9 +68,9 @@ def test_stored_weights_give_back_the_pipeline(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_size_is_within_the_bundles_bound(built: dict[str, Path], precision: str) -> None:
-    checks = replay(built[precision], backend="torch", device="cpu")
-    assert len({check.bucket for check in checks}) == len(read_manifest(built[precision]).buckets)
-    assert all(within(check) for check in checks), checks
+    verdict = verify(built[precision], "torch", "cpu")
+    assert len({check.bucket for check in verdict.served}) == len(read_manifest(built[precision]).buckets)
+    assert verdict.good, verdict
 
 
 def test_auto_runs_a_bf16_bundle_without_a_gpu(built: dict[str, Path]) -> None:

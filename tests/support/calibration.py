@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image
 
 from densegeo.calibration.command import calibrate
+from densegeo.runtime import Estimator
+from densegeo.runtime.tensorfile import read_tensors
+from densegeo.runtime.verify import run_stages
 
 
 def write_images(folder: Path) -> None:
@@ -39,3 +42,11 @@ def write_plans(bundle: Path, images: Path, folder: Path) -> None:
     """Statistics of linears, and both formats' plans."""
     run(bundle, images, folder, kind="fp8")
     run(bundle, images, folder, kind="int8", method="entropy")
+
+
+def stage_error(bundle: Path, backend: str, output: str) -> float:
+    """The largest error of a stage's output in a run from end to end."""
+    with Estimator(bundle, backend, "cpu") as estimator:
+        path = bundle / estimator.manifest.verification.inputs
+        checks = run_stages(estimator, read_tensors(path), path)
+    return max(check.error for check in checks if check.output == output)

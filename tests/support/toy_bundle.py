@@ -31,9 +31,13 @@ from densegeo.runtime.bundle import (
     write_manifest,
 )
 from densegeo.runtime.estimator import Estimator
+from densegeo.runtime.images import Frame
+from densegeo.runtime.resample import place, prepare
+from densegeo.runtime.verify import IMAGE
 
 DECODE = Decode(depth_kind="log_affine", latent_scale=0.5, latent_shift=0.1, depth_sign=-1, normal_sign=1)
 CHANNELS = 4
+SERVED = ("prediction", "normals")
 
 
 def write_graph(
@@ -126,19 +130,24 @@ def toy_manifest(buckets: list[Bucket], precision: str) -> Manifest:
         kernels=[],
         engines=[],
         capture=CAPTURE,
-        verification=Verification(inputs="", replay_bound=1e-4, checks=[]),
+        options={"--model": ["toy"]},
+        verification=Verification(inputs="", bounds=dict.fromkeys(SERVED, 1e-4), replay_bound=1e-4, checks=[]),
     )
 
 
 def with_references(directory: Path, manifest: Manifest, factor: float) -> Manifest:
-    """Store an input for every size and, as what it should give, the bundle's own outputs times `factor`."""
+    """Store a picture for every size and, as what it should give, the bundle's own outputs times `factor`."""
     tensors: dict[str, np.ndarray] = {}
     checks = []
     for bucket in manifest.buckets:
-        rgb = np.random.default_rng(0).uniform(-1, 1, (1, 3, bucket.height, bucket.width)).astype(np.float32)
+        shape = bucket.height * 9 // 8 | 1, bucket.width * 9 // 8 | 1, 3
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        placement = place(bucket, (shape[1], shape[0]), "stretch")
+        rgb = prepare(Frame(image, encoded=False), bucket, placement)
         with Estimator(directory, device="cpu", check_digests=False) as estimator:
-            outputs = estimator.replay(rgb)
-        tensors[f"{bucket.name}.0.rgb"] = rgb
+            outputs, geometry = estimator.replay(rgb), estimator(image)
+        outputs |= {f"{IMAGE}{name}": getattr(geometry, name) for name in SERVED}
+        tensors |= {f"{bucket.name}.0.rgb": rgb, f"{bucket.name}.0.image": image}
         for name, value in outputs.items():
             tensors[f"{bucket.name}.0.{name}"] = np.ascontiguousarray(value * np.float32(factor))
         checks.append(Check(bucket=bucket.name, output="encoder", reference="itself", error=1e-7, bound=1e-5))
