@@ -1,4 +1,4 @@
-"""DLPack capsules of device memory, made without any array library (dmlc.github.io/dlpack, and the Python array API)."""
+"""DLPack capsules of device memory, made without any array library (dmlc.github.io/dlpack, Python array API)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Steppers = dict[Stage, Stepper]
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> TensorRTBackend:
-    """Load and record all engines that fit. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
+    """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
     if not manifest.engines:
         raise BackendError(f"{directory} has no TensorRT engines. Build some: {rebuild_command(manifest, directory)}")
     return TensorRTBackend(directory, manifest, open_device(device))

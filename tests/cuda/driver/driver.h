@@ -90,6 +90,7 @@ struct CUfunc_st {
     int most_threads, exact_threads, most_dynamic, static_shared;
 };
 struct CUlib_st {
+    uint64_t image;  // FNV-1a of the cubin: tells a test which file it is
     int count;
     Kernel *kernels[64];
 };
@@ -97,7 +98,8 @@ struct CUlib_st {
 // control.c
 enum Statistic { SYNCHRONISATIONS, ALLOCATIONS, REUSES, PINNED_ALLOCATIONS, COPIES, LAUNCHES, GRAPH_LAUNCHES, STATISTICS };
 enum Schedule { LAZY, EAGER, RANDOM };
-typedef void (*KernelCallback)(const char *name, const unsigned *launch, const void *arguments, const unsigned *layout,
+// launch: grid, block and dynamic shared bytes; layout: offset and size of each of the `count` parameters.
+typedef void (*KernelCallback)(uint64_t image, const unsigned *launch, const char *arguments, const unsigned *layout,
                                int count);
 extern pthread_mutex_t driver_mutex;
 extern pthread_cond_t stream_idle;

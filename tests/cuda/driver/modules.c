@@ -53,6 +53,20 @@ static void read_kernel(Kernel *kernel, const char *image, const Elf64_Ehdr *hea
     }
 }
 
+// A cubin comes without its size: it ends with its last section or with one of its tables.
+static uint64_t digest(const char *image, const Elf64_Ehdr *header) {
+    const Elf64_Shdr *sections = (const void *)(image + header->e_shoff);
+    size_t end = header->e_shoff + (size_t)header->e_shnum * sizeof *sections;
+    size_t segments = header->e_phoff + (size_t)header->e_phnum * sizeof(Elf64_Phdr);
+    if (header->e_phnum && segments > end) end = segments;
+    for (int i = 0; i < header->e_shnum; i++)
+        if (sections[i].sh_type != SHT_NOBITS && sections[i].sh_offset + sections[i].sh_size > end)
+            end = sections[i].sh_offset + sections[i].sh_size;
+    uint64_t hash = 0xcbf29ce484222325;
+    for (size_t i = 0; i < end; i++) hash = (hash ^ (unsigned char)image[i]) * 0x100000001b3;
+    return hash;
+}
+
 static CUresult check_architecture(const Elf64_Ehdr *header) {
     if (header->e_machine != CUBIN_MACHINE) return CUDA_ERROR_INVALID_IMAGE;
     int newer = header->e_ident[EI_ABIVERSION] >= 8;
@@ -71,6 +85,7 @@ static CUresult load(Library **loaded, const char *image) {
     CUresult refused = check_architecture(header);
     if (refused) return refused;
     Library *library = calloc(1, sizeof *library);
+    library->image = digest(image, header);
     const Elf64_Shdr *sections = (const void *)(image + header->e_shoff);
     const char *names = image + sections[header->e_shstrndx].sh_offset;
     for (int i = 0; i < header->e_shnum && library->count < 64; i++) {
@@ -220,6 +235,6 @@ void run_kernel(Stream *stream, const Operation *launch) {
     }
     if (!on_kernel) return;
     pthread_mutex_unlock(&driver_mutex);
-    on_kernel(kernel->name, sizes, launch->arguments, layout, kernel->parameters);
+    on_kernel(kernel->library->image, sizes, launch->arguments, layout, kernel->parameters);
     pthread_mutex_lock(&driver_mutex);
 }
