@@ -79,11 +79,11 @@ def child(arguments: argparse.Namespace) -> int:
 
     from tests.cuda.mutations import MUTATIONS
 
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     torch.set_num_threads(1)
     schedules = arguments.schedule.split(",")
     if arguments.mutate == "all":
         return table(arguments.bundle, schedules)
+    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     if arguments.mutate:
         MUTATIONS[arguments.mutate]()
     said = run(arguments.bundle, schedules, arguments.mutate)
