@@ -18,6 +18,7 @@ from densegeo.runtime.tensorfile import tensor_offsets
 from tests.cuda.standin import Driver
 
 ALIGNMENT = 256
+WORKSPACE = 5000  # bytes an image
 USER_MANAGED = "user managed"
 
 
@@ -71,7 +72,7 @@ class StandInEngine:
         self.graph: Graph = getattr(bucket, record.stage)
         self.session = library.session(self.graph)
         self.names = {self.graph.inputs[0].name, self.graph.outputs[0].name, *record.weight_inputs}
-        self.device_memory_size_v2 = 4096 * bucket.batch
+        self.device_memory_size_v2 = WORKSPACE * bucket.batch
         self.weights = weights_of(library.bundle, record)
         self._contexts = 0
 

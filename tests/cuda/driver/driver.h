@@ -27,7 +27,7 @@ typedef struct CUlib_st Library;
 enum MemoryKind { DEVICE_MEMORY, PINNED_MEMORY };
 typedef struct Block {
     char *base;
-    size_t size, room;  // asked for, and reserved: a multiple of 512
+    size_t size, room;  // asked for, as the stream has come to it; and reserved: a multiple of 512
     enum MemoryKind kind;
     int device;
     int owned;      // handed out, and not yet given to a free function
@@ -42,7 +42,7 @@ typedef struct Operation {
     enum OperationKind kind;
     char *to;  // COPY, FILL
     const char *from;
-    size_t size;      // bytes, or elements of FILL
+    size_t size;      // bytes of COPY and ALLOCATE, elements of FILL
     int value, unit;  // of FILL; unit: bytes of an element
     Kernel *kernel;
     unsigned grid[3], block[3], shared;

@@ -63,9 +63,7 @@ static CUresult allocate(CUdeviceptr *address, size_t size, CUstream handle, int
     statistics[block ? REUSES : ALLOCATIONS]++;
     if (!block) block = new_block(size, DEVICE_MEMORY, device);
     block->owned = 1;
-    block->size = size;
-    block->free_done = 0;
-    push(stream, (Operation){.kind = ALLOCATE, .memory = block});
+    push(stream, (Operation){.kind = ALLOCATE, .memory = block, .size = size});
     *address = (CUdeviceptr)block->base;
     return CUDA_SUCCESS;
 }
@@ -97,6 +95,7 @@ API cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
     // Only what the same graph allocated can be freed in it ("Graph memory nodes").
     if (stream->capture) return refuse_on_captured(stream, "cuMemFreeAsync of memory from outside");
     block->owned = 0;
+    block->free_done = 0;
     block->freed_on = stream;
     push(stream, (Operation){.kind = FREE, .memory = block});
     return CUDA_SUCCESS;

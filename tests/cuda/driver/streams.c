@@ -37,6 +37,7 @@ static void execute(Stream *stream, Operation *operation) {
         break;
     case ALLOCATE:
         memory->valid = 1;
+        memory->size = operation->size;
         poison(memory);
         break;
     case FREE:
