@@ -44,16 +44,18 @@ _python.PyCapsule_GetPointer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
 _exported: dict[int, tuple[Any, ...]] = {}  # address of a _Managed -> what it points to, until its deleter is called
 
 
-@_Callback
-def _delete(managed: int) -> None:
+def _release(managed: int) -> None:
+    """DLManagedTensor's deleter: the taker is done."""
     _exported.pop(managed, None)
 
 
-@_Callback
-def _destroy(capsule: int) -> None:
+def _end(capsule: int) -> None:
     """The capsule's own end: its memory is the taker's business once it was taken. An address: it is no object now."""
     if _python.PyCapsule_IsValid(capsule, NAME):
-        _delete(_python.PyCapsule_GetPointer(capsule, NAME))
+        _release(_python.PyCapsule_GetPointer(capsule, NAME))
+
+
+_RELEASE, _END = _Callback(_release), _Callback(_end)  # called for as long as the process lives
 
 
 def capsule(address: int, shape: tuple[int, ...], kind: str, bits: int, device: int, owner: object) -> Any:
@@ -61,7 +63,7 @@ def capsule(address: int, shape: tuple[int, ...], kind: str, bits: int, device: 
     sizes = (ctypes.c_int64 * len(shape))(*shape)
     managed = _Managed()
     managed.tensor = _Tensor(address, CUDA, device, len(shape), CODES[kind], bits, 1, sizes, None, 0)
-    managed.deleter = ctypes.cast(_delete, ctypes.c_void_p).value
+    managed.deleter = ctypes.cast(_RELEASE, ctypes.c_void_p).value
     where = ctypes.addressof(managed)
     _exported[where] = managed, sizes, owner
-    return _python.PyCapsule_New(where, NAME, _destroy)
+    return _python.PyCapsule_New(where, NAME, _END)

@@ -67,3 +67,14 @@ def engine_of(target: Path, manifest: Manifest, stage: Stage, bucket: str) -> En
         weight_bytes=0,
     )
     return msgspec.structs.replace(record, fingerprint=fingerprint(record))
+
+
+def usable(manifest: Manifest) -> str:
+    """Why a bundle cannot be exercised, or nothing."""
+    if not manifest.engines:
+        return "it has no TensorRT engines: build it with --backend tensorrt --gpu-arch 89"
+    if not any(contract.architecture == ARCHITECTURE for contract in manifest.kernels):
+        return "it has no kernels for sm_89: build it with --gpu-arch 89"
+    if manifest.precision in ("fp8", "int8"):
+        return "its graphs are 8-bit: build it with --precision fp32 or bf16"
+    return ""

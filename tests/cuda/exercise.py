@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.backends import cuda_weights, tensorrt_engines
 from densegeo.runtime.backends.cuda_memory import Memory
-from densegeo.runtime.bundle import Manifest, read_manifest
+from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import relative_error, replay, within
+from tests.cuda.bundles import ARCHITECTURE
 from tests.cuda.engines import StandInTensorRT
 from tests.cuda.foreign import Image, InterfaceImage, Reading
 from tests.cuda.references import References
@@ -71,7 +72,7 @@ def staged(bundle: Path) -> Iterator[Setup]:
     """Put the stand-ins in place, and compute what a bundle should give."""
     driver = Driver()
     manifest = read_manifest(bundle)
-    contracts = [contract for contract in manifest.kernels if contract.architecture == 89]
+    contracts = [contract for contract in manifest.kernels if contract.architecture == ARCHITECTURE]
     cuda_weights.STAGING = WEIGHTS_AT_A_TIME
     with tempfile.TemporaryDirectory() as folder:
         graphs = float32_bundle(bundle, manifest, Path(folder))
@@ -188,14 +189,3 @@ class Checks:
         self._outcome.worst_error = max(self._outcome.worst_error, error)
         if not error <= BOUND:
             self._outcome.failures.append(f"{what}: relative error {error:.2e}")
-
-
-def usable(manifest: Manifest) -> str:
-    """Why a bundle cannot be exercised, or nothing."""
-    if not manifest.engines:
-        return "it has no TensorRT engines: build it with --backend tensorrt --gpu-arch 89"
-    if not any(contract.architecture == 89 for contract in manifest.kernels):
-        return "it has no kernels for sm_89: build it with --gpu-arch 89"
-    if manifest.precision in ("fp8", "int8"):
-        return "its graphs are 8-bit: build it with --precision fp32 or bf16"
-    return ""

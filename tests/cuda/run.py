@@ -18,13 +18,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder: it is not where imports start
 
 from tests.cuda import library  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.cuda.exercise import Setup
 
 CHILD = "DENSEGEO_STANDIN_CHILD"
 LONGEST_S = 240
@@ -63,7 +66,7 @@ def parse() -> argparse.Namespace:
         manifest = read_manifest(arguments.bundle)
     except BundleError as error:
         parser.error(str(error))
-    from tests.cuda.exercise import usable
+    from tests.cuda.bundles import usable
     from tests.cuda.mutations import MUTATIONS
 
     if reason := usable(manifest):
@@ -77,26 +80,27 @@ def child(arguments: argparse.Namespace) -> int:
     """In the process whose driver is the stand-in."""
     import torch
 
+    from tests.cuda.exercise import staged
     from tests.cuda.mutations import MUTATIONS
 
     torch.set_num_threads(1)
     schedules = arguments.schedule.split(",")
-    if arguments.mutate == "all":
-        return table(arguments.bundle, schedules)
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
-    if arguments.mutate:
-        MUTATIONS[arguments.mutate]()
-    said = run(arguments.bundle, schedules, arguments.mutate)
+    with staged(arguments.bundle) as setup:
+        if arguments.mutate == "all":
+            return table(setup, schedules)
+        faulthandler.dump_traceback_later(LONGEST_S, exit=True)
+        if arguments.mutate:
+            MUTATIONS[arguments.mutate]()
+        said = run(setup, schedules, arguments.mutate)
     print(json.dumps(said))
     return int(bool(said["failures"] or said["problems"]))
 
 
-def run(bundle: Path, schedules: list[str], mutation: str | None) -> dict[str, Any]:
+def run(setup: Setup, schedules: list[str], mutation: str | None) -> dict[str, Any]:
     """Every schedule by itself; what they say together, each line with its schedule where there are several."""
-    from tests.cuda.exercise import exercise, staged
+    from tests.cuda.exercise import exercise
 
-    with staged(bundle) as setup:
-        outcomes = {schedule: exercise(setup, schedule) for schedule in schedules}
+    outcomes = {schedule: exercise(setup, schedule) for schedule in schedules}
     worst = max(one.worst_error for one in outcomes.values())
     named = "{1}" if len(schedules) == 1 else "{0}: {1}"
     return {
@@ -109,15 +113,14 @@ def run(bundle: Path, schedules: list[str], mutation: str | None) -> dict[str, A
     }
 
 
-def table(bundle: Path, schedules: list[str]) -> int:
-    """Every mutation in a process of its own, forked here where all libraries are loaded and none is started."""
-    from tests.cuda import exercise  # noqa: F401
+def table(setup: Setup, schedules: list[str]) -> int:
+    """Every mutation in a process of its own, forked here where libraries are loaded and the driver is not started."""
     from tests.cuda.mutations import MUTATIONS
 
     print(f"| mutation ({', '.join(schedules)}) | failures | problems | the first |", "|---|---|---|---|", sep="\n")
     unnoticed = []
     for name, mutate in MUTATIONS.items():
-        said = forked(lambda mutate=mutate, name=name: (mutate(), run(bundle, schedules, name))[1])
+        said = forked(lambda mutate=mutate, name=name: (mutate(), run(setup, schedules, name))[1])
         failures, problems = said["failures"], said["problems"]
         print(f"| {name} | {len(failures)} | {len(problems)} | {[*problems, *failures, ''][0]} |", flush=True)
         if not failures and not problems:
