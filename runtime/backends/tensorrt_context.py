@@ -8,13 +8,16 @@ from typing import Any
 
 from densegeo.errors import EngineError
 from densegeo.runtime.backends.cuda_weights import ALIGNMENT
+from densegeo.runtime.backends.tensorrt_cache import CompiledKernels
 
 
 class Stepper:
     """Runs one engine on one stream; weights that are inputs are bound once. Raises EngineError."""
 
-    def __init__(self, path: Path, engine: Any, context: Any, weights: Mapping[str, int]) -> None:
-        self._path, self._engine, self._context = path, engine, context
+    def __init__(
+        self, path: Path, engine: Any, context: Any, weights: Mapping[str, int], compiled: CompiledKernels | None = None
+    ) -> None:
+        self._path, self._engine, self._context, self._compiled = path, engine, context, compiled
         self.workspace = int(engine.device_memory_size_v2)  # bytes
         for name, address in weights.items():
             self._bind(name, address)
@@ -29,6 +32,11 @@ class Stepper:
             self._bind(name, address)
         if not self._context.execute_async_v3(int(stream.__cuda_stream__()[1])):
             raise EngineError(f"TensorRT could not launch {self._path.name}; its log says why")
+
+    def keep_compiled(self) -> None:
+        """For the next process: what running it compiled."""
+        if self._compiled is not None:
+            self._compiled.keep()
 
     def _bind(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
@@ -48,12 +56,22 @@ def stream_weights(engine: Any, path: Path) -> None:
         raise EngineError(f"TensorRT refused {budget / 1e9:.2f} GB as the weight streaming budget of {path.name}")
 
 
-def make_context(trt: Any, engine: Any, path: Path) -> Any:
-    """A context whose workspace is given to it later. Raises EngineError."""
-    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+def make_context(trt: Any, engine: Any, path: Path, digest: str, gpu: str) -> tuple[Any, CompiledKernels | None]:
+    """A context whose workspace is given to it later, and what TensorRT-RTX compiles for it. Raises EngineError.
+
+    digest: SHA-256 of the engine's file. TensorRT itself compiles nothing at run time, and has no runtime config.
+    """
+    strategy, compiled = trt.ExecutionContextAllocationStrategy.USER_MANAGED, None
+    if hasattr(engine, "create_runtime_config"):
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        compiled = CompiledKernels(config, digest, gpu)
+        context = engine.create_execution_context(config)
+    else:
+        context = engine.create_execution_context(strategy)
     if context is None:
         raise EngineError(
             f"TensorRT made no execution context for {path.name}: most often the device has no memory left for it; "
             "its log says why"
         )
-    return context
+    return context, compiled

@@ -173,6 +173,8 @@ class TensorRTBackend:
             try:
                 network = Network(self._memory, self._kernels, self._manifest, bucket, steppers, workspace)
                 self._networks[name] = network
+                for stepper in steppers.values():
+                    stepper.keep_compiled()
             except BackendError as error:
                 if name == first.name:
                     raise
@@ -217,7 +219,9 @@ class TensorRTBackend:
             )
         if record.options.get("weight_streaming"):
             stream_weights(engine, path)
-        return Stepper(path, engine, make_context(self._trt, engine, path), self._addresses(record))
+        digest = self._manifest.files[record.file].sha256
+        context, compiled = make_context(self._trt, engine, path, digest, str(self._gpu.name))
+        return Stepper(path, engine, context, self._addresses(record), compiled)
 
     def _addresses(self, record: Engine) -> dict[str, int]:
         """Device addresses of an engine's weight inputs: one copy of a stage's weights for all its engines."""

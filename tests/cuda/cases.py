@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import re
+import shutil
 import sys
 import threading
 import traceback
@@ -168,6 +170,34 @@ def one_workspace_for_all_buckets(setup: Setup) -> None:
     with opened(setup) as estimator:
         assert len(estimator._backend._networks) == 3
         assert len(setup.library.workspaces) == 1
+
+
+@case
+def kernels_are_compiled_once(setup: Setup) -> None:
+    """Until a file is damaged: then its engine's are, and kept again."""
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "densegeo/tensorrt-rtx"
+    shutil.rmtree(folder, ignore_errors=True)
+    compiled = setup.library.compiled
+    for expected in (9, 0, 1, 0):
+        compiled.clear()
+        with opened(setup):
+            pass
+        assert len(compiled) == expected, compiled
+        if expected == 0:
+            next(folder.iterdir()).write_bytes(b"of another driver")
+    assert len(list(folder.iterdir())) == 9
+
+
+@case
+def cache_that_others_can_write_is_not_read(setup: Setup) -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "densegeo/tensorrt-rtx"
+    with opened(setup):
+        pass
+    next(folder.iterdir()).chmod(0o666)
+    setup.library.compiled.clear()
+    with opened(setup):
+        pass
+    assert len(setup.library.compiled) == 1
 
 
 @case

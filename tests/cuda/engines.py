@@ -34,6 +34,7 @@ class StandInTensorRT:
         self.misaligned: list[str] = []
         self.refusing: set[tuple[str, str]] = set()
         self.workspaces: set[int] = set()  # addresses
+        self.compiled: list[str] = []  # engines whose kernels were not in a cache
         self.budgets: dict[str, int] = {}  # of weights kept on the device, by the engine's file
         self.__version__ = manifest.engines[0].version
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=USER_MANAGED)
@@ -79,9 +80,15 @@ class StandInEngine:
         self.weights = weights_of(library.bundle, record)
         self._contexts = 0
 
-    def create_execution_context(self, strategy: str) -> StandInContext | None:
+    def create_runtime_config(self) -> StandInConfig:
+        return StandInConfig(self)
+
+    def create_execution_context(self, config: StandInConfig) -> StandInContext | None:
         """nullptr on failure (createExecutionContext)."""
-        assert strategy == USER_MANAGED
+        assert config.strategy == USER_MANAGED
+        if config.cache is not None and config.cache.content != self.record.file.encode():
+            self.library.compiled.append(self.record.file)
+            config.cache.content = self.record.file.encode()
         self._contexts += 1
         return None if ("context", self.record.file) in self.library.refusing else StandInContext(self)
 
@@ -97,6 +104,39 @@ class StandInEngine:
         """Fails while contexts are live (setWeightStreamingBudgetV2); the Python property says nothing then."""
         if not self._contexts and ("budget", self.record.file) not in self.library.refusing:
             self.library.budgets[self.record.file] = budget
+
+
+class StandInConfig:
+    """IRuntimeConfig of TensorRT-RTX."""
+
+    def __init__(self, engine: StandInEngine) -> None:
+        self.strategy, self.cache = "", None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> StandInCache:
+        return StandInCache()
+
+    def set_runtime_cache(self, cache: StandInCache) -> bool:
+        self.cache: StandInCache | None = cache
+        return True
+
+
+class StandInCache:
+    """IRuntimeCache: what was compiled, here the engine's name."""
+
+    content = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        """False, and unchanged, for a blob of another environment (IRuntimeCache.deserialize)."""
+        if not blob.startswith(b"engines/"):
+            return False
+        self.content = blob
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.content)
 
 
 class StandInContext:

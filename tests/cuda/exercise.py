@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,7 @@ def staged(bundle: Path) -> Iterator[Setup]:
     contracts = [contract for contract in manifest.kernels if contract.architecture == ARCHITECTURE]
     cuda_weights.STAGING = WEIGHTS_AT_A_TIME
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         graphs = float32_bundle(bundle, manifest, Path(folder))
         library = StandInTensorRT(driver, bundle, manifest, graphs)
         references = References(driver, bundle, contracts)
