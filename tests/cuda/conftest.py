@@ -60,6 +60,7 @@ def child(standin: Path) -> Child:
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": str(standin),
+            library.STANDIN: str(standin),
             "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": "1",
         }

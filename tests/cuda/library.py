@@ -12,6 +12,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "driver"
 NAME = "libcuda.so.1"
+STANDIN = "DENSEGEO_STANDIN"
 FLAGS = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
 
@@ -43,7 +44,9 @@ def build(folder: Path) -> Path:
 
 
 def built() -> Path:
-    """The library of these sources, from an earlier call or built now."""
+    """The library that STANDIN names the folder of; else that of these sources, from an earlier call or built now."""
+    if STANDIN in os.environ:
+        return Path(os.environ[STANDIN]) / NAME
     digest = hashlib.sha256(repr((FLAGS, str(header_folder()))).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())

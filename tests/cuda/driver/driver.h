@@ -96,7 +96,8 @@ struct CUlib_st {
 };
 
 // control.c
-enum Statistic { SYNCHRONISATIONS, ALLOCATIONS, REUSES, PINNED_ALLOCATIONS, COPIES, LAUNCHES, GRAPH_LAUNCHES, STATISTICS };
+enum Statistic { SYNCHRONISATIONS, ALLOCATIONS, REUSES, PINNED_ALLOCATIONS, COPIES, LAUNCHES, GRAPH_LAUNCHES,
+                 STATISTICS };
 enum Schedule { LAZY, EAGER, RANDOM };
 // launch: grid, block and dynamic shared bytes; layout: offset and size of each of the `count` parameters.
 typedef void (*KernelCallback)(uint64_t image, const unsigned *launch, const char *arguments, const unsigned *layout,
