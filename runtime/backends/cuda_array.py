@@ -63,8 +63,8 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         # stream None: whoever takes it need not wait (version 3)
-        described = {"shape": self.shape, "typestr": "<f4", "data": (self.pointer, False)}
-        return {**described, "version": 3, "strides": None, "stream": None, "owner": self._lease}
+        described = {"shape": self.shape, "typestr": "<f4", "data": (self.pointer, False), "strides": None}
+        return {**described, "stream": None, "version": 3}
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self._memory.device_id

@@ -40,11 +40,15 @@ def main() -> int:
     folder = library.built().parent
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     environment = {**os.environ, CHILD: "1", "LD_LIBRARY_PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(Path(__file__)), *sys.argv[1:]], env=environment, check=False)
-    if done.returncode not in (0, 1):  # nothing below says so: it crashed
-        print(json.dumps({"failures": [f"the process ended with {done.returncode}"], "problems": []}))
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:]]
+    last = ""
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for last in process.stdout or ():
+            print(last, end="", flush=True)
+    if process.returncode not in (0, 1) or not last.startswith("{"):  # it crashed, or was ended
+        print(json.dumps({"failures": [f"the process ended with {process.returncode}"], "problems": []}))
         return 1
-    return done.returncode
+    return process.returncode
 
 
 def parse() -> argparse.Namespace:

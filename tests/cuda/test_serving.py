@@ -89,3 +89,21 @@ def test_the_lowest_versions_are_pyprojects() -> None:
     assert set(written) == set(wanted)
     for name, version in wanted.items():  # 0.6 is 0.6.0
         assert written[name] in (version, f"{version}.0")
+
+
+def test_the_stand_ins_have_nothing_that_tensorrt_lacks() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    from tests.cuda import engines
+
+    pairs = {
+        engines.StandInEngine: trt.ICudaEngine,
+        engines.StandInContext: trt.IExecutionContext,
+        engines.StandInConfig: trt.IRuntimeConfig,
+        engines.StandInCache: trt.IRuntimeCache,
+    }
+    for ours, real in pairs.items():
+        public = {name for name, value in vars(ours).items() if name[0] != "_" and not isinstance(value, bytes)}
+        assert public - set(dir(real)) == set(), real
+    assert hasattr(trt.ICudaEngine, "device_memory_size_v2")  # an instance's attribute of ours
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
