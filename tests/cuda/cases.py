@@ -49,10 +49,6 @@ def opened(setup: Setup, device: int = DEVICE) -> Iterator[Any]:
         yield estimator
 
 
-def says(text: str) -> str:
-    return re.escape(text)
-
-
 def close_to(setup: Setup, index: int, prediction: Any) -> None:
     error = relative_error(prediction, setup.wanted[index].prediction)  # type: ignore[arg-type]
     assert error <= BOUND, error
@@ -79,9 +75,9 @@ def weights_are_aligned(setup: Setup) -> None:
 def refused_address_is_an_error(setup: Setup) -> None:
     with opened(setup) as estimator:
         stepper = estimator._backend._networks["64x48"]._steppers["encoder"]
-        with pytest.raises(EngineError, match=says("must be a multiple of 256")):
+        with pytest.raises(EngineError, match=re.escape("must be a multiple of 256")):
             stepper.launch(None, {"rgb": 4096 + 16})
-        with pytest.raises(EngineError, match=says("refused address 0x1000 for no such tensor")):
+        with pytest.raises(EngineError, match=re.escape("refused address 0x1000 for no such tensor")):
             stepper._bind("no such tensor", 4096)
     setup.library.misaligned.clear()
 
@@ -90,7 +86,7 @@ def refused_address_is_an_error(setup: Setup) -> None:
 def refused_launch_is_an_error(setup: Setup) -> None:
     with (
         refusing(setup, "launch", "decoder_64x48"),
-        pytest.raises(EngineError, match=says("could not launch decoder_64x48")),
+        pytest.raises(EngineError, match=re.escape("could not launch decoder_64x48")),
         opened(setup),
     ):
         pass
@@ -100,7 +96,7 @@ def refused_launch_is_an_error(setup: Setup) -> None:
 def no_context_is_an_error(setup: Setup) -> None:
     with (
         refusing(setup, "context", "denoiser_64x48"),
-        pytest.raises(EngineError, match=says("no execution context for denoiser_64x48")),
+        pytest.raises(EngineError, match=re.escape("no execution context for denoiser_64x48")),
         opened(setup),
     ):
         pass
@@ -110,7 +106,7 @@ def no_context_is_an_error(setup: Setup) -> None:
 def engine_that_does_not_load_is_an_error(setup: Setup) -> None:
     with (
         refusing(setup, "engine", "encoder_64x48"),
-        pytest.raises(EngineError, match=says("cannot be loaded on this GPU (sm_89)")),
+        pytest.raises(EngineError, match=re.escape("cannot be loaded on this GPU (sm_89)")),
         opened(setup),
     ):
         pass
@@ -125,7 +121,7 @@ def batch_without_room_is_left_out(setup: Setup) -> None:
             close_to(setup, index, geometry.prediction)
         bucket = next(b for b in estimator.manifest.buckets if b.batch == 3)
         shape = bucket.encoder.inputs[0].shape
-        with pytest.raises(EngineError, match=says("no execution context")):
+        with pytest.raises(EngineError, match=re.escape("no execution context")):
             estimator.replay(np.zeros(shape, np.float32))
 
 
@@ -151,7 +147,7 @@ def weights_are_streamed_as_built(setup: Setup) -> None:
         assert setup.library.budgets == dict.fromkeys(streamed, 1000)
     with refusing(setup, "budget", "encoder_64x48"):
         setup.library.budgets.clear()
-        with pytest.raises(EngineError, match=says("weight streaming budget of encoder_64x48")), opened(setup):
+        with pytest.raises(EngineError, match=re.escape("weight streaming budget of encoder_64x48")), opened(setup):
             pass
 
 
@@ -160,7 +156,7 @@ def input_of_another_size_is_refused(setup: Setup) -> None:
     with opened(setup) as estimator:
         bucket = estimator.manifest.buckets[0]
         small = np.zeros((1, 3, 32, 48), np.float32)
-        with pytest.raises(BackendError, match=says("takes [1, 3, 48, 64]")):
+        with pytest.raises(BackendError, match=re.escape("takes [1, 3, 48, 64]")):
             estimator._backend.run(bucket, "encoder", small)
 
 
@@ -317,11 +313,11 @@ def dlpack_follows_the_protocol(setup: Setup) -> None:
         result, _ = estimator.tensors(setup.images[0])
         assert isinstance(result, DeviceArray)
         assert result.__dlpack_device__() == (2, DEVICE)
-        with pytest.raises(BufferError, match=says("ambiguous")):
+        with pytest.raises(BufferError, match=re.escape("ambiguous")):
             result.__dlpack__(stream=0)
-        with pytest.raises(BufferError, match=says("neither moved nor copied")):
+        with pytest.raises(BufferError, match=re.escape("neither moved nor copied")):
             result.__dlpack__(dl_device=(1, 0))
-        with pytest.raises(BufferError, match=says("neither moved nor copied")):
+        with pytest.raises(BufferError, match=re.escape("neither moved nor copied")):
             result.__dlpack__(copy=True)
         for stream in (None, 1, 2, -1):
             capsule = result.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, DEVICE))
@@ -350,7 +346,7 @@ def image_of_another_device_is_refused(setup: Setup) -> None:
     with opened(setup, 0) as estimator:
         image = Image(foreign(), setup.images[0])
         for given in (image, InterfaceImage(image, named=True)):
-            with pytest.raises(BackendError, match=says("lies on cuda:1, and this estimator runs on cuda:0")):
+            with pytest.raises(BackendError, match=re.escape("lies on cuda:1, and this estimator runs on cuda:0")):
                 estimator.tensors(given)
 
 
