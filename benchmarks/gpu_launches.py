@@ -23,7 +23,7 @@ from densegeo.kernels.split import split
 from densegeo.models.reference import relative
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory, architecture_of, open_device
-from densegeo.runtime.backends.tensorrt_engines import Network
+from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import Bucket, Decode, Graph, TensorSpec
 from densegeo.runtime.resample import place
 
@@ -59,6 +59,7 @@ class Copies:
 def launches(device: str) -> dict[str, Any]:
     """Relative errors of every kernel that the tensorrt backend launches, eager and from a recorded graph."""
     gpu = open_device(device)
+    gpu.set_current()
     with tempfile.TemporaryDirectory() as folder:
         contracts = write_cubins(Path(folder), (architecture_of(gpu),))
         kernels = Kernels(Path(folder), contracts, architecture_of(gpu))
@@ -80,7 +81,8 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
         "decoder": Copies("decoded", decoded),
     }
     memory = Memory(gpu)
-    network = Network(memory, kernels, SimpleNamespace(decode=DECODE), bucket, engines)  # type: ignore[arg-type]
+    workspace, decode = memory.device_buffer(1), SimpleNamespace(decode=DECODE)
+    network = Network(memory, kernels, decode, bucket, engines, workspace)  # type: ignore[arg-type]
     latents = split(
         velocity.cpu(),
         height,
@@ -139,7 +141,5 @@ def _graph(given: tuple[str, list[int]], made: tuple[str, list[int]]) -> Graph:
 
 
 def _buffer(network: Network, name: str) -> torch.Tensor:
-    from densegeo.runtime.backends.cuda_memory import DeviceArray
-
-    shape = tuple(network._shapes[name])
-    return torch.from_numpy(network.download(DeviceArray(network._buffers[name], shape)))
+    address, shape = network._address(name), tuple(network._shapes[name])
+    return torch.from_numpy(network._memory.staging.download(address, shape))

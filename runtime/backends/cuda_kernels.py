@@ -12,14 +12,15 @@ from densegeo.errors import BackendError, DigestError
 from densegeo.kernels.contract import LaunchContract, programs
 
 FOLDER = "kernels"
+LIMIT = 1 << 31
 _SCALARS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
 def pack(contract: LaunchContract, values: Mapping[str, float]) -> list[Any]:
     """Values by argument name -> what `cuda.core.launch` takes, in order: C scalars, and pointers as addresses.
 
-    Raises BackendError for a missing or unknown name, and for an address or stride that breaks the alignment the
-    kernel was compiled with.
+    Raises BackendError for a missing or unknown name, for an address or stride that breaks the alignment the kernel was
+    compiled with, and for an integer of more than 32 bits.
     """
     names = [argument.name for argument in contract.arguments]
     if set(names) != set(values):
@@ -30,6 +31,8 @@ def pack(contract: LaunchContract, values: Mapping[str, float]) -> list[Any]:
         value = values[argument.name]
         if argument.alignment and int(value) % argument.alignment:
             raise BackendError(f"{contract.name}: {argument.name} must be a multiple of {argument.alignment}")
+        if argument.type == "i32" and not -LIMIT <= value < LIMIT:  # ctypes would take its lower 32 bits
+            raise BackendError(f"{contract.name}: {argument.name} is {value}, and has 32 bits: use a smaller batch")
         pointer = argument.type.startswith("*")
         packed.append(int(value) if pointer else _SCALARS[argument.type](value))  # type: ignore[arg-type]
     return packed + [0] * len(contract.hidden)

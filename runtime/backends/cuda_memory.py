@@ -1,9 +1,12 @@
-"""Device and pinned host memory of one GPU through cuda-core, and arrays that stay on the device."""
+"""Device and pinned host memory of one GPU through cuda-core, its compute stream, and the order of other streams."""
 
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,11 @@ from numpy.typing import NDArray
 from densegeo.errors import BackendError
 from densegeo.runtime.backends import parse_device
 
-STAGING = 64 << 20  # bytes of each of the two pinned buffers that weights pass through
+Returned = tuple[Any, "set[int]", bool]  # a buffer, the streams that read it, whether unknown ones do
 
 
 def open_device(device: str) -> Any:
-    """The cuda-core device of "auto", "cuda" or "cuda:N", made current. Raises BackendError where there is none.
+    """The cuda-core device of "auto", "cuda" or "cuda:N". Raises BackendError where there is none.
 
     libcuda.so.1 is looked for first: without a driver some calls of cuda-core never return.
     """
@@ -33,10 +36,10 @@ def open_device(device: str) -> Any:
         raise BackendError("TensorRT engines need cuda-core: pip install cuda-core cuda-bindings") from None
     try:
         found = Device(int(index or 0))
-        found.set_current()
+        with current(found):
+            return found
     except Exception as error:  # the driver's errors have no common base
         raise BackendError(f"CUDA device {index or 0} cannot be used: {error}") from error
-    return found
 
 
 def architecture_of(device: Any) -> int:
@@ -45,50 +48,177 @@ def architecture_of(device: Any) -> int:
     return int(10 * capability.major + capability.minor)
 
 
+@contextmanager
+def current(device: Any) -> Iterator[None]:
+    """The device is the thread's current one in this block. What the caller had chosen is so again afterwards."""
+    from cuda.bindings import driver
+
+    check(driver.cuInit(0))
+    before = check(driver.cuCtxGetCurrent())
+    device.set_current()
+    try:
+        yield
+    finally:
+        check(driver.cuCtxSetCurrent(before))
+
+
 class Memory:
-    """Buffers of one device, its compute stream, and copies in its order."""
+    """Buffers of one device, its compute stream, copies in its order, and other streams before and after it.
+
+    One call at a time; arrays over its memory may be dropped by any thread at any moment.
+    """
 
     def __init__(self, device: Any) -> None:
+        from cuda.bindings import driver
         from cuda.core import LegacyPinnedMemoryResource
 
-        self._device, self._pinned = device, LegacyPinnedMemoryResource()
-        self.stream = device.create_stream()
+        self._driver: Any = driver
+        self._device, self._pinned, self.device_id = device, LegacyPinnedMemoryResource(), int(device.device_id)
+        self._returned: deque[Returned] = deque()
+        self._closed = False
+        with self.current():
+            self.stream = device.create_stream()
+        self.staging = Staging(self)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Contexts belong to threads, and buffers, events and kernels to the current one's device."""
+        with current(self._device):
+            yield
 
     def device_buffer(self, size: int) -> Any:
-        """`size` bytes on the device."""
-        return self._device.allocate(max(size, 1), stream=self.stream)
+        """`size` bytes on the device. Raises BackendError."""
+        with self.current():
+            self.reclaim()
+            try:
+                return self._device.allocate(max(size, 1), stream=self.stream)
+            except Exception as error:  # cuda-core's errors have no common base
+                raise BackendError(f"cuda:{self.device_id} gives no {size / 1e6:.0f} MB: {error}") from error
 
     def pinned_buffer(self, size: int) -> Any:
-        """`size` bytes of pinned host memory."""
-        return self._pinned.allocate(max(size, 1))
+        """`size` bytes of pinned host memory. Raises BackendError."""
+        with self.current():
+            try:
+                return self._pinned.allocate(max(size, 1))
+            except Exception as error:
+                raise BackendError(f"the host gives no {size / 1e6:.0f} MB of pinned memory: {error}") from error
 
     def to_device(self, target: int, source: Any, size: int) -> None:
         """Copy from a pinned buffer to a device address, asynchronously."""
-        driver = _driver()
-        _check(driver.cuMemcpyHtoDAsync(target, int(source.handle), size, self.stream.handle))
+        check(self._driver.cuMemcpyHtoDAsync(target, int(source.handle), size, self.stream.handle))
 
-    def to_host(self, target: Any, source: int, size: int, offset: int = 0) -> None:
+    def to_host(self, target: Any, source: int, size: int) -> None:
         """Copy from a device address into a pinned buffer, asynchronously."""
-        driver = _driver()
-        _check(driver.cuMemcpyDtoHAsync(int(target.handle) + offset, source, size, self.stream.handle))
+        check(self._driver.cuMemcpyDtoHAsync(int(target.handle), source, size, self.stream.handle))
 
-    def upload_file(self, path: Path, start: int, size: int) -> Any:
-        """`size` bytes of a file from `start` on -> a device buffer, through two pinned buffers in turn."""
-        target = self.device_buffer(size)
-        staging = [self.pinned_buffer(min(STAGING, max(size, 1))) for _ in range(2)]
-        done: list[Any] = [None, None]
-        with open(path, "rb") as file:
-            file.seek(start)
-            for turn, offset in enumerate(range(0, size, STAGING)):
-                slot, count = turn % 2, min(STAGING, size - offset)
-                if done[slot] is not None:
-                    done[slot].sync()
-                if file.readinto(host_view(staging[slot], count).data) != count:
-                    raise BackendError(f"{path} ended early: copy the bundle again")
-                self.to_device(int(target.handle) + offset, staging[slot], count)
-                done[slot] = self.stream.record()
-        self.stream.sync()
-        return target
+    def record(self) -> Any:
+        """An event after all that was enqueued so far."""
+        with self.current():
+            return self.stream.record()
+
+    def graph(self, work: Callable[[Any], None]) -> Any:
+        """What `work(stream)` enqueues, as a CUDA graph.
+
+        Recorded on a stream of its own, so that no other thread's call can end up in it; and ended whatever happens:
+        a stream that is left recording refuses all further work.
+        """
+        builder = self._device.create_graph_builder()
+        try:
+            builder.begin_building("thread_local")
+            work(builder)
+            return builder.end_building().complete()
+        finally:
+            with suppress(Exception):  # closing a recording that failed says so again
+                builder.close()
+
+    def wait_for(self, stream: int) -> None:
+        """The compute stream goes on after what another one (its handle) has been given so far."""
+        with self.current():
+            event = check(self._driver.cuEventCreate(0))
+            try:
+                check(self._driver.cuEventRecord(event, stream))
+                check(self._driver.cuStreamWaitEvent(self.stream.handle, event, 0))
+            finally:
+                check(self._driver.cuEventDestroy(event))
+
+    def let_wait(self, stream: int, event: Any) -> None:
+        """Another stream (its handle) goes on after an event of `record`."""
+        with self.current():
+            check(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
+
+    def wait_for_device(self) -> None:
+        """Wait on the host for all streams of the device."""
+        with self.current():
+            check(self._driver.cuCtxSynchronize())
+
+    def give_back(self, buffer: Any, readers: set[int], anywhere: bool) -> None:
+        """Free a buffer later, after its readers' streams: from any thread, also while something is recorded."""
+        self._returned.append((buffer, readers, anywhere))
+        if self._closed and not sys.is_finalizing():
+            self.reclaim()
+
+    def reclaim(self) -> None:
+        """Free what was given back, in the order of the compute stream and after whoever reads it."""
+        kept: list[Returned] = []
+        with self.current():
+            while self._returned:
+                returned = self._returned.popleft()
+                if not self._free(*returned):
+                    kept.append(returned)
+        self._returned.extend(kept)
+
+    def close(self) -> None:
+        """Nothing is allocated any more; arrays that are still held free their memory when they are dropped."""
+        self._closed = True
+        self.reclaim()
+
+    def _free(self, buffer: Any, readers: set[int], anywhere: bool) -> bool:
+        """False: not now, a reader's stream is being recorded, and waiting for it would become part of that."""
+        if any(check(self._driver.cuStreamIsCapturing(stream)) for stream in readers):
+            return False
+        try:
+            for stream in readers:
+                self.wait_for(stream)
+        except BackendError:  # the stream is gone
+            anywhere = True
+        if anywhere:
+            self.wait_for_device()
+        buffer.close(self.stream)
+        return True
+
+
+class Staging:
+    """The pinned buffer between host and device: it grows, and is touched when its last copy has ended."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self._buffer, self._copied = memory, memory.pinned_buffer(1), None
+
+    def upload(self, data: NDArray[np.uint8], target: int) -> None:
+        """Copy host bytes to a device address; they may be overwritten at once."""
+        self._take(data.size)
+        host_view(self._buffer, data.size)[:] = data
+        self._memory.to_device(target, self._buffer, data.size)
+        self._copied = self._memory.record()
+
+    def download(self, source: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """float32 at a device address, as an array of its own on the host."""
+        size = 4 * int(np.prod(shape))
+        self._take(size)
+        self._memory.to_host(self._buffer, source, size)
+        self._copied = self._memory.record()
+        self.wait()
+        result: NDArray[np.float32] = host_view(self._buffer, size).view(np.float32).reshape(shape).copy()
+        return result
+
+    def wait(self) -> None:
+        """Until the last copy has ended."""
+        if self._copied is not None:
+            self._copied.sync()
+
+    def _take(self, size: int) -> None:
+        self.wait()
+        if self._buffer.size < size:
+            self._buffer = self._memory.pinned_buffer(size)
 
 
 def host_view(buffer: Any, size: int) -> NDArray[np.uint8]:
@@ -97,27 +227,8 @@ def host_view(buffer: Any, size: int) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array(pointer, shape=(size,))
 
 
-class DeviceArray:
-    """A float32 array on the device; torch, CuPy and Numba take it through `__cuda_array_interface__`."""
-
-    def __init__(self, buffer: Any, shape: tuple[int, ...], offset: int = 0) -> None:
-        self._buffer, self.shape = buffer, shape
-        self.pointer = int(buffer.handle) + offset
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": "<f4",
-            "data": (self.pointer, False),
-            "version": 3,
-            "strides": None,
-        }
-
-
-def _driver() -> Any:
-    from cuda.bindings import driver
-
-    return driver
-
-
-def _check(result: tuple[Any, ...]) -> None:
+def check(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the driver. Raises BackendError when it failed."""
     if int(result[0]) != 0:
         raise BackendError(f"CUDA reports {result[0]}")
+    return result[1] if len(result) > 1 else None

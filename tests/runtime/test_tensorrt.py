@@ -52,6 +52,7 @@ def test_arguments_are_packed_in_launch_order() -> None:
         ({"source": 4096, "rows": 7}, "wrong: scale"),
         ({"source": 4096, "rows": 7, "scale": 1.0, "rose": 1}, "wrong: rose"),
         ({"source": 4100, "rows": 7, "scale": 1.0}, "source must be a multiple of 16"),
+        ({"source": 4096, "rows": 1 << 31, "scale": 1.0}, "rows is 2147483648, and has 32 bits"),
     ],
 )
 def test_a_launch_that_breaks_the_contract_is_refused(values: dict[str, float], message: str) -> None:
@@ -71,14 +72,14 @@ def test_the_backends_arguments_are_those_of_the_kernels() -> None:
     from fnmatch import fnmatch
 
     from densegeo.kernels.table import VARIANTS
-    from densegeo.runtime.backends import tensorrt_engines
+    from densegeo.runtime.backends import tensorrt_network
 
     def pattern(name: ast.expr) -> str:
         parts = name.values if isinstance(name, ast.JoinedStr) else [name]
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
 
     launched = {}
-    tree = ast.parse(Path(tensorrt_engines.__file__).read_text())
+    tree = ast.parse(Path(tensorrt_network.__file__).read_text())
     for call in ast.walk(tree):
         match call:
             case ast.Call(func=ast.Attribute(attr="launch"), args=[name, _, ast.Dict(keys)]) if pattern(name) != "*":

@@ -1,0 +1,81 @@
+"""The caller's image as it lies: on the device, where it is read in place, or on the host."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import BackendError
+from densegeo.runtime.backends import dlpack
+from densegeo.runtime.backends.cuda_memory import Memory, check
+
+
+class Pixels(NamedTuple):
+    """uint8 (h, w, 3) on the device, channels adjacent; owner: keeps it there."""
+
+    address: int
+    strides: tuple[int, int]  # bytes between rows, and between pixels
+    owner: object
+
+
+def pixels_of(image: Any, memory: Memory) -> Pixels | NDArray[np.uint8]:
+    """The image on the memory's device, behind the work of its producer's stream; or the array on the host.
+
+    image: uint8 (h, w, 3), anything with DLPack, `__cuda_array_interface__` or `__array__`. Raises BackendError.
+    """
+    if isinstance(image, np.ndarray):
+        return np.ascontiguousarray(image)
+    if hasattr(image, "__dlpack__") and hasattr(image, "__dlpack_device__"):
+        kind, index = image.__dlpack_device__()
+        if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+            return np.ascontiguousarray(np.from_dlpack(image))
+        require_device(index, memory)
+        return _from_dlpack(image, memory)
+    if hasattr(image, "__cuda_array_interface__"):
+        return _from_interface(image, memory)
+    return np.ascontiguousarray(image)
+
+
+def require_device(index: int, memory: Memory) -> None:
+    """Raises BackendError for memory of another device: nothing here copies between devices."""
+    if index != memory.device_id:
+        raise BackendError(
+            f"The image lies on cuda:{index}, and this estimator runs on cuda:{memory.device_id}: move the image, or "
+            f'open the estimator with device="cuda:{index}".'
+        )
+
+
+def _from_dlpack(image: Any, memory: Memory) -> Pixels:
+    """The producer makes the compute stream wait for its own (Python array API, `__dlpack__`)."""
+    from cuda.core.utils import StridedMemoryView
+
+    with memory.current():
+        view = StridedMemoryView.from_dlpack(image, stream_ptr=int(memory.stream.handle))
+    shape, strides = tuple(view.shape), view.strides
+    return Pixels(view.ptr, _adjacent(shape, strides and tuple(strides)), (image, view))
+
+
+def _from_interface(image: Any, memory: Memory) -> Pixels:
+    """Version 3 names the producer's stream. Where it does not, nobody knows what is still to come: wait for all."""
+    described = image.__cuda_array_interface__
+    address, shape, stream = described["data"][0], tuple(described["shape"]), described.get("stream")
+    with memory.current():
+        from cuda.bindings import driver
+
+        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        require_device(int(check(driver.cuPointerGetAttribute(attribute, address))), memory)
+    if stream is None:
+        memory.wait_for_device()
+    else:
+        memory.wait_for(stream)
+    return Pixels(address, _adjacent(shape, described.get("strides")), image)
+
+
+def _adjacent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> tuple[int, int]:
+    """Strides of rows and pixels. Raises BackendError unless a pixel's channels are adjacent."""
+    row, pixel, channel = strides or (3 * shape[1], 3, 1)
+    if channel != 1 or min(row, pixel) < 0:
+        raise BackendError("Images on the device must be uint8 (h, w, 3) with adjacent channels: make it contiguous.")
+    return row, pixel

@@ -1,0 +1,245 @@
+"""One bucket's engines on fixed buffers, recorded once; preparation of images before them, and their output after."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import BackendError
+from densegeo.runtime.backends.cuda_array import DeviceArray
+from densegeo.runtime.backends.cuda_kernels import Kernels
+from densegeo.runtime.backends.cuda_memory import Memory
+from densegeo.runtime.backends.tensorrt_context import Stepper
+from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
+from densegeo.runtime.images import Color
+from densegeo.runtime.resample import Placement, inside
+
+log = logging.getLogger("densegeo")
+FLOAT = 4  # bytes
+# How the bundle's normals (left, up, back) become OpenCV's (right, down, forward).
+OPENCV = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0)
+# Every stage's input and output among the buffers.
+ENDS: dict[Stage, tuple[str, str]] = {
+    "encoder": ("rgb", "latent"),
+    "denoiser": ("latent", "output"),
+    "decoder": ("latents", "decoded"),
+}
+
+
+class Network:
+    """The three engines of one bucket. Its work goes to the memory's stream, one call at a time.
+
+    workspace: at least as large as every engine's need; networks of one stream may share it.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        kernels: Kernels,
+        manifest: Manifest,
+        bucket: Bucket,
+        steppers: dict[Stage, Stepper],
+        workspace: Any,
+    ) -> None:
+        """Raises BackendError."""
+        self._memory, self._kernels, self._bucket, self._steppers = memory, kernels, bucket, steppers
+        self._decode = manifest.decode
+        pictures = self._decode.pictures * bucket.batch
+        self._shapes = {
+            "rgb": bucket.encoder.inputs[0].shape,
+            "latent": bucket.denoiser.inputs[0].shape,
+            "output": bucket.denoiser.outputs[0].shape,
+            "latents": [pictures, *bucket.decoder.inputs[0].shape[1:]],
+            "decoded": [pictures, *bucket.decoder.outputs[0].shape[1:]],
+        }
+        self._buffers = {name: memory.device_buffer(FLOAT * _count(shape)) for name, shape in self._shapes.items()}
+        if self._decode.packing == "latent":
+            self._buffers["latents"] = self._buffers["output"]  # the decoder takes it as it is
+        self._workspace = workspace
+        for stepper in steppers.values():
+            stepper.use(workspace)
+        self._frame = memory.device_buffer(1)
+        self._graph = self._record()
+
+    def run(self, stage: Stage, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One engine, eager, from host to host. Raises BackendError."""
+        graph: Graph = getattr(self._bucket, stage)
+        source, target = ENDS[stage]
+        if list(array.shape) != graph.inputs[0].shape:
+            raise BackendError(f"the {stage} at {self._bucket.name} takes {graph.inputs[0].shape}, not {array.shape}")
+        self._memory.staging.upload(array.view(np.uint8).ravel(), self._address(source))
+        self._launch(stage, self._memory.stream, self._address(source), self._address(target))
+        return self._memory.staging.download(self._address(target), tuple(graph.outputs[0].shape))
+
+    def upload(self, pixels: NDArray[np.uint8]) -> int:
+        """pixels (h, w, 3), contiguous -> their address on the device, good until the next upload is prepared."""
+        if self._frame.size < pixels.size:
+            self._frame = self._memory.device_buffer(pixels.size)
+        self._memory.staging.upload(pixels.ravel(), int(self._frame.handle))
+        return int(self._frame.handle)
+
+    def prepare(self, index: int, address: int, strides: tuple[int, int], placement: Placement, color: Color) -> None:
+        """uint8 pixels at a device address (row and pixel strides in bytes) become image `index` of the next launch."""
+        bucket, (width, height), box = self._bucket, placement.source, placement.box
+        self._kernels.launch(
+            "preprocess.u8_fp32",
+            self._memory.stream,
+            {
+                "frame": address,
+                "rgb": self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:]),
+                "source_width": width,
+                "source_height": height,
+                "row_stride": strides[0],
+                "pixel_stride": strides[1],
+                "red": 2 if color == "bgr" else 0,
+                **_named(box),
+                "width": bucket.width,
+                "height": bucket.height,
+                "taps_x": _taps(width, box[2]),
+                "taps_y": _taps(height, box[3]),
+            },
+        )
+
+    def launch(self) -> None:
+        """Run the networks on the prepared images."""
+        if self._graph is None:
+            self._enqueue(self._memory.stream)
+        else:
+            self._graph.launch(self._memory.stream)
+
+    def download(self, array: DeviceArray) -> NDArray[np.float32]:
+        """A device array as an array of its own on the host."""
+        return self._memory.staging.download(array.address, array.shape)
+
+    def outputs(self, index: int, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
+        """Prediction (h, w) and normals (h, w, 3) of image `index` at its own size, in the memory's stream."""
+        width, height = placement.source
+        _, channels, rows, columns = self._shapes["decoded"]
+        plane = rows * columns
+        picture = FLOAT * channels * plane
+        depths = self._address("decoded") + index * picture
+        strides = {
+            "batch_stride": channels * plane,
+            "channel_stride": plane,
+            "row_stride": columns,
+            "column_stride": 1,
+        }
+        box = _named(inside(placement.box, columns, rows))
+        shared = {**strides, **box, "width": width, "height": height}
+        prediction = self._prediction(depths, channels, shared)
+        if self._decode.pictures == 1:
+            return prediction, None
+        return prediction, self._normals(depths + self._bucket.batch * picture, shared)
+
+    def _prediction(self, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
+        width, height = shared["width"], shared["height"]
+        depth, valid, prediction = (self._memory.device_buffer(n * width * height) for n in (FLOAT, 1, FLOAT))
+        order = "clamp_mean" if self._decode.clip == "channels" else "mean_clamp"
+        self._kernels.launch(
+            f"log_dequantize.{order}{channels}_fp32",
+            self._memory.stream,
+            {
+                "decoded": decoded,
+                "depth": int(depth.handle),
+                "valid": int(valid.handle),
+                "prediction": int(prediction.handle),
+                **shared,
+                "scale": 1.0,
+                "shift": 0.0,
+                "low": 0.0,
+                "high": float("inf"),
+            },
+            batch=1,
+        )
+        return DeviceArray(self._memory, prediction, (height, width))
+
+    def _normals(self, decoded: int, shared: dict[str, int]) -> DeviceArray:
+        width, height = shared["width"], shared["height"]
+        normals = self._memory.device_buffer(3 * FLOAT * width * height)
+        matrix = {f"m{row}{column}": OPENCV[3 * row + column] for row in range(3) for column in range(3)}
+        self._kernels.launch(
+            "normals.fp32",
+            self._memory.stream,
+            {"decoded": decoded, "normals": int(normals.handle), **shared, **matrix},
+            batch=1,
+        )
+        return DeviceArray(self._memory, normals, (height, width, 3))
+
+    def _enqueue(self, stream: Any) -> None:
+        """What depends on the bucket alone: encoder, denoiser, split, decoder."""
+        for stage in ("encoder", "denoiser"):
+            source, target = ENDS[stage]
+            self._launch(stage, stream, self._address(source), self._address(target))
+        if self._decode.packing == "tokens":
+            self._split(stream)
+        pictures, at_once = self._shapes["latents"][0], self._bucket.decoder.inputs[0].shape[0]
+        sizes = [FLOAT * _count(self._shapes[name]) // pictures for name in ENDS["decoder"]]
+        for first in range(0, pictures, at_once):
+            addresses = (self._address(n) + first * s for n, s in zip(ENDS["decoder"], sizes, strict=True))
+            self._launch("decoder", stream, *addresses)
+
+    def _split(self, stream: Any) -> None:
+        """Velocity -> the decoder's input."""
+        bucket, (tokens, features) = self._bucket, self._shapes["output"][1:]
+        self._kernels.launch(
+            "split.fp32_fp32",
+            stream,
+            {
+                "velocity": self._address("output"),
+                "latents": self._address("latents"),
+                "batch": bucket.batch,
+                "rows": bucket.height // 16,
+                "columns": bucket.width // 16,
+                "features": features,
+                "batch_stride": tokens * features,
+                "token_stride": features,
+                "scale": self._decode.latent_scale,
+                "shift": self._decode.latent_shift,
+                "depth_sign": self._decode.depth_sign,
+                "normal_sign": self._decode.normal_sign,
+            },
+        )
+
+    def _launch(self, stage: Stage, stream: Any, source: int, target: int) -> None:
+        graph: Graph = getattr(self._bucket, stage)
+        self._steppers[stage].launch(stream, {graph.inputs[0].name: source, graph.outputs[0].name: target})
+
+    def _record(self) -> Any:
+        """A CUDA graph of `_enqueue` that gave the eager run's bits, or None, with a line in the log that says why."""
+        stream, staging = self._memory.stream, self._memory.staging
+        staging.upload(np.zeros(FLOAT * _count(self._shapes["rgb"]), dtype=np.uint8), self._address("rgb"))
+        self._enqueue(stream)  # libraries allocate in their first run
+        self._enqueue(stream)
+        decoded, shape = self._address("decoded"), tuple(self._shapes["decoded"])
+        eager = staging.download(decoded, shape)
+        try:
+            graph = self._memory.graph(self._enqueue)
+            graph.upload(stream)
+            graph.launch(stream)
+        except Exception as error:  # cuda-core's errors have no common base
+            log.warning("%s runs eager: recording failed: %s", self._bucket.name, error)
+            return None
+        if not np.array_equal(staging.download(decoded, shape), eager, equal_nan=True):
+            log.warning("%s runs eager: its recording gave other numbers", self._bucket.name)
+            return None
+        return graph
+
+    def _address(self, name: str) -> int:
+        return int(self._buffers[name].handle)
+
+
+def _named(box: tuple[int, int, int, int]) -> dict[str, int]:
+    """A box as the kernels' arguments."""
+    return dict(zip(("left", "top", "box_width", "box_height"), box, strict=True))
+
+
+def _count(shape: Any) -> int:
+    return int(np.prod(shape))
+
+
+def _taps(source: int, target: int) -> int:
+    """How many source pixels a result's pixel can depend on, in one direction (kernels/preprocess)."""
+    return -(-2 * max(source, target) // target)

@@ -1,0 +1,116 @@
+"""A bundle's kernels, as the stand-in driver runs them: arguments by the cubin's own layout, then the reference."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from densegeo.kernels.contract import Argument, LaunchContract, programs
+from densegeo.kernels.log_dequantize import log_dequantize
+from densegeo.kernels.normals import normals
+from densegeo.kernels.preprocess import preprocess
+from densegeo.kernels.split import split
+from densegeo.runtime.backends.cuda_kernels import FOLDER
+from tests.cuda.standin import Driver
+
+SCALARS = {"i32": np.int32, "fp32": np.float32}
+
+
+class References:
+    """Takes the place of the kernels of a bundle's contracts. launches: their names, as they ran."""
+
+    def __init__(self, driver: Driver, bundle: Path, contracts: list[LaunchContract]) -> None:
+        self._driver = driver
+        self._contracts = {fnv1a((bundle / FOLDER / contract.file).read_bytes()): contract for contract in contracts}
+        self.launches: list[str] = []
+
+    def run(self, image: int, launch: tuple[int, ...], arguments: int, layout: list[tuple[int, int]]) -> None:
+        contract = self._contracts[image]
+        self.launches.append(contract.name)
+        values = decode(contract, arguments, layout)
+        extents = {axis.extent: values.get(axis.extent, 1) for axis in contract.grid}  # "batch" may be no argument
+        grid = programs(contract.grid, **extents)
+        assert launch == (*grid, *[1] * (3 - len(grid)), 32 * contract.warps, 1, 1, contract.shared), launch
+        operation, _, variant = contract.name.partition(".")
+        assert variant.endswith("fp32"), f"{contract.name} has no float32 in and out"
+        {"preprocess": self._preprocess, "split": self._split, "normals": self._normals}.get(
+            operation, self._log_dequantize
+        )(values, contract)
+
+    def _view(self, address: int, shape: Any, dtype: Any = np.float32) -> Any:
+        return self._driver.view(address, shape, dtype, what=self.launches[-1])
+
+    def _preprocess(self, v: dict[str, Any], contract: LaunchContract) -> None:
+        rows, columns, strides = v["source_height"], v["source_width"], (v["row_stride"], v["pixel_stride"], 1)
+        raw = self._view(v["frame"], ((rows - 1) * strides[0] + (columns - 1) * strides[1] + 3,), np.uint8)
+        frame = np.lib.stride_tricks.as_strided(raw, (rows, columns, 3), strides).copy()
+        made = preprocess(
+            torch.from_numpy(frame),
+            (v["width"], v["height"]),
+            box=(v["left"], v["top"], v["box_width"], v["box_height"]),
+            color="bgr" if v["red"] else "rgb",
+        )
+        self._view(v["rgb"], made.shape)[:] = made.numpy()
+
+    def _split(self, v: dict[str, Any], contract: LaunchContract) -> None:
+        velocity = self._view(v["velocity"], (v["batch"], 2 * v["rows"] * v["columns"], v["features"]))
+        names = ("scale", "shift", "depth_sign", "normal_sign")
+        size = 16 * v["rows"], 16 * v["columns"]
+        made = split(torch.from_numpy(velocity), *size, **{name: v[name] for name in names})
+        self._view(v["latents"], made.shape)[:] = made.numpy()
+
+    def _decoded(self, v: dict[str, Any]) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, int]]:
+        """One picture, the box that is resized, and the size that it gets."""
+        plane, columns = v["channel_stride"], v["row_stride"]
+        shape = (1, v["batch_stride"] // plane, plane // columns, columns)
+        box = tuple(v[name] for name in ("left", "top", "box_width", "box_height"))
+        return torch.from_numpy(self._view(v["decoded"], shape)), box, (v["width"], v["height"])
+
+    def _log_dequantize(self, v: dict[str, Any], contract: LaunchContract) -> None:
+        decoded, box, size = self._decoded(v)
+        assert decoded.shape[1] == contract.constants["CHANNELS"]
+        depth, valid, prediction = log_dequantize(
+            decoded,
+            box,  # type: ignore[arg-type]
+            size,
+            scale=v["scale"],
+            shift=v["shift"],
+            clamp_first=bool(contract.constants["CLAMP_FIRST"]),
+            depth_range=(v["low"], v["high"]),
+            with_prediction=True,
+        )
+        assert prediction is not None
+        self._view(v["depth"], depth.shape)[:] = depth.numpy()
+        self._view(v["valid"], valid.shape, np.uint8)[:] = valid.numpy()
+        self._view(v["prediction"], prediction.shape)[:] = prediction.numpy()
+
+    def _normals(self, v: dict[str, Any], contract: LaunchContract) -> None:
+        decoded, box, size = self._decoded(v)
+        matrix = tuple(tuple(v[f"m{row}{column}"] for column in range(3)) for row in range(3))
+        made = normals(decoded, box, size, matrix=matrix)  # type: ignore[arg-type]
+        self._view(v["normals"], made.shape)[:] = made.numpy()
+
+
+def decode(contract: LaunchContract, arguments: int, layout: list[tuple[int, int]]) -> dict[str, Any]:
+    """A launch's values by argument name; sizes must be those of the contract's types, hidden pointers null."""
+    hidden = [Argument(name, "*u8") for name in contract.hidden]
+    assert len(layout) == len(contract.arguments) + len(hidden), (contract.name, len(layout))
+    values = {}
+    for argument, (offset, size) in zip([*contract.arguments, *hidden], layout, strict=True):
+        dtype = np.dtype(np.uint64 if argument.type.startswith("*") else SCALARS[argument.type])
+        assert dtype.itemsize == size, (contract.name, argument, size)
+        values[argument.name] = np.frombuffer(ctypes.string_at(arguments + offset, size), dtype)[0].item()
+    assert not any(values.pop(argument.name) for argument in hidden), "a hidden pointer is not null"
+    return values
+
+
+def fnv1a(data: bytes) -> int:
+    """The 64-bit hash by which the driver names a cubin (driver/modules.c)."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & (1 << 64) - 1
+    return value

@@ -1,0 +1,45 @@
+"""The cases of `cases.py`, each a test; they run in one child process."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from tests.cuda.conftest import Child
+from tests.support.shared import Build, Once
+
+SOURCE = Path(__file__).parent / "cases.py"
+DECORATOR = "case"
+NAMES = [  # the module itself is for the stand-in driver's process
+    function.name
+    for function in ast.parse(SOURCE.read_text()).body
+    if isinstance(function, ast.FunctionDef) and [ast.unparse(d) for d in function.decorator_list] == [DECORATOR]
+]
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="session")
+def said(once: Once, child: Child, with_engines: Build) -> dict[str, str]:
+    """What went wrong, by case."""
+    bundle = with_engines("fe2e")
+
+    def run(folder: Path) -> None:
+        done = child("-m", "tests.cuda.cases", bundle)
+        (folder / "said.json").write_text(done.stdout.splitlines()[-1] if done.stdout.strip() else "{}")
+        (folder / "errors.txt").write_text(done.stderr)
+
+    folder = once("standin-cases", run)
+    found: dict[str, str] = json.loads((folder / "said.json").read_text())
+    assert found, (folder / "errors.txt").read_text()[-3000:]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case(name: str, said: dict[str, str]) -> None:
+    assert said[name] == "", said[name]
