@@ -85,6 +85,7 @@ class TensorRTBackend:
             self._open()
         self._buckets = [bucket for bucket in manifest.buckets if bucket.name in self._networks]
         self.frames_at_once = max(bucket.batch for bucket in self._buckets)
+        self.records = all(network.recorded for network in self._networks.values())
 
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
         """Run one engine, eager: (its input) -> its output. Raises BackendError."""

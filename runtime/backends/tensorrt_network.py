@@ -64,6 +64,11 @@ class Network:
         self._frame = memory.device_buffer(1)
         self._graph = self._record()
 
+    @property
+    def recorded(self) -> bool:
+        """Whether images replay a recording."""
+        return self._graph is not None
+
     def run(self, stage: Stage, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """One engine, eager, from host to host. Raises BackendError."""
         graph: Graph = getattr(self._bucket, stage)
