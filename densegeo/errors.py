@@ -27,6 +27,10 @@ class BackendError(DensegeoError):
     """A backend that is not installed, cannot run this bundle, or failed while running it."""
 
 
+class TensorSizeError(BackendError):
+    """A tensor that the kernels cannot address: take fewer images at once."""
+
+
 class EngineError(BackendError):
     """A TensorRT engine that could not be built, is stale or foreign, or is not to be trusted."""
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from densegeo.errors import TensorSizeError
+
 WARPS = 4
 FP_FUSION = False  # no fused multiply-add: the interpreter has none, so the arithmetic tested is the arithmetic run
 OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": FP_FUSION}
 MAX_OFFSET = 2**31 - 1  # kernels index with 32 bits
 
 
-def assert_small(*tensors: Any) -> None:
-    """Every element's offset fits 32 bits."""
+def require_small(*tensors: Any) -> None:
+    """Raises TensorSizeError unless every element's offset fits 32 bits."""
     for tensor in tensors:
         reach = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        assert reach <= MAX_OFFSET, f"a tensor of shape {tuple(tensor.shape)} is too large for 32-bit offsets"
+        if reach > MAX_OFFSET:
+            raise TensorSizeError(f"a tensor of shape {tuple(tensor.shape)} is beyond the kernels' 32-bit offsets")

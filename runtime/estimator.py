@@ -70,6 +70,10 @@ class Estimator:
     how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
     `--batch`);
     max_queue, requests that may wait; timeout_s, the longest the backend may take for one run (None: no limit).
+    On a GPU with torch or tensorrt, opening takes the memory and the time that first images would: every size of the
+    bundle is loaded, compiled and recorded, for as many images at once as fit (torch: up to max_batch, tensorrt: as the
+    bundle was built). What does not fit is left out, with a line in the log. onnxruntime and openvino load further
+    sizes when they are first used.
     Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
 
     metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
@@ -122,6 +126,7 @@ class Estimator:
         takes_frames = isinstance(self._backend, FrameBackend) and self._backend.takes_frames
         self._frames = cast(FrameBackend, self._backend) if takes_frames else None
         if self._frames is not None:
+            self._frames.warm_up(min(options.max_batch, self._frames.frames_at_once))
             together = min(options.max_batch, self._frames.frames_at_once)
             options = dataclasses.replace(options, lanes=2, together=together)
         else:
@@ -178,8 +183,12 @@ class Estimator:
         """Prediction (h, w) and unit OpenCV normals (h, w, 3) or None, float32, left on the backend's device.
 
         image: uint8 (h, w, 3) with DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA, numpy ...), on the host
-        or that device, where nothing is then copied. The results have DLPack, and are ready for the caller's current
-        stream. Not counted in `metrics`. Raises ImageError, and BackendError for a backend that returns host arrays.
+        or on that device. It is read after what its producer's stream was given so far (of a tensor with
+        the torch backend: the current stream). What lies on the device is not copied to the host. The image may be
+        overwritten when this returns; a tensor with the torch backend, which is read in place, in the order of the
+        current stream. The results have DLPack, and are ready for the caller's current stream. Not counted in
+        `metrics`. Raises ImageError, and BackendError for an image on another device and for a backend that returns
+        host arrays.
         """
         if not isinstance(self._backend, FrameBackend) or self._preprocessing == "authors":
             raise BackendError(

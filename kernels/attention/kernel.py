@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.quantize.reference import LIMITS
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -263,7 +263,7 @@ def _assert_layout(q: torch.Tensor, *others: torch.Tensor) -> None:
         assert tensor.dtype == q.dtype
         assert tensor.stride(3) == 1
     assert others[0].shape == others[1].shape
-    assert_small(q, *others)
+    require_small(q, *others)
 
 
 def _tokens_first(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

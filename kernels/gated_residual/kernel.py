@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.quantize.kernel import rounded
 from densegeo.kernels.quantize.reference import LIMITS
 
@@ -96,7 +96,7 @@ def _launch(
     residual = torch.empty((batch, tokens, hidden), dtype=x.dtype, device=x.device)
     normed = residual if affine is None else torch.empty(residual.shape, dtype=dtype, device=x.device)
     weight, bias = affine or (residual, residual)
-    assert_small(x, update, residual)
+    require_small(x, update, residual)
     gated_residual_kernel[programs(GRID, tokens=tokens, batch=batch)](
         x,
         update,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 
 TILE = 8192  # values a program holds (measured on an H100, benchmarks/LOG.md)
 RUNS = 256  # runs of pixels a picture is cut into for its statistics: about two for each processor of an H100
@@ -145,7 +145,7 @@ def group_norm_silu(
     partial = torch.empty((batch, runs, 2, channels), dtype=torch.float32, device=x.device)
     affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
-    assert_small(x, partial)
+    require_small(x, partial)
     statistics_kernel[programs(STATISTICS_GRID, runs=runs, batch=batch)](
         x, partial, pixels, channels, runs, run, BLOCK_P=rows, BLOCK_C=block, **OPTIONS
     )

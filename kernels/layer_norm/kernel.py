@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.quantize.kernel import rounded
 from densegeo.kernels.quantize.reference import LIMITS
 
@@ -56,7 +56,7 @@ def layer_norm(
     assert weight.dtype == bias.dtype == torch.float32
     assert dtype in LIMITS or inverse_scale == 1
     normed = torch.empty((batch, tokens, hidden), dtype=dtype, device=x.device)
-    assert_small(x, normed)
+    require_small(x, normed)
     layer_norm_kernel[programs(GRID, tokens=tokens, batch=batch)](
         x,
         weight,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
 
 BLOCK_X, BLOCK_Y = 128, 4
@@ -103,7 +103,7 @@ def log_dequantize(
     depth = torch.empty((batch, height, width), dtype=torch.float32, device=decoded.device)
     valid = torch.empty((batch, height, width), dtype=torch.uint8, device=decoded.device)
     prediction = torch.empty_like(depth) if with_prediction else None
-    assert_small(decoded, depth)
+    require_small(decoded, depth)
     log_dequantize_kernel[programs(GRID, width=width, height=height, batch=batch)](
         decoded,
         depth,

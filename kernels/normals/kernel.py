@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.normals import Matrix
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
 
@@ -88,7 +88,7 @@ def normals(
     assert 0 <= top < top + box_height <= rows
     assert max(box_width * width, box_height * height) <= MAX_PRODUCT
     result = torch.empty((batch, height, width, 3), dtype=torch.float32, device=decoded.device)
-    assert_small(decoded, result)
+    require_small(decoded, result)
     normals_kernel[programs(GRID, width=width, height=height, batch=batch)](
         decoded,
         result,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, first_tap, tap_weight
 
 BLOCK_X, BLOCK_Y = 128, 4
@@ -89,7 +89,7 @@ def preprocess(
     assert 0 <= top < top + box_height <= height
     assert max(source_width * box_width, source_height * box_height) <= MAX_PRODUCT
     rgb = torch.empty((1, 3, height, width), dtype=dtype, device=frame.device)
-    assert_small(frame, rgb)
+    require_small(frame, rgb)
     preprocess_kernel[programs(GRID, width=width, height=height)](
         frame,
         rgb,

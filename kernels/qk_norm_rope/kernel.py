@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.quantize.kernel import rounded
 from densegeo.kernels.quantize.reference import LIMITS
 
@@ -93,7 +93,7 @@ def qk_norm_rope(
     assert dtype in LIMITS or inverse_scales == (1, 1)
     query = torch.empty((batch, heads, tokens, size), dtype=dtype or qkv.dtype, device=qkv.device)
     key = torch.empty_like(query)
-    assert_small(qkv, query)
+    require_small(qkv, query)
     qk_norm_rope_kernel[programs(GRID, tokens=tokens, heads=heads, batch=batch)](
         qkv,
         query_scale,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 from densegeo.kernels.quantize.reference import LIMITS
 
 BLOCK_F = 2048  # features a program
@@ -71,7 +71,7 @@ def launch(
     assert result.dtype == dtype
     assert x.stride(2) == result.stride(2) == 1
     assert dtype in LIMITS or inverse_scale == 1
-    assert_small(x, result)
+    require_small(x, result)
     quantize_kernel[programs(GRID, tokens=tokens, features=features, batch=batch)](
         x,
         result,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 
 BLOCK_T = 32  # tokens a program
 GRID = (Axis("columns", BLOCK_T), Axis("rows"), Axis("batch", times=2))
@@ -68,7 +68,7 @@ def split(
     assert tokens == 2 * rows * columns
     assert velocity.stride(2) == 1
     latents = torch.empty((2 * batch, features // 4, 2 * rows, 2 * columns), dtype=dtype, device=velocity.device)
-    assert_small(velocity, latents)
+    require_small(velocity, latents)
     split_kernel[programs(GRID, columns=columns, rows=rows, batch=batch)](
         velocity,
         latents,

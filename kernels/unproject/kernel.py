@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, assert_small
+from densegeo.kernels.launch import OPTIONS, require_small
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y))
@@ -54,10 +54,10 @@ def unproject(
         assert normals.dtype == torch.float32
         assert normals.shape == (height, width, 3)
         assert normals.stride()[1:] == (3, 1)
-        assert_small(normals)
+        require_small(normals)
     features = 3 if normals is None else 6
     cloud = torch.empty((height, width, features), dtype=torch.float32, device=depth.device)
-    assert_small(depth, cloud)
+    require_small(depth, cloud)
     unproject_kernel[programs(GRID, width=width, height=height)](
         depth,
         depth if normals is None else normals,

@@ -46,6 +46,13 @@ class FrameBackend(Backend, Protocol):
     records: bool  # whether the networks are replayed from a recording
     frames_at_once: int  # how many it can run together; more than that gain nothing or do not fit
 
+    def warm_up(self, most: int) -> None:
+        """Load, allocate, compile and record what groups of up to `most` images need, so that no request does.
+
+        What does not fit is left out, with a line in the log, and `frames_at_once` is what fits. Raises BackendError.
+        """
+        ...
+
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
@@ -149,6 +156,15 @@ def parse_device(device: str) -> tuple[str, str]:
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise ConfigError(f'device must be "auto", "cpu", "cuda" or "cuda:0", not {device!r}.')
     return kind, index
+
+
+def require_device(lies: str, here: str) -> None:
+    """Raises BackendError for memory of another CUDA device: what crosses the bus is to be the caller's choice."""
+    if lies != here:
+        raise BackendError(
+            f"The image lies on {lies}, and this estimator runs on {here}: move the image, or open the estimator with "
+            f'device="{lies}".'
+        )
 
 
 def has_cuda_driver() -> bool:

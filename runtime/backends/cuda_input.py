@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
-from densegeo.runtime.backends import dlpack
+from densegeo.runtime.backends import dlpack, require_device
 from densegeo.runtime.backends.cuda_memory import Memory, check
 
 
@@ -31,20 +31,11 @@ def pixels_of(image: Any, memory: Memory) -> Pixels | NDArray[np.uint8]:
         kind, index = image.__dlpack_device__()
         if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
             return np.ascontiguousarray(np.from_dlpack(image))
-        require_device(index, memory)
+        require_device(f"cuda:{index}", memory.device)
         return _from_dlpack(image, memory)
     if hasattr(image, "__cuda_array_interface__"):
         return _from_interface(image, memory)
     return np.ascontiguousarray(image)
-
-
-def require_device(index: int, memory: Memory) -> None:
-    """Raises BackendError for memory of another device: nothing here copies between devices."""
-    if index != memory.device_id:
-        raise BackendError(
-            f"The image lies on cuda:{index}, and this estimator runs on cuda:{memory.device_id}: move the image, or "
-            f'open the estimator with device="cuda:{index}".'
-        )
 
 
 def _from_dlpack(image: Any, memory: Memory) -> Pixels:
@@ -65,7 +56,7 @@ def _from_interface(image: Any, memory: Memory) -> Pixels:
         from cuda.bindings import driver
 
         attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        require_device(int(check(driver.cuPointerGetAttribute(attribute, address))), memory)
+        require_device(f"cuda:{int(check(driver.cuPointerGetAttribute(attribute, address)))}", memory.device)
     if stream is None:
         memory.wait_for_device()
     else:

@@ -74,6 +74,7 @@ class Memory:
 
         self._driver: Any = driver
         self._device, self._pinned, self.device_id = device, LegacyPinnedMemoryResource(), int(device.device_id)
+        self.device = f"cuda:{self.device_id}"
         self._returned: deque[Returned] = deque()
         self._closed = False
         with self.current():
@@ -93,7 +94,7 @@ class Memory:
             try:
                 return self._device.allocate(max(size, 1), stream=self.stream)
             except Exception as error:  # cuda-core's errors have no common base
-                raise BackendError(f"cuda:{self.device_id} gives no {size / 1e6:.0f} MB: {error}") from error
+                raise BackendError(f"{self.device} gives no {size / 1e6:.0f} MB: {error}") from error
 
     def pinned_buffer(self, size: int) -> Any:
         """`size` bytes of pinned host memory. Raises BackendError."""

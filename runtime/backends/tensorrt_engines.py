@@ -87,6 +87,9 @@ class TensorRTBackend:
         self.frames_at_once = max(bucket.batch for bucket in self._buckets)
         self.records = all(network.recorded for network in self._networks.values())
 
+    def warm_up(self, most: int) -> None:
+        """See `FrameBackend`: opening did all of it, since the bundle says how many images its engines take."""
+
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
         """Run one engine, eager: (its input) -> its output. Raises BackendError."""
         with self._running():

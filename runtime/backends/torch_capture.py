@@ -59,13 +59,14 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        capturing = torch.cuda.graph(  # other threads may go on allocating
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        with torch.cuda.device(self._device), capturing:
-            result = work()
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            capturing = torch.cuda.graph(  # other threads may go on allocating
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            )
+            with capturing:
+                result = work()
         return graph.replay, result
 
 
@@ -82,7 +83,8 @@ class Replay:
     """`work` on copies of the given tensors: eager at first, and replayed if a recording gives the same bits.
 
     name: for messages. examples: one tensor an input; their shapes, types and device are what calls must have.
-    Without a recorder, or when recording fails (which is logged), every call is eager, under the same rules.
+    Without a recorder, or when recording fails (which is logged), every call is eager, under the same rules. Raises
+    what `work` raises, and torch.OutOfMemoryError where the recording has no memory: a smaller one may have.
     """
 
     def __init__(self, name: str, work: Work, examples: tuple[Tensor, ...], recorder: Recorder | None) -> None:
@@ -122,12 +124,21 @@ class Replay:
             again, result = recorder.record(lambda: self._work(*self._inputs))
             again()
         except RuntimeError as error:
+            if _without_memory(error):
+                raise torch.OutOfMemoryError(f"{self.name}: there is no memory to record it") from error
             log.warning("%s runs eager, because recording it failed: %s", self.name, error)
             return
         if not torch.equal(result, eager):
             log.warning("%s runs eager, because its recording gave other numbers than the eager run.", self.name)
             return
         self._again, self._result = again, result
+
+
+def _without_memory(error: BaseException | None) -> bool:
+    """Whether it is that, or hides that: to end a recording that failed is an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def _describe(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from densegeo.errors import TensorSizeError
 from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
@@ -31,7 +32,7 @@ class DeviceNetwork:
     """The networks of one bucket on one device. One call at a time: its buffers are fixed.
 
     denoiser: latent (B, C, h, w) -> its output, see `bundle.Decode`. parts: how many of an image's latents the decoder
-    takes at once. The networks are recorded for 1, 2, 4 and `MOST` images, each when it is first needed (1 at once).
+    takes at once. The networks are recorded for 1 image at once, for 2, 4 and `MOST` in `warm_up` or when first needed.
     """
 
     def __init__(
@@ -50,9 +51,22 @@ class DeviceNetwork:
         self._replays: dict[int, Replay] = {}
         self._largest(1)
 
+    def warm_up(self, most: int) -> int:
+        """Pay for what first images cost: recordings of every size up to `most` images, the largest first, because the
+        smaller ones then fit into its memory; and the kernels around them. Returns how many images fit at once.
+        """
+        with torch.inference_mode():
+            _, largest = self._largest(most)
+            for power in range(largest.bit_length() - 2, 0, -1):
+                self._largest(1 << power)
+        width, height = self._size
+        blank = torch.zeros(height, width, 3, dtype=torch.uint8, device=self._device)
+        self([blank], [Placement((0, 0, width, height), (width, height))])
+        return min(largest, self._most)
+
     def recorded(self, count: int) -> Replay:
         """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (pictures * count,
-        channels, 8h, 8w), depth first, then normals. Raises torch.OutOfMemoryError.
+        channels, 8h, 8w), depth first, then normals. Raises torch.OutOfMemoryError, TensorSizeError.
         """
         if count not in self._replays:
             bucket = self._bucket
@@ -87,16 +101,17 @@ class DeviceNetwork:
         while True:
             try:
                 return self.recorded(size), size
-            except torch.OutOfMemoryError:
-                if size > 1:
-                    log.warning("%dx%d: no memory for %d images at once, %d from now on", *self._size, size, size // 2)
-                    self._most = size = size // 2
-                elif self._parts > 1:
-                    log.warning("%dx%d: no memory for an image's pictures at once, one by one from now on", *self._size)
-                    self._parts = 1
-                else:
+            except (torch.OutOfMemoryError, TensorSizeError) as error:
+                if size == 1 and self._parts == 1:
                     raise
-                torch.cuda.empty_cache()
+                why = "no memory for" if isinstance(error, torch.OutOfMemoryError) else "32-bit offsets do not reach"
+            if size > 1:
+                log.warning("%dx%d: %s %d images at once, %d from now on", *self._size, why, size, size // 2)
+                self._most = size = size // 2
+            else:
+                log.warning("%dx%d: %s an image's pictures at once, one by one from now on", *self._size, why)
+                self._parts = 1
+            torch.cuda.empty_cache()  # of all devices; here, where the error no longer holds what was allocated
 
     def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, ...]:
         """decoded (pictures, channels, 8h, 8w) -> prediction (h, w) and normals (h, w, 3)."""

@@ -6,6 +6,7 @@ This and what it imports is the only part of the runtime that needs torch.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantizatio
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 
+log = logging.getLogger("densegeo")
+
 Size = tuple[int, int]  # width, height
 
 
@@ -52,7 +55,9 @@ class TorchBackend:
     def __init__(self, directory: Path, manifest: Manifest, device: str, *, frames_on_cpu: bool = False) -> None:
         """frames_on_cpu: take images as on a GPU, which tests do."""
         self.device = choose_device(device)
+        require_precision(manifest, self.device)
         first = manifest.buckets[0]
+        self._buckets = {(bucket.width, bucket.height): bucket for bucket in manifest.buckets}  # the batch is its own
         self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
         self._denoisers: dict[Size, AnyDenoiser] = {(first.width, first.height): self._pipeline.denoiser}
         self._lock = threading.RLock()
@@ -64,10 +69,28 @@ class TorchBackend:
         self.records = self._recorder is not None
         self._ring = Ring(self.device)
         self._networks: dict[Size, DeviceNetwork] = {}
+        self._failed: dict[Size, BackendError] = {}  # why a size is not there
         self._fused_vae = fuse_norms(self._pipeline.vae)
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:
             self._network(first)
+
+    def warm_up(self, most: int) -> None:
+        """See `FrameBackend`. The first size must work; another one that does not is left out, with a line in the log.
+
+        Raises BackendError.
+        """
+        together = []
+        for size, bucket in self._buckets.items():
+            try:
+                together.append(self._prepared(bucket, most))
+            except BackendError as error:
+                if not together:
+                    raise
+                self._networks.pop(size, None)
+                self._failed[size] = error
+                log.warning("%dx%d is left out: %s", *size, error)
+        self.frames_at_once = max(together)
 
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
         """Run one stage; `array` enters as float32, the output leaves as float32. Raises BackendError."""
@@ -115,10 +138,21 @@ class TorchBackend:
             self._denoisers.clear()
             self._networks.clear()
 
+    def _prepared(self, bucket: Bucket, most: int) -> int:
+        """Everything of one size, recorded; how many of its images fit at once. Raises BackendError."""
+        network = self._network(bucket)
+        try:
+            with self._ring.computing():
+                return network.warm_up(most)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise self._failure(bucket, error) from error
+
     def _network(self, bucket: Bucket) -> DeviceNetwork:
         size = bucket.width, bucket.height
         with self._lock:
             denoiser = self._module(bucket, "denoiser")
+            if size in self._failed:
+                raise self._failed[size]
             if size not in self._networks:
                 assert isinstance(denoiser, Denoiser)
                 assert self._pipeline is not None
@@ -134,10 +168,11 @@ class TorchBackend:
                             self._recorder,
                         )
                 except (RuntimeError, torch.OutOfMemoryError) as error:
-                    raise BackendError(
-                        f"torch failed on {self.device} at {size[0]}x{size[1]}, its first run: {error}"
-                    ) from error
+                    raise self._failure(bucket, error) from error
             return self._networks[size]
+
+    def _failure(self, bucket: Bucket, error: Exception) -> BackendError:
+        return BackendError(f"torch failed on {self.device} at {bucket.size}, its first run: {error}")
 
     def _module(self, bucket: Bucket, stage: Stage) -> Callable[[Tensor], Tensor]:
         with self._lock:
@@ -196,6 +231,18 @@ def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Modu
         **dict.fromkeys(quantization.attentions, AttentionPlan(0.0, 0.0, 0.0)),
     }
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])
+
+
+def require_precision(manifest: Manifest, device: str) -> None:
+    """Raises BackendError for a bundle that no kernel can be compiled for on this GPU."""
+    if device == "cpu" or manifest.base != "bf16":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise BackendError(
+            f"This bundle is bf16, and {device} is sm_{major}{minor}: there is no bf16 before sm_80. Build it with "
+            '`--precision fp16` (fp8 and int8: with `--base fp32`), or use device="cpu".'
+        )
 
 
 def choose_device(device: str) -> str:

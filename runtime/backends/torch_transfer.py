@@ -18,6 +18,10 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 from torch import Tensor
 
+from densegeo.errors import BackendError
+from densegeo.runtime.backends import dlpack, require_device
+from densegeo.runtime.backends.cuda_array import LEGACY
+
 RING = 2  # images in flight: one computes while the other is copied
 
 Results = tuple[Tensor, ...]  # of one image, float32
@@ -63,7 +67,7 @@ class Ring:
             return [tuple(buffer.numpy().copy() for buffer in group) for group in buffers]
         except BaseException:
             if self._cuda:
-                torch.cuda.synchronize()  # nothing may still use the slot when the next image takes it
+                torch.cuda.synchronize(self._device)  # nothing may still use the slot when the next image takes it
             raise
         finally:
             self._free.put(slot)
@@ -71,35 +75,84 @@ class Ring:
     def keep(self, image: Any, compute: Callable[[Tensor], Results]) -> Results:
         """`compute` on an array that is or goes to the device; its results stay there, ready for the caller's stream.
 
-        image: a tensor, or anything with DLPack or `__cuda_array_interface__`.
+        image: see `frame_of`. It is read after the work of the caller's current stream, and work that this stream is
+        given afterwards may overwrite it; so may anybody where it was no tensor of this device. Raises BackendError.
         """
+        given = self._event()
+        with self._on(0):
+            self._wait(given)
+            frame = frame_of(image, self._device)
+            copied = self._event()
+            if copied is not None and frame is not image:
+                copied.synchronize()  # whoever made it knows nothing of our streams
         with self.computing():
-            results = compute(as_tensor(image).to(self._device))
+            self._wait(copied)
+            self._reads(frame)
+            results = compute(frame)
             computed = self._event()
         self._wait(computed)
-        if self._cuda:
-            for result in results:
-                result.record_stream(torch.cuda.current_stream(self._device))
+        for result in results:
+            self._reads(result)
         return results
+
+    def _reads(self, tensor: Tensor) -> None:
+        """The current stream reads it: its memory is used again only after that (torch's `Tensor.record_stream`)."""
+        if self._cuda:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
 
     def _on(self, index: int) -> Any:
         return torch.cuda.stream(self._streams[index]) if self._cuda else nullcontext()
 
     def _event(self) -> Any:
-        return torch.cuda.current_stream().record_event() if self._cuda else None
+        return torch.cuda.current_stream(self._device).record_event() if self._cuda else None
 
     def _wait(self, event: Any) -> None:
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self._device).wait_event(event)
 
 
-def as_tensor(image: Any) -> Tensor:
-    """The same memory as a tensor, ready for the current stream. Raises TypeError, BufferError for what is no array."""
+def frame_of(image: Any, device: torch.device) -> Tensor:
+    """A tensor of this device as it is, and anything else as a copy there, on the current stream and behind the work of
+    whoever made it.
+
+    image: a tensor, or anything with DLPack, `__cuda_array_interface__` or `__array__`. Raises BackendError for memory
+    of another CUDA device.
+    """
     if isinstance(image, Tensor):
-        return image
-    if hasattr(image, "__dlpack__"):
-        return torch.utils.dlpack.from_dlpack(image)
-    return torch.as_tensor(image, device="cuda")
+        if image.is_cuda:
+            require_device(str(image.device), str(device))
+        return image.to(device)
+    if isinstance(image, np.ndarray) or not hasattr(image, "__dlpack__"):
+        return _from_interface(image, device)
+    kind, index = image.__dlpack_device__()
+    if kind == dlpack.CUDA:  # managed memory belongs to all devices
+        require_device(f"cuda:{index}", str(device))
+    # torch names its current stream to the producer, which makes that wait (Python array API, `__dlpack__`)
+    return torch.utils.dlpack.from_dlpack(image).to(device, copy=True)
+
+
+def _from_interface(image: Any, device: torch.device) -> Tensor:
+    """A copy of a host array, or of what `__cuda_array_interface__` describes."""
+    described = getattr(image, "__cuda_array_interface__", None)
+    if described is None:
+        return torch.tensor(np.ascontiguousarray(image), device=device)
+    _wait_for_producer(described.get("stream"), device)
+    tensor = torch.as_tensor(image, device=device)
+    if tensor.data_ptr() != described["data"][0]:  # torch copies from another device, and says nothing
+        raise BackendError(f"The image does not lie on {device}, where this estimator runs: move it there.")
+    return tensor.clone()
+
+
+def _wait_for_producer(stream: int | None, device: torch.device) -> None:
+    """The interface's version 3 names the producer's stream: 1 is the legacy default one, 2 the thread's own. Where it
+    does not, nobody knows what is still to come: wait for all.
+    """
+    if not stream:
+        torch.cuda.synchronize(device)
+        return
+    by_handle = torch.cuda.ExternalStream  # which takes every handle but the legacy default stream's
+    produced = torch.cuda.default_stream(device) if stream == LEGACY else by_handle(stream, device)
+    torch.cuda.current_stream(device).wait_stream(produced)
 
 
 class Slot:
