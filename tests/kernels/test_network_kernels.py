@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from densegeo.errors import TensorSizeError  # noqa: E402
 from tests.support.interpreter import operation  # noqa: E402
 from tests.support.kernels import (  # noqa: E402
     EPS,
@@ -165,3 +166,12 @@ def test_wrappers_refuse_wrong_layouts(device: str) -> None:
     for call in wrong:
         with pytest.raises(AssertionError):
             call()
+
+
+def test_what_32_bits_do_not_reach_is_an_error_with_a_name() -> None:
+    """Eight images of 1024x768: their sixteen pictures in the decoder's last level have 256 channels."""
+    normed = operation("group_norm_silu")[0].group_norm_silu
+    gain, offset = (torch.empty(256, device="meta") for _ in range(2))
+    pictures = channels_last(torch.empty(16, 256, 768, 1024, dtype=torch.bfloat16, device="meta"))
+    with pytest.raises(TensorSizeError, match=r"\(16, 256, 768, 1024\) is beyond"):
+        normed(pictures, gain, offset, 32, EPS, True)

@@ -7,8 +7,10 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +19,15 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
 
-from densegeo.errors import BackendError, ImageError  # noqa: E402
+from densegeo.errors import BackendError, ImageError, TensorSizeError  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
+from densegeo.runtime.backends import torch_device  # noqa: E402
 from densegeo.runtime.backends.torch_capture import WARM_UP, CudaRecorder, Replay  # noqa: E402
+from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
+from densegeo.runtime.backends.torch_modules import TorchBackend, require_precision  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import RING, Ring  # noqa: E402
+from densegeo.runtime.bundle import read_manifest  # noqa: E402
 from densegeo.runtime.chain import assemble, run_network  # noqa: E402
 from densegeo.runtime.resample import choose_bucket, place  # noqa: E402
 
@@ -99,6 +105,22 @@ def test_a_recording_that_fails_is_logged_and_not_used(
     assert "doubling runs eager" in caplog.text
     assert message in caplog.text
     assert torch.equal(replay(torch.full((3,), 4.0)), torch.full((3,), 8.0))
+
+
+def test_a_recording_without_memory_is_no_failed_one() -> None:
+    """Then a smaller one may do, while eager runs of this size would need the memory at every image."""
+
+    def end_of_recording(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        try:
+            raise torch.OutOfMemoryError("no memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("the recording is void")  # noqa: B904 (what torch.cuda.graph's end does)
+
+    hidden = Tape()
+    hidden.record = end_of_recording  # type: ignore[method-assign]
+    for tape in (Tape(torch.OutOfMemoryError("no memory")), hidden):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory to record"):
+            Replay("doubling", double, (torch.ones(3),), tape)
 
 
 @pytest.mark.gpu
@@ -258,8 +280,19 @@ def test_images_run_together_give_what_they_give_alone(built: dict[str, Path], d
         assert counters["accepted"] == counters["completed"] == 3 * len(images)
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("too much"), "no memory for"),
+        (TensorSizeError("too much"), "32-bit offsets do not reach"),
+    ],
+)
 def test_a_group_without_memory_is_run_in_smaller_ones(
-    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    built: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    why: str,
 ) -> None:
     image = np.random.default_rng(4).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     with Estimator(built["fp32"], "torch", "cpu") as estimator:
@@ -271,7 +304,7 @@ def test_a_group_without_memory_is_run_in_smaller_ones(
         def recorded_if_small(count: int) -> Replay:
             tried.append(count)
             if count > 2:
-                raise torch.OutOfMemoryError("no memory")
+                raise error
             return recorded(count)
 
         monkeypatch.setattr(network, "recorded", recorded_if_small)
@@ -279,8 +312,8 @@ def test_a_group_without_memory_is_run_in_smaller_ones(
             assert len(backend.estimate(bucket, [image] * 8, [place_] * 8)) == 8
             assert len(backend.estimate(bucket, [image] * 4, [place_] * 4)) == 4
         assert tried == [8, 4, 2, 2, 2, 2, 2, 2]  # the limit is remembered
-        assert caplog.text.count("no memory for") == 2
-        monkeypatch.setattr(network, "recorded", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        assert caplog.text.count(why) == 2
+        monkeypatch.setattr(network, "recorded", lambda count: (_ for _ in ()).throw(type(error)("none")))
         with pytest.raises(BackendError, match="none"):
             backend.estimate(bucket, [image], [place_])
 
@@ -311,3 +344,68 @@ def test_pictures_without_memory_are_decoded_one_by_one(
         assert caplog.text.count("one by one from now on") == 1
         assert np.linalg.norm(again - prediction) <= 1e-5 * np.linalg.norm(prediction)
         assert np.linalg.norm(others - normals) <= 1e-4 * np.linalg.norm(normals)
+
+
+def noting(notes: list[str], name: str, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    notes.append(name)
+    return real(*given, **named)
+
+
+def opened_as_on_a_gpu(bundle: Path, max_batch: int) -> Estimator:
+    manifest = read_manifest(bundle)
+    return Estimator.from_backend(
+        TorchBackend(bundle, manifest, "cpu", frames_on_cpu=True), manifest, max_batch=max_batch
+    )
+
+
+def test_opening_pays_for_every_size_and_batch(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made, recorded or launched for the first time in a request."""
+    image = np.random.default_rng(6).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    launched: list[str] = []
+    for name in ("preprocess", "log_dequantize", "normals"):
+        real = getattr(torch_device, name)
+        monkeypatch.setattr(torch_device, name, partial(noting, launched, name, real))
+    with opened_as_on_a_gpu(built["fp32"], max_batch=3) as estimator:
+        backend, buckets = estimator._backend, estimator.manifest.buckets
+        assert len(buckets) > 1
+        for bucket in buckets:
+            assert set(backend._network(bucket)._replays) == {1, 2}
+        assert launched == ["preprocess", "log_dequantize", "normals"] * len(buckets)
+        assert estimator.images_together == 2
+        monkeypatch.setattr(torch_device, "Replay", lambda *given: pytest.fail("recorded in a request"))
+        assert len(estimator.batch([image] * 3)) == 3
+
+
+def test_what_does_not_fit_is_left_out_when_opening(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = DeviceNetwork.recorded
+    first, second = read_manifest(built["fp32"]).buckets[:2]
+    image = np.random.default_rng(7).integers(0, 256, (first.height, first.width, 3), dtype=np.uint8)
+
+    def little_memory(network: DeviceNetwork, count: int) -> Replay:
+        if count > 2 or network._bucket != first:
+            raise torch.OutOfMemoryError("no memory")
+        return recorded(network, count)
+
+    monkeypatch.setattr(DeviceNetwork, "recorded", little_memory)
+    with caplog.at_level(logging.WARNING, "densegeo"), opened_as_on_a_gpu(built["fp32"], max_batch=8) as estimator:
+        assert f"{second.width}x{second.height} is left out" in caplog.text
+        assert estimator.images_together == 2
+        assert len(estimator.batch([image] * 3)) == 3
+        with pytest.raises(BackendError, match="no memory"):
+            estimator._backend.estimate(second, [image], [place(second, (9, 9), "stretch")])
+    monkeypatch.setattr(DeviceNetwork, "recorded", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(BackendError, match="none"):
+        opened_as_on_a_gpu(built["fp32"], max_batch=8)
+
+
+def test_bf16_is_refused_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, fp16 = SimpleNamespace(base="bf16"), SimpleNamespace(base="fp16")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: {"cuda:0": (7, 5), "cuda:1": (8, 0)}[device]
+    )
+    for manifest, device in ((bf16, "cpu"), (bf16, "cuda:1"), (fp16, "cuda:0")):
+        require_precision(manifest, device)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"cuda:0 is sm_75: .*--precision fp16"):
+        require_precision(bf16, "cuda:0")  # type: ignore[arg-type]
