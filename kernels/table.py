@@ -10,7 +10,7 @@ from densegeo.kernels.attention import kernel as attention
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.gated_residual import kernel as gated_residual
 from densegeo.kernels.group_norm_silu import kernel as group_norm_silu
-from densegeo.kernels.launch import WARPS
+from densegeo.kernels.launch import BOX, WARPS
 from densegeo.kernels.layer_norm import kernel as layer_norm
 from densegeo.kernels.log_dequantize import kernel as log_dequantize
 from densegeo.kernels.normals import kernel as normals
@@ -22,7 +22,6 @@ from densegeo.kernels.unproject import kernel as unproject
 
 FLOATS = ("fp32", "bf16", "fp16")
 INPUT_STRIDES = ("batch_stride", "channel_stride", "row_stride", "column_stride")
-BOX = ("left", "top", "box_width", "box_height", "width", "height")
 NEEDS = {  # type -> first architecture with it, and what to say of earlier ones
     "*bf16": (80, "no bf16 before sm_80"),
     "*fp8e4nv": (89, "no fp8 before sm_89"),

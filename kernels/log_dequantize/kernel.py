@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.launch import BOX, OPTIONS, require_small
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
 
 BLOCK_X, BLOCK_Y = 128, 4
@@ -28,7 +28,7 @@ def _prediction(pixel, channel_stride, CHANNELS: tl.constexpr, CLAMP_FIRST: tl.c
     return mean * 0.5 + 0.5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BOX)
 def log_dequantize_kernel(
     decoded,  # (batch, CHANNELS, H, W)
     depth,  # (batch, height, width) float32, contiguous, as the next two

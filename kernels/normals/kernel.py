@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.launch import BOX, OPTIONS, require_small
 from densegeo.kernels.normals import Matrix
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
 
@@ -22,7 +22,7 @@ def _sample(plane, row0, row1, column0, column1, down, right):
     return above * (1 - down) + below * down
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BOX)
 def normals_kernel(
     decoded,  # (batch, 3, H, W)
     normals,  # (batch, height, width, 3) float32, contiguous

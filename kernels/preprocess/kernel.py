@@ -9,14 +9,16 @@ import triton
 import triton.language as tl
 
 from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.launch import BOX, OPTIONS, require_small
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, first_tap, tap_weight
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y))
+SOURCE = ("source_width", "source_height", "row_stride", "pixel_stride", "red", "taps_x", "taps_y")
+PER_IMAGE = (*SOURCE, *BOX[:4])  # width and height are the bucket's
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_IMAGE, do_not_specialize_on_alignment=("frame",))
 def preprocess_kernel(
     frame,  # uint8 (source_height, source_width, 3), channels adjacent
     rgb,  # (1, 3, height, width), contiguous

@@ -73,6 +73,41 @@ for architecture in (89, 90, 120):
         assert all(".e4m3.e4m3" in product for product in products), line
 
 
+def test_an_image_of_another_size_compiles_nothing() -> None:
+    """What Triton would compile a kernel for (its key for the launch) is the same for every image of a bucket."""
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from densegeo.kernels.log_dequantize import kernel as log_dequantize
+from densegeo.kernels.normals import kernel as normals
+from densegeo.kernels.preprocess import kernel as preprocess
+
+keys = {}
+
+def watch(kernel):
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    noted = keys.setdefault(kernel.fn.__name__, set())
+    kernel.run = lambda *given, grid, warmup, **named: noted.add(str(bind(*given, **named)[1]))
+
+for kernel in (preprocess.preprocess_kernel, log_dequantize.log_dequantize_kernel, normals.normals_kernel):
+    watch(kernel)
+decoded = torch.zeros(2, 3, 48, 64)
+images = (640, 480, 0, (0, 0, 64, 48)), (641, 479, 3, (1, 0, 63, 48)), (16, 1, 16, (0, 16, 1, 32))
+for width, height, offset, box in images:
+    frame = torch.zeros(offset + 3 * width * height, dtype=torch.uint8)[offset:].view(height, width, 3)
+    preprocess.preprocess(frame, (64, 48), box, offset > 0, torch.float32)
+    log_dequantize.log_dequantize(decoded, box, (width, height), 1.0, 0.0, True, (0.0, 9.0), True)
+    normals.normals(decoded, box, (width, height), ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+print({name: len(noted) for name, noted in keys.items()})
+"""
+    done = run("-c", code)
+    assert done.stdout.strip() == "{'preprocess_kernel': 1, 'log_dequantize_kernel': 1, 'normals_kernel': 1}", (
+        done.stderr
+    )
+
+
 def test_a_spill_is_an_error() -> None:
     code = """
 from dataclasses import replace
