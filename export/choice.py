@@ -130,12 +130,7 @@ def _refuse(
     if early := [number for number in architectures if number < OLDEST]:
         raise ConfigError(f"nothing can be built for {_names(early)}: sm_{OLDEST} is the oldest architecture")
     base = asked.base or BASES[precision]
-    first = max(FIRST.get(precision, OLDEST), FIRST.get(base, OLDEST))
-    if backend == "tensorrt" and (early := [number for number in architectures if number < first]):
-        raise ConfigError(
-            f"there is no {precision} before sm_{first}, so none for {_names(early)}: say --precision fp16, or "
-            "leave --precision out"
-        )
+    _refuse_types(backend, precision, base, architectures, facts)
     if backend == NO_BF16 and base == "bf16":
         other = "--base fp32" if precision in FORMATS else "--precision fp32"
         raise ConfigError(
@@ -152,6 +147,22 @@ def _refuse(
             f"{row.name} in {precision} needs {needed / GIB:.1f} GiB for its weights, and {gpu.name} has "
             f"{gpu.memory / GIB:.1f}: {remedy}"
         )
+
+
+def _refuse_types(backend: str, precision: str, base: str, architectures: Sequence[int], facts: Facts) -> None:
+    """Raises ConfigError for a type that the GPUs lack. Where torch has no 8-bit product it multiplies in the base."""
+    kinds: tuple[str, ...] = (precision, base)
+    if backend == "torch" and facts.gpu is not None and facts.torch_cuda:
+        kinds, architectures = (base,), (facts.gpu.architecture,)
+    elif backend != "tensorrt":
+        return
+    for kind in kinds:
+        first = FIRST.get(kind, OLDEST)
+        if early := [number for number in architectures if number < first]:
+            raise ConfigError(
+                f"there is no {kind} before sm_{first}, so none for {_names(early)}: say --precision fp16, or leave "
+                "--precision out"
+            )
 
 
 def on_this_gpu(choice: Choice, facts: Facts) -> bool:

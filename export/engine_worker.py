@@ -94,6 +94,7 @@ def limit_memory(count: int) -> None:
 def _configure(trt: Any, config: Any, spec: Spec) -> None:
     options = spec.options
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: 11 bits are too few for what a graph has in float32
     if "optimization_level" in options:
         config.builder_optimization_level = options["optimization_level"]
     if "workspace_bytes" in options:

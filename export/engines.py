@@ -31,10 +31,9 @@ from densegeo.export.plan import GIB, available_memory
 from densegeo.files import cache_directory
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage, sha256_file
 from densegeo.runtime.engine_log import parse_log
-from densegeo.runtime.engines import FOLDER, LIBRARIES, fingerprint, reusable
+from densegeo.runtime.engines import FOLDER, LIBRARIES, RTX_ARCHITECTURES, fingerprint, reusable
 
-# Architectures that TensorRT-RTX can be told to build for; others get the engine for Ampere and later, if any.
-RTX_TARGETS = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
+RTX_TARGETS = {number: f"SM{number}" for number in RTX_ARCHITECTURES}  # its own names
 OLDEST = 75  # architecture that kernels and engines are built for
 FIRST = {"bf16": 80, "fp8": 89, "int8": 80}  # precision -> first architecture that has it, and bf16 beside it
 DISTRIBUTIONS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_rtx": ("tensorrt-rtx-cu13",)}
@@ -72,6 +71,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     def facts(self) -> dict[str, int]:
         """The settings that shape an engine, as the worker takes them."""
         given = {
+            "tf32": 0,  # no choice: it tells these engines from older ones, which had it
             "optimization_level": self.optimization_level,
             "workspace_bytes": None if self.workspace_mib is None else self.workspace_mib << 20,
             "weight_streaming": int(self.weight_streaming) or None,
@@ -117,7 +117,7 @@ def target_groups(library: str, precision: str, architectures: Sequence[int]) ->
         raise ConfigError(
             f"TensorRT-RTX has no target for {', '.join(f'sm_{n}' for n in unknown)}; it has "
             f"{', '.join(f'sm_{n}' for n in RTX_TARGETS)}. Use --builder tensorrt on a machine with that GPU, or "
-            "leave --gpu-arch out for an engine for Ampere and later."
+            "--backend torch."
         )
     if not architectures:
         return [()]

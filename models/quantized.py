@@ -51,12 +51,27 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scal
     rows, dtype = x.flatten(0, -2), _result(x, weight, bias)
     taken = rows if x.dtype == weight.dtype else quantize(rows, input_scale, weight.dtype)
     if _has_product(taken, weight):
-        scales = input_scale.float().expand(len(rows), 1).contiguous(), weight_scale.float()[None].contiguous()
-        out = torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(dtype), out_dtype=dtype)
+        out = _fp8_product(taken, weight, weight_scale.float(), input_scale.float(), bias, dtype)
     else:
         product = F.linear(taken.to(dtype), weight.to(dtype)).float()
         out = (product * (weight_scale.float() * input_scale.float()) + bias.float()).to(dtype)
     return out.unflatten(0, x.shape[:-1])
+
+
+def _fp8_product(
+    taken: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """taken (M, K) and weight (N, K) E4M3 -> (M, N), scaled and biased in the product where torch can.
+
+    On most architectures its product with a scale a row gives bf16 alone, and with a float32 result none takes a bias
+    (ATen/native/cuda/ScaledBlas.cpp): both are done afterwards then.
+    """
+    if dtype == torch.bfloat16:
+        scales = input_scale.expand(len(taken), 1).contiguous(), weight_scale[None].contiguous()
+        return torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(dtype), out_dtype=dtype)
+    one = torch.ones((), device=taken.device)
+    product = torch._scaled_mm(taken, weight.t(), one, one, out_dtype=torch.float32)
+    return (product * (weight_scale * input_scale) + bias.float()).to(dtype)
 
 
 @quantized_linear.register_fake

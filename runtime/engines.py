@@ -17,6 +17,7 @@ from densegeo.errors import EngineError
 from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, sha256_file
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
+RTX_ARCHITECTURES = (75, 80, 86, 89, 120, 121)  # that TensorRT-RTX builds for and runs on: no Orin, Hopper or B200
 FOLDER = "engines"
 # What an engine depends on; the rest of its record says where it lies and how its build went.
 FACTS = (
@@ -96,15 +97,24 @@ def check_engine(
         if built != here:
             _refuse(directory, manifest, engine, what, built, here)
     if architecture is not None and not runs_on(engine, architecture):
-        built_for = ", ".join(engine.architectures) or "sm_80 and later"
+        built_for = ", ".join(engine.architectures or _ampere_on(engine.library))
         _refuse(directory, manifest, engine, "GPU architecture", built_for, f"sm_{architecture}")
 
 
 def runs_on(engine: Engine, architecture: int) -> bool:
-    """Whether the engine was built for this architecture; an engine without targets is for Ampere and later."""
-    if not engine.architectures:
+    """Whether the engine was built for this architecture; one without targets is for Ampere and later, as far as its
+    library goes.
+    """
+    if not engine.architectures and engine.library == "tensorrt":
         return architecture >= 80
-    return f"sm_{architecture}" in engine.architectures
+    return f"sm_{architecture}" in (engine.architectures or _ampere_on(engine.library))
+
+
+def _ampere_on(library: str) -> list[str]:
+    """What an engine without targets is for, in words."""
+    if library == "tensorrt":
+        return ["sm_80 and later"]
+    return [f"sm_{number}" for number in RTX_ARCHITECTURES if number >= 80]
 
 
 def _digest(manifest: Manifest, name: str) -> str:

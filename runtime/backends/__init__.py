@@ -74,6 +74,7 @@ class BackendRow:
     module: str
     library: str  # the Python module whose presence means "available"
     install: str  # what to type when it is missing
+    devices: tuple[str, ...] = ("cuda", "cpu")  # the kinds it can run on
     verified_only: bool = False  # "auto" takes it only for a bundle that `densegeo verify` passed on this machine
 
     def available(self) -> bool:
@@ -90,6 +91,7 @@ BACKENDS = (
         "densegeo.runtime.backends.tensorrt_engines",
         "cuda.core",
         "pip install densegeo[tensorrt-rtx] (or densegeo[gpu] and tensorrt)",
+        devices=("cuda",),
         verified_only=True,
     ),
     BackendRow(
@@ -103,6 +105,7 @@ BACKENDS = (
         "densegeo.runtime.backends.openvino_cpu",
         "openvino",
         "pip install densegeo[openvino]",
+        devices=("cpu",),
     ),
     BackendRow(
         "torch",
@@ -116,38 +119,49 @@ BACKENDS = (
 def open_backend(name: str, directory: Path, manifest: Manifest, device: str) -> Backend:
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
-    Raises ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle ("auto":
-    when none can; the message names every reason).
+    Where both are "auto" and NVIDIA's driver is here, any that runs on the GPU comes before all on the CPU. Raises
+    ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle ("auto": when none
+    can; the message names every reason).
     """
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
-    reasons = []
-    for row in rows:
-        if not row.available():
-            reasons.append(f"{row.name}: not installed; {row.install}")
+    beside_gpu = device == "auto" and has_cuda_driver()
+    attempts = [(row, device) for row in rows]
+    if name == "auto" and beside_gpu:
+        attempts = [(row, kind) for kind in ("cuda", "cpu") for row in rows if kind in row.devices]
+    reasons: dict[str, None] = {}  # in order, each once
+    for row, where in attempts:
+        reason = _against(row, directory, name)
+        if reason is None:
+            try:
+                backend: Backend = import_module(row.module).open_backend(directory, manifest, where)
+            except BackendError as error:
+                if name != "auto":
+                    raise
+                reason = str(error)
+        if reason is not None:
+            reasons[f"{row.name}: {reason}"] = None
             continue
-        if name == "auto" and row.verified_only and not is_verified(directory, row.name):
-            reasons.append(
-                f"{row.name}: not verified on this machine; `densegeo verify {directory} --backend {row.name}`"
-            )
-            continue
-        try:
-            backend: Backend = import_module(row.module).open_backend(directory, manifest, device)
-        except BackendError as error:
-            if name != "auto":
-                raise
-            reasons.append(f"{row.name}: {error}")
-            continue
-        if device == "auto" and backend.device == "cpu" and has_cuda_driver():
+        if beside_gpu and backend.device == "cpu":
             log.warning(
                 "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is "
-                'missing, and device="cpu" that it is meant.',
+                'missing, and device="cpu" that it is meant.%s',
                 directory,
                 row.name,
+                "".join(f"\n{reason}" for reason in reasons),
             )
         return backend
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
+
+
+def _against(row: BackendRow, directory: Path, name: str) -> str | None:
+    """Why the row is not even tried where `name` was asked for, or None."""
+    if not row.available():
+        return f"not installed; {row.install}"
+    if name == "auto" and row.verified_only and not is_verified(directory, row.name):
+        return f"not verified on this machine; `densegeo verify {directory} --backend {row.name}`"
+    return None
 
 
 def parse_device(device: str) -> tuple[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import logging
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from densegeo.errors import BackendError
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
+
+log = logging.getLogger("densegeo")
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 AS_THEY_ARE = ("session.disable_quant_qdq", "1")  # optimizers would move fp8 into operators that have none of it
@@ -35,9 +40,12 @@ class OrtBackend(GraphBackend):
             raise BackendError(
                 f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
             ) from error
-        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers(), manifest.base)
+        _require_precision(manifest.base)
+        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers())
         self._fp8 = manifest.precision == "fp8"
         self._options = _provider_options(self.device)
+        if self._provider == CUDA:
+            _load_libraries(self._ort)
         self._start(directory, manifest)
 
     def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -63,12 +71,24 @@ class OrtBackend(GraphBackend):
         if session.get_providers()[0] != self._provider:
             raise BackendError(
                 f"ONNX Runtime could not start {self._provider} (its log says why; often the CUDA or cuDNN libraries "
-                'are missing). Use device="cpu", or repair the CUDA installation.'
+                'are missing, which densegeo[gpu] brings). Use device="cpu", or repair the installation.'
             )
         return session
 
 
-def _choose_provider(device: str, available: list[str], base: str) -> tuple[str, str]:
+def _require_precision(base: str) -> None:
+    """Raises BackendError for bf16: the CPU provider has none, and the CUDA one lacks it in operators of our graphs
+    (InstanceNormalization, QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
+    """
+    if base == "bf16":
+        raise BackendError(
+            "This bundle is bf16, and ONNX Runtime has no bf16 for its operators, neither on CPUs nor on GPUs. Use "
+            'backend="torch" (or "openvino" on a CPU, "tensorrt" with engines), or build it with `--precision fp32` or '
+            "fp16 (fp8 and int8: with `--base fp32`)."
+        )
+
+
+def _choose_provider(device: str, available: list[str]) -> tuple[str, str]:
     """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N"."""
     kind, index = parse_device(device)
     if kind == "cuda" and CUDA not in available:
@@ -78,13 +98,22 @@ def _choose_provider(device: str, available: list[str], base: str) -> tuple[str,
         )
     if kind == "cuda" or (kind == "auto" and CUDA in available and has_cuda_driver()):
         return CUDA, f"cuda:{index or 0}"
-    if base == "bf16":
-        raise BackendError(
-            "This bundle is bf16, and ONNX Runtime's CPU provider has no bf16. "
-            "Build it with `--precision fp32` or fp16 (fp8 and int8: with `--base fp32`) to run it here."
-        )
     return CPU, "cpu"
 
 
 def _provider_options(device: str) -> dict[str, str]:
-    return {"device_id": device.partition(":")[2]} if device.startswith("cuda") else {}
+    """use_tf32, on by default, would round float32 operands to 11 bits, beyond the bounds of float32 bundles."""
+    return {"device_id": device.partition(":")[2], "use_tf32": "0"} if device.startswith("cuda") else {}
+
+
+def _load_libraries(ort: Any) -> None:
+    """CUDA's and cuDNN's libraries from the packages that densegeo[gpu] brings, where the system does not look for them.
+
+    ONNX Runtime before 1.21 has the system's alone.
+    """
+    if not hasattr(ort, "preload_dlls"):
+        return
+    with redirect_stdout(io.StringIO()) as said:  # it prints what it does not find; the system may still have that
+        ort.preload_dlls()
+    if said.getvalue():
+        log.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())

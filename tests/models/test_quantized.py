@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from densegeo.models import fe2e, rewrites
+from densegeo.models import fe2e, quantized, rewrites
 from densegeo.models.config import TransformerConfig
 from densegeo.models.prompt import Prompt
 from densegeo.models.quantized import (
@@ -37,6 +37,37 @@ def test_rounding_is_that_of_an_independent_library() -> None:
     assert np.array_equal(ours, steps.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
     eight = quantize(x, scale, torch.int8).numpy()
     assert np.array_equal(eight, np.clip(np.rint(x.numpy() / scale.numpy()), -127, 127).astype(np.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_products_ask_for_what_torch_has_on_gpus(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As _scaled_mm refuses it on CUDA devices (ATen/native/cuda/ScaledBlas.cpp); a CPU takes everything."""
+    product = torch._scaled_mm
+
+    def on_gpu(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        *scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if bias is not None and out_dtype == torch.float32:
+            raise ValueError("Bias is not supported when out_dtype is set to Float32")
+        if scales[0].numel() > 1 and out_dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError("Only bf16 and fp16 high precision output types are supported for row-wise scaling.")
+        return product(a, b, *scales, bias=bias, out_dtype=out_dtype)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 48).to(dtype)
+    linear = QuantizedLinear.prepare(nn.Linear(48, 32), float(x.abs().max()), FORMATS["fp8"], dtype)
+    plain = linear(x)
+    monkeypatch.setattr(torch, "_scaled_mm", on_gpu)
+    monkeypatch.setattr(quantized, "_has_product", lambda taken, weight: True)
+    for given in (x, quantize(x, linear.input_scale, torch.float8_e4m3fn)):
+        ours = linear(given)
+        assert ours.dtype == dtype
+        bound = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+        assert (ours.double() - plain.double()).norm() <= bound * plain.double().norm()
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -287,17 +287,17 @@ def test_bf16_on_the_cpu_provider(new_bundle: Callable[..., Path]) -> None:
 
 def test_cuda_without_its_provider() -> None:
     with pytest.raises(BackendError, match=r"densegeo\[gpu\]"):
-        _choose_provider("cuda", ["CPUExecutionProvider"], "fp32")
+        _choose_provider("cuda", ["CPUExecutionProvider"])
 
 
 def test_provider_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert _choose_provider("cuda:1", both, "bf16") == ("CUDAExecutionProvider", "cuda:1")
-    assert _choose_provider("cpu", both, "fp16") == ("CPUExecutionProvider", "cpu")
+    assert _choose_provider("cuda:1", both) == ("CUDAExecutionProvider", "cuda:1")
+    assert _choose_provider("cpu", both) == ("CPUExecutionProvider", "cpu")
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: False)
-    assert _choose_provider("auto", both, "fp32")[1] == "cpu"
+    assert _choose_provider("auto", both)[1] == "cpu"
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
-    assert _choose_provider("auto", both, "fp32")[1] == "cuda:0"
+    assert _choose_provider("auto", both)[1] == "cuda:0"
 
 
 def test_a_cpu_beside_a_gpu_is_warned_of(

@@ -1,0 +1,91 @@
+"""What a bundle has in float32 is multiplied in float32: TF32 would round its operands to 11 bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from densegeo.errors import BackendError
+from densegeo.runtime.backends import ort as ort_module
+from densegeo.runtime.backends.ort import CPU, CUDA, OrtBackend
+from densegeo.runtime.bundle import read_manifest
+
+
+@pytest.mark.integration
+def test_tensorrt_builds_engines_without_tf32() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("torch")
+    code = """
+import tensorrt_rtx as trt
+from densegeo.export.engine_worker import Spec, _configure
+from densegeo.export.engines import EngineOptions
+builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+config = builder.create_builder_config()
+options = EngineOptions().facts()
+spec = Spec(library="tensorrt_rtx", graph="", engine="", log="", timing_cache="", targets=[], options=options,
+            memory_bytes=0)
+before = config.get_flag(trt.BuilderFlag.TF32)
+_configure(trt, config, spec)
+print(before, config.get_flag(trt.BuilderFlag.TF32), options["tf32"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True False 0", done.stderr  # in the options it is part of the fingerprint
+
+
+class Sessions:
+    """ONNX Runtime with the CUDA provider, without any session: what it is asked for, in order."""
+
+    def __init__(self, *, preloads: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.SessionOptions = lambda: SimpleNamespace(add_session_config_entry=lambda *entry: None)
+        if preloads:
+            self.preload_dlls = self._preload
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def _preload(self) -> None:
+        self.calls.append("preload")
+        print("Failed to load libcudnn")
+
+    def InferenceSession(self, path: str, options: Any, providers: list[str], provider_options: list[Any]) -> Any:
+        self.calls.append((providers, provider_options))
+        return SimpleNamespace(get_providers=lambda: providers)
+
+
+@pytest.mark.parametrize("preloads", [True, False])
+def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
+    new_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    preloads: bool,
+) -> None:
+    sessions, bundle = Sessions(preloads=preloads), new_bundle()
+    monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
+    OrtBackend(bundle, read_manifest(bundle), "cuda:1")
+    sizes = [([CUDA], [{"device_id": "1", "use_tf32": "0"}])] * 3
+    assert sessions.calls == (["preload", *sizes] if preloads else sizes)
+    assert not capsys.readouterr().out
+    sessions.calls.clear()
+    OrtBackend(bundle, read_manifest(bundle), "cpu")
+    assert sessions.calls == [([CPU], [{}])] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
+def test_onnxruntime_refuses_bf16_with_the_reason(
+    new_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    sessions, bundle = Sessions(), new_bundle(precision="bf16")
+    monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
+    monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
+    with pytest.raises(
+        BackendError, match=r"is bf16.*neither on CPUs nor on GPUs.*backend=\"torch\".*--precision fp32"
+    ):
+        OrtBackend(bundle, read_manifest(bundle), device)
+    assert not sessions.calls
