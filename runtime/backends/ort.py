@@ -107,7 +107,7 @@ def _provider_options(device: str) -> dict[str, str]:
 
 
 def _load_libraries(ort: Any) -> None:
-    """CUDA's and cuDNN's libraries from the packages that densegeo[gpu] brings, where the system does not look for them.
+    """CUDA's and cuDNN's libraries from the packages that densegeo[gpu] brings: the system does not look there.
 
     ONNX Runtime before 1.21 has the system's alone.
     """
