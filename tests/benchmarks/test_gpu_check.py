@@ -123,3 +123,19 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert not (tmp_path / "check.json").exists()
+
+
+def test_quick_runs_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: list[bool] = []
+
+    def note(check: gpu_check.Check) -> dict[str, Any]:
+        quick.append(check.quick)
+        return {}
+
+    monkeypatch.setattr(gpu_check, "STEPS", dict.fromkeys(gpu_check.STEPS, note))
+    code, result = run(monkeypatch, tmp_path / "check.json", "--quick")
+    assert code == 0
+    assert tuple(result["steps"]) == gpu_check.QUICK
+    assert quick == [True] * len(gpu_check.QUICK)
+    _, result = run(monkeypatch, tmp_path / "check.json")
+    assert tuple(result["steps"]) == tuple(gpu_check.STEPS)
