@@ -85,11 +85,19 @@ def test_a_bundle_is_run_through_every_backend(
         most = max(backends[name]["bounds"].values())
         assert all(0 < error <= most for error in backends[name]["errors"].values())
         assert backends[name]["ms an image, 8 at once"] > 0
+
+
+def test_a_bundle_that_is_off_gets_no_speed(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(small_bundle(), tmp_path / "bundle")
     manifest = read_manifest(bundle)
     verification = msgspec.structs.replace(
         manifest.verification, bounds=dict.fromkeys(manifest.verification.bounds, 0.0)
     )
     write_manifest(bundle, msgspec.structs.replace(manifest, verification=verification))
+    monkeypatch.setattr(gpu_check, "BACKENDS", [row for row in BACKENDS if row.name == "torch"])
+    arguments = ("--steps", "bundles", "--bundle", str(bundle))
     code, result = run(monkeypatch, tmp_path / "check.json", *arguments)
     assert code == 1
     assert "out of bounds: prediction" in result["steps"]["bundles"]["failed"]
