@@ -47,7 +47,7 @@ demo: $(RUNTIME)
 	@$(BIN)/densegeo demo
 
 ready-bundle: $(STAMP)
-	$(BIN)/densegeo build --model fe2e-tiny --output runtime/bundles/fe2e-tiny
+	$(BIN)/densegeo build --model fe2e-tiny --precision fp32 --backend onnxruntime --output runtime/bundles/fe2e-tiny
 	$(BIN)/python -m densegeo.training.photographs
 
 # Workers take tests from each other; what they share is built once (tests/support/shared.py).

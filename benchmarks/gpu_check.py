@@ -44,7 +44,7 @@ from densegeo.runtime.ready import find_bundle  # noqa: E402
 from densegeo.runtime.resample import Placement  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
 
-BUDGET_S = 540.0
+BUDGET_S, QUICK_S = 540.0, 220.0
 TESTS = ("tests/kernels", "tests/runtime/test_torch_device.py", "tests/runtime/test_torch_fused.py")
 SIZES = ((864, 576), (1024, 768))  # DESIGN section 6 has the floors of these
 Step = Callable[["Check"], dict[str, Any]]
@@ -53,13 +53,16 @@ Step = Callable[["Check"], dict[str, Any]]
 class Check:
     """One run: its device, the time it has left, and what it found so far."""
 
-    def __init__(self, output: Path, device: str, small: bool, budget: float, bundle: Path | None) -> None:
-        self.output, self.device, self.small, self.bundle = output, device, small, bundle
+    def __init__(
+        self, output: Path, device: str, bundle: Path, budget: float, *, small: bool = False, quick: bool = False
+    ) -> None:
+        self.output, self.device, self.bundle, self.small, self.quick = output, device, bundle, small, quick
         self._end = time.monotonic() + budget
         self.weights: gpu_models.Weights | None = None
         self.result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
             "small": small,
+            "quick": quick,
             **environment(("torch", "triton", "numpy", "safetensors", "msgspec")),
             "steps": {},
         }
@@ -143,7 +146,7 @@ def models(check: Check) -> dict[str, Any]:
     weights = _weights(check)
     sizes = SIZES if not check.small else ((64, 48),)
     found = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
-    for compiled in (False, True):
+    for compiled in (False,) if check.quick else (False, True):
         for comparison in found:
             comparison.measure(compiled=compiled)
     return {"sizes": [comparison.report() for comparison in found]}
@@ -151,7 +154,7 @@ def models(check: Check) -> dict[str, Any]:
 
 def fiffdepth(check: Check) -> dict[str, Any]:
     """Full-size FiffDepth at 512x512."""
-    found = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left)
+    found = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left, compiled=not check.quick)
     wrong = [name for name, row in found["contenders"].items() if "failed" in row]
     return found | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
 
@@ -251,8 +254,6 @@ def _kernels(network: DeviceNetwork, size: tuple[int, int], device: str) -> dict
 
 def bundles(check: Check) -> dict[str, Any]:
     """The bundle through every backend that is here: errors against the stored float32 outputs, and latency."""
-    if check.bundle is None:
-        return {"skipped": "no --bundle was given"}
     manifest = read_manifest(check.bundle)
     entry: dict[str, Any] = {"model": manifest.model, "precision": manifest.precision, "backends": {}}
     for row in BACKENDS:
@@ -305,32 +306,42 @@ class _Lines(logging.Handler):
 
 STEPS: dict[str, Step] = {
     "launches": launches,
+    "bundles": bundles,
     "numbers": numbers,
     "kernels": kernels,
     "fiffdepth": fiffdepth,
     "models": models,
     "transfers": transfers,
     "profile": profile,
-    "bundles": bundles,
     "tests": tests,
 }
+QUICK = ("launches", "bundles", "numbers", "kernels", "fiffdepth", "models")
 
 
 def main() -> int:
     """The command; returns 1 when a step failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/gpu_check.json"), help="the JSON file to write")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these, in this order")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, help="only these, in this order")
+    parser.add_argument("--quick", action="store_true", help="under four minutes: nothing that torch compiles")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
     parser.add_argument("--device", default="cuda:0", help='"cpu" tries the script where there is no GPU')
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds it may take (default: %(default).0f)")
-    parser.add_argument("--bundle", type=find_bundle, help="a bundle to run through every backend that is here")
+    parser.add_argument(
+        "--budget", type=float, help=f"seconds it may take ({BUDGET_S:.0f}; {QUICK_S:.0f} with --quick)"
+    )
+    parser.add_argument(
+        "--bundle",
+        type=find_bundle,
+        default="fe2e-tiny",
+        help="verified with every backend here (default: %(default)s)",
+    )
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)
         return 2
-    check = Check(options.output, options.device, options.small, options.budget, options.bundle)
-    good = check.run({name: STEPS[name] for name in options.steps})
+    budget = options.budget or (QUICK_S if options.quick else BUDGET_S)
+    check = Check(options.output, options.device, options.bundle, budget, small=options.small, quick=options.quick)
+    good = check.run({name: STEPS[name] for name in options.steps or (QUICK if options.quick else STEPS)})
     print(f"wrote {options.output}")
     return 0 if good else 1
 

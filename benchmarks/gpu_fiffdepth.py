@@ -80,7 +80,7 @@ def _folded(exact: Pipeline) -> Pipeline:
 
 @torch.inference_mode()
 @settings()
-def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> dict[str, Any]:
+def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, compiled: bool) -> dict[str, Any]:
     """Milliseconds of every contender at 512x512, and an image of batches of ours; wrong numbers get no speed."""
     side = 64 if small else SIDE
     rgb = random_image(side, side, seed=2).to(device)
@@ -98,6 +98,8 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float]) -> d
     }
     rows: dict[str, Any] = {}
     for name, make in contenders.items():
+        if name.endswith("compiled") and not compiled:
+            continue
         if left() < 60:
             rows[name] = {"skipped": "no time left"}
             continue

@@ -34,7 +34,7 @@ from densegeo.runtime.verify import IMAGE, relative_error, within
 FLOAT32_BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2.0
 INPUTS_FILE = "verification.safetensors"
-LARGER, SMALLER = (1.125, 1.25, 1.5), (0.875, 0.75, 0.5)
+LARGER, OTHER = (1.125, 1.25, 1.5), (0.875, 0.75, 0.5, 1.25, 1.5)  # scales of pictures
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Outputs = dict[str, NDArray[Any]]  # by the names of `bundle.Verification.inputs`
@@ -51,7 +51,8 @@ class Size:
 def picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """Of each size (width, height), the odd sizes of the two pictures with which it is verified; each is served by it.
 
-    One is larger than the bucket. The other is smaller: a portrait for the size that serves portraits best.
+    One is larger than the bucket. The other is smaller, where a smaller one is served by it: a portrait for the size
+    that serves portraits best.
     """
     buckets = [Size(*size) for size in sizes]
     found = {size: [_served_by(buckets, Size(*size), LARGER)] for size in sizes}
@@ -61,7 +62,7 @@ def picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], lis
     found[best.width, best.height].append(portrait)
     for size, pictures in found.items():
         if len(pictures) == 1:
-            pictures.append(_served_by(buckets, Size(*size), SMALLER))
+            pictures.append(_served_by(buckets, Size(*size), OTHER))
     return found
 
 

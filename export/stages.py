@@ -223,14 +223,7 @@ def make_graphs(job: Job, state: State) -> Graphs:
 
 def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, bar: Bar, *, exact: bool) -> Bucket:
     """Write the three graphs of a size, to which the pipeline is set, for `batch` images at once."""
-    (width, height), channels = size, pipeline.vae.config.z_channels
-    latent = (channels, height // 8, width // 8)
-    name = bucket_name(width, height, batch)
-    examples = {
-        "encoder": ("rgb", "latent", torch.zeros(batch, 3, height, width)),
-        "denoiser": ("latent", "output", torch.zeros(batch, *latent)),
-        "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch * batch, *latent)),
-    }
+    name, examples = bucket_name(*size, batch), bucket_examples(pipeline, size, batch)
     graphs = {}
     for stage, module in pipeline.stages().items():
         bar.describe(f"{stage} {name}")
@@ -239,7 +232,18 @@ def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, 
         export_graph(module, example, (taken, given), weights, path, exact=exact)
         graphs[stage] = describe(path)
         bar.advance()
-    return Bucket(width=width, height=height, batch=batch, **graphs)
+    return Bucket(width=size[0], height=size[1], batch=batch, **graphs)
+
+
+def bucket_examples(pipeline: Pipeline, size: Size, batch: int) -> dict[str, tuple[str, str, torch.Tensor]]:
+    """Of each stage the names of its input and output, and an input of its shape."""
+    (width, height), channels = size, pipeline.vae.config.z_channels
+    latent = (channels, height // 8, width // 8)
+    return {
+        "encoder": ("rgb", "latent", torch.zeros(batch, 3, height, width)),
+        "denoiser": ("latent", "output", torch.zeros(batch, *latent)),
+        "decoder": ("latents", "decoded", torch.zeros(pipeline.decoder_batch * batch, *latent)),
+    }
 
 
 def _check(

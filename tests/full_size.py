@@ -1,4 +1,4 @@
-"""The one line at full size: `make one-line` (one to two hours on two cores, 60 GB of disk).
+"""The one line at full size: `make one-line` (an hour on two cores, 65 GB of disk).
 
 A server on this machine stands for the Hub: it has FE2E's files under their real names, 24 GB, and makes their random
 content while it is fetched. `python export/build_engine.py --model fe2e` plans, fetches and builds; it is broken off
@@ -163,15 +163,15 @@ def run(folder: Path, size: str, arguments: list[str], json_file: Path | None) -
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where downloads and bundle go: 50 GB.")] = Path("out/one-line"),
+    folder: Annotated[Path, typer.Option(help="Where downloads and bundle go: 65 GB.")] = Path("out/one-line"),
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the bundle's bucket.")] = "256x192",
-    arch: Annotated[str, typer.Option("--gpu-arch", help="Architecture of the engines.")] = "89",
+    arch: Annotated[list[str] | None, typer.Option("--gpu-arch", help="Engines for it; else what suits here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Build FE2E at full size by the one line, from a server on this machine."""
     if folder.exists():
         shutil.rmtree(folder)
-    run(folder, size, ["--gpu-arch", arch], json_file)
+    run(folder, size, [f"--gpu-arch={number}" for number in arch or ()], json_file)
 
 
 if __name__ == "__main__":

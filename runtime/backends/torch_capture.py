@@ -39,7 +39,9 @@ def settings() -> Iterator[None]:
 
 
 class Recorder(Protocol):
-    """What can record device work."""
+    """What can record device work, after `warm_up` eager runs."""
+
+    warm_up: int
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """Record what `work` launches: (launch it again, the result's fixed buffer). Raises RuntimeError."""
@@ -51,6 +53,8 @@ class CudaRecorder:
 
     Graphs of one pool may use each other's memory: read a result before another graph is replayed.
     """
+
+    warm_up = WARM_UP
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -73,6 +77,8 @@ class CudaRecorder:
 class HostRecorder:
     """Recordings on a CPU, for tests of what is around them: replaying runs the work again, on the same buffers."""
 
+    warm_up = 1
+
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """See `Recorder`."""
         result = work()
@@ -93,7 +99,7 @@ class Replay:
         self._again: Callable[[], object] | None = None
         self._result = torch.empty(0)
         with torch.inference_mode(), settings():
-            for _ in range(WARM_UP if recorder is not None else 1):
+            for _ in range(recorder.warm_up if recorder is not None else 1):
                 eager = work(*self._inputs)
             if recorder is not None:
                 self._record(recorder, eager.clone())

@@ -85,11 +85,19 @@ def test_a_bundle_is_run_through_every_backend(
         most = max(backends[name]["bounds"].values())
         assert all(0 < error <= most for error in backends[name]["errors"].values())
         assert backends[name]["ms an image, 8 at once"] > 0
+
+
+def test_a_bundle_that_is_off_gets_no_speed(
+    small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(small_bundle(), tmp_path / "bundle")
     manifest = read_manifest(bundle)
     verification = msgspec.structs.replace(
         manifest.verification, bounds=dict.fromkeys(manifest.verification.bounds, 0.0)
     )
     write_manifest(bundle, msgspec.structs.replace(manifest, verification=verification))
+    monkeypatch.setattr(gpu_check, "BACKENDS", [row for row in BACKENDS if row.name == "torch"])
+    arguments = ("--steps", "bundles", "--bundle", str(bundle))
     code, result = run(monkeypatch, tmp_path / "check.json", *arguments)
     assert code == 1
     assert "out of bounds: prediction" in result["steps"]["bundles"]["failed"]
@@ -123,3 +131,19 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert not (tmp_path / "check.json").exists()
+
+
+def test_quick_runs_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: list[bool] = []
+
+    def note(check: gpu_check.Check) -> dict[str, Any]:
+        quick.append(check.quick)
+        return {}
+
+    monkeypatch.setattr(gpu_check, "STEPS", dict.fromkeys(gpu_check.STEPS, note))
+    code, result = run(monkeypatch, tmp_path / "check.json", "--quick")
+    assert code == 0
+    assert tuple(result["steps"]) == gpu_check.QUICK
+    assert quick == [True] * len(gpu_check.QUICK)
+    _, result = run(monkeypatch, tmp_path / "check.json")
+    assert tuple(result["steps"]) == tuple(gpu_check.STEPS)

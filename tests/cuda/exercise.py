@@ -20,7 +20,8 @@ from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.backends import cuda_weights, tensorrt_engines
 from densegeo.runtime.backends.cuda_memory import Memory
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.verify import relative_error, replay, within
+from densegeo.runtime.tensorfile import read_tensors
+from densegeo.runtime.verify import relative_error, run_stages, verify, within
 from tests.cuda.bundles import ARCHITECTURE
 from tests.cuda.engines import StandInTensorRT
 from tests.cuda.foreign import Image, InterfaceImage, Reading
@@ -76,7 +77,7 @@ def staged(bundle: Path) -> Iterator[Setup]:
     contracts = [contract for contract in manifest.kernels if contract.architecture == ARCHITECTURE]
     cuda_weights.STAGING = WEIGHTS_AT_A_TIME
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
+        os.environ |= {f"XDG_{kind}_HOME": str(Path(folder) / kind) for kind in ("CACHE", "STATE")}
         graphs = float32_bundle(bundle, manifest, Path(folder))
         library = StandInTensorRT(driver, bundle, manifest, graphs)
         references = References(driver, bundle, contracts)
@@ -141,7 +142,7 @@ class Checks:
             self._on_the_device(estimator)
             if Device().device_id != 0:
                 self._outcome.failures.append("the caller's current device was changed")
-        self._replay()
+        self._verified()
 
     def _one_by_one(self, estimator: Estimator) -> None:
         for _ in range(2):
@@ -174,11 +175,15 @@ class Checks:
         """Prediction, and normals where there are any, of every image."""
         return [[g.prediction, *([] if g.normals is None else [g.normals])] for g in self._setup.wanted]  # type: ignore[list-item]
 
-    def _replay(self) -> None:
-        """Stored inputs through single engines, within the bundle's own bound."""
-        for check in replay(self._setup.bundle, "tensorrt", f"cuda:{DEVICE}"):
-            if not within(check):
-                self._outcome.failures.append(f"replay: {check}")
+    def _verified(self) -> None:
+        """Stored pictures as `densegeo verify` sends them, and stored inputs through single engines."""
+        bundle, device = self._setup.bundle, f"cuda:{DEVICE}"
+        wrong = verify(bundle, "tensorrt", device).wrong
+        with Estimator(bundle, "tensorrt", device, check_digests=False) as estimator:
+            path = bundle / estimator.manifest.verification.inputs
+            stages = run_stages(estimator, read_tensors(path), path)
+        wrong += [check for check in stages if not within(check)]
+        self._outcome.failures += [f"verify: {check}" for check in wrong]
 
     def _compare(self, what: str, found: list[Geometry]) -> None:
         for geometry, wanted in zip(found, self._expected(), strict=True):

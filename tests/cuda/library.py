@@ -56,3 +56,9 @@ def built() -> Path:
         with tempfile.TemporaryDirectory(dir=place) as folder:
             os.replace(build(Path(folder)), place / NAME)  # another process may do the same
     return place / NAME
+
+
+def environment() -> dict[str, str]:
+    """Of a process that gets the stand-in for its driver."""
+    paths = [str(built().parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -37,9 +37,7 @@ def main() -> int:
     arguments = parse()
     if CHILD in os.environ:
         return child(arguments)
-    folder = library.built().parent
-    paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    environment = {**os.environ, CHILD: "1", "LD_LIBRARY_PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {**library.environment(), CHILD: "1"}
     command = [sys.executable, str(Path(__file__)), *sys.argv[1:]]
     last = ""
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:

@@ -64,6 +64,21 @@ def test_a_mutation_ends_with_status_1(child: Child, with_engines: Build) -> Non
     assert said["problems"]
 
 
+def test_verification_notices_every_broken_stage(child: Child, with_engines: Build) -> None:
+    bundle = with_engines("fe2e")
+    done = child(RUN.parent / "command.py", bundle)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0,
+        "verified: with tensorrt the numbers come out right on cuda:1",
+    ), done.stderr
+    stages = ("preprocess", "split", "resize", "normals", "graph")
+    done = child(RUN.parent / "command.py", bundle, "--break", ",".join((*stages, "fused")))
+    *broken, lacking = done.stdout.splitlines()
+    assert [line.split()[:2] for line in broken] == [[stage, "1"] for stage in stages], done.stderr
+    assert all(f"The stage {line.split()[0]} was broken on purpose" in line for line in broken)
+    assert lacking.startswith("fused 2 ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -37,6 +37,8 @@ DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 class Tape:
     """A recorder for the CPU: replaying runs the work again and puts its result where the recording put it."""
 
+    warm_up = WARM_UP
+
     def __init__(self, error: Exception | None = None, offset: float = 0.0) -> None:
         self.error, self.offset, self.replays = error, offset, 0
 

@@ -7,6 +7,8 @@ traced. Every build still compares its graphs with PyTorch: one that were not th
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import os
 import shutil
@@ -15,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _registration
 
 from densegeo.export import onnx_graph
 from densegeo.runtime.bundle import sha256_file
@@ -63,6 +67,19 @@ def remembering(export: Callable[..., None], folder: Path) -> Callable[..., None
         partial.replace(known)
 
     return graph
+
+
+def sharing_operators(patch: pytest.MonkeyPatch) -> None:
+    """torch reads its table of translations anew for every graph, 1.3 s each: let one process read it once."""
+    registry = _registration.ONNXRegistry
+    read = functools.cache(registry.from_torchlib)
+
+    def copied(opset_version: int = onnx_graph.OPSET) -> Any:
+        made = copy.copy(read(opset_version=opset_version))
+        made.functions = {target: list(entries) for target, entries in made.functions.items()}  # ours are added
+        return made
+
+    patch.setattr(registry, "from_torchlib", staticmethod(copied))
 
 
 PROGRAM = """

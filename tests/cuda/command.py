@@ -1,0 +1,67 @@
+"""`densegeo verify` over the stand-in driver: python tests/cuda/command.py BUNDLE [--break STAGE]
+
+BUNDLE: one that run.py takes. The tensorrt backend serves the images. STAGE: several with commas between them are
+broken one after the other, and what the command says last of each is printed with its exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from tests.cuda import library  # noqa: E402
+
+CHILD = "DENSEGEO_STANDIN_CHILD"
+
+
+def main() -> None:
+    """Start anew with the stand-in as the driver, then put the stand-ins in place and run the command."""
+    if CHILD not in os.environ:
+        environment = {**library.environment(), CHILD: "1"}
+        os.execve(sys.executable, [sys.executable, str(Path(__file__)), *sys.argv[1:]], environment)
+    import torch
+
+    from densegeo.cli import main as densegeo
+    from tests.cuda.exercise import DEVICE, staged
+
+    torch.set_num_threads(1)
+    bundle, *rest = sys.argv[1:]
+    line = ["verify", bundle, "--backend", "tensorrt", "--device", f"cuda:{DEVICE}"]
+    stages = rest[1].split(",") if rest else []
+    with staged(Path(bundle)) as setup:
+        setup.driver.schedule("lazy")
+        if len(stages) < 2:
+            densegeo([*line, *rest])
+        for stage in stages:
+            print(stage, *forked(lambda stage=stage: densegeo([*line, "--break", stage])), flush=True)
+
+
+def forked(call: object) -> tuple[int, str]:
+    """Exit status and last line of a call in a copy of this process, where the driver is not started yet."""
+    reader, writer = os.pipe()
+    if (process := os.fork()) == 0:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        code = 70
+        try:
+            call()  # type: ignore[operator]
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        lines = [text for text in pipe.read().splitlines() if text.strip()]
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status), lines[-1] if lines else ""
+
+
+if __name__ == "__main__":
+    main()

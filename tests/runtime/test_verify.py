@@ -1,0 +1,137 @@
+"""Verification goes the way of images: it passes where that is right, and notices any stage of it that is broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from densegeo.cli import main
+from densegeo.errors import BackendError, BundleError
+from densegeo.runtime import Estimator, faults, verify
+from densegeo.runtime.bundle import read_manifest, write_manifest
+from densegeo.runtime.tensorfile import read_tensors
+from densegeo.runtime.verified import is_verified
+
+HOST = ("preprocess", "split", "resize", "normals")
+NewBundle = Callable[..., Path]
+
+
+def command(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str]]:
+    """Exit code and lines of a command."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return int(end.value.code or 0), (out + err).strip().splitlines()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_broken_stage_of_the_host_is_noticed(
+    backend: str, toy_bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(backend)
+    line = ("verify", toy_bundle, "--backend", backend, "--device", "cpu")
+    code, said = command(capfd, *line)
+    assert (code, said[-1]) == (0, f"verified: with {backend} the numbers come out right on cpu")
+    assert is_verified(toy_bundle, backend)
+    for stage in HOST:
+        code, said = command(capfd, *line, "--break", stage)
+        assert code == 1
+        assert stage in said[-1]
+    assert is_verified(toy_bundle, backend)  # what was broken on purpose says nothing of it
+    for stage in ("graph", "fused"):
+        code, said = command(capfd, *line, "--break", stage)
+        assert code == 2
+        assert f"pass no {stage} stage" in re.sub(r"[│\s]+", " ", " ".join(said))  # the usage error is in a box
+
+
+def test_a_broken_stage_of_torchs_way_on_a_device_is_noticed(
+    small_bundle: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = small_bundle()
+    line = ("verify", bundle, "--backend", "torch", "--frames-on-cpu")
+    assert command(capfd, *line)[0] == 0
+    assert not is_verified(bundle, "torch")  # nobody is served that way on a CPU
+    for stage in faults.STAGES:
+        code, said = command(capfd, *line, "--break", stage)
+        assert code == 1
+        assert stage in said[-1]
+
+
+def test_a_model_without_normals_has_fewer_stages(batched_bundle: Callable[..., Path]) -> None:
+    with Estimator(batched_bundle("fiffdepth"), "onnxruntime", "cpu") as estimator:
+        assert set(faults.stages(estimator)) == {"preprocess", "resize"}
+
+
+def test_every_way_to_send_images_counts(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("submit", "batch", "__call__"):
+        real = getattr(Estimator, name)
+
+        def wrong(self: Estimator, given: object, real: Callable[..., object] = real) -> object:
+            if isinstance(given, list):
+                return real(self, [image[::-1] for image in given])
+            return real(self, given[::-1])  # type: ignore[index]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Estimator, name, wrong)
+            verdict = verify.verify(toy_bundle, "onnxruntime", "cpu")
+        way = "estimator(image)" if name == "__call__" else name
+        assert {check.reference.partition(" by ")[2] for check in verdict.served if not verify.within(check)} == {way}
+        assert not is_verified(toy_bundle, "onnxruntime")
+        assert verdict.stages
+        assert all(verify.within(check) for check in verdict.stages)  # it is not theirs
+    assert verify.verify(toy_bundle, "onnxruntime", "cpu").good
+    assert is_verified(toy_bundle, "onnxruntime")
+
+
+def test_auto_is_noted_for_the_backend_that_ran(new_bundle: NewBundle) -> None:
+    bundle = new_bundle(references=1.0)
+    verdict = verify.verify(bundle)
+    assert is_verified(bundle, verdict.backend)
+    assert not is_verified(bundle, "auto")
+
+
+def test_a_wrong_bundle_is_named_with_its_first_wrong_stage(new_bundle: NewBundle) -> None:
+    bundle = new_bundle(references=1.1)
+    verdict = verify.verify(bundle, "onnxruntime", "cpu")
+    assert verdict.wrong[0].output == "encoder"
+    with pytest.raises(BackendError, match=r"No speed: .*encoder at 64x48 .* off by 9\.1e-02.*densegeo verify"):
+        verdict.require_good(bundle, "No speed: ")
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [(".image", "lacks the pictures that 64x48 is verified with"), (".image_normals", "64x48.0.image_normals")],
+)
+def test_a_bundle_without_its_pictures_is_refused(lost: str, said: str, new_bundle: NewBundle) -> None:
+    bundle = new_bundle(references=1.0)
+    path = bundle / read_manifest(bundle).verification.inputs
+    save_file({name: array for name, array in read_tensors(path).items() if not name.endswith(lost)}, path)
+    manifest = read_manifest(bundle)
+    record = msgspec.structs.replace(manifest.files[path.name], bytes=path.stat().st_size)
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=manifest.files | {path.name: record}))
+    with pytest.raises(BundleError, match=said):
+        verify.verify(bundle, "onnxruntime", "cpu")
+
+
+def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
+    pytest.importorskip("torch")
+    from densegeo.export.checks import Size, picture_sizes, seeded_picture
+    from densegeo.runtime.resample import nearest
+
+    for sizes in (((1024, 768),), ((864, 576), (1024, 768), (768, 1024)), ((70, 45),), ((64, 32), (48, 32), (96, 64))):
+        found = picture_sizes(sizes)
+        assert list(found) == list(sizes)
+        for size, pictures in found.items():
+            assert len(pictures) == 2
+            assert all(nearest([Size(*one) for one in sizes], *picture) == Size(*size) for picture in pictures)
+        larger = [pictures[0] for pictures in found.values()]
+        assert all(w > size[0] and h > size[1] for (w, h), size in zip(larger, sizes, strict=True))
+        assert all(side % 2 for pictures in found.values() for picture in pictures for side in picture)
+        assert any(width < height for pictures in found.values() for width, height in pictures)
+    assert np.std(seeded_picture(31, 57).astype(float)) > 20
