@@ -127,7 +127,7 @@ class TorchBackend:
         network = self._network(bucket)
         try:
             result = self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, BufferError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
         return result[0], result[1] if len(result) > 1 else None
 

@@ -112,8 +112,8 @@ class Ring:
 
 
 def frame_of(image: Any, device: torch.device) -> Tensor:
-    """A tensor of this device as it is, and anything else as a copy there, on the current stream and behind the work of
-    whoever made it.
+    """A tensor of this device as it is, if a pixel's channels are adjacent, and anything else as a copy there, on the
+    current stream and behind the work of whoever made it.
 
     image: a tensor, or anything with DLPack, `__cuda_array_interface__` or `__array__`. Raises BackendError for memory
     of another CUDA device.
@@ -121,14 +121,15 @@ def frame_of(image: Any, device: torch.device) -> Tensor:
     if isinstance(image, Tensor):
         if image.is_cuda:
             require_device(str(image.device), str(device))
-        return image.to(device)
+        there = image.to(device)
+        return there if there.stride(-1) == 1 else there.contiguous()
     if isinstance(image, np.ndarray) or not hasattr(image, "__dlpack__"):
         return _from_interface(image, device)
     kind, index = image.__dlpack_device__()
     if kind == dlpack.CUDA:  # managed memory belongs to all devices
         require_device(f"cuda:{index}", str(device))
     # torch names its current stream to the producer, which makes that wait (Python array API, `__dlpack__`)
-    return torch.utils.dlpack.from_dlpack(image).to(device, copy=True)
+    return torch.utils.dlpack.from_dlpack(image).to(device, copy=True).contiguous()
 
 
 def _from_interface(image: Any, device: torch.device) -> Tensor:
@@ -140,7 +141,7 @@ def _from_interface(image: Any, device: torch.device) -> Tensor:
     tensor = torch.as_tensor(image, device=device)
     if tensor.data_ptr() != described["data"][0]:  # torch copies from another device, and says nothing
         raise BackendError(f"The image does not lie on {device}, where this estimator runs: move it there.")
-    return tensor.clone()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _wait_for_producer(stream: int | None, device: torch.device) -> None:

@@ -127,6 +127,15 @@ def test_an_image_on_another_device_is_refused(cuda: Cuda, ring: Ring, monkeypat
             ring.keep(image, Network(cuda))
 
 
+def test_channels_are_adjacent_in_what_the_kernels_get() -> None:
+    """Pictures of torch are often (3, h, w), seen as (h, w, 3)."""
+    planes = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
+    for image in (planes.permute(1, 2, 0), planes.numpy().transpose(1, 2, 0), planes.numpy()[:, ::-1].T.swapaxes(0, 1)):
+        (frame,) = Ring("cpu").keep(image, lambda frame: (frame,))
+        assert frame.stride(2) == 1
+        np.testing.assert_array_equal(frame.numpy(), np.asarray(image))
+
+
 def test_groups_of_images_stay_in_order_on_the_rings_device(cuda: Cuda, ring: Ring) -> None:
     network = Network(cuda)
     ring.run([np.zeros((8, 8, 3), np.uint8)], lambda frames: [network(frames[0])])

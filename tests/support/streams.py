@@ -124,7 +124,7 @@ class OnDevice(Tensor):
         assert torch.device(device) == self.device
         return self.clone() if copy else self
 
-    def clone(self) -> OnDevice:  # type: ignore[override]
+    def clone(self, memory_format: Any = None) -> OnDevice:  # type: ignore[override]
         self.cuda.launch("copy")
         return OnDevice.made(self.cuda, self.lies)
 
