@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-SAID_AFTER_S = 10.0  # where no bar can be drawn, as in a log, the time left is said once
+# Where no bar can be drawn, as in a log, the time left is said once: after this time and this share of the work.
+SAID_AFTER_S, SAID_AFTER = 10.0, 0.02
 
 
 class Bar:
@@ -23,7 +24,8 @@ class Bar:
         """Some more of the work is done."""
         self._done += count
         self._progress.update(self._task, completed=self._done, left=f"{in_words(self.left)} left")
-        if not self._said and time.monotonic() - self._started >= SAID_AFTER_S:
+        enough = self._done >= SAID_AFTER * self._total
+        if not self._said and enough and time.monotonic() - self._started >= SAID_AFTER_S:
             self._said = True
             self._say(f"{self._what}: about {in_words(self.left)} left")
 
