@@ -116,7 +116,7 @@ def _precision(backend: str, architectures: Sequence[int], calibration: Path | N
     if backend == "tensorrt" or (backend == "torch" and facts.gpu is not None and facts.torch_cuda):
         first = min(architectures, default=facts.gpu.architecture if facts.gpu is not None else FIRST["bf16"])
         if first >= FIRST["bf16"]:
-            return "bf16", "the GPU has it, and fp8 needs a plan (densegeo calibrate)"
+            return "bf16", "GPUs have it from Ampere on, and fp8 needs a plan (densegeo calibrate)"
         return "fp16", f"there is no bf16 before sm_{FIRST['bf16']}"
     if backend == NO_BF16:
         return "fp32", "ONNX Runtime has no bf16 kernels"

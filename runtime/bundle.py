@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -63,7 +63,7 @@ class Bucket(Record, frozen=True):
     encoder: Graph
     denoiser: Graph
     decoder: Graph
-    batch: int = 1
+    batch: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     @property
     def size(self) -> str:
@@ -293,6 +293,14 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} names a file outside the bundle: {outside[0]!r}. It was tampered with; do not use this bundle."
         )
     return manifest
+
+
+def require_listed(directory: Path, manifest: Manifest) -> None:
+    """Raises BundleError unless the manifest has a size and a digest of every file that it names."""
+    if unlisted := sorted(_file_names(manifest) - set(manifest.files)):
+        raise BundleError(
+            f"{directory / MANIFEST} names {unlisted[0]} without its digest. Copy the bundle again or rebuild it."
+        )
 
 
 def _file_names(manifest: Manifest) -> set[str]:

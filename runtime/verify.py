@@ -1,15 +1,17 @@
 """Whether a bundle's numbers come out right here: its stored pictures go the way that every image goes.
 
-The pictures, of odd sizes, are sent through `estimator(image)`, `batch` and `submit`, and what comes back is compared
-with what PyTorch's float32 networks made of them when the bundle was built. Only that counts. Where it fails the stages
-are run one by one on stored inputs, to find the one that is off.
+The pictures, of odd sizes, are sent through `estimator(image)`, `batch` (of every number of images that run together)
+and `submit`, and what comes back is compared with what PyTorch's float32 networks made of them when the bundle was
+built. Only that counts. Where it fails the networks are run one by one on stored inputs: a network that is off shows
+there, and what is around them does not.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,9 +19,9 @@ from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError
 from densegeo.runtime import verified
-from densegeo.runtime.bundle import Bucket, Check, Decode, Manifest, read_manifest
+from densegeo.runtime.bundle import Bucket, Check, Decode, Manifest, read_manifest, require_listed
 from densegeo.runtime.estimator import Estimator
-from densegeo.runtime.faults import breaking
+from densegeo.runtime.faults import NoSuchStageError, breaking
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.tensorfile import Array, read_tensors
@@ -27,14 +29,7 @@ from densegeo.runtime.tensorfile import Array, read_tensors
 IMAGE = "image_"  # before the names of what belongs to a picture at its own size
 WAIT_S = 600.0  # for a submitted picture
 
-Way = Callable[[Estimator, list[Array]], list[Geometry]]
-WAYS: dict[str, Way] = {
-    "estimator(image)": lambda estimator, images: [estimator(image) for image in images],
-    "batch": lambda estimator, images: estimator.batch(images),
-    "submit": lambda estimator, images: [
-        future.result(WAIT_S) for future in [estimator.submit(image) for image in images]
-    ],
-}
+PICTURES = 2  # stored of every size
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -82,6 +77,9 @@ def verify(
     misshapen, BackendError when something does not run, NoSuchStageError for a stage that this way does not have.
     """
     directory = find_bundle(bundle)
+    if frames_on_cpu and backend not in ("auto", "torch"):
+        raise NoSuchStageError(f"{backend} takes no images on a CPU's device: torch does")
+    require_listed(directory, read_manifest(directory))
 
     def opened(name: str) -> Estimator:
         return _frames_on_cpu(directory) if frames_on_cpu else Estimator(directory, name, device, check_digests=False)
@@ -116,23 +114,54 @@ def _verdict(estimator: Estimator, directory: Path) -> Verdict:
 
 
 def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[Check]:
-    """For each size and way the largest error of a picture's outputs; the pictures alternate and fill batches."""
-    manifest, checks = estimator.manifest, []
-    for bucket in single(manifest):
-        pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in served_outputs(manifest))))
-        count = max(len(pictures), estimator.images_together)
-        turns = [pictures[i % len(pictures)] for i in range(count)]
-        for way, send in WAYS.items():
-            results = send(estimator, [picture["image"] for picture in turns])
-            for output in served_outputs(manifest):
-                errors = [
-                    relative_error(getattr(result, output), picture[f"{IMAGE}{output}"])
-                    for result, picture in zip(results, turns, strict=True)
-                ]
-                bound = manifest.verification.bounds[output]
-                what = f"stored float32: {count} images by {way}"
-                checks.append(Check(bucket.size, output, what, _largest(errors), bound))
+    """For each size, way and number of images together the largest error of an image's outputs.
+
+    No two images that are sent together are the same. The stored pictures are held to what is stored; the others, which
+    are those shifted, to what they give alone.
+    """
+    checks = []
+    outputs = served_outputs(estimator.manifest)
+    for bucket in single(estimator.manifest):
+        pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in outputs)))
+        images = [picture["image"] for picture in pictures]
+        wanted = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
+
+        def compare(what: str, results: Sequence[Geometry], size: str = bucket.size, wanted: Any = wanted) -> None:
+            for name in outputs:
+                pairs = zip(results, wanted, strict=False)
+                error = float(np.max([relative_error(getattr(found, name), one[name]) for found, one in pairs]))
+                checks.append(Check(size, name, f"stored float32: {what}", error, _bound(estimator.manifest, name)))
+
+        compare("estimator(image)", [estimator(image) for image in images])
+        for index in range(len(images), estimator.images_together):
+            images.append(_shifted(images[index % PICTURES], index))
+            alone = estimator(images[-1])
+            wanted.append({name: getattr(alone, name) for name in outputs})
+        for count in _together(estimator, bucket):
+            compare(f"batch of {count}", estimator.batch(images[:count]))
+        compare("submit", [future.result(WAIT_S) for future in [estimator.submit(image) for image in images]])
     return checks
+
+
+def _together(estimator: Estimator, bucket: Bucket) -> list[int]:
+    """Every number of images that run at once: of the size's graphs, or, where recordings decide, powers of two."""
+    built = {other.batch for other in estimator.manifest.buckets if other.size == bucket.size}
+    powers = {1 << power for power in range(estimator.images_together.bit_length())} if estimator.frames else set()
+    most = max(PICTURES, estimator.images_together)
+    return sorted(count for count in {PICTURES, *built, *powers} if count <= most)
+
+
+def _shifted(image: Array, index: int) -> Array:
+    """Another picture for every index: each row and column moved on, round the edges."""
+    return np.roll(image, (3 * index, 5 * index), (0, 1))
+
+
+def _bound(manifest: Manifest, output: str) -> float:
+    """Raises BundleError where the manifest has none."""
+    try:
+        return manifest.verification.bounds[output]
+    except KeyError:
+        raise BundleError(f"The manifest has no bound for {output}. Rebuild the bundle.") from None
 
 
 def run_stages(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[Check]:
@@ -170,14 +199,11 @@ def outputs_of(decode: Decode) -> tuple[str, ...]:
 def stored(tensors: dict[str, Array], path: Path, bucket: Bucket, names: Sequence[str]) -> list[dict[str, Array]]:
     """The pictures of a bucket's size: of each what has these names. Raises BundleError where one is missing."""
     count = len({key for key in tensors if key.startswith(f"{bucket.size}.") and key.endswith(".image")})
-    if not count:
-        raise BundleError(f"{path} lacks the pictures that {bucket.size} is verified with. Rebuild the bundle.")
+    if count < PICTURES:
+        raise BundleError(
+            f"{path} has {count} of the {PICTURES} pictures that {bucket.size} is verified with. Rebuild the bundle."
+        )
     return [{name: _tensor(tensors, path, f"{bucket.size}.{index}.{name}") for name in names} for index in range(count)]
-
-
-def _largest(errors: Sequence[float]) -> float:
-    """The largest, or what is no number."""
-    return float(np.max(errors))
 
 
 def alternating(pictures: Sequence[Mapping[str, Array]], batch: int) -> dict[str, NDArray[np.float32]]:

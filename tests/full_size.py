@@ -169,7 +169,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Build FE2E at full size by the one line, from a server on this machine."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a shell's background job hands on that it is ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # else a shell's background job hands on that it is ignored
     if folder.exists():
         shutil.rmtree(folder)
     run(folder, size, [f"--gpu-arch={number}" for number in arch or ()], json_file)

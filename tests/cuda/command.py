@@ -1,11 +1,13 @@
 """`densegeo verify` over the stand-in driver: python tests/cuda/command.py BUNDLE [--break STAGE]
 
 BUNDLE: one that run.py takes. The tensorrt backend serves the images. STAGE: several with commas between them are
-broken one after the other, and what the command says last of each is printed with its exit status.
+broken one after the other, and what the command says last of each is printed with its exit status. The status is then 1
+when all were noticed, 2 when there is no such stage, and 3 when one was not noticed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -17,10 +19,17 @@ if __name__ == "__main__":
 from tests.cuda import library  # noqa: E402
 
 CHILD = "DENSEGEO_STANDIN_CHILD"
+UNNOTICED = 3
 
 
-def main() -> None:
+def main() -> int:
     """Start anew with the stand-in as the driver, then put the stand-ins in place and run the command."""
+    parser = argparse.ArgumentParser(usage=(__doc__ or "").partition(": ")[2].partition("\n")[0])
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--break", dest="stages", metavar="STAGE", default="")
+    arguments = parser.parse_args()
+    if reason := unusable(arguments.bundle):
+        parser.error(reason)
     if CHILD not in os.environ:
         environment = {**library.environment(), CHILD: "1"}
         os.execve(sys.executable, [sys.executable, str(Path(__file__)), *sys.argv[1:]], environment)
@@ -30,15 +39,33 @@ def main() -> None:
     from tests.cuda.exercise import DEVICE, staged
 
     torch.set_num_threads(1)
-    bundle, *rest = sys.argv[1:]
-    line = ["verify", bundle, "--backend", "tensorrt", "--device", f"cuda:{DEVICE}"]
-    stages = rest[1].split(",") if rest else []
-    with staged(Path(bundle)) as setup:
+    line = ["verify", str(arguments.bundle), "--backend", "tensorrt", "--device", f"cuda:{DEVICE}"]
+    stages = arguments.stages.split(",") if arguments.stages else []
+    worst = 0
+    with staged(arguments.bundle) as setup:
         setup.driver.schedule("lazy")
         if len(stages) < 2:
-            densegeo([*line, *rest])
+            densegeo([*line, *(["--break", *stages] if stages else [])])
         for stage in stages:
-            print(stage, *forked(lambda stage=stage: densegeo([*line, "--break", stage])), flush=True)
+            status, last = forked(lambda stage=stage: densegeo([*line, "--break", stage]))
+            print(stage, status, last, flush=True)
+            worst = max(worst, status if status in (1, 2) else UNNOTICED)
+    return worst
+
+
+def unusable(bundle: Path) -> str:
+    """Why a bundle cannot be verified here, or nothing."""
+    if lacking := library.missing():
+        return f"the stand-in driver cannot be built: {lacking}"
+    from densegeo.errors import BundleError
+    from densegeo.runtime.bundle import read_manifest
+    from tests.cuda.bundles import usable
+
+    try:
+        reason = usable(read_manifest(bundle))
+    except BundleError as error:
+        return str(error)
+    return f"{bundle} cannot be run: {reason}" if reason else ""
 
 
 def forked(call: object) -> tuple[int, str]:
@@ -58,10 +85,10 @@ def forked(call: object) -> tuple[int, str]:
             os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        lines = [text for text in pipe.read().splitlines() if text.strip()]
+        lines = [text.strip("│ ") for text in pipe.read().splitlines() if text.strip("╭╰│─╮╯ ")]
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), lines[-1] if lines else ""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

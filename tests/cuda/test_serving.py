@@ -74,9 +74,18 @@ def test_verification_notices_every_broken_stage(child: Child, with_engines: Bui
     stages = ("preprocess", "split", "resize", "normals", "graph")
     done = child(RUN.parent / "command.py", bundle, "--break", ",".join((*stages, "fused")))
     *broken, lacking = done.stdout.splitlines()
+    assert done.returncode == 2  # of the one that this way has not
     assert [line.split()[:2] for line in broken] == [[stage, "1"] for stage in stages], done.stderr
     assert all(f"The stage {line.split()[0]} was broken on purpose" in line for line in broken)
     assert lacking.startswith("fused 2 ")
+    for wrong, says in (
+        ((), "BUNDLE"),
+        (("nowhere",), "nowhere is not a densegeo bundle"),
+        ((bundle, "--break"), "--break"),
+    ):
+        done = child(RUN.parent / "command.py", *wrong)
+        assert done.returncode == 2
+        assert says in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from safetensors.numpy import save_file
 from densegeo.cli import main
 from densegeo.errors import BackendError, BundleError
 from densegeo.runtime import Estimator, faults, verify
-from densegeo.runtime.bundle import read_manifest, write_manifest
+from densegeo.runtime.bundle import Bucket, read_manifest, write_manifest
+from densegeo.runtime.estimator import Job
 from densegeo.runtime.tensorfile import read_tensors
 from densegeo.runtime.verified import is_verified
 
@@ -80,8 +82,9 @@ def test_every_way_to_send_images_counts(toy_bundle: Path, monkeypatch: pytest.M
         with monkeypatch.context() as patch:
             patch.setattr(Estimator, name, wrong)
             verdict = verify.verify(toy_bundle, "onnxruntime", "cpu")
-        way = "estimator(image)" if name == "__call__" else name
-        assert {check.reference.partition(" by ")[2] for check in verdict.served if not verify.within(check)} == {way}
+        ways = {"__call__": ["estimator(image)"], "batch": ["batch of 1", "batch of 2"]}.get(name, [name])
+        off = {check.reference for check in verdict.served if not verify.within(check)}
+        assert off == {f"stored float32: {way}" for way in ways}
         assert not is_verified(toy_bundle, "onnxruntime")
         assert verdict.stages
         assert all(verify.within(check) for check in verdict.stages)  # it is not theirs
@@ -106,7 +109,7 @@ def test_a_wrong_bundle_is_named_with_its_first_wrong_stage(new_bundle: NewBundl
 
 @pytest.mark.parametrize(
     ("lost", "said"),
-    [(".image", "lacks the pictures that 64x48 is verified with"), (".image_normals", "64x48.0.image_normals")],
+    [(".image", "has 0 of the 2 pictures that 64x48 is verified with"), (".image_normals", "64x48.0.image_normals")],
 )
 def test_a_bundle_without_its_pictures_is_refused(lost: str, said: str, new_bundle: NewBundle) -> None:
     bundle = new_bundle(references=1.0)
@@ -135,3 +138,50 @@ def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
         assert all(side % 2 for pictures in found.values() for picture in pictures for side in picture)
         assert any(width < height for pictures in found.values() for width, height in pictures)
     assert np.std(seeded_picture(31, 57).astype(float)) > 20
+
+
+def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """A wrong graph for two images beside right ones for one and three."""
+    onnx = pytest.importorskip("onnx")
+    bundle = shutil.copytree(batched_bundle("fiffdepth"), tmp_path / "bundle")
+    manifest = read_manifest(bundle)
+    assert [bucket.batch for bucket in manifest.buckets] == [1, 2, 3]
+    path = bundle / manifest.buckets[1].denoiser.file
+    model = onnx.load(path, load_external_data=False)
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Neg", ["before"], [output]))
+    onnx.save(model, path)
+    record = msgspec.structs.replace(manifest.files[path.name], bytes=path.stat().st_size)
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=manifest.files | {path.name: record}))
+    wrong = verify.verify(bundle, "onnxruntime", "cpu").wrong
+    assert {check.reference for check in wrong if "batch" in check.reference} == {"stored float32: batch of 2"}
+
+
+def test_images_changed_over_within_a_batch_are_noticed(
+    batched_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Estimator._by_stages
+
+    def third_is_the_first_again(self: Estimator, bucket: Bucket, jobs: list[Job]) -> object:
+        found = real(self, bucket, jobs)
+        return [*found[:2], *(found[index - 2] for index in range(2, len(found)))]
+
+    monkeypatch.setattr(Estimator, "_by_stages", third_is_the_first_again)
+    wrong = verify.verify(batched_bundle("fiffdepth"), "onnxruntime", "cpu").wrong
+    assert "stored float32: batch of 3" in {check.reference for check in wrong}
+
+
+def test_a_manifest_without_a_bound_or_a_digest_is_refused(new_bundle: NewBundle) -> None:
+    bundle = new_bundle(references=1.0)
+    manifest = read_manifest(bundle)
+    unbounded = msgspec.structs.replace(manifest.verification, bounds={"prediction": 1.0})
+    for changed, said in (({"verification": unbounded}, "no bound for normals"), ({"files": {}}, "without its digest")):
+        write_manifest(bundle, msgspec.structs.replace(manifest, **changed))
+        with pytest.raises(BundleError, match=said):
+            verify.verify(bundle, "onnxruntime", "cpu")
+    none = msgspec.structs.replace(manifest.buckets[0], batch=0)
+    write_manifest(bundle, msgspec.structs.replace(manifest, buckets=[none]))
+    with pytest.raises(BundleError, match="not a valid manifest"):
+        read_manifest(bundle)

@@ -33,7 +33,7 @@ from densegeo.runtime.bundle import (
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.images import Frame
 from densegeo.runtime.resample import place, prepare
-from densegeo.runtime.verify import IMAGE
+from densegeo.runtime.verify import IMAGE, PICTURES
 
 DECODE = Decode(depth_kind="log_affine", latent_scale=0.5, latent_shift=0.1, depth_sign=-1, normal_sign=1)
 CHANNELS = 4
@@ -140,16 +140,18 @@ def with_references(directory: Path, manifest: Manifest, factor: float) -> Manif
     tensors: dict[str, np.ndarray] = {}
     checks = []
     for bucket in manifest.buckets:
-        shape = bucket.height * 9 // 8 | 1, bucket.width * 9 // 8 | 1, 3
-        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        placement = place(bucket, (shape[1], shape[0]), "stretch")
-        rgb = prepare(Frame(image, encoded=False), bucket, placement)
-        with Estimator(directory, device="cpu", check_digests=False) as estimator:
-            outputs, geometry = estimator.replay(rgb), estimator(image)
-        outputs |= {f"{IMAGE}{name}": getattr(geometry, name) for name in SERVED}
-        tensors |= {f"{bucket.name}.0.rgb": rgb, f"{bucket.name}.0.image": image}
-        for name, value in outputs.items():
-            tensors[f"{bucket.name}.0.{name}"] = np.ascontiguousarray(value * np.float32(factor))
+        for index in range(PICTURES):
+            shape = bucket.height * (9 - index) // 8 | 1, bucket.width * (9 - index) // 8 | 1, 3
+            image = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+            placement = place(bucket, (shape[1], shape[0]), "stretch")
+            rgb = prepare(Frame(image, encoded=False), bucket, placement)
+            with Estimator(directory, device="cpu", check_digests=False) as estimator:
+                outputs, geometry = estimator.replay(rgb), estimator(image)
+            outputs |= {f"{IMAGE}{name}": getattr(geometry, name) for name in SERVED}
+            key = f"{bucket.name}.{index}"
+            tensors |= {f"{key}.rgb": rgb, f"{key}.image": image}
+            for name, value in outputs.items():
+                tensors[f"{key}.{name}"] = np.ascontiguousarray(value * np.float32(factor))
         checks.append(Check(bucket=bucket.name, output="encoder", reference="itself", error=1e-7, bound=1e-5))
     save_file(tensors, directory / "verification.safetensors")
     verification = msgspec.structs.replace(manifest.verification, inputs="verification.safetensors", checks=checks)
