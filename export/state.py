@@ -146,10 +146,8 @@ class State:
             raise
 
     def _hint(self) -> str:
-        return (
-            f"Finished: {', '.join(self.finished)}. The same command goes on from there; to give up, delete "
-            f"{self.folder}."
-        )
+        finished = ", ".join(map(_in_words, self.records))
+        return f"Finished: {finished}. The same command goes on from there; to give up, delete {self.folder}."
 
     def _read(self, kind: type[AnyRecord], key: str, progress: Progress) -> AnyRecord | None:
         """A stage's record, if it has this key and its files are still what it says."""
@@ -179,6 +177,13 @@ class State:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _in_words(record: StageRecord) -> str:
+    """A stage's name; of engines, which count one by one, how many."""
+    if not isinstance(record, Engines):
+        return _name(type(record))
+    return f"{len(record.engines)} engine" + ("s" if len(record.engines) != 1 else "")
 
 
 def _name(kind: type[StageRecord]) -> str:

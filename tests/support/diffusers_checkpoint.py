@@ -29,7 +29,7 @@ class Case:
 CASES = (
     Case("sd2-like", {"attention_head_dim": [1, 2], "use_linear_projection": True}),
     Case("sd1-like", {"attention_head_dim": 4, "use_linear_projection": False}),
-    Case("odd-latent", {"attention_head_dim": 2}, size=(88, 40)),
+    Case("odd-latent", {"attention_head_dim": 2}, size=(88, 56)),
     Case("three-tokens", {"attention_head_dim": 2, "use_linear_projection": True}, tokens=3),
     Case(
         "four-levels",
