@@ -13,7 +13,7 @@ import msgspec
 from densegeo.errors import ConfigError, KernelError
 from densegeo.kernels.compile import ARCHITECTURES, CONTRACTS
 from densegeo.kernels.contract import LaunchContract
-from densegeo.runtime.backends.cuda_kernels import FOLDER
+from densegeo.runtime.bundle import KERNELS
 
 # What a runtime without torch launches around the networks; the kernels within them belong to the torch backend.
 OPERATIONS = ("preprocess", "split", "log_dequantize", "normals", "unproject")
@@ -34,7 +34,7 @@ def write_cubins(directory: Path, architectures: Sequence[int]) -> list[LaunchCo
 
     In a process of its own: a compiler's crash is then an error, and Triton's settings stay out of this one.
     """
-    folder = directory / FOLDER
+    folder = directory / KERNELS
     command = [sys.executable, "-m", "densegeo.kernels.compile", "--output", str(folder)]
     command += ["--architectures", *map(str, architectures), "--operations", *OPERATIONS]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -37,8 +37,7 @@ from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
-from densegeo.runtime.backends.cuda_kernels import FOLDER as KERNELS
-from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Engine, Manifest, bucket_name
+from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Decode, Engine, Manifest, bucket_name
 from densegeo.runtime.verify import alternating
 
 PROMPT_FILE = "prompt.safetensors"

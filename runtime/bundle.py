@@ -17,6 +17,7 @@ from densegeo.kernels.contract import LaunchContract
 
 SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
+KERNELS = "kernels"  # the folder of compiled kernels
 
 Stage = Literal["encoder", "denoiser", "decoder"]
 DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]
@@ -307,8 +308,9 @@ def _file_names(manifest: Manifest) -> set[str]:
     """Every file that the manifest names."""
     graphs = {getattr(bucket, stage).file for bucket in manifest.buckets for stage in STAGES}
     built = {name for engine in manifest.engines for name in (engine.file, engine.log)}
+    kernels = {f"{KERNELS}/{contract.file}" for contract in manifest.kernels}
     others = {manifest.verification.inputs, manifest.networks.prompt if manifest.networks else ""}
-    return {*manifest.files, *graphs, *built, *(contract.file for contract in manifest.kernels), *others} - {""}
+    return {*manifest.files, *graphs, *built, *kernels, *others} - {""}
 
 
 def _stays_inside(name: str) -> bool:

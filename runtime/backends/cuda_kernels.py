@@ -10,8 +10,8 @@ from typing import Any
 
 from densegeo.errors import BackendError, DigestError
 from densegeo.kernels.contract import LaunchContract, programs
+from densegeo.runtime.bundle import KERNELS
 
-FOLDER = "kernels"
 LIMIT = 1 << 31
 _SCALARS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
@@ -44,7 +44,7 @@ class Kernels:
     def __init__(self, directory: Path, contracts: list[LaunchContract], architecture: int) -> None:
         """Raises BackendError when the bundle has none for this architecture."""
         self._contracts = {c.name: c for c in contracts if c.architecture == architecture}
-        self._directory, self._loaded = directory / FOLDER, dict[str, Any]()
+        self._directory, self._loaded = directory / KERNELS, dict[str, Any]()
         if not self._contracts:
             raise BackendError(
                 f"{directory} has no kernels for sm_{architecture}: build it with --gpu-arch {architecture}"

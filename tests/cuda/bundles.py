@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from densegeo.kernels.contract import LaunchContract
-from densegeo.runtime.backends.cuda_kernels import FOLDER
 from densegeo.runtime.bundle import (
+    KERNELS,
     STAGES,
     Engine,
     FileDigest,
@@ -29,10 +29,10 @@ ARCHITECTURE = 89  # the stand-in driver's
 def with_engines(bundle: Path, cubins: Path, contracts: list[LaunchContract], target: Path) -> Path:
     """A copy of a bundle in `target`, with these kernels and an engine a graph; the denoisers' weights are inputs."""
     shutil.copytree(bundle, target)
-    shutil.copytree(cubins / FOLDER, target / FOLDER)
+    shutil.copytree(cubins / KERNELS, target / KERNELS)
     manifest = read_manifest(bundle)
     engines = [engine_of(target, manifest, stage, bucket.name) for bucket in manifest.buckets for stage in STAGES]
-    made = [engine.file for engine in engines] + [f"{FOLDER}/{contract.file}" for contract in contracts]
+    made = [engine.file for engine in engines] + [f"{KERNELS}/{contract.file}" for contract in contracts]
     files = {name: FileDigest((target / name).stat().st_size, sha256_file(target / name)) for name in made}
     changes = {"engines": engines, "kernels": contracts, "files": manifest.files | files}
     write_manifest(target, msgspec.structs.replace(manifest, **changes, target_architectures=[f"sm_{ARCHITECTURE}"]))

@@ -14,7 +14,7 @@ from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
 from densegeo.kernels.split import split
-from densegeo.runtime.backends.cuda_kernels import FOLDER
+from densegeo.runtime.bundle import KERNELS
 from tests.cuda.standin import Driver
 
 SCALARS = {"i32": np.int32, "fp32": np.float32}
@@ -25,7 +25,7 @@ class References:
 
     def __init__(self, driver: Driver, bundle: Path, contracts: list[LaunchContract]) -> None:
         self._driver = driver
-        self._contracts = {fnv1a((bundle / FOLDER / contract.file).read_bytes()): contract for contract in contracts}
+        self._contracts = {fnv1a((bundle / KERNELS / contract.file).read_bytes()): contract for contract in contracts}
         self.launches: list[str] = []
 
     def run(self, image: int, launch: tuple[int, ...], arguments: int, layout: list[tuple[int, int]]) -> None:
