@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-slow lint constraints resolve ready-bundle kernels engines fullsize fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-unit test-slow lint constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
@@ -22,6 +22,7 @@ help:
 	@echo "make kernels         compile the GPU kernels for every architecture, and what they use"
 	@echo "make engines         build TensorRT engines in every precision and size, and what they take"
 	@echo "make fullsize        build full-size FE2E from random weights, bf16, fp8, fp8 with attention (three hours, 70 GB)"
+	@echo "make one-line        the one line at full size, from a server on this machine (an hour, 65 GB)"
 	@echo "make fiffdepth       build full-size FiffDepth in every precision, and time it beside diffusers (45 minutes, 15 GB)"
 	@echo "make quantization    calibrate fe2e-tiny to fp8 and int8, and score every precision (15 minutes)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
