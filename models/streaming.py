@@ -153,25 +153,33 @@ def _without_blocks(denoiser: AnyDenoiser) -> AnyDenoiser:
     return copy.deepcopy(denoiser, memo)
 
 
+def safetensors_head(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[bytes, dict[str, int]]:
+    """What stands before a safetensors file's data, and where each tensor ends in the data, one after the other."""
+    header: dict[str, object] = {}
+    ends: dict[str, int] = {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        ends[name] = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data begin aligned, as the format asks
+    return len(encoded).to_bytes(8, "little") + encoded, ends
+
+
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor, in any order; names, shapes and dtypes are known beforehand."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self._path, self._missing = path, set(tensors)
-        self._offsets: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
-        header: dict[str, object] = {}
-        end = 0
-        for name, (shape, dtype) in tensors.items():
-            begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-            self._offsets[name] = (begin, shape, dtype)
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # data begin aligned, as the format asks
-        self._header, self._start, self._end = encoded, 8 + len(encoded), end
+        self._head, ends = safetensors_head(tensors)
+        begins = dict(zip(tensors, (0, *ends.values()), strict=False))
+        self._offsets = {name: (begins[name], shape, dtype) for name, (shape, dtype) in tensors.items()}
+        self._start, self._end = len(self._head), max(ends.values(), default=0)
 
     def __enter__(self) -> SafetensorsWriter:
         self._file: BinaryIO = open(self._path, "wb")
-        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._file.write(self._head)
         self._file.truncate(self._start + self._end)
         return self
 

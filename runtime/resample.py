@@ -65,7 +65,12 @@ def resize_plain(plane: Float, width: int, height: int) -> Float:
 
 def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     """The bucket for one image, see `nearest`."""
-    return nearest([bucket for bucket in buckets if bucket.batch == 1], width, height)
+    return nearest(single(buckets), width, height)
+
+
+def single(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Those for one image: one of every size."""
+    return [bucket for bucket in buckets if bucket.batch == 1]
 
 
 def nearest(sizes: Sequence[AnySized], width: int, height: int) -> AnySized:
@@ -96,11 +101,10 @@ def in_batches(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Iterato
 def authors_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     """The bucket of exactly the authors' size for this source; BundleError when the bundle lacks it."""
     target = authors_size(width, height)
-    single = [bucket for bucket in buckets if bucket.batch == 1]
-    for bucket in single:
+    for bucket in single(buckets):
         if (bucket.width, bucket.height) == target:
             return bucket
-    have = ", ".join(bucket.size for bucket in single)
+    have = ", ".join(bucket.size for bucket in single(buckets))
     size = f"{target[0]}x{target[1]}"
     wrong = [side for side in target if side % 16]
     hint = "Downscale the image first" if wrong else f"Build the bundle with `--size {size}`"

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError
 from densegeo.runtime import verified
-from densegeo.runtime.bundle import Bucket, Check, Decode, Manifest, read_manifest, require_listed
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Manifest, read_manifest, require_listed
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.faults import NoSuchStageError, breaking
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.ready import find_bundle
+from densegeo.runtime.resample import single
 from densegeo.runtime.tensorfile import Array, read_tensors
 
 IMAGE = "image_"  # before the names of what belongs to a picture at its own size
 WAIT_S = 600.0  # for a submitted picture
-
 PICTURES = 2  # stored of every size
 
 
@@ -120,8 +120,8 @@ def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[C
     are those shifted, to what they give alone.
     """
     checks = []
-    outputs = served_outputs(estimator.manifest)
-    for bucket in single(estimator.manifest):
+    outputs = served_outputs(estimator.manifest.decode)
+    for bucket in single(estimator.manifest.buckets):
         pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in outputs)))
         images = [picture["image"] for picture in pictures]
         wanted = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
@@ -181,19 +181,14 @@ def run_stages(estimator: Estimator, tensors: dict[str, Array], path: Path) -> l
     return checks
 
 
-def single(manifest: Manifest) -> list[Bucket]:
-    """One bucket a size."""
-    return [bucket for bucket in manifest.buckets if bucket.batch == 1]
-
-
-def served_outputs(manifest: Manifest) -> tuple[str, ...]:
+def served_outputs(decode: Decode) -> tuple[str, ...]:
     """What an image gives."""
-    return ("prediction", "normals") if manifest.decode.pictures == 2 else ("prediction",)
+    return ("prediction", "normals") if decode.pictures == 2 else ("prediction",)
 
 
 def outputs_of(decode: Decode) -> tuple[str, ...]:
     """What the stages of a bucket give, in order."""
-    return ("encoder", "denoiser", "decoder", "prediction", *(("normals",) if decode.pictures == 2 else ()))
+    return (*STAGES, *served_outputs(decode))
 
 
 def stored(tensors: dict[str, Array], path: Path, bucket: Bucket, names: Sequence[str]) -> list[dict[str, Array]]:

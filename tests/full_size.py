@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import torch
 import typer
 
 from densegeo.benchmarks.environment import environment, write_json
@@ -38,6 +39,7 @@ from densegeo.export import digests
 from densegeo.export.downloads import GITHUB
 from densegeo.export.staging import folder_bytes, staging_folder
 from densegeo.models.published import PUBLICATIONS
+from densegeo.models.streaming import safetensors_head
 from densegeo.runtime.bundle import read_manifest
 from tests.support.hub import Content, Hub, serve
 
@@ -49,32 +51,19 @@ class RandomFile:
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
-        header: dict[str, object] = {}
-        end = 0
-        for name, shape in shapes.items():
-            begin, end = end, end + self.bytes_of(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self.head = len(encoded).to_bytes(8, "little") + encoded
-        self.length = len(self.head) + end
+        self.head, ends = safetensors_head({name: (shape, torch.bfloat16) for name, shape in shapes.items()})
         self.etag = hashlib.sha256(self.head).hexdigest()  # what a cache tells files apart by
-
-    @staticmethod
-    def bytes_of(shape: tuple[int, ...]) -> int:
-        count = 2
-        for size in shape:
-            count *= size
-        return count
+        begins = (0, *ends.values())
+        self.lengths = {name: end - begin for (name, end), begin in zip(ends.items(), begins, strict=False)}
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.head) + sum(self.lengths.values())
 
     def pieces(self, start: int, largest: int) -> Iterator[bytes]:
         """Tensor by tensor; those before `start` are not made."""
         at = 0
         for name in (None, *self.shapes):
-            length = len(self.head) if name is None else self.bytes_of(self.shapes[name])
+            length = len(self.head) if name is None else self.lengths[name]
             if at + length > start:
                 data = self.head if name is None else self.content(name)
                 for begin in range(max(start - at, 0), length, largest):
@@ -82,8 +71,6 @@ class RandomFile:
             at += length
 
     def content(self, name: str) -> bytes:
-        import torch
-
         return random_tensor(name, self.shapes[name]).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

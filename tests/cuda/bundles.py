@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from densegeo.errors import BundleError
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime.bundle import (
     KERNELS,
@@ -69,8 +70,16 @@ def engine_of(target: Path, manifest: Manifest, stage: Stage, bucket: str) -> En
     return msgspec.structs.replace(record, fingerprint=fingerprint(record))
 
 
-def usable(manifest: Manifest) -> str:
-    """Why a bundle cannot be exercised, or nothing."""
+def unusable(bundle: Path) -> str:
+    """Why a bundle cannot be run over the stand-in driver, or nothing."""
+    try:
+        reason = _lacking(read_manifest(bundle))
+    except BundleError as error:
+        return str(error)
+    return f"{bundle} cannot be run: {reason}" if reason else ""
+
+
+def _lacking(manifest: Manifest) -> str:
     if not manifest.engines:
         return "it has no TensorRT engines: build it with --backend tensorrt --gpu-arch 89"
     if not any(contract.architecture == ARCHITECTURE for contract in manifest.kernels):

@@ -82,34 +82,25 @@ def refused_address_is_an_error(setup: Setup) -> None:
     setup.library.misaligned.clear()
 
 
+def opening_fails(setup: Setup, step: str, graph: str, says: str) -> None:
+    """TensorRT refuses a step for this graph, so the bundle does not open."""
+    with refusing(setup, step, graph), pytest.raises(EngineError, match=re.escape(says)), opened(setup):
+        pass
+
+
 @case
 def refused_launch_is_an_error(setup: Setup) -> None:
-    with (
-        refusing(setup, "launch", "decoder_64x48"),
-        pytest.raises(EngineError, match=re.escape("could not launch decoder_64x48")),
-        opened(setup),
-    ):
-        pass
+    opening_fails(setup, "launch", "decoder_64x48", "could not launch decoder_64x48")
 
 
 @case
 def no_context_is_an_error(setup: Setup) -> None:
-    with (
-        refusing(setup, "context", "denoiser_64x48"),
-        pytest.raises(EngineError, match=re.escape("no execution context for denoiser_64x48")),
-        opened(setup),
-    ):
-        pass
+    opening_fails(setup, "context", "denoiser_64x48", "no execution context for denoiser_64x48")
 
 
 @case
 def engine_that_does_not_load_is_an_error(setup: Setup) -> None:
-    with (
-        refusing(setup, "engine", "encoder_64x48"),
-        pytest.raises(EngineError, match=re.escape("cannot be loaded on this GPU (sm_89)")),
-        opened(setup),
-    ):
-        pass
+    opening_fails(setup, "engine", "encoder_64x48", "cannot be loaded on this GPU (sm_89)")
 
 
 @case

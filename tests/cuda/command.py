@@ -28,6 +28,10 @@ def main() -> int:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--break", dest="stages", metavar="STAGE", default="")
     arguments = parser.parse_args()
+    if lacking := library.missing():
+        parser.error(f"the stand-in driver cannot be built: {lacking}")
+    from tests.cuda.bundles import unusable
+
     if reason := unusable(arguments.bundle):
         parser.error(reason)
     if CHILD not in os.environ:
@@ -51,21 +55,6 @@ def main() -> int:
             print(stage, status, last, flush=True)
             worst = max(worst, status if status in (1, 2) else UNNOTICED)
     return worst
-
-
-def unusable(bundle: Path) -> str:
-    """Why a bundle cannot be verified here, or nothing."""
-    if lacking := library.missing():
-        return f"the stand-in driver cannot be built: {lacking}"
-    from densegeo.errors import BundleError
-    from densegeo.runtime.bundle import read_manifest
-    from tests.cuda.bundles import usable
-
-    try:
-        reason = usable(read_manifest(bundle))
-    except BundleError as error:
-        return str(error)
-    return f"{bundle} cannot be run: {reason}" if reason else ""
 
 
 def forked(call: object) -> tuple[int, str]:

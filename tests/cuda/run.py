@@ -61,18 +61,11 @@ def parse() -> argparse.Namespace:
             parser.error(f"there is no schedule {schedule!r}: say lazy, eager or random:SEED")
     if lacking := library.missing():
         parser.error(f"the stand-in driver cannot be built: {lacking}")
-    from densegeo.errors import BundleError
-    from densegeo.runtime.bundle import read_manifest
-
-    try:
-        manifest = read_manifest(arguments.bundle)
-    except BundleError as error:
-        parser.error(str(error))
-    from tests.cuda.bundles import usable
+    from tests.cuda.bundles import unusable
     from tests.cuda.mutations import MUTATIONS
 
-    if reason := usable(manifest):
-        parser.error(f"{arguments.bundle} cannot be run: {reason}")
+    if reason := unusable(arguments.bundle):
+        parser.error(reason)
     if arguments.mutate not in (None, "all", *MUTATIONS):
         parser.error(f"there is no mutation {arguments.mutate!r}: there are {', '.join(MUTATIONS)}, and all")
     return arguments
