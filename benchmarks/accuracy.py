@@ -39,8 +39,9 @@ from densegeo.benchmarks.metrics import (
     mean_scores,
 )
 from densegeo.errors import ConfigError, ResourceError
+from densegeo.outputs import DepthKind
 from densegeo.runtime import Estimator
-from densegeo.runtime.bundle import DepthKind, read_manifest
+from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import resize_plain
 
@@ -51,10 +52,10 @@ Preprocessing = Literal["densegeo", "authors"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """depth: (H, W) in the space `kind`. normals: (H, W, 3), OpenCV frame, or None."""
+    """depth: (H, W) in the space `kind`, or None with it. normals: (H, W, 3), OpenCV frame, or None."""
 
-    depth: Float
-    kind: DepthKind
+    depth: Float | None
+    kind: DepthKind | None
     normals: Float | None
 
 
@@ -118,7 +119,7 @@ def evaluate(split: Split, predictors: Named, advance: Callable[[], object] = la
         skipped += not (depths or normals)
         for index, (_, predict) in enumerate(predictors if depths or normals else ()):
             prediction = predict(sample)
-            if depths:
+            if depths and prediction.depth is not None:
                 images[index].append(score_depth(sample, prediction, split.depth_range))
             if normals and prediction.normals is not None:
                 pools[index].add(normal_angles(sample, prediction.normals))
@@ -133,6 +134,8 @@ def score_depth(sample: Sample, prediction: Prediction, depth_range: tuple[float
     truth, mask = sample.depth, sample.depth_valid
     assert truth is not None
     assert mask is not None
+    assert prediction.depth is not None
+    assert prediction.kind is not None
     resized = resize_plain(prediction.depth, truth.shape[1], truth.shape[0])
     aligned = align(resized, truth, mask, prediction.kind, depth_range)
     return depth_scores(aligned, truth[mask].astype(np.float64))

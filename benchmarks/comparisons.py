@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.baseline import Baseline, make_baseline
 from densegeo.benchmarks.timing import flops, interleaved, speedup, summary
-from densegeo.models import fe2e, precision, reference, rewrites
+from densegeo.models import chain, fe2e, precision, rewrites
 from densegeo.models.config import VAEConfig
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.transformer import log_depth, split
+from densegeo.outputs import Decode
+from densegeo.size import Size
 
 EXACT = 1e-5  # relative L2 bound in float32
 LOW_FACTOR = 2.0  # our low-precision error is at most this many times that of plain eager low precision
@@ -44,12 +45,14 @@ class Comparison:
         return self.speedup["median"] >= self.target
 
 
-def geometry_errors(decoded: Tensor, wanted: Tensor) -> dict[str, float]:
+def geometry_errors(decode: Decode, decoded: Tensor, wanted: Tensor) -> dict[str, float]:
     """RMS error of the log-depth prediction and mean angle of the normals, of decoded (2, 3, H, W) tensors."""
-    depth = (log_depth(decoded) - log_depth(wanted)).square().mean().sqrt()
-    ours, theirs = reference.normals(decoded).double(), reference.normals(wanted).double()
+    size = Size(decoded.shape[3], decoded.shape[2])
+    ours, theirs = (chain.assemble(decode, pictures, size).named() for pictures in (decoded, wanted))
+    depth = (ours["prediction"] - theirs["prediction"]).square().mean().sqrt()
+    first, second = ours["normals"].double(), theirs["normals"].double()
     # atan2 of |a x b| and a.b: acos alone has no digits left near zero
-    angle = torch.atan2(torch.linalg.cross(ours, theirs, dim=0).norm(dim=0), (ours * theirs).sum(0))
+    angle = torch.atan2(torch.linalg.cross(first, second, dim=-1).norm(dim=-1), (first * second).sum(-1))
     return {"log_depth_rms": float(depth), "normals_degrees": float(angle.rad2deg().mean())}
 
 
@@ -103,17 +106,17 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
     """Folded transformer against the authors' (batch of two, whole connector), both eager, at equal precision."""
     out = []
     for name, ours, theirs in (("fp32", c.folded, c.exact), (low, c.low, c.authors)):
-        error = reference.relative(reference.transform(ours, c.latent), c.velocity)
+        error = chain.relative(chain.denoise(ours, c.latent), c.velocity)
         errors = {"ours": error}
         if name == "fp32":
             if not error <= EXACT:
                 raise Wrong(f"the folded transformer differs by {error:.1e} in float32, {EXACT:.0e} is allowed")
         else:
-            errors["baseline"] = reference.relative(theirs.transform(c.latent), c.velocity)
+            errors["baseline"] = chain.relative(theirs.transform(c.latent), c.velocity)
             _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the folded transformer")
         calls: dict[str, Callable[[], object]] = {
             "baseline": lambda theirs=theirs: theirs.transform(c.latent),  # type: ignore[misc]
-            "ours": lambda ours=ours: reference.transform(ours, c.latent),  # type: ignore[misc]
+            "ours": lambda ours=ours: chain.denoise(ours, c.latent),  # type: ignore[misc]
         }
         out.append(_timed(f"transformer {name}", "authors' way, eager", "folded, eager", 2.7, calls, errors, runs))
     return out
@@ -122,24 +125,20 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
 def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     """Image in, decoded depth and normals out: ours in `low` against the authors' choice of precisions."""
     # The autoencoder is not compiled: that took minutes, and whether it gains was never settled on a quiet machine.
-    encoder, transformer, decoder = c.low.vae.encoder, compile_(c.low.denoiser), c.low.vae.decoder
-    height, width = c.rgb.shape[-2:]
-    config = c.low.vae.config
-    channels_last = torch.channels_last
-    sizes = [2] if c.low.decoder_batch == 2 else [1, 1]
+    transformer, channels_last = compile_(c.low.denoiser), torch.channels_last
+    size = Size(c.rgb.shape[3], c.rgb.shape[2])
 
     @torch.no_grad()
     def ours() -> Tensor:
-        latent = encoder(c.rgb.contiguous(memory_format=channels_last))
-        latents = split(transformer(latent), height, width) / config.scale_factor + config.shift_factor
-        parts = latents.contiguous(memory_format=channels_last).split_with_sizes(sizes)
-        return torch.cat([decoder(part) for part in parts])
+        latent = chain.encode(c.low, c.rgb.contiguous(memory_format=channels_last))
+        latents = chain.split(c.low.decode, transformer(latent), size)
+        return chain.decode(c.low, latents.contiguous(memory_format=channels_last))
 
     eager = c.plain_low
-    plain = geometry_errors(eager(c.rgb), c.decoded)
-    errors = geometry_errors(ours(), c.decoded)
+    plain = geometry_errors(c.low.decode, eager(c.rgb), c.decoded)
+    errors = geometry_errors(c.low.decode, ours(), c.decoded)
     _check_low(errors, plain, "the whole pipeline")
-    chosen = geometry_errors(c.authors(c.rgb), c.decoded)
+    chosen = geometry_errors(c.low.decode, c.authors(c.rgb), c.decoded)
     recorded = {
         f"{who} {name}": value
         for who, group in (("ours", errors), ("plain", plain), ("authors", chosen))
@@ -148,10 +147,7 @@ def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     calls: dict[str, Callable[[], object]] = {"baseline": lambda: c.authors(c.rgb), "ours": ours}
     counted = {
         "baseline": lambda: c.authors(c.rgb),
-        "ours": lambda: reference.decode(
-            c.low,
-            split(reference.transform(c.low, reference.encode(c.low, c.rgb)), height, width),
-        ),
+        "ours": lambda: chain.run(c.low, c.rgb, size),
     }
     slow = f"authors' way, {low} transformer, float32 autoencoder, eager"
     fast = f"folded, {low}, compiled transformer, channels-last autoencoder"
@@ -178,8 +174,8 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)
     transformer = compile_(c.low.denoiser)
-    error = reference.relative(transformer_output(transformer, c.latent), c.velocity)
-    errors = {"ours": error, "baseline": reference.relative(theirs.transform(c.latent), c.velocity)}
+    error = chain.relative(transformer_output(transformer, c.latent), c.velocity)
+    errors = {"ours": error, "baseline": chain.relative(theirs.transform(c.latent), c.velocity)}
     _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the compiled transformer")
     calls: dict[str, Callable[[], object]] = {
         "baseline": lambda: theirs.transform(c.latent),
@@ -189,7 +185,7 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     uncompiled.flux = eager_flux
     counted = {
         "baseline": lambda: uncompiled.transform(c.latent),
-        "ours": lambda: reference.transform(c.low, c.latent),
+        "ours": lambda: chain.denoise(c.low, c.latent),
     }
     names = f"diffusers, batch 1, {low}, compiled, connector precomputed", f"folded, {low}, compiled"
     return _timed("compiled transformer", *names, 1.25, calls, errors, runs, counted)

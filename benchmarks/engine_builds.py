@@ -21,9 +21,10 @@ from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
 from densegeo.runtime.bundle import Manifest, read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
+from densegeo.size import Size
 
 MODEL = "fe2e-tiny"
-SIZES = ((256, 192), (192, 256), (320, 240))
+SIZES = (Size(256, 192), Size(192, 256), Size(320, 240))
 TARGETS = (80, 86, 89, 120)
 Weights = Literal["constant", "input"]
 KINDS: tuple[tuple[str, Weights], ...] = (

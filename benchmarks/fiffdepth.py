@@ -220,7 +220,10 @@ def _speed(folder: Path, runs: int, json_file: Path | None) -> None:
         f"{backend} {precision}": Estimator(folder / precision, backend=backend, check_digests=False)
         for precision, backend in (("fp32", "onnxruntime"), ("bf16", "openvino"))  # more do not fit 24 GiB
     }
-    errors = {name: relative_error(estimator(image).prediction, wanted) for name, estimator in estimators.items()}
+    errors = {
+        name: relative_error(estimator(image).require_prediction("depth"), wanted)
+        for name, estimator in estimators.items()
+    }
     for name, error in errors.items():
         if not error <= (EXACT if name.endswith("fp32") else allowed):
             raise WrongError(f"{name} is {error:.1e} from diffusers in float32")

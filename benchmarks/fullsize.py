@@ -36,22 +36,22 @@ from densegeo.benchmarks.synthetic import patches
 from densegeo.calibration.plan import plan_file
 from densegeo.cli import guarded
 from densegeo.errors import ConfigError, ResourceError
-from densegeo.export.command import parse_size
 from densegeo.export.sources import Given, resolve
 from densegeo.files import atomic_write
 from densegeo.models import fe2e
+from densegeo.models.chain import relative
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
 from densegeo.models.loading import open_streamed, rewritten_form
 from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.quantized import FORMATS
-from densegeo.models.reference import relative
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, rewritten_parts
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from densegeo.runtime.bundle import Manifest, read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log
+from densegeo.size import Size
 
 DISK = 70 * 10**9
 RANK = 16
@@ -201,7 +201,7 @@ def distinct_blocks(path: Path) -> int:
     return len(seen)
 
 
-def check_blocks(checkpoint: Path, bundle: Path, size: tuple[int, int]) -> dict[str, float]:
+def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]:
     """The worst error of a stored block against the float32 block made from the source, on random tokens.
 
     Stored bf16 weights run in float32; the bound is twice the error of the same block in eager bf16.
@@ -209,7 +209,7 @@ def check_blocks(checkpoint: Path, bundle: Path, size: tuple[int, int]) -> dict[
     """
     applied = fe2e.REWRITES
     files, _ = resolve(Given(checkpoint=str(checkpoint)), FE2E)
-    pipeline, source = open_streamed(files, *size)
+    pipeline, source = open_streamed(files, size)
     form = rewritten_form(
         FE2E, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, size
     ).denoiser
@@ -269,7 +269,7 @@ def run(folder: Path, size: str, precision: str, attention: bool, backend: str, 
         command += ["--builder", "tensorrt_rtx", *(f"--gpu-arch={number}" for number in GPUS[precision])]
     report: dict[str, Any] = {**machine, "precision": precision}
     if precision in FORMATS and not plan_file(calibration, precision).exists():
-        took = calibrate(base, folder, precision, max(parse_size(size)), calibration, attention=attention)
+        took = calibrate(base, folder, precision, max(Size.parse(size)), calibration, attention=attention)
         report["calibration"] = {"images": IMAGES, **msgspec.to_builtins(took)}
         console.print(f"calibration: {took.seconds:.0f} s, {took.anonymous_gib:.1f} GiB of anonymous memory")
     if precision in FORMATS:
@@ -292,7 +292,7 @@ def run(folder: Path, size: str, precision: str, attention: bool, backend: str, 
         "dry_run": dry.stdout.splitlines()[-4:],
     }
     if precision not in FORMATS:
-        report["block_errors"] = check_blocks(checkpoint, output, parse_size(size))
+        report["block_errors"] = check_blocks(checkpoint, output, Size.parse(size))
     if json_file is not None:
         write_json(json_file, report)
     console.print_json(data=report)

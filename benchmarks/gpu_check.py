@@ -41,12 +41,13 @@ from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
 from densegeo.runtime.ready import find_bundle  # noqa: E402
-from densegeo.runtime.resample import Placement  # noqa: E402
+from densegeo.runtime.resample import Placement, whole  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
+from densegeo.size import Size  # noqa: E402
 
 BUDGET_S, QUICK_S = 540.0, 220.0
 TESTS = ("tests/kernels", "tests/runtime/test_torch_device.py", "tests/runtime/test_torch_fused.py")
-SIZES = ((864, 576), (1024, 768))  # DESIGN section 6 has the floors of these
+SIZES = (Size(864, 576), Size(1024, 768))  # DESIGN section 6 has the floors of these
 Step = Callable[["Check"], dict[str, Any]]
 
 
@@ -144,7 +145,7 @@ def models(check: Check) -> dict[str, Any]:
     if "failed" in check.result["steps"]["numbers"]:
         raise RuntimeError("the numbers are wrong, so no speed is measured")
     weights = _weights(check)
-    sizes = SIZES if not check.small else ((64, 48),)
+    sizes = SIZES if not check.small else (Size(64, 48),)
     found = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
     for compiled in (False,) if check.quick else (False, True):
         for comparison in found:
@@ -161,18 +162,19 @@ def fiffdepth(check: Check) -> dict[str, Any]:
 
 def transfers(check: Check) -> dict[str, Any]:
     """Milliseconds an image, end to end: one image at a time against two in flight; pinned against pageable copies."""
-    size = (64, 48) if check.small else SIZES[0]
+    size = Size(64, 48) if check.small else SIZES[0]
     network = gpu_models.device_network(_weights(check), size, True)
     pixels = _pixels(size)
-    placement = Placement((0, 0, *size), size)
+    placement = whole(size)
     ring, count = Ring(check.device), check.runs(8)
 
     def one(_: int) -> object:
         return ring.run([pixels], lambda frames: network(frames, [placement]))
 
     def pageable() -> None:
-        ((prediction, normals),) = network([torch.from_numpy(pixels).to(check.device)], [placement])
-        prediction.cpu(), normals.cpu()
+        (maps,) = network([torch.from_numpy(pixels).to(check.device)], [placement])
+        for tensor in maps.named().values():
+            tensor.cpu()
 
     entry: dict[str, Any] = {"captured": network.recorded(1).captured, "images": count}
     for name, workers in (("one in flight", 1), ("two in flight", 2)):
@@ -187,9 +189,9 @@ def transfers(check: Check) -> dict[str, Any]:
     return entry
 
 
-def _pixels(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A seeded picture of a size (width, height)."""
-    return np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+def _pixels(size: Size) -> NDArray[np.uint8]:
+    """A seeded picture."""
+    return np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), dtype=np.uint8)
 
 
 def _batched(
@@ -210,11 +212,11 @@ def _batched(
 
 def profile(check: Check) -> dict[str, Any]:
     """Every GPU kernel of one image of FE2E and of FiffDepth, by total time."""
-    size, side = ((64, 48), 64) if check.small else (SIZES[0], gpu_fiffdepth.SIDE)
+    size, side = (Size(64, 48), 64) if check.small else (SIZES[0], gpu_fiffdepth.SIDE)
     entry = {}
     for name, size_of, make in (
         ("fe2e", size, lambda: gpu_models.device_network(_weights(check), size, True)),
-        ("fiffdepth", (side, side), lambda: gpu_fiffdepth.ours(check.device, check.small)),
+        ("fiffdepth", Size(side, side), lambda: gpu_fiffdepth.ours(check.device, check.small)),
     ):
         entry[name] = _kernels(make(), size_of, check.device)
         gpu_models.free(check.device)
@@ -228,10 +230,10 @@ def _weights(check: Check) -> gpu_models.Weights:
     return check.weights
 
 
-def _kernels(network: DeviceNetwork, size: tuple[int, int], device: str) -> dict[str, Any]:
+def _kernels(network: DeviceNetwork, size: Size, device: str) -> dict[str, Any]:
     on_gpu = device != "cpu"
-    pixels = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=device)
-    placement = Placement((0, 0, *size), size)
+    pixels = torch.zeros(size.height, size.width, 3, dtype=torch.uint8, device=device)
+    placement = whole(size)
     network([pixels], [placement])
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -278,7 +280,7 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
         if not verdict.good:
             names = dict.fromkeys(found.output for found in verdict.wrong)
             return {**entry, "failed": f"out of bounds: {', '.join(names)}"}
-        image = _pixels((manifest.buckets[0].width, manifest.buckets[0].height))
+        image = _pixels(manifest.buckets[0].size)
         with Estimator(bundle, name, check.device, check_digests=False) as estimator:
             runs = check.runs(7)
             for count in (1, 4, 8):

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from densegeo.benchmarks.gpu_kernels import seconds_of
-from densegeo.benchmarks.gpu_models import ERROR_FACTOR, LOW, free
+from densegeo.benchmarks.gpu_models import ERROR_FACTOR, LOW, free, fused_network
 from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE, SMALL_UNET, SMALL_VAE
 from densegeo.benchmarks.synthetic import random_fiffdepth, random_image
 from densegeo.benchmarks.timing import flops
-from densegeo.models import fiffdepth, precision, reference, rewrites
-from densegeo.models.reference import relative
+from densegeo.models import chain as chain_of
+from densegeo.models import fiffdepth, precision, rewrites
+from densegeo.models.chain import relative
 from densegeo.models.rewrites import Pipeline
-from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
+from densegeo.runtime.backends.torch_capture import settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
-from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
-from densegeo.runtime.bundle import Bucket, Decode, Graph
+from densegeo.size import Size
 
 Network = Callable[[Tensor], Tensor]  # rgb (N, 3, H, W) -> depth before the clip (N, H, W)
 SIDE, GOAL_MS = 512, 12.0  # pixels; DESIGN section 6, on one H100
@@ -59,19 +59,15 @@ def _compiled(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def device_network(pipeline: Pipeline, side: int, device: str) -> DeviceNetwork:
-    """The torch backend's network of one bucket."""
-    none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
-    decode = Decode(depth_kind="affine", packing="latent", clip="mean")
-    recorder = CudaRecorder(device) if device != "cpu" else None
-    vae, unet = fuse_norms(pipeline.vae), fuse(pipeline.denoiser)
-    return DeviceNetwork(vae, unet, 1, decode, Bucket(side, side, none, none, none), device, recorder)
-
-
 @torch.inference_mode()
+def _device_network(folded: Pipeline, side: int, device: str) -> DeviceNetwork:
+    """The torch backend's network of one bucket, recorded."""
+    return fused_network(folded, Size(side, side), device, captured=True)
+
+
 def ours(device: str, small: bool) -> DeviceNetwork:
     """Ours in low precision, recorded."""
-    return device_network(_folded(pipeline_on(device, small)), 64 if small else SIDE, device)
+    return _device_network(_folded(pipeline_on(device, small)), 64 if small else SIDE, device)
 
 
 def _folded(exact: Pipeline) -> Pipeline:
@@ -94,7 +90,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
         "plain, bf16, compiled": lambda: chain(_compiled(_channels_last(copy.deepcopy(plain))), low=True),
         "folded, eager": lambda: chain(folded, low=True),
         "folded, compiled": lambda: chain(_compiled(copy.deepcopy(folded)), low=True),
-        "folded, kernels, graph": lambda: _means(device_network(folded, side, device)),
+        "folded, kernels, graph": lambda: _means(_device_network(folded, side, device)),
     }
     rows: dict[str, Any] = {}
     for name, make in contenders.items():
@@ -112,14 +108,14 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
         rows[name] = {"ms": 1e3 * seconds[len(seconds) // 2], "ms_min": 1e3 * seconds[0], "error": error}
         del network
         free(device)
-    work = flops(partial(reference.decode, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
-    work += flops(partial(reference.transform, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
-    work += flops(partial(reference.encode, folded, rgb))
+    work = flops(partial(chain_of.decode, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
+    work += flops(partial(chain_of.denoise, folded, torch.zeros(1, 4, side // 8, side // 8, device=device)))
+    work += flops(partial(chain_of.encode, folded, rgb))
     for row in rows.values():
         if "ms" in row:
             row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
     report = {"side": side, "folded_tflop": work / 1e12, "goal_ms": GOAL_MS, "limit": limit, "contenders": rows}
-    return report | {"ms an image of a batch": _batches(device_network(folded, side, device), rgb, device, runs, left)}
+    return report | {"ms an image of a batch": _batches(_device_network(folded, side, device), rgb, device, runs, left)}
 
 
 def _means(network: DeviceNetwork) -> Network:

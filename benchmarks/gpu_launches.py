@@ -15,24 +15,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from densegeo.benchmarks.setups import FULL
 from densegeo.export.cubins import write_cubins
-from densegeo.kernels.log_dequantize import log_dequantize
-from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
-from densegeo.kernels.split import split
-from densegeo.models.reference import relative
+from densegeo.models import chain
+from densegeo.models.chain import relative
+from densegeo.models.families import FE2E
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory, architecture_of, open_device
 from densegeo.runtime.backends.tensorrt_network import Network
-from densegeo.runtime.bundle import Bucket, Decode, Graph, TensorSpec
+from densegeo.runtime.bundle import Bucket, Graph, TensorSpec
 from densegeo.runtime.resample import place
+from densegeo.size import Size
 
 BOUND = 1e-5  # float32 (DESIGN section 10)
-SIZE = (864, 576)
-SOURCES = ((1003, 751), (333, 517))  # odd, larger than the bucket; odd, portrait
-DECODE = Decode(
-    depth_kind="log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1
-)  # fe2e's
+SIZE = Size(864, 576)
+SOURCES = (Size(1003, 751), Size(333, 517))  # odd, larger than the bucket; odd, portrait
+DECODE = FE2E.decode(FULL.vae)
 
 
 class Copies:
@@ -83,43 +82,29 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
     memory = Memory(gpu)
     workspace, decode = memory.device_buffer(1), SimpleNamespace(decode=DECODE)
     network = Network(memory, kernels, decode, bucket, engines, workspace)  # type: ignore[arg-type]
-    latents = split(
-        velocity.cpu(),
-        height,
-        width,
-        scale=DECODE.latent_scale,
-        shift=DECODE.latent_shift,
-        depth_sign=DECODE.depth_sign,
-        normal_sign=DECODE.normal_sign,
-    )
+    latents = chain.split(DECODE, velocity.cpu(), SIZE)
     rows = {}
     for source in SOURCES:
-        image: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (source[1], source[0], 3), dtype=np.uint8)
-        placement = place(bucket, source, "stretch")
-        network.prepare(0, network.upload(image), (3 * source[0], 3), placement, "rgb")
-        network.launch()
-        prediction, vectors = network.outputs(0, placement)
-        rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
-        _, _, depth = log_dequantize(
-            decoded[:1].cpu(), placement.box, source, scale=1.0, shift=0.0, clamp_first=True, with_prediction=True
+        image: NDArray[np.uint8] = np.random.default_rng(1).integers(
+            0, 256, (source.height, source.width, 3), dtype=np.uint8
         )
-        assert depth is not None
-        assert vectors is not None
+        placement = place(SIZE, source, "stretch")
+        network.prepare(0, network.upload(image), (3 * source.width, 3), placement, "rgb")
+        network.launch()
+        found = network.outputs(0, placement).named()
+        rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
+        wanted = chain.assemble(DECODE, decoded.cpu(), source, placement.box).named()
         pairs = {
             "preprocess": (_buffer(network, "rgb"), rgb),
             "split": (_buffer(network, "latents"), latents),
-            "log_dequantize": (torch.from_numpy(network.download(prediction)), depth[0]),
-            "normals": (
-                torch.from_numpy(network.download(vectors)),
-                normals(decoded[1:].cpu(), placement.box, source)[0],
-            ),
+            **{name: (torch.from_numpy(network.download(found[name])), wanted[name]) for name in wanted},
         }
-        rows[f"{source[0]}x{source[1]}"] = {name: relative(*pair) for name, pair in pairs.items()}
-    found: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}
+        rows[str(source)] = {name: relative(*pair) for name, pair in pairs.items()}
+    report: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}
     wrong = [f"{name} at {size}" for size, row in rows.items() for name, error in row.items() if not error <= BOUND]
-    if not found["captured"]:
+    if not report["captured"]:
         wrong.append("the recording failed")
-    return found | ({"failed": ", ".join(wrong)} if wrong else {})
+    return report | ({"failed": ", ".join(wrong)} if wrong else {})
 
 
 def _bucket() -> Bucket:

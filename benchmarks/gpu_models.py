@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,18 +16,19 @@ from densegeo.benchmarks.gpu_kernels import seconds_of
 from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
-from densegeo.models import fe2e, precision, rewrites
+from densegeo.models import chain, fe2e, precision, rewrites
+from densegeo.models.chain import relative
 from densegeo.models.layers import Attention
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, quantize_block
-from densegeo.models.reference import relative
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.transformer import Transformer, split
+from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_modules import resized
-from densegeo.runtime.bundle import Bucket, Decode, Graph
+from densegeo.runtime.bundle import Bucket, Graph
+from densegeo.size import Size
 
 LOW = "bf16"
 ERROR_FACTOR = 2.0  # of plain eager low precision's error against float32 (DESIGN section 10)
@@ -50,18 +51,16 @@ def make_weights(small: bool, device: str) -> Weights:
     """Random weights on the device; SMOKE's size when `small`."""
     setup, dtype = SMOKE if small else FULL, precision.DTYPES[LOW]
     prompt = random_prompt(setup.tokens, setup.valid, setup.transformer.prompt_dim, seed=0)
-    plain = random_pipeline(
-        setup.transformer, setup.vae, prompt, setup.width, setup.height, seed=1, device=device, dtype=dtype
-    )
+    plain = random_pipeline(setup.transformer, setup.vae, prompt, setup.size, seed=1, device=device, dtype=dtype)
     vae = copy.deepcopy(plain.vae).float()
     precision.cast(plain, LOW)
     return Weights(setup, plain, vae, device)
 
 
-def folded(weights: Weights, size: tuple[int, int]) -> Pipeline:
-    """A rewritten copy at another size (width, height), on the device."""
+def folded(weights: Weights, size: Size) -> Pipeline:
+    """A rewritten copy at another size, on the device."""
     pipeline = copy.deepcopy(weights.plain)
-    pipeline.denoiser.resize(*size)
+    pipeline.denoiser.resize(size)
     rewrites.apply(pipeline, fe2e.REWRITES)
     precision.cast(pipeline, LOW)
     pipeline.denoiser.to(weights.device)
@@ -69,9 +68,9 @@ def folded(weights: Weights, size: tuple[int, int]) -> Pipeline:
     return pipeline
 
 
-def authors(weights: Weights, size: tuple[int, int]) -> Network:
+def authors(weights: Weights, size: Size) -> Network:
     """What the released code does: batch of two, the whole connector, a float32 autoencoder, two decodes; eager."""
-    network = _chain(_resized(weights, size), weights.vae, 1, torch.float32)
+    network = _chain(replace(_resized(weights, size), vae=weights.vae), torch.float32)
 
     def run(rgb: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):  # torch's default for these
@@ -80,40 +79,32 @@ def authors(weights: Weights, size: tuple[int, int]) -> Network:
     return run
 
 
-def hard(weights: Weights, size: tuple[int, int]) -> Network:
+def hard(weights: Weights, size: Size) -> Network:
     """Batch 1, everything in low precision, and torch.compile on every block and on the autoencoder."""
-    pipeline = _resized(weights, size)
-    pipeline.denoiser.guidance = None
     vae = copy.deepcopy(weights.plain.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _compile(pipeline, vae)
-    return _chain(pipeline, vae, 1, precision.DTYPES[LOW])
+    pipeline = replace(_resized(weights, size), vae=vae)
+    pipeline.denoiser.guidance = None
+    _compile(pipeline)
+    return _chain(pipeline, precision.DTYPES[LOW])
 
 
-def _resized(weights: Weights, size: tuple[int, int]) -> Pipeline:
+def _resized(weights: Weights, size: Size) -> Pipeline:
     """The plain pipeline at another size, sharing its weights."""
-    plain = weights.plain
-    return Pipeline(resized(plain.denoiser, size), plain.vae, plain.prompt)
+    return replace(weights.plain, denoiser=resized(weights.plain.denoiser, size))
 
 
-def _compile(pipeline: Pipeline, vae: VAE) -> None:
-    for block in [*(block for _, block in pipeline.denoiser.blocks()), vae.encoder, vae.decoder]:
+def _compile(pipeline: Pipeline) -> None:
+    blocks = (block for _, block in pipeline.denoiser.blocks())
+    for block in [*blocks, pipeline.vae.encoder, pipeline.vae.decoder]:
         block.compile()
 
 
-def _chain(pipeline: Pipeline, vae: VAE, parts: int, vae_dtype: torch.dtype) -> Network:
-    """The stages in plain torch."""
-    config = vae.config
-
-    def run(rgb: Tensor) -> Tensor:
-        height, width = rgb.shape[-2:]
-        velocity = pipeline.denoiser(vae.encoder(rgb.to(vae_dtype)))
-        latents = split(velocity, height, width) / config.scale_factor + config.shift_factor
-        return torch.cat([vae.decoder(part) for part in latents.split(parts)])
-
-    return run
+def _chain(pipeline: Pipeline, vae_dtype: torch.dtype) -> Network:
+    """The stages one by one, eager but for what was compiled."""
+    return lambda rgb: chain.run(pipeline, rgb.to(vae_dtype), Size(rgb.shape[3], rgb.shape[2]))
 
 
-def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str, Callable[[], Network]]:
+def contenders(weights: Weights, size: Size, rgb: Tensor) -> dict[str, Callable[[], Network]]:
     """Name -> what makes the network; each is made, measured and dropped in turn, because memory is limited.
 
     The authors' comes first, because others are compared with it, and those that torch compiles, in minutes, come last.
@@ -122,8 +113,8 @@ def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str
     def plain_folded(compiled: bool) -> Network:
         pipeline = folded(weights, size)
         if compiled:
-            _compile(pipeline, pipeline.vae)
-        return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])
+            _compile(pipeline)
+        return _chain(pipeline, precision.DTYPES[LOW])
 
     def ours(captured: bool, fp8: bool = False, attention: bool = False) -> Network:
         return device_network(weights, size, captured, rgb if fp8 else None, attention=attention).recorded(1)
@@ -142,33 +133,25 @@ def contenders(weights: Weights, size: tuple[int, int], rgb: Tensor) -> dict[str
 
 def device_network(
     weights: Weights,
-    size: tuple[int, int],
+    size: Size,
     captured: bool,
     fp8_on: Tensor | None = None,
     *,
     attention: bool = False,
 ) -> DeviceNetwork:
     """The torch backend's network of one bucket. fp8_on: a picture whose largest activations are fp8's ranges."""
-    pipeline, config = folded(weights, size), weights.setup.vae
+    pipeline = folded(weights, size)
     if fp8_on is not None:
         to_fp8(pipeline, fp8_on, attention=attention)
-    decode = Decode(
-        depth_kind="log_affine",
-        latent_scale=config.scale_factor,
-        latent_shift=config.shift_factor,
-        depth_sign=-1,
-    )
+    return fused_network(pipeline, size, weights.device, captured)
+
+
+def fused_network(pipeline: Pipeline, size: Size, device: str, captured: bool) -> DeviceNetwork:
+    """The torch backend's network of one bucket, from a folded pipeline on the device."""
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
-    recorder = CudaRecorder(weights.device) if captured and weights.device != "cpu" else None
-    return DeviceNetwork(
-        fuse_norms(pipeline.vae),
-        fuse(pipeline.denoiser),
-        pipeline.decoder_batch,
-        decode,
-        Bucket(*size, none, none, none),
-        weights.device,
-        recorder,
-    )
+    recorder = CudaRecorder(device) if captured and device != "cpu" else None
+    fused = replace(pipeline, vae=fuse_norms(pipeline.vae), denoiser=fuse(pipeline.denoiser))
+    return DeviceNetwork(fused, Bucket(*size, none, none, none), device, recorder)
 
 
 @torch.inference_mode()
@@ -201,13 +184,13 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     "fp8" holds for each of its variants the error of its emulation on the CPU, and of ours.
     """
     setup = SMOKE if small else MID
-    size, rgb = (setup.width, setup.height), setup.image().to(device)
+    size, rgb = setup.size, setup.image().to(device)
     exact = setup.pipeline()
     exact.denoiser.to(device)
     exact.vae.to(device)
-    wanted = _chain(exact, exact.vae, 1, torch.float32)(rgb)
+    wanted = _chain(exact, torch.float32)(rgb)
     weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)
-    plain = _chain(weights.plain, weights.plain.vae, 1, precision.DTYPES[LOW])(rgb)
+    plain = _chain(weights.plain, precision.DTYPES[LOW])(rgb)
     network = device_network(weights, size, captured=True).recorded(1)
     ours, again = network(rgb).clone(), network(rgb)
     fp8 = {}
@@ -224,13 +207,13 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     }
 
 
-def emulated(weights: Weights, size: tuple[int, int], rgb: Tensor, *, attention: bool) -> Tensor:
+def emulated(weights: Weights, size: Size, rgb: Tensor, *, attention: bool) -> Tensor:
     """What fp8 gives by the plain modules on the CPU, which multiply 8-bit numbers as floats; on rgb's device."""
     pipeline = folded(weights, size)
     to_fp8(pipeline, rgb, attention=attention)
     for network in (pipeline.denoiser, pipeline.vae):
         network.cpu()
-    return _chain(pipeline, pipeline.vae, pipeline.decoder_batch, precision.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
+    return _chain(pipeline, precision.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
 
 
 class Comparison:
@@ -239,7 +222,7 @@ class Comparison:
     left: seconds that may still be used; contenders that no longer fit are listed as skipped.
     """
 
-    def __init__(self, weights: Weights, size: tuple[int, int], runs: int, left: Callable[[], float]) -> None:
+    def __init__(self, weights: Weights, size: Size, runs: int, left: Callable[[], float]) -> None:
         self._weights, self._size, self._runs, self._left = weights, size, runs, left
         self._rgb = random_image(*size, seed=2).to(weights.device)
         self._wanted: Tensor | None = None
@@ -266,8 +249,7 @@ class Comparison:
     @torch.inference_mode()
     def report(self) -> dict[str, Any]:
         """The figures so far; rates are of the folded work, which is the least."""
-        pipeline = folded(self._weights, self._size)
-        work = flops(partial(_chain(pipeline, pipeline.vae, 2, precision.DTYPES[LOW]), self._rgb))
+        work = flops(partial(_chain(folded(self._weights, self._size), precision.DTYPES[LOW]), self._rgb))
         for row in self._rows.values():
             if "ms" in row:
                 row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9

@@ -97,7 +97,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
     verdict.require_good(bundle, "No speed is reported: ")
     source: Path | NDArray[np.uint8] = image if image is not None else generated_image(manifest.buckets[0])
     size = load_image(source).size
-    bucket = choose_bucket(manifest.buckets, *size)
+    bucket = choose_bucket(manifest.buckets, size)
     cold = _cold_start(bundle, image, backend, device)
     with Estimator(bundle, backend, device, check_digests=False) as estimator:
         for _ in range(WARM_UP):
@@ -107,7 +107,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         together = {str(count): _batched(estimator, source, count, runs) for count in _batches(estimator, bucket)}
         used_backend, used_device = estimator.backend, estimator.device
         gpu = _nvml(used_device)
-    stages = summarise(samples, bucket, manifest.decode.pictures)
+    stages = summarise(samples, bucket, len(manifest.decode.outputs))
     facts = environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"))
     total, name = stages["total"], device_name(used_device, facts["machine"])
     remember(measured(manifest, bucket, used_backend, name, total.p50, total.p90))
@@ -205,15 +205,15 @@ def generated_image(bucket: Bucket) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
 
 
-def summarise(samples: Sequence[dict[str, float]], bucket: Bucket, pictures: int) -> dict[str, Spread]:
+def summarise(samples: Sequence[dict[str, float]], bucket: Bucket, latents: int) -> dict[str, Spread]:
     """Percentiles of each stage of `samples` (stage -> ms), with effective GFLOP/s where the work is known.
 
-    pictures: decoded for an image.
+    latents: decoded for an image.
     """
     work: dict[str, int] = {}
     for stage in STAGES:
         graph: Graph = getattr(bucket, stage)
-        calls = pictures // graph.inputs[0].shape[0] if stage == "decoder" else 1  # perhaps one by one
+        calls = latents // graph.inputs[0].shape[0] if stage == "decoder" else 1  # perhaps one by one
         work[stage] = calls * graph.flops
     work["total"] = sum(work.values())
     return {stage: _spread([sample[stage] for sample in samples], work.get(stage)) for stage in samples[0]}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from densegeo.errors import DatasetError
-from densegeo.runtime.geometry import FRAMES
+from densegeo.outputs import FRAMES, Frame
 
 Float = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -136,6 +136,7 @@ def _masked_depth(names: Sequence[str], contents: Sequence[bytes], size: tuple[i
 def _normal_map(names: Sequence[str], contents: Sequence[bytes], size: tuple[int, int]) -> Truth:
     """.png: 8-bit, v / 255 * 2 - 1 in DSINE's axes, black = none. .npy: floats in Marigold's axes, zero = none."""
     stored: NDArray[Any]
+    frame: Frame
     if PurePosixPath(names[0]).suffix == ".npy":
         stored, frame = np.load(io.BytesIO(contents[0])), "marigold"
         known = np.linalg.norm(stored, axis=-1) > 1e-6

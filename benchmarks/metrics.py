@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.runtime.bundle import DepthKind
+from densegeo.outputs import DepthKind
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]

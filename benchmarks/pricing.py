@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.comparisons import EXACT, Wrong
 from densegeo.benchmarks.timing import flops, interleaved, summary
-from densegeo.models import precision, reference, rewrites
+from densegeo.models import chain, precision, rewrites
 from densegeo.models.rewrites import Pipeline, Rewrite
 
 
@@ -88,7 +88,7 @@ def price(
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
             wanted = outputs[0] if wanted is None else wanted
             mean = outputs[0].shape[1] != wanted.shape[1]  # that of the channels, where a rewrite makes it
-            error = reference.relative(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
+            error = chain.relative(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
             if not error <= EXACT:
                 raise Wrong(
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"
@@ -115,20 +115,20 @@ def price(
 def _copy(plain: Pipeline, stage: str) -> Pipeline:
     """A copy of the stage's network; the other one is shared, as it is not touched."""
     if stage == "denoiser":
-        return Pipeline(copy.deepcopy(plain.denoiser), plain.vae, plain.prompt)
-    return Pipeline(plain.denoiser, copy.deepcopy(plain.vae), plain.prompt)
+        return replace(plain, denoiser=copy.deepcopy(plain.denoiser))
+    return replace(plain, vae=copy.deepcopy(plain.vae))
 
 
 def _input(plain: Pipeline, stage: str, rgb: Tensor) -> Tensor:
-    """What a stage takes; the decoder as many latents as an image has pictures."""
+    """What a stage takes; the decoder as many latents as the model has outputs."""
     if stage == "encoder":
         return rgb
-    latent = reference.encode(plain, rgb)
-    return torch.cat([latent, -latent][: plain.denoiser.PICTURES]) if stage == "decoder" else latent
+    latent = chain.encode(plain, rgb)
+    return torch.cat([latent, -latent][: len(plain.decode.outputs)]) if stage == "decoder" else latent
 
 
 def _runner(pipeline: Pipeline, stage: str, given: Tensor) -> Callable[[], Tensor]:
-    run = {"encoder": reference.encode, "denoiser": reference.transform, "decoder": reference.decode}[stage]
+    run = {"encoder": chain.encode, "denoiser": chain.denoise, "decoder": chain.decode}[stage]
     return lambda: run(pipeline, given)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.models.config import TransformerConfig, UNetConfig, VAEConfig
 from densegeo.models.rewrites import Pipeline
+from densegeo.size import Size
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,7 @@ class Setup:
 
     transformer: TransformerConfig
     vae: VAEConfig
-    width: int
-    height: int
+    size: Size
     tokens: int
     valid: int
     ceiling_size: int  # of the matrices that find the machine's limit
@@ -27,11 +27,11 @@ class Setup:
     def pipeline(self) -> Pipeline:
         """Float32, no rewrite applied."""
         prompt = random_prompt(self.tokens, self.valid, self.transformer.prompt_dim, seed=0)
-        return random_pipeline(self.transformer, self.vae, prompt, self.width, self.height, seed=1)
+        return random_pipeline(self.transformer, self.vae, prompt, self.size, seed=1)
 
     def image(self) -> Tensor:
         """(1, 3, H, W) in [-1, 1]."""
-        return random_image(self.width, self.height, seed=2)
+        return random_image(*self.size, seed=2)
 
 
 MID = Setup(
@@ -52,8 +52,7 @@ MID = Setup(
         in_channels=64,
     ),
     VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16),
-    width=512,
-    height=384,
+    size=Size(512, 384),
     tokens=640,
     valid=64,
     ceiling_size=4096,
@@ -76,8 +75,7 @@ FULL = Setup(  # of the released checkpoints
         in_channels=64,
     ),
     VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16),
-    width=1024,
-    height=768,
+    size=Size(1024, 768),
     tokens=640,
     valid=64,
     ceiling_size=8192,
@@ -133,8 +131,7 @@ SMOKE = Setup(
         in_channels=64,
     ),
     VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16),
-    width=64,
-    height=48,
+    size=Size(64, 48),
     tokens=24,
     valid=6,
     ceiling_size=256,

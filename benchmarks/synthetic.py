@@ -14,12 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from densegeo.models.config import TransformerConfig, UNetConfig, VAEConfig
+from densegeo.models.families import FE2E, FIFFDEPTH
 from densegeo.models.layers import FinalModulation, Modulation, RMSNorm
+from densegeo.models.loading import bound
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.unet import UNet
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 
 
 def _normal(shape: torch.Size, std: float, generator: torch.Generator, mean: float = 0.0) -> Tensor:
@@ -65,13 +68,12 @@ def random_pipeline(
     transformer: TransformerConfig,
     vae: VAEConfig,
     prompt: Prompt,
-    width: int,
-    height: int,
+    size: Size,
     seed: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Pipeline:
-    """A pipeline without any rewrite, bound to `prompt` and the size in pixels.
+    """A pipeline without any rewrite, bound to `prompt` and the size.
 
     dtype: of the transformer's linears; the rest is float32. At full size these alone take 48 GB in float32.
     """
@@ -80,7 +82,7 @@ def random_pipeline(
     fill(dit, seed, device, dtype)
     fill(autoencoder, seed + 1, device)
     autoencoder.decoder.conv_out.weight.data *= 0.5  # most of the decoded values within [-1, 1]
-    return Pipeline(dit.bind(prompt, width, height).to(device), autoencoder, prompt).eval()
+    return _on(device, bound(FE2E, dit, autoencoder, prompt, size))
 
 
 def random_fiffdepth(unet: UNetConfig, vae: VAEConfig, side: int, device: str = "cpu") -> Pipeline:
@@ -90,7 +92,13 @@ def random_fiffdepth(unet: UNetConfig, vae: VAEConfig, side: int, device: str = 
     fill(network, 1, device)
     fill(autoencoder, 2, device)
     prompt = random_prompt(2, 2, unet.cross_attention_dim, seed=0)
-    return Pipeline(network.bind(prompt, side, side).to(device), autoencoder, prompt).eval()
+    return _on(device, bound(FIFFDEPTH, network, autoencoder, prompt, Size(side, side)))
+
+
+def _on(device: str, pipeline: Pipeline) -> Pipeline:
+    """With the denoiser's tables there too."""
+    pipeline.denoiser.to(device)
+    return pipeline
 
 
 def patches(side: int, seed: int) -> NDArray[np.uint8]:

@@ -55,8 +55,8 @@ class Images:
 def rgb_of(path: Path, manifest: Manifest) -> tuple[Bucket, Float32]:
     """An image as its bucket's input (1, 3, H, W). Raises ImageError."""
     frame = load_image(path)
-    bucket = choose_bucket(manifest.buckets, *frame.size)
-    return bucket, prepare(frame, bucket, place(bucket, frame.size, "stretch"))
+    bucket = choose_bucket(manifest.buckets, frame.size)
+    return bucket, prepare(frame, bucket.size, place(bucket.size, frame.size, "stretch"))
 
 
 def collect(

@@ -113,7 +113,7 @@ def calibrate(
         raise ConfigError("--stream needs --backend torch --device cpu")
     first = manifest.buckets[0]
     where = choose_device(device) if backend == "torch" else "cpu"
-    pipeline = load_networks(bundle, manifest, (first.width, first.height), where, streamed=stream)
+    pipeline = load_networks(bundle, manifest, first.size, where, streamed=stream)
     for network in (pipeline.denoiser, pipeline.vae):
         network.float()
     statistics = collect(
@@ -211,7 +211,7 @@ def make_plan(
             raise ConfigError("a budget needs errors, which --stream does not measure")
         return plan
     first = manifest.buckets[0]
-    pipeline.denoiser.resize(first.width, first.height)
+    pipeline.denoiser.resize(first.size)
     judge = Judge(pipeline, pictures, kind, plan.layers(statistics))
     work = {name: linears[name].weight.numel() for name in plan.ranges}
     work |= {name: statistics.products(name) for name in plan.attentions}

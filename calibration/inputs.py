@@ -141,7 +141,7 @@ class TorchInputs:
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
         """One run; inputs leave the device as they come, and none is kept."""
         transformer = self._pipeline.denoiser
-        transformer.resize(bucket.width, bucket.height)
+        transformer.resize(bucket.size)
 
         def note(name: str, x: Tensor) -> None:
             see(name, x.detach().flatten(0, -2).float().cpu().numpy())

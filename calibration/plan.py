@@ -19,13 +19,14 @@ from torch import Tensor
 from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
 from densegeo.errors import QuantizationError
-from densegeo.models import reference
+from densegeo.models import chain
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
+from densegeo.outputs import Maps
 from densegeo.runtime.bundle import amount_quantized
+from densegeo.size import Size
 
 Float32 = NDArray[np.float32]
-Outputs = tuple[Tensor, Tensor | None]  # prediction (H, W), and unit normals (3, H, W) where there are any
 
 
 class Error(msgspec.Struct, frozen=True):
@@ -160,7 +161,7 @@ class Judge:
     def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, layers: Plans) -> None:
         self._pipeline, self._format, self._layers = pipeline, FORMATS[kind], layers
         self._device = pipeline.denoiser.prompt_embeds.device
-        self._latents = [reference.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
+        self._latents = [chain.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
         self._wanted = [self._outputs(latent) for latent in self._latents]
 
     def error(self, names: Sequence[str]) -> Error:
@@ -184,19 +185,21 @@ class Judge:
             self._pipeline.denoiser = original
         return Error(*(float(np.mean(values)) for values in zip(*errors, strict=True)))
 
-    def _outputs(self, latent: Tensor) -> Outputs:
-        height, width = 8 * latent.shape[2], 8 * latent.shape[3]
-        output = reference.transform(self._pipeline, latent)
-        decoded = reference.decode(self._pipeline, self._pipeline.denoiser.latents(output, height, width))
-        normals = reference.normals(decoded) if self._pipeline.denoiser.PICTURES == 2 else None
-        return self._pipeline.denoiser.prediction(decoded), normals
+    def _outputs(self, latent: Tensor) -> Maps[Tensor]:
+        size = Size(8 * latent.shape[3], 8 * latent.shape[2])
+        output = chain.denoise(self._pipeline, latent)
+        decoded = chain.decode(self._pipeline, chain.split(self._pipeline.decode, output, size))
+        return chain.assemble(self._pipeline.decode, decoded, size)
 
-    def _compare(self, latent: Tensor, wanted: Outputs) -> tuple[float, float]:
-        depth, normals = self._outputs(latent)
-        error = float((depth - wanted[0]).square().mean().sqrt())
-        if normals is None or wanted[1] is None:
-            return error, 0.0
-        return error, float((normals * wanted[1]).sum(0).clamp(-1, 1).acos().rad2deg().mean())
+    def _compare(self, latent: Tensor, wanted: Maps[Tensor]) -> tuple[float, float]:
+        """Depth's and normals' error; 0 of what there is not."""
+        found, depth, normals = self._outputs(latent), 0.0, 0.0
+        if found.prediction is not None and wanted.prediction is not None:
+            depth = float((found.prediction - wanted.prediction).square().mean().sqrt())
+        if found.normals is not None and wanted.normals is not None:
+            cosine = (found.normals * wanted.normals).sum(-1).clamp(-1, 1)
+            normals = float(cosine.acos().rad2deg().mean())
+        return depth, normals
 
 
 def within_budget(

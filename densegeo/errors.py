@@ -59,6 +59,10 @@ class NotMetricError(DensegeoError):
     """Metres were asked of a result whose depth kind is not `metric`."""
 
 
+class MissingOutputError(DensegeoError):
+    """Depth was asked of a result of normals alone, or normals of one of depth alone."""
+
+
 class CheckpointError(DensegeoError):
     """A checkpoint, LoRA, VAE or prompt file that is missing, malformed, or of another model."""
 

@@ -70,7 +70,7 @@ def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
     quantizer = Quantizer.load(options.precision, options.base, options.calibration)
     return quantizer, make_plan(
         files,
-        list(options.sizes),
+        options.sizes,
         max((1, *options.batches)),
         options.base,
         rewrites.select(files.family.rewrites, options.without),

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from densegeo.errors import ExportError
 from densegeo.export.blockwise import run_blockwise
-from densegeo.models import reference
+from densegeo.models import chain
 from densegeo.models.precision import cast
 from densegeo.models.rewrites import Pipeline
-from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Stage
-from densegeo.runtime.chain import assemble_whole
-from densegeo.runtime.decode import latents_of
+from densegeo.outputs import Decode
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Graph, Stage
+from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.images import Frame
-from densegeo.runtime.resample import Placement, nearest, place, prepare, restore
+from densegeo.runtime.resample import nearest, place, prepare
 from densegeo.runtime.verify import IMAGE, relative_error, within
+from densegeo.size import Size
 
 FLOAT32_BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2.0
@@ -40,49 +41,40 @@ Pixels = NDArray[np.uint8]
 Outputs = dict[str, NDArray[Any]]  # by the names of `bundle.Verification.inputs`
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of a bucket, in pixels."""
-
-    width: int
-    height: int
-
-
-def picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Of each size (width, height), the odd sizes of the two pictures with which it is verified; each is served by it.
+def picture_sizes(sizes: Sequence[Size]) -> dict[Size, list[Size]]:
+    """Of each size the odd sizes of the two pictures with which it is verified; each is served by it.
 
     One is larger than the bucket. The other is smaller, where a smaller one is served by it: a portrait for the size
     that serves portraits best.
     """
-    buckets = [Size(*size) for size in sizes]
-    found = {size: [_served_by(buckets, Size(*size), LARGER)] for size in sizes}
+    found = {size: [_served_by(sizes, size, LARGER)] for size in sizes}
     short, long = min(sizes[0]), max(sizes[0])
-    portrait = (short * 5 // 8 | 1, long * 7 // 8 | 1)
-    best = nearest(buckets, *portrait)
-    found[best.width, best.height].append(portrait)
+    portrait = Size(short * 5 // 8 | 1, long * 7 // 8 | 1)
+    found[nearest(sizes, portrait)].append(portrait)
     for size, pictures in found.items():
         if len(pictures) == 1:
-            pictures.append(_served_by(buckets, Size(*size), OTHER))
+            pictures.append(_served_by(sizes, size, OTHER))
     return found
 
 
-def _served_by(buckets: Sequence[Size], size: Size, scales: Sequence[float]) -> tuple[int, int]:
+def _served_by(sizes: Sequence[Size], size: Size, scales: Sequence[float]) -> Size:
     """An odd size by the first scale with which `size` is the nearest of all; its own where none is."""
     for scale in scales:
-        picture = (int(size.width * scale) | 1, int(size.height * scale) | 1)
-        if nearest(buckets, *picture) == size:
+        picture = Size(int(size.width * scale) | 1, int(size.height * scale) | 1)
+        if nearest(sizes, picture) == size:
             return picture
-    return size.width, size.height
+    return size
 
 
-def seeded_picture(width: int, height: int, seed: int = 0) -> Pixels:
+def seeded_picture(size: Size, seed: int = 0) -> Pixels:
     """A seeded picture, uint8 (H, W, 3)."""
-    rgb = seeded_rgb(width, height, seed)[0].transpose(1, 2, 0)
+    rgb = seeded_rgb(size, seed)[0].transpose(1, 2, 0)
     return np.round((rgb + 1) * 127.5).astype(np.uint8)
 
 
-def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
+def seeded_rgb(size: Size, seed: int = 0) -> Float:
     """A seeded picture (1, 3, H, W) in [-1, 1]: smooth colour, rectangles with sharp edges, a little noise."""
+    width, height = size
     random = np.random.default_rng((seed, width, height))
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     phase = random.uniform(0, 2 * np.pi, (3, 1, 1))
@@ -98,38 +90,28 @@ def seeded_rgb(width: int, height: int, seed: int = 0) -> Float:
 
 @torch.no_grad()
 def reference_outputs(
-    pipeline: Pipeline, image: Pixels, size: tuple[int, int], given: Outputs | None = None, *, mean: bool = False
+    pipeline: Pipeline, image: Pixels, size: Size, given: Outputs | None = None, *, mean: bool = False
 ) -> Outputs:
     """Every verified output of the PyTorch pipeline for one picture, uint8 (h, w, 3), in a bucket of `size`; float32.
 
     With `given`, encoder, denoiser and decoder start from the given outputs of the stage before: each stage's own
     error, not their sum; what comes after them is then left out. mean: take that of the decoder's channels.
     """
-    width, height = size
-    source = (image.shape[1], image.shape[0])
-    rgb = prepare(Frame(image, encoded=False), Size(width, height), place(Size(width, height), source, "stretch"))
-    latent = reference.encode(pipeline, torch.from_numpy(rgb))
-    output = reference.transform(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
+    frame = Frame(image, encoded=False)
+    rgb = prepare(frame, size, place(size, frame.size, "stretch"))
+    latent = chain.encode(pipeline, torch.from_numpy(rgb))
+    output = chain.denoise(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
     joined = torch.from_numpy(given["denoiser"]) if given else output
-    decoded = reference.decode(pipeline, pipeline.denoiser.latents(joined, height, width))
+    decoded = chain.decode(pipeline, chain.split(pipeline.decode, joined, size))
     pictures = decoded.mean(1, keepdim=True) if mean else decoded
     outputs = {"rgb": rgb, "encoder": latent.numpy(), "denoiser": output.numpy(), "decoder": pictures.numpy()}
     if given is None:
         outputs["image"] = image
-        for prefix, whole in (("", (width, height)), (IMAGE, source)):
-            place_of = Placement((0, 0, width, height), whole)
-            prediction = restore(pipeline.denoiser.prediction(decoded).numpy(), place_of)
-            outputs[f"{prefix}prediction"] = prediction if prefix else prediction[None]
-            if pipeline.denoiser.PICTURES == 2:
-                normals = _normals(decoded, place_of)
-                outputs[f"{prefix}normals"] = normals if prefix else normals[None]
+        for name, found in chain.assemble(pipeline.decode, decoded, size).named().items():
+            outputs[name] = found[None].numpy()
+        for name, found in chain.assemble(pipeline.decode, decoded, frame.size).named().items():
+            outputs[f"{IMAGE}{name}"] = found.numpy()
     return outputs
-
-
-def _normals(decoded: Tensor, placement: Placement) -> Float:
-    """decoded (2, 3, H, W) -> unit normals (h, w, 3) at the source's size, in OpenCV's axes: all three reversed."""
-    planes = [torch.tensor(restore(plane, placement)) for plane in decoded[1].clamp(-1, 1).numpy()]
-    return -F.normalize(torch.stack(planes), dim=0, eps=1e-9).permute(1, 2, 0).contiguous().numpy()
 
 
 class _WideConv2d(nn.Conv2d):
@@ -167,13 +149,18 @@ def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
     where the eager pipeline overflows.
     """
     mean = wanted["decoder"].shape[1] == 1
-    size = wanted["rgb"].shape[3], wanted["rgb"].shape[2]
+    size = size_of(wanted)
     stages = reference_outputs(low, wanted["image"], size, given=wanted, mean=mean)
     chained = reference_outputs(low, wanted["image"], size, mean=mean)
     outputs = chained | {str(stage): stages[stage] for stage in STAGES}
     errors = {name: relative_error(outputs[name], wanted[name]) for name in _made(wanted)}
     errors["replay"] = max(relative_error(chained[name], wanted[name]) for name in errors)
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
+
+
+def size_of(outputs: Outputs) -> Size:
+    """Of the bucket that they belong to."""
+    return Size(outputs["rgb"].shape[3], outputs["rgb"].shape[2])
 
 
 def float32_bounds(wanted: Outputs) -> dict[str, float]:
@@ -206,30 +193,33 @@ def require_finite(bounds: dict[str, float], size: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Blockwise:
+    """A bundle's graphs, run a few nodes at a time. widen: bf16 as float32, see `blockwise`."""
+
+    directory: Path
+    widen: bool
+
+    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> Float:
+        """One graph on its only input; float32."""
+        graph: Graph = getattr(bucket, stage)
+        feeds = {graph.inputs[0].name: array}
+        return run_blockwise(self.directory / graph.file, feeds, widen=self.widen)[0].astype(np.float32)
+
+
 def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:
     """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain.
 
     wanted: those of the bucket's whole batch, see `runtime.verify.alternating`.
     """
-    at_once = bucket.decoder.inputs[0].shape[0]
-
-    def run(stage: Stage, array: Float) -> Float:
-        graph = getattr(bucket, stage)
-        name = graph.inputs[0].name
-        parts = np.split(array, len(array) // at_once) if stage == "decoder" else [array]
-        results = [run_blockwise(directory / graph.file, {name: part}, widen=widen)[0] for part in parts]
-        return np.concatenate(results).astype(np.float32)
-
-    def latents(output: Float) -> Float:
-        return latents_of(output, bucket.height, bucket.width, decode)
-
-    latent = run("encoder", wanted["rgb"])
+    graphs = Chain(Blockwise(directory, widen), decode, bucket)
+    latent = graphs.run("encoder", wanted["rgb"])
     outputs = {
         "encoder": latent,
-        "denoiser": run("denoiser", wanted["encoder"]),
-        "decoder": run("decoder", latents(wanted["denoiser"])),
+        "denoiser": graphs.run("denoiser", wanted["encoder"]),
+        "decoder": graphs.pictures(wanted["denoiser"]),
     }
-    chained = run("decoder", latents(run("denoiser", latent)))
+    chained = graphs.pictures(graphs.run("denoiser", latent))
     return outputs | assemble_whole(chained, bucket, decode)
 
 
@@ -249,24 +239,23 @@ def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict
     return checks
 
 
-def write_inputs(directory: Path, references: Mapping[tuple[int, int], Sequence[Outputs]]) -> None:
-    """Store inputs and references of every size (width, height) for `densegeo verify`."""
+def write_inputs(directory: Path, references: Mapping[Size, Sequence[Outputs]]) -> None:
+    """Store inputs and references of every size for `densegeo verify`."""
     tensors = {
-        f"{width}x{height}.{index}.{name}": np.ascontiguousarray(array)  # else safetensors stores another order
-        for (width, height), pictures in references.items()
+        f"{size}.{index}.{name}": np.ascontiguousarray(array)  # else safetensors stores another order
+        for size, pictures in references.items()
         for index, outputs in enumerate(pictures)
         for name, array in outputs.items()
     }
     save_file(tensors, directory / INPUTS_FILE)
 
 
-def read_inputs(directory: Path) -> dict[tuple[int, int], list[Outputs]]:
-    """What `write_inputs` stored: of every size (width, height) its pictures."""
-    references: dict[tuple[int, int], dict[int, Outputs]] = {}
+def read_inputs(directory: Path) -> dict[Size, list[Outputs]]:
+    """What `write_inputs` stored: of every size its pictures."""
+    references: dict[Size, dict[int, Outputs]] = {}
     for key, array in load_file(directory / INPUTS_FILE).items():
         size, index, name = key.split(".")
-        width, height = map(int, size.split("x"))
-        references.setdefault((width, height), {}).setdefault(int(index), {})[name] = array
+        references.setdefault(Size.parse(size), {}).setdefault(int(index), {})[name] = array
     return {size: [_ordered(pictures[index]) for index in sorted(pictures)] for size, pictures in references.items()}
 
 

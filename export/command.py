@@ -34,6 +34,7 @@ from densegeo.models.presets import PRESETS, preset
 from densegeo.models.published import PUBLICATIONS
 from densegeo.models.rewrites import select
 from densegeo.runtime.bundle import STAGES
+from densegeo.size import Size
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Text = Optional[str]  # noqa: UP045
@@ -42,7 +43,7 @@ _ENGINES = "TensorRT engines (--backend tensorrt)"
 _FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
 
 
-def bucket_sizes(edge: int, aspects: list[str], multiple: int) -> list[tuple[int, int]]:
+def bucket_sizes(edge: int, aspects: list[str], multiple: int) -> list[Size]:
     """Sizes whose longer side is `edge`, one for each "4:3"; sides nearest to it that are multiples of `multiple`.
 
     With multiple 1 they are cut to whole pixels, as FiffDepth's authors do. Raises ConfigError.
@@ -52,19 +53,11 @@ def bucket_sizes(edge: int, aspects: list[str], multiple: int) -> list[tuple[int
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
         if not match:
             raise ConfigError(f"--aspect {text!r} is not WIDTH:HEIGHT, such as 4:3")
-        width, height = int(match[1]), int(match[2])
-        exact = [edge * side / max(width, height) for side in (width, height)]
+        aspect = int(match[1]), int(match[2])
+        exact = [edge * side / max(aspect) for side in aspect]
         sides = [int(side) if multiple == 1 else max(1, round(side / multiple)) * multiple for side in exact]
-        sizes.append((sides[0], sides[1]))
+        sizes.append(Size(*sides))
     return sizes
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "1024x768" -> (1024, 768); raises ConfigError."""
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match:
-        raise ConfigError(f"--size {text!r} is not WIDTHxHEIGHT, such as 1024x768")
-    return int(match[1]), int(match[2])
 
 
 def build(
@@ -193,7 +186,7 @@ def build(
         raise ConfigError(f"--authors-sizes is not for {model}, whose sides are multiples of {family.multiple}")
     if (max_edge is not None and size) or (aspect and max_edge is None):
         raise ConfigError("give --size, or --max-edge with --aspect")
-    sizes = [parse_size(text) for text in size or ()]
+    sizes = [Size.parse(text) for text in size or ()]
     if max_edge is not None:
         sizes = bucket_sizes(max_edge, aspect or ["4:3"], 1 if authors_sizes else family.multiple)
     console, machine = Console(), facts()
@@ -329,9 +322,9 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
         "rewrites: " + ", ".join(f"{r.name}" if r.name in on else f"({r.name} off)" for r in every), soft_wrap=True
     )
     table = Table("size", *(f"{stage} GFLOP" for stage in STAGES), title=f"{options.model}, {options.precision}")
-    for width, height in options.sizes:
-        flops = stage_flops(plan.form, (width, height))
-        table.add_row(f"{width}x{height}", *(f"{flops[stage] / 1e9:,.1f}" for stage in STAGES))
+    for size in options.sizes:
+        flops = stage_flops(plan.form, size)
+        table.add_row(str(size), *(f"{flops[stage] / 1e9:,.1f}" for stage in STAGES))
     console.print(table)
     if options.backend == "tensorrt":
         _print_engines(plan, options, console)
@@ -349,10 +342,13 @@ def _print_engines(plan: Plan, options: BuildOptions, console: Console) -> None:
     """What the builder needs here, and what each size needs on cards of common sizes. Raises ResourceError."""
     console.print(builder_line(plan, options.engines), soft_wrap=True)
     table = Table("size", "weights", "workspace", *(f"{card} GiB card" for card in CARDS), title="on the GPU")
-    for width, height in options.sizes:
+    for size in options.sizes:
         for batch in (1, *options.batches):
-            needed = device_plan(plan, (width, height), options.base, batch)
+            needed = device_plan(plan, size, options.base, batch)
             amounts = (f"{count / GIB:.2f} GiB" for count in (needed.weights, needed.workspace))
-            size = f"{width}x{height}" + (f", {batch} images" if batch > 1 else "")
-            table.add_row(size, *amounts, *(card_verdict(needed, card) for card in CARDS))
+            table.add_row(
+                f"{size}" + (f", {batch} images" if batch > 1 else ""),
+                *amounts,
+                *(card_verdict(needed, card) for card in CARDS),
+            )
     console.print(table)

@@ -13,7 +13,7 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
         if (value := getattr(given, name)) is not None:
             found[f"--{name}"] = [value]
     found |= {
-        "--size": [f"{width}x{height}" for width, height in options.sizes],
+        "--size": [str(size) for size in options.sizes],
         "--precision": [options.precision],
         "--backend": [options.backend],
     }

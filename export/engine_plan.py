@@ -8,6 +8,7 @@ from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
 from densegeo.export.onnx_graph import query_chunks
 from densegeo.export.plan import GIB, ITEM_BYTES, Plan
+from densegeo.size import Size
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
 CONTEXT = GIB // 2  # of the CUDA driver and the libraries
@@ -26,14 +27,13 @@ class DevicePlan:
         return self.weights + self.workspace + CONTEXT
 
 
-def device_plan(plan: Plan, size: tuple[int, int], base: str, batch: int = 1) -> DevicePlan:
+def device_plan(plan: Plan, size: Size, base: str, batch: int = 1) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
-    vae, pictures = plan.form.vae.config, plan.form.denoiser.PICTURES * batch
-    width, height = size
+    vae, pictures = plan.form.vae.config, len(plan.form.decode.outputs) * batch
     item = ITEM_BYTES[base]
-    denoiser = item * batch * plan.form.denoiser.live_features(width, height)
-    picture = pictures * vae.ch * width * height  # at full resolution: half of the last level in float32
-    pixels = (width // 8) * (height // 8)
+    denoiser = item * batch * plan.form.denoiser.live_features(size)
+    picture = pictures * vae.ch * size.pixels  # at full resolution: half of the last level in float32
+    pixels = (size.width // 8) * (size.height // 8)
     logits = pictures * pixels**2 // query_chunks(pixels, pixels, vae.ch * vae.ch_mult[-1])
     decoder = max(picture * (2 * item + 8), logits * (4 + item))
     return DevicePlan(plan.bundle_bytes, max(denoiser, decoder) + BASE)

@@ -15,18 +15,19 @@ from densegeo.models import rewrites
 from densegeo.models.precision import BASES
 from densegeo.models.presets import preset
 from densegeo.runtime.bundle import Choice
+from densegeo.size import Size
 
 SMALLEST = 32  # pixels of a bucket's side
 MOST = 64  # images in a batch
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. sizes: (width, height); batches: images that the graphs of each size also take at once."""
+    """What to build. batches: images that the graphs of each size also take at once."""
 
     model: str
     output: Path
     given: sources.Given = sources.Given()
-    sizes: tuple[tuple[int, int], ...] = ()  # empty: the model's default
+    sizes: tuple[Size, ...] = ()  # empty: the model's default
     batches: tuple[int, ...] = ()  # besides 1
     precision: str = "fp32"
     base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
@@ -53,13 +54,13 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.backend == "tensorrt":
             engines = engines.validated()
             target_groups(engines.library, self.precision, self.architectures)
-        sizes = tuple(dict.fromkeys(self.sizes or row.sizes))
-        for width, height in sizes:
-            _check_size(width, height, 1 if self.any_size and row.family.any_size else row.family.multiple)
+        sizes = tuple(dict.fromkeys(Size(*size) for size in self.sizes or row.sizes))
+        for size in sizes:
+            _check_size(size, 1 if self.any_size and row.family.any_size else row.family.multiple)
         batches = tuple(sorted({*self.batches} - {1}))
         if any(not 1 <= batch <= MOST for batch in batches):
             raise ConfigError(f"--batch must be 1 to {MOST} images, not {', '.join(map(str, batches))}")
-        odd = [f"{width}x{height}" for width, height in sizes if width % 8 or height % 8]
+        odd = [str(size) for size in sizes if size.width % 8 or size.height % 8]
         if batches and odd:
             raise ConfigError(f"--batch needs sides that are multiples of 8, unlike {', '.join(odd)}")
         if batches and "guidance" in self.without:
@@ -79,10 +80,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.given.checkpoint or self.given.dit else preset(self.model).weights
 
 
-def _check_size(width: int, height: int, multiple: int) -> None:
-    if width % multiple or height % multiple or min(width, height) < SMALLEST:
-        nearest = (max(SMALLEST, round(side / multiple) * multiple) for side in (width, height))
+def _check_size(size: Size, multiple: int) -> None:
+    if size.width % multiple or size.height % multiple or min(size) < SMALLEST:
+        nearest = Size(*(max(SMALLEST, round(side / multiple) * multiple) for side in size))
         raise ConfigError(
-            f"a size of {width}x{height} cannot be built: both sides must be multiples of {multiple}, at least "
-            f"{SMALLEST} (nearest: {'x'.join(map(str, nearest))})"
+            f"a size of {size} cannot be built: both sides must be multiples of {multiple}, at least {SMALLEST} "
+            f"(nearest: {nearest})"
         )

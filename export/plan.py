@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.size import Size
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
@@ -47,7 +49,7 @@ def _elements(module: nn.Module) -> int:
 
 def make_plan(
     files: Files,
-    sizes: list[tuple[int, int]],
+    sizes: Sequence[Size],
     batch: int,
     base: str,
     rewrites: tuple[Rewrite, ...],
@@ -83,7 +85,7 @@ def make_plan(
     outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + _elements(vae)
     block = max((_elements(module) for _, module in denoiser.blocks()), default=0)
     # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
-    activations = max(3 * denoiser.PICTURES * batch * vae.config.ch * width * height * 4 for width, height in sizes)
+    activations = 3 * len(form.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
     lora = files.lora.stat().st_size if files.lora else 0
     copies = 1 if base == "fp32" else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
@@ -92,7 +94,7 @@ def make_plan(
     piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
     # Of each size two pictures at most: in its bucket, and with depth and normals at their own size, 9/8 of it.
-    references = 2 * sum(width * height * (4 * 9 + 4 * 20 // 8 + 25) for width, height in sizes)
+    references = 2 * sum(size.pixels * (4 * 9 + 4 * 20 // 8 + 25) for size in sizes)
     return Plan(
         skeleton,
         form,
@@ -141,15 +143,15 @@ def check_resources(plan: Plan, output: Path, finished: int = 0) -> None:
         raise ResourceError(f"{directory} cannot be written: choose another --output or change its permissions")
 
 
-def stage_flops(form: Pipeline, size: tuple[int, int]) -> dict[str, int]:
+def stage_flops(form: Pipeline, size: Size) -> dict[str, int]:
     """Floating-point operations an image of each stage's products and convolutions; multiply-add = 2.
 
-    form: a pipeline whose values do not matter. size: (width, height).
+    form: a pipeline whose values do not matter.
     """
     width, height = size
     networks = copy.deepcopy(form)
-    networks.denoiser.resize(width, height)
-    pictures = networks.denoiser.PICTURES
+    networks.denoiser.resize(size)
+    pictures = len(networks.decode.outputs)
     latent = (networks.vae.config.z_channels, height // 8, width // 8)
     inputs = {"encoder": (1, 3, height, width), "denoiser": (1, *latent), "decoder": (pictures, *latent)}
     found = {}

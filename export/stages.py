@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,19 +29,18 @@ from densegeo.export.quantization import Quantizer
 from densegeo.export.ranges import RangeRecorder
 from densegeo.export.state import Engines, Graphs, Kernels, StageRecord, State, Weights
 from densegeo.models import rewrites
-from densegeo.models.config import VAEConfig
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.families import Family
 from densegeo.models.loading import Files, open_streamed
 from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
-from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Decode, Engine, Manifest, bucket_name
+from densegeo.outputs import Decode
+from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Engine, Manifest, bucket_name
 from densegeo.runtime.verify import alternating
+from densegeo.size import Size
 
 PROMPT_FILE = "prompt.safetensors"
-Size = tuple[int, int]  # width, height
 Made = TypeVar("Made", bound=StageRecord)
 References = dict[Size, list[checks.Outputs]]  # of the pictures of each size
 Bounds = dict[str, dict[str, float]]  # as in `state.Weights`
@@ -63,7 +62,7 @@ class Job:
 
     @property
     def decode(self) -> Decode:
-        return decoding(self.files.family, self.plan.form.vae.config)
+        return self.plan.form.decode
 
     def stored_form(self) -> Pipeline:
         """The networks as they are stored: rewritten, quantized and cast, without values."""
@@ -90,7 +89,7 @@ def run_stage(job: Job, state: State, done: Made | None, make: Callable[[Job, St
 def make_weights(job: Job, state: State) -> Weights:
     """Write the weights of all stages, the prompt, and the verification's inputs and references."""
     options, directory, display = job.options, state.bundle, job.display
-    pipeline, source = open_streamed(job.files, *options.sizes[0], allow_unexpected=options.allow_unexpected)
+    pipeline, source = open_streamed(job.files, options.sizes[0], allow_unexpected=options.allow_unexpected)
     references, bounds = _references(pipeline, job)
     checks.write_inputs(directory, references)
     final = job.stored_form()
@@ -130,23 +129,22 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
     passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
     with job.display.bar("references", passes * _elements(pipeline.denoiser)) as bar:
         rest = _count_blocks(pipeline.denoiser, bar)
-        for width, height in options.sizes:
-            bar.describe(f"reference {width}x{height}")
-            pipeline.denoiser.resize(width, height)
-            references[width, height] = []
-            for seed, picture in enumerate(pictures[width, height]):
-                image = checks.seeded_picture(*picture, seed)
-                outputs = checks.reference_outputs(pipeline, image, (width, height), mean=mean)
-                references[width, height].append(outputs)
+        for size in options.sizes:
+            bar.describe(f"reference {size}")
+            pipeline.denoiser.resize(size)
+            references[size] = []
+            for seed, picture in enumerate(pictures[size]):
+                image = checks.seeded_picture(picture, seed)
+                references[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
                 bar.advance(rest)
             if options.precision == "fp32":
-                bounds[bucket_name(width, height)] = checks.float32_bounds(references[width, height][0])
+                bounds[str(size)] = checks.float32_bounds(references[size][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
-                bounds[bucket_name(width, height)] = checks.bounds(low, references[width, height][0])
+                bounds[str(size)] = checks.bounds(low, references[size][0])
                 bar.advance(2 * rest)
     pipeline.denoiser.guidance = guidance
-    pipeline.denoiser.resize(*options.sizes[0])
+    pipeline.denoiser.resize(options.sizes[0])
     return references, bounds
 
 
@@ -156,10 +154,10 @@ def _emulated_bounds(pipeline: Pipeline, stored: Path, references: References, d
     emulated = streamed_copy(pipeline, stored)
     with display.bar("emulating 8 bits", 2 * len(references) * _elements(emulated.denoiser)) as bar:
         rest = _count_blocks(emulated.denoiser, bar)
-        for (width, height), pictures in references.items():
-            bar.describe(f"emulating {width}x{height}")
-            emulated.denoiser.resize(width, height)
-            bounds[bucket_name(width, height)] = checks.bounds(emulated, pictures[0])
+        for size, pictures in references.items():
+            bar.describe(f"emulating {size}")
+            emulated.denoiser.resize(size)
+            bounds[str(size)] = checks.bounds(emulated, pictures[0])
             bar.advance(2 * rest)
     return bounds
 
@@ -183,14 +181,13 @@ def _check_fp16(pipeline: Pipeline, stored: Path, wanted: checks.Outputs) -> Non
     streamed = streamed_copy(pipeline, stored)
     recorder = RangeRecorder()
     with recorder.watch(streamed.denoiser, "denoiser"), recorder.watch(streamed.vae, "vae"):
-        checks.reference_outputs(streamed, wanted["image"], (wanted["rgb"].shape[3], wanted["rgb"].shape[2]))
+        checks.reference_outputs(streamed, wanted["image"], checks.size_of(wanted))
     recorder.check_fp16()
 
 
 def streamed_copy(pipeline: Pipeline, stored: Path) -> Pipeline:
     """The same networks, the transformer's stored tensors read when they are needed."""
-    streamed = Pipeline(copy.deepcopy(pipeline.denoiser), pipeline.vae, pipeline.prompt)
-    streamed.decoder_batch = pipeline.decoder_batch
+    streamed = replace(pipeline, denoiser=copy.deepcopy(pipeline.denoiser))
     source = BlockFile(stored)
     source.fill_outside(streamed.denoiser)
     source.attach(streamed.denoiser)
@@ -208,8 +205,8 @@ def make_graphs(job: Job, state: State) -> Graphs:
     measured: list[Check] = []
     with job.display.bar("graphs", len(options.sizes) * len(batches) * (len(STAGES) + 1)) as bar:
         for size in options.sizes:
-            pipeline.denoiser.resize(*size)
-            bounds = state.weights.bounds[bucket_name(*size)]
+            pipeline.denoiser.resize(size)
+            bounds = state.weights.bounds[str(size)]
             for batch in batches:
                 bucket = _export_bucket(pipeline, size, batch, directory, bar, exact=options.base == "fp32")
                 bar.describe(f"checking {bucket.name}")
@@ -222,7 +219,7 @@ def make_graphs(job: Job, state: State) -> Graphs:
 
 def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, bar: Bar, *, exact: bool) -> Bucket:
     """Write the three graphs of a size, to which the pipeline is set, for `batch` images at once."""
-    name, examples = bucket_name(*size, batch), bucket_examples(pipeline, size, batch)
+    name, examples = bucket_name(size, batch), bucket_examples(pipeline, size, batch)
     graphs = {}
     for stage, module in pipeline.stages().items():
         bar.describe(f"{stage} {name}")
@@ -231,7 +228,7 @@ def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, 
         export_graph(module, example, (taken, given), weights, path, exact=exact)
         graphs[stage] = describe(path)
         bar.advance()
-    return Bucket(width=size[0], height=size[1], batch=batch, **graphs)
+    return Bucket(width=size.width, height=size.height, batch=batch, **graphs)
 
 
 def bucket_examples(pipeline: Pipeline, size: Size, batch: int) -> dict[str, tuple[str, str, torch.Tensor]]:
@@ -259,20 +256,6 @@ def _check(
     outputs = checks.graph_outputs(directory, bucket, decode, wanted, widen=widen)
     what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")
     return checks.check_bucket(bucket, outputs, wanted, bounds, what)
-
-
-def decoding(family: Family, vae: VAEConfig) -> Decode:
-    """How a family's outputs are to be read."""
-    if family.packing == "latent":  # the decoder takes the output as it is
-        return Decode(depth_kind=family.depth_kind, packing="latent", clip=family.clip)
-    return Decode(
-        depth_kind=family.depth_kind,
-        clip=family.clip,
-        latent_scale=vae.scale_factor,
-        latent_shift=vae.shift_factor,
-        depth_sign=-1,
-        normal_sign=1,
-    )
 
 
 def make_kernels(job: Job, state: State) -> Kernels:

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from densegeo.models.prompt import Prompt
+from densegeo.size import Size
 
 Config = TypeVar("Config")
 
 
 class Denoiser(nn.Module, Generic[Config]):
-    """latent (N, C, h, w), scaled -> the network's output, float32; `latents` takes that apart.
+    """latent (N, C, h, w), scaled -> the network's output, float32; `outputs.Decode` says how that is read.
 
     The name is the field's: these networks were trained to denoise. `bind` fixes prompt and image size.
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ()  # lists of modules that may stay in their file until they run
-    PICTURES: ClassVar[int]  # decoded for an image: 1 depth, 2 depth and normals
     INPUTS: ClassVar[tuple[str, ...]]  # what `bind` makes of the prompt and the timestep; in no weight file
 
     config: Config
@@ -29,8 +29,8 @@ class Denoiser(nn.Module, Generic[Config]):
     guidance: float | None = None  # weight of classifier-free guidance
 
     @abstractmethod
-    def bind(self, prompt: Prompt, width: int, height: int) -> Self:
-        """Fix the prompt and the image size in pixels; returns self."""
+    def bind(self, prompt: Prompt, size: Size, timestep: float) -> Self:
+        """Fix the prompt, the image size and the timestep, as the sinusoids see it; returns self."""
 
     @property
     @abstractmethod
@@ -38,24 +38,16 @@ class Denoiser(nn.Module, Generic[Config]):
         """Features of a prompt's token."""
 
     @abstractmethod
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, size: Size) -> None:
         """Move a bound, perhaps rewritten network to another image size."""
 
     @abstractmethod
-    def live_features(self, width: int, height: int) -> int:
-        """About how many numbers live at once in the widest block, for an image of this size in pixels."""
+    def live_features(self, size: Size) -> int:
+        """About how many numbers live at once in the widest block, for an image of this size."""
 
     @abstractmethod
     def summary(self) -> str:
         """The architecture in a line."""
-
-    @abstractmethod
-    def latents(self, output: Tensor, height: int, width: int) -> Tensor:
-        """The output for one image of height x width pixels -> latents (PICTURES, C, h, w), depth first."""
-
-    @abstractmethod
-    def prediction(self, decoded: Tensor) -> Tensor:
-        """decoded (PICTURES, channels, H, W) -> depth prediction (H, W) in [0, 1]."""
 
     @classmethod
     def is_block(cls, key: str) -> bool:

@@ -24,6 +24,7 @@ from densegeo.models.diffusers_format import sd_vae_config, unet_config, unet_na
 from densegeo.models.rewrites import Rewrite
 from densegeo.models.transformer import Transformer
 from densegeo.models.unet import UNet
+from densegeo.outputs import Decode, Output
 
 Shapes = dict[str, tuple[int, ...]]
 Entries = dict[str, Entry]
@@ -53,9 +54,8 @@ class Architecture:
 class Family:
     """A kind of model. roles: its files; `weights` names those of denoiser and autoencoder.
 
-    multiple: what a bucket's sides are multiples of; any_size: whether others run too, cut down inside. clip: whether
-    the decoded depth picture is clipped before ("channels") or after ("mean") its mean over channels. packing: of the
-    denoiser's output, see `bundle.Decode`.
+    timestep: the one step's, as the sinusoids see it. multiple: what a bucket's sides are multiples of; any_size:
+    whether others run too, cut down inside. outputs, packing: what the denoiser's output means, see `outputs.Decode`.
     """
 
     name: str
@@ -65,15 +65,27 @@ class Family:
     roles: tuple[Role, ...]
     weights: tuple[str, str]
     architecture: Callable[[dict[str, Path], Entries, Entries], Architecture]
+    timestep: float
     multiple: int
     any_size: bool
-    depth_kind: Literal["log_affine", "affine"]
     packing: Literal["tokens", "latent"]
-    clip: Literal["channels", "mean"]
+    outputs: tuple[Output, ...]
 
     @property
     def rewrite_names(self) -> tuple[str, ...]:
         return tuple(rewrite.name for rewrite in self.rewrites)
+
+    def decode(self, vae: VAEConfig) -> Decode:
+        """How outputs are read with an autoencoder of this configuration, which may undo its own scaling."""
+        if self.packing == "latent":
+            assert vae.decodes_scaled  # the decoder takes the output as it is
+            return Decode(packing=self.packing, outputs=self.outputs)
+        return Decode(
+            packing=self.packing,
+            outputs=self.outputs,
+            latent_scale=1.0 if vae.decodes_scaled else vae.scale_factor,
+            latent_shift=0.0 if vae.decodes_scaled else vae.shift_factor,
+        )
 
 
 def _shapes(entries: Entries) -> Shapes:
@@ -133,11 +145,14 @@ FE2E = Family(
     ),
     weights=("dit", "vae"),
     architecture=_fe2e,
+    timestep=1000.0,  # t = 1
     multiple=16,
     any_size=False,
-    depth_kind="log_affine",
     packing="tokens",
-    clip="channels",
+    outputs=(
+        Output(kind="depth", clamp="before_mean", factor=-1, space="log_affine"),
+        Output(kind="normals", clamp="before_mean", frame="dsine"),
+    ),
 )
 FIFFDEPTH = Family(
     name="fiffdepth",
@@ -153,10 +168,10 @@ FIFFDEPTH = Family(
     ),
     weights=("unet", "vae"),
     architecture=_fiffdepth,
+    timestep=0.0,
     multiple=8,
     any_size=True,
-    depth_kind="affine",
     packing="latent",
-    clip="mean",
+    outputs=(Output(kind="depth", clamp="after_mean", space="affine"),),
 )
 FAMILIES = {family.name: family for family in (FE2E, FIFFDEPTH)}

@@ -57,7 +57,9 @@ def _fewer_outputs(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 def fold_channel_mean(pipeline: Pipeline) -> None:
-    """The mean over the picture's channels comes before the clip, so the last convolution makes it: one channel."""
+    """Where the mean over a picture's channels comes before the clamp, the last convolution makes it: one channel."""
+    if any(output.clamp != "after_mean" for output in pipeline.decode.outputs):
+        return
     decoder = pipeline.vae.decoder
     conv = decoder.conv_out
     assert conv.bias is not None

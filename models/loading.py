@@ -22,6 +22,7 @@ from densegeo.models.prompt import Prompt, load_prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.streaming import BlockFile
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def open_skeleton(files: Files) -> Skeleton:
 
 def load_pipeline(
     files: Files,
-    width: int,
-    height: int,
+    size: Size,
     *,
     allow_unexpected: bool = False,
     progress: Callable[[int], object] | None = None,
@@ -90,12 +90,15 @@ def load_pipeline(
         (skeleton.vae, files.vae, skeleton.stored[1], None),
     ):
         load_weights(module, path, lora=lora, allow_unexpected=allow_unexpected, progress=progress, stored=stored)
-    return Pipeline(skeleton.denoiser.bind(prompt, width, height), skeleton.vae, prompt).eval()
+    return bound(files.family, skeleton.denoiser, skeleton.vae, prompt, size)
 
 
-def open_streamed(
-    files: Files, width: int, height: int, *, allow_unexpected: bool = False
-) -> tuple[Pipeline, BlockFile]:
+def bound(family: Family, denoiser: AnyDenoiser, vae: VAE, prompt: Prompt, size: Size) -> Pipeline:
+    """Networks of a family as a pipeline for one image size, no rewrite applied."""
+    return Pipeline(denoiser.bind(prompt, size, family.timestep), vae, prompt, family.decode(vae.config)).eval()
+
+
+def open_streamed(files: Files, size: Size, *, allow_unexpected: bool = False) -> tuple[Pipeline, BlockFile]:
     """The same, but the denoiser's blocks stay in their file and are read when they run; see `models.streaming`."""
     skeleton = open_skeleton(files)
     denoiser = skeleton.denoiser
@@ -105,23 +108,23 @@ def open_streamed(
     source = BlockFile(files.denoiser, files.lora, denoiser, skeleton.stored[0])
     source.fill_outside(denoiser)
     source.attach(denoiser)
-    return Pipeline(denoiser.bind(prompt, width, height), skeleton.vae, prompt).eval(), source
+    return bound(files.family, denoiser, skeleton.vae, prompt, size), source
 
 
 def rewritten_form(
-    family: Family, configs: tuple[Any, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: tuple[int, int]
+    family: Family, configs: tuple[Any, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: Size
 ) -> Pipeline:
     """A rewritten pipeline without values: weights on the meta device, tables that do not come from files in place.
 
-    configs: of denoiser and autoencoder. size: (width, height).
+    configs: of denoiser and autoencoder.
     """
     with torch.device("meta"):
         denoiser, vae = family.denoiser(configs[0]), VAE(configs[1])
-    denoiser.bind(prompt, *size)
+    pipeline = bound(family, denoiser, vae, prompt, size)
     inputs = {name: getattr(denoiser, name) for name in denoiser.INPUTS}
     for name, tensor in inputs.items():
         setattr(denoiser, name, tensor.to("meta"))
-    pipeline = rewrites.apply(Pipeline(denoiser, vae, prompt), applied)
+    rewrites.apply(pipeline, applied)
     for name, tensor in inputs.items():
         setattr(denoiser, name, tensor)
     return pipeline
@@ -133,7 +136,7 @@ def load_rewritten(
     prompt: Prompt,
     applied: Iterable[Rewrite],
     files: Mapping[str, Path],
-    size: tuple[int, int],
+    size: Size,
     device: str = "cpu",
     quantize: Callable[[nn.Module, str], object] | None = None,
     *,
@@ -142,8 +145,8 @@ def load_rewritten(
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
-    their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". size: (width,
-    height). quantize: gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit
+    their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". quantize:
+    gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit
     numbers. streamed: leave the denoiser's blocks in the file, see `models.streaming`.
     Raises CheckpointError when files and modules differ.
     """

@@ -16,6 +16,7 @@ from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E, FIFFDEPTH, Family
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 
 # The names under which FE2E's authors publish each role's file, in order of preference.
 AUTHORS_FILES = {role.name: role.files for role in FE2E.roles}
@@ -23,13 +24,13 @@ AUTHORS_FILES = {role.name: role.files for role in FE2E.roles}
 
 @dataclass(frozen=True)
 class Preset:
-    """A model by name. `sizes`: default buckets (width, height). `weights`: where its files lie, if with the code;
+    """A model by name. `sizes`: default buckets. `weights`: where its files lie, if with the code;
     where others are published stands in `published.PUBLICATIONS`.
     """
 
     name: str
     family: Family
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     weights: Path | None = None
     weights_note: str = ""  # what to know of these weights
     bundle_parameters: int = 0  # about, after the rewrites; at full size alone
@@ -38,12 +39,12 @@ class Preset:
 PRESETS = {
     row.name: row
     for row in (
-        Preset("fe2e", FE2E, ((1024, 768),), bundle_parameters=8_700_000_000),
-        Preset("fiffdepth", FIFFDEPTH, ((768, 576),), bundle_parameters=876_000_000),
+        Preset("fe2e", FE2E, (Size(1024, 768),), bundle_parameters=8_700_000_000),
+        Preset("fiffdepth", FIFFDEPTH, (Size(768, 576),), bundle_parameters=876_000_000),
         Preset(
             "fe2e-tiny",
             FE2E,
-            ((256, 192),),
+            (Size(256, 192),),
             weights=Path(__file__).parent / "weights" / "fe2e-tiny",
             weights_note="A small model trained on synthetic scenes alone: good for trying things out, "
             "no match for the full one.",

@@ -16,16 +16,18 @@ from densegeo.errors import ConfigError
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.prompt import Prompt
 from densegeo.models.vae import VAE, Level, PhaseUpsample, Upsample
+from densegeo.outputs import Decode
 
 
 @dataclass
 class Pipeline:
-    """The networks of one model, and how many latents one decoder run takes."""
+    """The networks of one model, how their output is read, and how many latents of an image one decoder run takes."""
 
     denoiser: AnyDenoiser  # bound to a prompt
     vae: VAE
     prompt: Prompt
-    decoder_batch: int = 1
+    decode: Decode  # how the denoiser's output becomes geometry
+    decoder_batch: int = 1  # of one image
 
     def stages(self) -> dict[str, nn.Module]:
         """The networks by their names in a bundle."""

@@ -7,6 +7,7 @@ itself after, so the plain forward is what runs; `write_rewritten` folds and cas
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -112,7 +113,7 @@ def rewritten_parts(
     pipeline: as in `write_rewritten`. What is given is the caller's to change.
     """
     kinds, outer = pipeline.denoiser.BLOCKS, _without_blocks(pipeline.denoiser)
-    shell = Pipeline(outer, pipeline.vae, pipeline.prompt)
+    shell = dataclasses.replace(pipeline, denoiser=outer)
     names = {rewrite.name: rewrite for rewrite in applied}
     if not kinds:
         rewrites.apply(shell, [rewrite for rewrite in applied if rewrite.stage == "denoiser"])
@@ -129,7 +130,7 @@ def rewritten_parts(
         copied._forward_hooks.clear()
         source.fill(copied, name)
         setattr(holder, kind, nn.ModuleList([copied]))
-        rewrites.apply(Pipeline(holder, pipeline.vae, pipeline.prompt), here)
+        rewrites.apply(dataclasses.replace(pipeline, denoiser=holder), here)
         yield name, getattr(holder, kind)[0]
         del copied, holder
     rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])

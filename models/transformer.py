@@ -27,8 +27,8 @@ from densegeo.models.layers import (
     split_qkv,
 )
 from densegeo.models.prompt import Prompt
+from densegeo.size import Size
 
-TIMESTEP = 1000.0  # t = 1, as the sinusoids see it
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (text + image tokens, head size / 2), float32
 
 
@@ -139,7 +139,6 @@ class Transformer(Denoiser[TransformerConfig]):
     """
 
     BLOCKS = ("double_blocks", "single_blocks")
-    PICTURES = 2
     INPUTS = ("prompt_embeds", "prompt_mask", "timestep")
 
     prompt_embeds: Tensor  # (1, T, prompt)
@@ -166,18 +165,18 @@ class Transformer(Denoiser[TransformerConfig]):
         for name in ("key_bias", "text_rows"):
             self.register_buffer(name, None, persistent=False)
 
-    def bind(self, prompt: Prompt, width: int, height: int) -> Transformer:
-        """Fix the prompt and the image size (pixels, multiples of 16); returns self."""
+    def bind(self, prompt: Prompt, size: Size, timestep: float) -> Transformer:
+        """Fix the prompt, the image size (multiples of 16) and the timestep; returns self."""
         embeds = torch.from_numpy(prompt.embeds)[None]
         self.register_buffer("prompt_embeds", embeds, persistent=False)
         self.register_buffer("prompt_mask", torch.from_numpy(prompt.mask)[None].float(), persistent=False)
-        self.register_buffer("timestep", sinusoid(TIMESTEP), persistent=False)
-        self.set_size(width, height, embeds.shape[1])
+        self.register_buffer("timestep", sinusoid(timestep), persistent=False)
+        self.set_size(size, embeds.shape[1])
         return self
 
-    def set_size(self, width: int, height: int, text_tokens: int) -> None:
+    def set_size(self, size: Size, text_tokens: int) -> None:
         """(Re)compute the RoPE tables: zeros for text, then (0, row, column), the same for both halves."""
-        rows, columns = height // 16, width // 16
+        rows, columns = size.height // 16, size.width // 16
         self.image_tokens = 2 * rows * columns
         grid = torch.zeros(rows, columns, 3, dtype=torch.int64)
         grid[..., 1] = torch.arange(rows)[:, None]
@@ -198,17 +197,17 @@ class Transformer(Denoiser[TransformerConfig]):
         """Text tokens that enter the blocks: fewer than the prompt has once its padding is merged."""
         return self.rope_cos.shape[0] - self.image_tokens
 
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, size: Size) -> None:
         """Move a bound, perhaps rewritten transformer to another image size: RoPE tables and the merged keys' bias."""
         text = self.text_tokens
-        self.set_size(width, height, text)
+        self.set_size(size, text)
         if self.key_bias is not None:
             image = self.key_bias.new_zeros(1, 1, 1, self.image_tokens)
             self.key_bias = torch.cat([self.key_bias[..., :text], image], dim=-1)
 
-    def live_features(self, width: int, height: int) -> int:
+    def live_features(self, size: Size) -> int:
         """Tokens times what a block holds of one: projections, the MLP's features, the residual."""
-        tokens = self.text_tokens + 2 * (width // 16) * (height // 16)
+        tokens = self.text_tokens + 2 * (size.width // 16) * (size.height // 16)
         return tokens * (9 * self.config.hidden_size + 2 * self.config.mlp_hidden)
 
     def summary(self) -> str:
@@ -220,14 +219,6 @@ class Transformer(Denoiser[TransformerConfig]):
             f"connector {config.prompt_dim} -> {config.connector_hidden} with {config.connector_heads} heads; "
             f"{self.text_tokens} text + {self.image_tokens} image tokens"
         )
-
-    def latents(self, output: Tensor, height: int, width: int) -> Tensor:
-        """velocity (1, 2L, 4C) -> latents (2, C, H/8, W/8), not unscaled: depth (minus the left half), normals."""
-        return split(output, height, width)
-
-    def prediction(self, decoded: Tensor) -> Tensor:
-        """decoded (2, 3, H, W) -> log-affine depth prediction (H, W) in [0, 1]; clamped before the mean."""
-        return log_depth(decoded)
 
     def conditioning(self) -> tuple[Tensor, Tensor | None]:
         """Text tokens (B, T, hidden) and the modulation vector (B, hidden), or None once modulation is folded."""
@@ -325,19 +316,6 @@ class TrimmedSingleBlock(nn.Module):
         mixed = self.attention(q, k, v, key_bias)
         update = self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
         return branch.add(x[:, self.text_tokens :], update)
-
-
-def log_depth(decoded: Tensor) -> Tensor:
-    """decoded (2, 3, H, W) -> log-affine depth prediction (H, W) in [0, 1]."""
-    return decoded[0].clamp(-1, 1).mean(0) / 2 + 0.5
-
-
-def split(velocity: Tensor, height: int, width: int) -> Tensor:
-    """velocity (1, 2L, 4C) -> latents (2, C, H/8, W/8), depth (minus the left half) first, not unscaled."""
-    halves = torch.cat([-velocity[:, : velocity.shape[1] // 2], velocity[:, velocity.shape[1] // 2 :]])
-    rows, columns = height // 16, width // 16
-    pixels = halves.reshape(2, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return pixels.reshape(2, -1, 2 * rows, 2 * columns)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -17,8 +17,8 @@ from densegeo.models.denoiser import Denoiser
 from densegeo.models.layers import Attention, attention, heads_first, sinusoid
 from densegeo.models.prompt import Prompt
 from densegeo.models.vae import Norm
+from densegeo.size import Size
 
-TIMESTEP = 0.0
 ATTENTION_NORM_EPS = 1e-6  # of the group norm before a block's tokens; its layer norms have 1e-5
 
 
@@ -254,7 +254,6 @@ class TimeEmbedding(nn.Module):
 class UNet(Denoiser[UNetConfig]):
     """latent (N, 4, h, w), scaled -> depth latent (N, 4, h, w), scaled, float32. `bind` gives it its prompt."""
 
-    PICTURES = 1
     INPUTS = ("prompt_embeds", "timestep")
 
     timestep: Tensor  # (1, features of the first level)
@@ -288,10 +287,10 @@ class UNet(Denoiser[UNetConfig]):
         self.conv_norm_out = Norm(widths[0], config.groups, config.eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def bind(self, prompt: Prompt, width: int, height: int) -> UNet:
-        """Fix the prompt; any image size fits. Returns self."""
+    def bind(self, prompt: Prompt, size: Size, timestep: float) -> UNet:
+        """Fix the prompt and the timestep; any image size fits. Returns self."""
         self.register_buffer("prompt_embeds", torch.from_numpy(prompt.embeds)[None], persistent=False)
-        sinusoids = sinusoid(TIMESTEP, self.config.block_out_channels[0])
+        sinusoids = sinusoid(timestep, self.config.block_out_channels[0])
         if not self.config.flip_sin_to_cos:
             sinusoids = torch.cat(sinusoids.chunk(2, dim=-1)[::-1], dim=-1)
         self.register_buffer("timestep", sinusoids, persistent=False)
@@ -302,12 +301,17 @@ class UNet(Denoiser[UNetConfig]):
         """Features of a prompt's token."""
         return self.config.cross_attention_dim
 
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, size: Size) -> None:
         """Any image size fits."""
 
-    def live_features(self, width: int, height: int) -> int:
+    def live_features(self, size: Size) -> int:
         """Pixels of the latent times what its first level holds of one: skips, and a feed-forward's two halves."""
-        return (width // 8) * (height // 8) * self.config.block_out_channels[0] * (self.config.layers_per_block + 14)
+        return (
+            (size.width // 8)
+            * (size.height // 8)
+            * self.config.block_out_channels[0]
+            * (self.config.layers_per_block + 14)
+        )
 
     def summary(self) -> str:
         """The architecture in a line."""
@@ -321,14 +325,6 @@ class UNet(Denoiser[UNetConfig]):
         return (
             f"U-Net: channels {stages}; {config.layers_per_block} blocks a level, prompt {config.cross_attention_dim}"
         )
-
-    def latents(self, output: Tensor, height: int, width: int) -> Tensor:
-        """The output is the depth latent, scaled as the autoencoder's."""
-        return output
-
-    def prediction(self, decoded: Tensor) -> Tensor:
-        """decoded (1, channels, H, W) -> affine depth prediction (H, W) in [0, 1]; clamped after the mean."""
-        return decoded[0].mean(0).clamp(-1, 1) / 2 + 0.5
 
     @classmethod
     def quantizable(cls, linear: str) -> bool:

@@ -14,13 +14,14 @@ import msgspec
 
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
+from densegeo.outputs import Decode
+from densegeo.size import Size
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 MANIFEST = "manifest.json"
 KERNELS = "kernels"  # the folder of compiled kernels
 
 Stage = Literal["encoder", "denoiser", "decoder"]
-DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]
 STAGES: tuple[Stage, ...] = ("encoder", "denoiser", "decoder")
 
 
@@ -45,18 +46,18 @@ class Graph(Record, frozen=True):
     flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
 
 
-def bucket_name(width: int, height: int, batch: int = 1) -> str:
+def bucket_name(size: Size, batch: int = 1) -> str:
     """ "1024x768"; "1024x768_b4" of four images at once."""
-    return f"{width}x{height}" + (f"_b{batch}" if batch > 1 else "")
+    return f"{size}" + (f"_b{batch}" if batch > 1 else "")
 
 
 class Bucket(Record, frozen=True):
     """One fixed image size, and three graphs that take `batch` images of it at once (B below).
 
     encoder: rgb (B, 3, H, W) in [-1, 1] -> latent (B, C, h, w), scaled and shifted; h, w: H / 8, W / 8 rounded down.
-    denoiser: latent -> output, see `Decode.packing`.
-    decoder: latents (N, C, h, w) -> decoded (N, 3 or 1, 8h, 8w), all depth pictures first, then all normals; N: B times
-    as many as an image has pictures, or B.
+    denoiser: latent -> output, see `outputs.Decode`.
+    decoder: latents (N, C, h, w) -> decoded (N, 3 or 1, 8h, 8w), all pictures of the first output first; N: B times as
+    many as the model has outputs, or B.
     """
 
     width: int
@@ -67,37 +68,19 @@ class Bucket(Record, frozen=True):
     batch: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     @property
-    def size(self) -> str:
-        """As people write it: "1024x768"."""
-        return bucket_name(self.width, self.height)
+    def size(self) -> Size:
+        """Of its images."""
+        return Size(self.width, self.height)
 
     @property
     def name(self) -> str:
         """What tells it from the bundle's others, see `bucket_name`."""
-        return bucket_name(self.width, self.height, self.batch)
-
-
-class Decode(Record, frozen=True, kw_only=True):
-    """How the denoiser's output becomes geometry (DESIGN sections 3 and 5).
-
-    packing "tokens", FE2E: velocity (B, 2L, 4C) for L = (H/16)(W/16) tokens, left half depth, right half normals, each
-    times its sign; the decoder takes them unscaled, latent / latent_scale + latent_shift.
-    packing "latent", FiffDepth: the depth latent (B, C, h, w), which the decoder takes as it is; no normals.
-    clip: whether the decoded depth picture is clipped to [-1, 1] before the mean over its channels, or after it.
-    """
-
-    depth_kind: DepthKind
-    packing: Literal["tokens", "latent"] = "tokens"
-    clip: Literal["channels", "mean"] = "channels"
-    latent_scale: float = 1.0
-    latent_shift: float = 0.0
-    depth_sign: int = 1
-    normal_sign: int = 1
+        return bucket_name(self.size, self.batch)
 
     @property
-    def pictures(self) -> int:
-        """What is decoded for an image: depth and normals, or depth alone."""
-        return 2 if self.packing == "tokens" else 1
+    def decodes_at_once(self) -> int:
+        """How many latents one run of the decoder takes."""
+        return self.decoder.inputs[0].shape[0]
 
 
 class Networks(Record, frozen=True):

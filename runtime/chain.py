@@ -1,29 +1,35 @@
-"""One bucket's graphs in a row, and what becomes of their pictures: ready input -> prediction and normals."""
+"""One bucket's networks in a row on the host, and what becomes of their pictures: ready input -> maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
-from densegeo.runtime.backends import Backend
-from densegeo.runtime.bundle import Bucket, Decode, Stage
-from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, network_to_opencv, unit_normals
-from densegeo.runtime.metrics import Laps
-from densegeo.runtime.resample import Placement, restore
+from densegeo.outputs import Decode, Maps, Output, into_opencv
+from densegeo.runtime.bundle import Bucket, Stage
+from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, turned, unit_normals
+from densegeo.runtime.resample import Placement, restore, whole
 
 Float = NDArray[np.float32]
 
 
+class Runs(Protocol):
+    """What runs one network: a backend, or a build's check."""
+
+    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> Float: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What the graphs of one bucket returned for its B images, float32.
+    """What the networks of one bucket made of its B images, float32.
 
-    latent: (B, C, h, w); output: the denoiser's, see `bundle.Decode`; decoded: (pictures * B, channels, 8h, 8w), all
-    depths, then all normals if there are any.
+    latent: (B, C, h, w); output: the denoiser's, see `outputs.Decode`; decoded: (outputs * B, channels, 8h, 8w), all of
+    the first output first.
     """
 
     latent: Float
@@ -31,48 +37,57 @@ class Activations:
     decoded: Float
 
 
-def run_network(backend: Backend, decode: Decode, bucket: Bucket, rgb: Float, laps: Sequence[Laps]) -> Activations:
-    """Encoder, denoiser and decoder on rgb (B, 3, H, W) in [-1, 1]; notes a lap for each. Raises BackendError."""
+@dataclass(frozen=True)
+class Chain:
+    """Encode, denoise, split, decode in parts. lap: called with each step's name when it has ended."""
 
-    def lap(name: str) -> None:
-        for each in laps:
-            each.lap(name)
+    backend: Runs
+    decode: Decode
+    bucket: Bucket
+    lap: Callable[[str], object] = lambda name: None
 
-    def run(stage: Stage, array: Float) -> Float:
-        output = backend.run(bucket, stage, array)
-        lap(stage)
-        return output
+    def __call__(self, rgb: Float) -> Activations:
+        """rgb (B, 3, H, W) in [-1, 1] of the bucket's batch and size. Raises BackendError."""
+        latent = self.run("encoder", rgb)
+        output = self.run("denoiser", latent)
+        return Activations(latent, output, self.pictures(output))
 
-    latent = run("encoder", rgb)
-    output = run("denoiser", latent)
-    wanted = tuple(bucket.denoiser.outputs[0].shape)
-    if output.shape != wanted:
-        raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
-    latents = latents_of(output, bucket.height, bucket.width, decode)
-    lap("split")
-    at_once = bucket.decoder.inputs[0].shape[0]
-    parts = [run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
-    return Activations(latent, output, parts[0] if len(parts) == 1 else np.concatenate(parts))
+    def run(self, stage: Stage, array: Float) -> Float:
+        """One network on all that it takes at once."""
+        made = self.backend.run(self.bucket, stage, array)
+        self.lap(stage)
+        return made
+
+    def pictures(self, output: Float) -> Float:
+        """The denoiser's output -> decoded pictures."""
+        wanted = tuple(self.bucket.denoiser.outputs[0].shape)
+        if output.shape != wanted:
+            raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
+        latents, at_once = latents_of(output, self.bucket.size, self.decode), self.bucket.decodes_at_once
+        self.lap("split")
+        parts = [self.run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def assemble(decoded: Float, placement: Placement, decode: Decode) -> tuple[Float, Float | None]:
-    """decoded (pictures, channels, H, W) -> prediction (h, w) and unit OpenCV normals (h, w, 3), if there are any, at
-    the source's size.
-    """
-    prediction = restore(depth_prediction(decoded[0], decode), placement)
-    if decode.pictures == 1:
-        return prediction, None
-    clamped = clamped_normals(decoded[1])
-    resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
-    return prediction, network_to_opencv(unit_normals(resized))
+def assemble(decoded: Float, placement: Placement, decode: Decode) -> Maps[Float]:
+    """One image's decoded pictures (outputs, channels, H, W) -> its maps at the source's size."""
+    pairs = zip(decode.outputs, decoded, strict=True)
+    return Maps(**{row.name: _restored(picture, row, placement) for row, picture in pairs})
 
 
 def assemble_whole(decoded: Float, bucket: Bucket, decode: Decode) -> dict[str, Float]:
-    """decoded (pictures * B, channels, 8h, 8w) of a bucket's images as they are -> "prediction" (B, H, W) and, where
-    there are any, "normals" (B, H, W, 3), as `assemble` gives them.
+    """decoded (outputs * B, channels, 8h, 8w) of a bucket's images as they are -> by name what `assemble` gives of
+    them: "prediction" (B, H, W), "normals" (B, H, W, 3).
     """
-    place = Placement((0, 0, bucket.width, bucket.height), (bucket.width, bucket.height))
-    pairs = [assemble(decoded[i :: bucket.batch], place, decode) for i in range(bucket.batch)]
-    outputs = {"prediction": np.stack([prediction for prediction, _ in pairs])}
-    normals = [found for _, found in pairs if found is not None]
-    return outputs | {"normals": np.stack(normals)} if normals else outputs
+    place = whole(bucket.size)
+    found = [assemble(decoded[i :: bucket.batch], place, decode).named() for i in range(bucket.batch)]
+    return {name: np.stack([maps[name] for maps in found]) for name in decode.names}
+
+
+def _restored(picture: Float, row: Output, placement: Placement) -> Float:
+    """A decoded picture (channels, H, W) -> the prediction (h, w), or unit OpenCV normals (h, w, 3)."""
+    if row.frame is None:
+        return restore(depth_prediction(picture, row.clamp), placement)
+    clamped = clamped_normals(picture)
+    resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
+    return turned(unit_normals(resized), into_opencv(row.frame))

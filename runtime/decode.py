@@ -5,42 +5,42 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.runtime.bundle import Decode
+from densegeo.outputs import NORMAL_FLOOR, Clamp, Decode, Matrix
+from densegeo.size import Size
 
 Float = NDArray[np.float32]
 
-NORMAL_FLOOR = 1e-9  # smallest length a normal is divided by, as in the released evaluation
 
-
-def unpack(tokens: Float, height: int, width: int) -> Float:
-    """Tokens (B, L, 4C) -> latents (B, C, H/8, W/8): "b (h w) (c 2 2) -> b c (h 2) (w 2)"; sides in pixels."""
-    rows, columns = height // 16, width // 16
+def unpack(tokens: Float, size: Size) -> Float:
+    """Tokens (B, L, 4C) -> latents (B, C, H/8, W/8): "b (h w) (c 2 2) -> b c (h 2) (w 2)"."""
+    rows, columns = size.height // 16, size.width // 16
     channels = tokens.shape[-1] // 4
     grid = tokens.reshape(-1, rows, columns, channels, 2, 2)
     latents: Float = grid.transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, 2 * rows, 2 * columns)
     return latents
 
 
-def latents_of(output: Float, height: int, width: int, decode: Decode) -> Float:
-    """The denoiser's output for B images of height x width pixels -> the decoder's input (pictures * B, C, h, w)."""
-    return split_velocity(output, height, width, decode) if decode.packing == "tokens" else output
-
-
-def split_velocity(velocity: Float, height: int, width: int, decode: Decode) -> Float:
-    """Velocity (B, 2L, 4C) -> the decoder's unscaled input (2B, C, H/8, W/8), all depths first, then all normals."""
-    length = (height // 16) * (width // 16)
-    depth = np.float32(decode.depth_sign) * velocity[:, :length]
-    normals = np.float32(decode.normal_sign) * velocity[:, length:]
-    latents: Float = np.concatenate([unpack(depth, height, width), unpack(normals, height, width)])
+def latents_of(output: Float, size: Size, decode: Decode) -> Float:
+    """The denoiser's output for B images of a bucket -> the decoder's input (outputs * B, C, h, w), all latents of the
+    first output first.
+    """
+    if decode.packing == "latent":
+        return output
+    length = (size.height // 16) * (size.width // 16)
+    parts = [
+        unpack(np.float32(row.factor) * output[:, index * length : (index + 1) * length], size)
+        for index, row in enumerate(decode.outputs)
+    ]
+    latents: Float = np.concatenate(parts)
     np.divide(latents, np.float32(decode.latent_scale), out=latents)
     np.add(latents, np.float32(decode.latent_shift), out=latents)
     return latents
 
 
-def depth_prediction(decoded: Float, decode: Decode) -> Float:
-    """Decoded depth picture (channels, H, W) -> p (H, W) in [0, 1]; clipped before or after the channels' mean."""
+def depth_prediction(decoded: Float, clamp: Clamp) -> Float:
+    """Decoded depth picture (channels, H, W) -> p (H, W) in [0, 1]."""
     mean: Float
-    if decode.clip == "channels":
+    if clamp == "before_mean":
         mean = np.clip(decoded, -1.0, 1.0).mean(axis=0, dtype=np.float32)
     else:
         mean = np.clip(decoded.mean(axis=0, dtype=np.float32), -1.0, 1.0)
@@ -50,7 +50,7 @@ def depth_prediction(decoded: Float, decode: Decode) -> Float:
 
 
 def clamped_normals(decoded: Float) -> Float:
-    """Decoded normal picture (3, H, W) -> (H, W, 3) in [-1, 1], network axes (left, up, back), not yet unit."""
+    """Decoded normal picture (3, H, W) -> (H, W, 3) in [-1, 1], the network's axes, not yet unit."""
     return np.ascontiguousarray(np.clip(decoded, -1.0, 1.0).transpose(1, 2, 0))
 
 
@@ -61,6 +61,9 @@ def unit_normals(normals: Float) -> Float:
     return unit
 
 
-def network_to_opencv(normals: Float) -> Float:
-    """(left, up, back) -> OpenCV camera frame (right, down, forward): every axis reversed."""
-    return -normals
+def turned(normals: Float, matrix: Matrix) -> Float:
+    """matrix @ normal of each of (H, W, 3)."""
+    rows = np.array(matrix, dtype=np.float32)
+    diagonal = np.diag(rows)
+    result: Float = normals * diagonal if np.array_equal(rows, np.diag(diagonal)) else normals @ rows.T
+    return result

@@ -79,22 +79,22 @@ def _half_as_wide(values: dict[str, Any]) -> dict[str, Any]:
 
 
 _RUNTIME = "densegeo.runtime"
-_TORCH = f"{_RUNTIME}.backends.torch_device"
+_TORCH, _CHAIN = f"{_RUNTIME}.backends.torch_device", "densegeo.models.chain"
 _LAUNCH = (f"{_RUNTIME}.backends.cuda_kernels", "Kernels.launch")
 
 # way -> stage -> where: (module, name in it), and what takes its place
 FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
     "host": {
-        "preprocess": ((f"{_RUNTIME}.estimator", "prepare"), _after(lambda rgb: rgb[:, ::-1].copy())),
+        "preprocess": ((f"{_RUNTIME}.ways", "prepare"), _after(lambda rgb: rgb[:, ::-1].copy())),
         "split": ((f"{_RUNTIME}.chain", "latents_of"), _after(lambda latents: -latents)),
         "resize": ((f"{_RUNTIME}.chain", "restore"), _after(lambda plane: plane[:, ::-1])),
-        "normals": ((f"{_RUNTIME}.chain", "network_to_opencv"), _after(lambda normals: -normals)),
+        "normals": ((f"{_RUNTIME}.chain", "turned"), _after(lambda normals: -normals)),
     },
     "torch": {
         "preprocess": ((_TORCH, "preprocess"), _after(lambda rgb: rgb.flip(1))),
-        "split": ((_TORCH, "split"), _after(lambda latents: -latents)),
-        "resize": ((_TORCH, "log_dequantize"), _after(lambda found: (*found[:2], found[2].flip(-1)))),
-        "normals": ((_TORCH, "normals"), _after(lambda found: (-found[0], *found[1:]))),
+        "split": ((_CHAIN, "split_tokens"), _after(lambda latents: -latents)),
+        "resize": ((_CHAIN, "log_dequantize"), _after(lambda found: (*found[:2], found[2].flip(-1)))),
+        "normals": ((_CHAIN, "normals"), _after(lambda found: (-found[0], *found[1:]))),
         "graph": ((f"{_RUNTIME}.backends.torch_capture", "Replay.__call__"), _stale),
         "fused": ((f"{_RUNTIME}.backends.torch_modules", "fuse"), _louder),
     },
@@ -114,7 +114,7 @@ def stages(estimator: Estimator) -> dict[str, tuple[tuple[str, str], Change]]:
     found = dict(FAULTS["host" if backend is None else backend.name])
     lacking = {
         "split": decode.packing != "tokens",
-        "normals": decode.pictures == 1,
+        "normals": not decode.has("normals"),
         "graph": backend is not None and not backend.records,
     }
     return {stage: fault for stage, fault in found.items() if not lacking.get(stage, False)}

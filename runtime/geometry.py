@@ -7,63 +7,60 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from densegeo.errors import CalibrationError, ConfigError, NotMetricError
-from densegeo.runtime.bundle import DepthKind
+from densegeo.errors import CalibrationError, ConfigError, MissingOutputError, NotMetricError
+from densegeo.outputs import FRAMES, DepthKind, Frame
+from densegeo.runtime.decode import turned
 from densegeo.runtime.metric import Calibration, from_anchors, from_parameters, from_range, metric_depth
+from densegeo.size import Size
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Float = NDArray[np.float32]
-Frame = Literal["opencv", "ros_optical", "opengl", "marigold", "dsine", "ros_body"]
-
-# Rows are the target's axes in OpenCV camera coordinates (x right, y down, z forward).
-_OPENGL = ((1, 0, 0), (0, -1, 0), (0, 0, -1))  # right, up, towards the viewer
-_IDENTITY = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
-FRAMES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
-    "opencv": _IDENTITY,
-    "ros_optical": _IDENTITY,  # REP 103, suffix _optical
-    "opengl": _OPENGL,
-    "marigold": _OPENGL,
-    "dsine": ((-1, 0, 0), (0, -1, 0), (0, 0, -1)),  # left, up, back: the network's own axes
-    "ros_body": ((0, 0, 1), (-1, 0, 0), (0, -1, 0)),  # REP 103: forward, left, up
-}
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Dense geometry of one image, at the image's resolution.
+    """Dense geometry of one image, at the image's resolution: depth, normals, or both.
 
-    prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres).
-    depth_kind: "metric", or "log_affine", "affine", "disparity_affine" (see `metric`).
+    prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres), or None when
+    the model has normals alone. depth_kind: "metric", or "log_affine", "affine", "disparity_affine" (see `metric`), or
+    None with it.
     normals: (H, W, 3) float32 unit vectors towards the camera, OpenCV frame (x right, y down, z forward; a wall
-    that faces the camera is (0, 0, -1)), or None when the model has none.
-    valid: (H, W) bool, where there is a depth. source_size: (width, height). timings: stage -> milliseconds.
-    model: the bundle's model id. calibration: how it became metric, or None.
+    that faces the camera is (0, 0, -1)), or None when the model has depth alone.
+    valid: (H, W) bool, where there is a depth; of normals alone, where there is a normal. source_size: (width, height).
+    timings: stage -> milliseconds. model: the bundle's model id. calibration: how it became metric, or None.
+    Raises ConfigError for one without either.
     """
 
-    prediction: Float
-    depth_kind: DepthKind
+    prediction: Float | None
+    depth_kind: DepthKind | None
     normals: Float | None
     valid: NDArray[np.bool_]
-    source_size: tuple[int, int]
+    source_size: Size
     timings: Mapping[str, float] = field(default_factory=dict)
     model: str = ""
     calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction is None and self.normals is None:
+            raise ConfigError("A Geometry has a prediction, normals, or both.")
+        if (self.prediction is None) != (self.depth_kind is None):
+            raise ConfigError("A Geometry has a depth_kind where it has a prediction.")
 
     @cached_property
     def depth(self) -> Float:
         """(H, W) float32 z-depth along the optical axis in metres, NaN where invalid.
 
-        Raises NotMetricError unless `depth_kind` is "metric".
+        Raises NotMetricError unless `depth_kind` is "metric", MissingOutputError of normals alone.
         """
-        self._require_metric("depth in metres")
-        depth = self.prediction if self.calibration is None else metric_depth(self.prediction, self.calibration)
+        prediction = self._require_metric("depth in metres")
+        depth = prediction if self.calibration is None else metric_depth(prediction, self.calibration)
         usable = self.valid & np.isfinite(depth) & (depth > 0)
         return np.where(usable, depth, np.float32(np.nan))
 
@@ -82,9 +79,11 @@ class Geometry:
         near, far: metres of the nearest and the farthest valid pixel.
         anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) with pixel centres at integers, metres (N,)
         measured z-depths, N >= 3; a robust fit whose residual and inlier count are in `calibration`.
-        Raises CalibrationError when these do not determine a positive scale, or the result is metric already.
+        Raises CalibrationError when these do not determine a positive scale, or the result is metric already, and
+        MissingOutputError of normals alone.
         """
-        kind = self.depth_kind
+        prediction, kind = self.require_prediction("depth"), self.depth_kind
+        assert kind is not None
         if kind == "metric":
             raise CalibrationError("This result is metric already; calibrate the one the estimator returned.")
         given = [name for name, pair in (("scale", (scale, shift)), ("near", (near, far))) if pair != (None, None)]
@@ -96,14 +95,14 @@ class Geometry:
                 uv, metres = anchors
             except (TypeError, ValueError):
                 raise CalibrationError("anchors must be a pair (uv, metres): uv (N, 2), metres (N,).") from None
-            calibration = from_anchors(kind, self.prediction, self.valid, uv, metres)
+            calibration = from_anchors(kind, prediction, self.valid, uv, metres)
         elif scale is not None and shift is not None:
             calibration = from_parameters(kind, scale, shift)
         elif near is not None and far is not None:
-            calibration = from_range(kind, self.prediction[self.valid], near, far)
+            calibration = from_range(kind, prediction[self.valid], near, far)
         else:
             raise CalibrationError("Two numbers are needed: give scale with shift, or near with far.")
-        valid = self.valid & np.isfinite(metric_depth(self.prediction, calibration))
+        valid = self.valid & np.isfinite(metric_depth(prediction, calibration))
         return replace(self, depth_kind="metric", valid=valid, calibration=calibration)
 
     def normals_in(self, frame: Frame) -> Float | None:
@@ -112,14 +111,13 @@ class Geometry:
             raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
         if self.normals is None:
             return None
-        rotated: Float = self.normals @ np.array(FRAMES[frame], dtype=np.float32).T
-        return rotated
+        return turned(self.normals, FRAMES[frame])
 
     def points(self, intrinsics: ArrayLike) -> Float:
         """(H, W, 3) float32 metres in the OpenCV camera frame, NaN where invalid.
 
         intrinsics: 3x3 matrix or (fx, fy, cx, cy), in pixels of the source image, pixel centres at integers.
-        Raises NotMetricError, and ConfigError for unusable intrinsics.
+        Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
         """
         depth = self.depth
         fx, fy, cx, cy = parse_intrinsics(intrinsics)
@@ -140,14 +138,16 @@ class Geometry:
 
         formats: "npy" (arrays and geometry.json), "png" (colour depth and normals), "png16" (millimetres, 0 invalid;
         metric only), "ply" (points with normals; metric, needs intrinsics), "exr" (needs `densegeo[exr]`).
-        stem: prefix of the names. All files appear, or none. Raises NotMetricError, ConfigError, ResourceError.
+        stem: prefix of the names. All files appear, or none. Raises NotMetricError, MissingOutputError, ConfigError,
+        ResourceError.
         """
         from densegeo.runtime.writers import save
 
         return save(self, Path(directory), formats, stem, intrinsics)
 
     def visualize(self, image: object = None) -> Image.Image:
-        """A picture (PIL): optional source image, coloured depth (near warm, far cool), normals, side by side.
+        """A picture (PIL): optional source image, coloured depth (near warm, far cool), normals, side by side; of depth
+        and normals what there is.
 
         image: as the estimator takes it; its size must be `source_size`. Raises ImageError, ConfigError.
         """
@@ -155,13 +155,23 @@ class Geometry:
 
         return side_by_side(self, image)
 
-    def _require_metric(self, wanted: str) -> None:
+    def require_prediction(self, wanted: str) -> Float:
+        """The prediction; raises MissingOutputError, which says that `wanted` cannot be had, where there is none."""
+        if self.prediction is None:
+            raise MissingOutputError(
+                f"There is no {wanted}: {self.model or 'this model'} predicts normals alone. Use one that has depth."
+            )
+        return self.prediction
+
+    def _require_metric(self, wanted: str) -> Float:
+        prediction = self.require_prediction(wanted)
         if self.depth_kind != "metric":
             raise NotMetricError(
                 f"There is no {wanted}: this result is {self.depth_kind}, known only up to a scale and a shift. "
                 "Calibrate it first with to_metric(near=..., far=...), to_metric(anchors=(uv, metres)) or "
                 "to_metric(scale=..., shift=...)."
             )
+        return prediction
 
 
 def parse_intrinsics(intrinsics: ArrayLike) -> tuple[float, float, float, float]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from densegeo.errors import ConfigError, ImageError
+from densegeo.size import Size
 
 Color = Literal["rgb", "bgr"]
 
@@ -36,9 +37,9 @@ class Frame:
     encoded: bool
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.pixels.shape[1], self.pixels.shape[0]
+    def size(self) -> Size:
+        """Upright."""
+        return Size(self.pixels.shape[1], self.pixels.shape[0])
 
 
 def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS) -> Frame:
@@ -59,8 +60,8 @@ def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS)
     return _from_array(_as_array(source), color, max_pixels)
 
 
-def device_size(image: Any) -> tuple[int, int]:
-    """(width, height) of a uint8 (h, w, 3) array that may lie on a device; only its shape and type are looked at.
+def device_size(image: Any) -> Size:
+    """Of a uint8 (h, w, 3) array that may lie on a device; only its shape and type are looked at.
 
     Raises ImageError.
     """
@@ -71,7 +72,7 @@ def device_size(image: Any) -> tuple[int, int]:
         raise ImageError(f"On a device an image must be uint8 of shape (height, width, 3), not {kind} {shape}.")
     if min(shape[:2]) < MIN_SIDE:
         raise ImageError(f"The image is {shape[1]}x{shape[0]}; each side must have at least {MIN_SIDE} pixels.")
-    return int(shape[1]), int(shape[0])
+    return Size(int(shape[1]), int(shape[0]))
 
 
 def _from_path(path: Any, max_pixels: int) -> Frame:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError
-from densegeo.runtime.bundle import DepthKind
+from densegeo.outputs import DepthKind
 
 Float64 = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +19,16 @@ from PIL import Image
 from densegeo.errors import BundleError
 from densegeo.runtime.bundle import Bucket
 from densegeo.runtime.images import Frame
+from densegeo.size import Size
 
 Float = NDArray[np.float32]
-AnySized = TypeVar("AnySized", bound="Sized")
 
-# (largest source width, largest source height) -> (width, height): the released evaluation's fixed sizes
-AUTHORS_SIZES = (((1024, 768), (1024, 768)), ((1280, 960), (1216, 352)), ((6048, 4032), (864, 576)))
-
-
-class Sized(Protocol):
-    """A bucket, or whatever else has a size in pixels."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def height(self) -> int: ...
+# largest source -> what it is stretched to: the released evaluation's fixed sizes
+AUTHORS_SIZES = (
+    (Size(1024, 768), Size(1024, 768)),
+    (Size(1280, 960), Size(1216, 352)),
+    (Size(6048, 4032), Size(864, 576)),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Placement:
     """Where the source lies in a bucket: the box (left, top, width, height) in bucket pixels, and the source's size."""
 
     box: tuple[int, int, int, int]
-    source: tuple[int, int]  # (width, height)
+    source: Size
 
 
 def resize_antialiased(plane: Float, width: int, height: int) -> Float:
@@ -63,9 +57,15 @@ def resize_plain(plane: Float, width: int, height: int) -> Float:
     return np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
 
 
-def choose_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
+def whole(size: Size, source: Size | None = None) -> Placement:
+    """A source, by default of the bucket's own size, that fills the bucket."""
+    return Placement((0, 0, *size), source or size)
+
+
+def choose_bucket(buckets: Sequence[Bucket], image: Size) -> Bucket:
     """The bucket for one image, see `nearest`."""
-    return nearest(single(buckets), width, height)
+    by_size = {bucket.size: bucket for bucket in single(buckets)}
+    return by_size[nearest([*by_size], image)]
 
 
 def single(buckets: Sequence[Bucket]) -> list[Bucket]:
@@ -73,18 +73,18 @@ def single(buckets: Sequence[Bucket]) -> list[Bucket]:
     return [bucket for bucket in buckets if bucket.batch == 1]
 
 
-def nearest(sizes: Sequence[AnySized], width: int, height: int) -> AnySized:
+def nearest(sizes: Sequence[Size], image: Size) -> Size:
     """The one of the nearest aspect ratio to an image's, by |ln ratio|.
 
     Of equal ones the largest that does not upscale the source (neither side exceeds it), else the smallest.
     """
 
-    def distance(size: AnySized) -> float:
-        return abs(math.log(size.width / size.height) - math.log(width / height))
+    def distance(size: Size) -> float:
+        return abs(math.log(size.width / size.height) - math.log(image.width / image.height))
 
     least = min(map(distance, sizes))
-    ties = sorted((one for one in sizes if distance(one) <= least + 1e-9), key=lambda one: one.width * one.height)
-    fitting = [one for one in ties if one.width <= width and one.height <= height]
+    ties = sorted((size for size in sizes if distance(size) <= least + 1e-9), key=lambda size: size.pixels)
+    fitting = [size for size in ties if size.width <= image.width and size.height <= image.height]
     return fitting[-1] if fitting else ties[0]
 
 
@@ -98,72 +98,67 @@ def in_batches(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Iterato
         done += largest.batch
 
 
-def authors_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
+def authors_bucket(buckets: Sequence[Bucket], image: Size) -> Bucket:
     """The bucket of exactly the authors' size for this source; BundleError when the bundle lacks it."""
-    target = authors_size(width, height)
+    target = authors_size(image)
     for bucket in single(buckets):
-        if (bucket.width, bucket.height) == target:
+        if bucket.size == target:
             return bucket
-    have = ", ".join(bucket.size for bucket in single(buckets))
-    size = f"{target[0]}x{target[1]}"
+    have = ", ".join(str(bucket.size) for bucket in single(buckets))
     wrong = [side for side in target if side % 16]
-    hint = "Downscale the image first" if wrong else f"Build the bundle with `--size {size}`"
+    hint = "Downscale the image first" if wrong else f"Build the bundle with `--size {target}`"
     raise BundleError(
-        f"The authors' preprocessing runs a {width}x{height} image at {size}, and this bundle has only {have}. "
+        f"The authors' preprocessing runs a {image} image at {target}, and this bundle has only {have}. "
         f'{hint}, or use preprocessing="densegeo".'
     )
 
 
-def authors_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) the released evaluation stretches an image to; beyond its table the size is kept."""
-    for (most_width, most_height), size in AUTHORS_SIZES:
-        if width <= most_width and height <= most_height:
+def authors_size(image: Size) -> Size:
+    """What the released evaluation stretches an image to; beyond its table the size is kept."""
+    for most, size in AUTHORS_SIZES:
+        if image.width <= most.width and image.height <= most.height:
             return size
-    return width, height
+    return image
 
 
-def place(bucket: Sized, size: tuple[int, int], fit: str) -> Placement:
-    """Where an image of `size` (width, height) goes.
-
-    fit "stretch" fills the bucket; "pad" keeps the aspect ratio and centres.
-    """
-    width, height = size
-    inner_width, inner_height = bucket.width, bucket.height
+def place(bucket: Size, image: Size, fit: str) -> Placement:
+    """Where an image goes: fit "stretch" fills the bucket; "pad" keeps the aspect ratio and centres."""
+    inner = bucket
     if fit == "pad":
-        scale = min(bucket.width / width, bucket.height / height)
-        inner_width = min(bucket.width, max(1, round(width * scale)))
-        inner_height = min(bucket.height, max(1, round(height * scale)))
-    left, top = (bucket.width - inner_width) // 2, (bucket.height - inner_height) // 2
-    return Placement((left, top, inner_width, inner_height), size)
+        scale = min(bucket.width / image.width, bucket.height / image.height)
+        sides = (min(most, max(1, round(side * scale))) for most, side in zip(bucket, image, strict=True))
+        inner = Size(*sides)
+    left, top = (bucket.width - inner.width) // 2, (bucket.height - inner.height) // 2
+    return Placement((left, top, *inner), image)
 
 
-def prepare(frame: Frame, bucket: Sized, placement: Placement) -> Float:
+def prepare(frame: Frame, bucket: Size, placement: Placement) -> Float:
     """Our preprocessing: antialiased bilinear into the placement's box -> rgb (1, 3, H, W) float32 in [-1, 1].
 
     Outside the box the edge pixels repeat.
     """
     left, top, width, height = placement.box
     rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_antialiased(plane, width, height))
-    if (width, height) != (bucket.width, bucket.height):
+    if (width, height) != bucket:
         right, bottom = bucket.width - width - left, bucket.height - height - top
         rgb = np.pad(rgb, ((0, 0), (top, bottom), (left, right)), mode="edge")
     return _network_range(rgb)
 
 
-def prepare_authors(frame: Frame, bucket: Bucket) -> tuple[Float, Placement]:
+def prepare_authors(frame: Frame, bucket: Size) -> Float:
     """The released evaluation's preprocessing -> rgb (1, 3, H, W) float32 in [-1, 1], always stretched.
 
     Files and PIL images: Pillow's bicubic on uint8. Arrays: bilinear without antialiasing, clamped to [0, 1].
     """
-    width, height = bucket.width, bucket.height
+    width, height = bucket
     if frame.encoded and frame.pixels.dtype == np.uint8:
-        resized = Image.fromarray(frame.pixels).resize((width, height), Image.Resampling.BICUBIC)
+        resized = Image.fromarray(frame.pixels).resize(bucket, Image.Resampling.BICUBIC)
         rgb = _planes(_unit_float(np.asarray(resized)), lambda plane: plane)
     elif frame.encoded:  # 16-bit and float files
         rgb = _planes(frame.pixels, lambda plane: _bicubic(plane, width, height))
     else:
         rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_plain(plane, width, height))
-    return _network_range(np.clip(rgb, 0.0, 1.0)), Placement((0, 0, width, height), frame.size)
+    return _network_range(np.clip(rgb, 0.0, 1.0))
 
 
 def restore(plane: Float, placement: Placement) -> Float:

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError
+from densegeo.outputs import Decode
 from densegeo.runtime import verified
-from densegeo.runtime.bundle import STAGES, Bucket, Check, Decode, Manifest, read_manifest, require_listed
+from densegeo.runtime.bundle import STAGES, Bucket, Check, Manifest, read_manifest, require_listed
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.faults import NoSuchStageError, breaking
 from densegeo.runtime.geometry import Geometry
@@ -120,13 +121,13 @@ def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[C
     are those shifted, to what they give alone.
     """
     checks = []
-    outputs = served_outputs(estimator.manifest.decode)
+    outputs = estimator.manifest.decode.names
     for bucket in single(estimator.manifest.buckets):
         pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in outputs)))
         images = [picture["image"] for picture in pictures]
         wanted = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
 
-        def compare(what: str, results: Sequence[Geometry], size: str = bucket.size, wanted: Any = wanted) -> None:
+        def compare(what: str, results: Sequence[Geometry], size: str = str(bucket.size), wanted: Any = wanted) -> None:
             for name in outputs:
                 pairs = zip(results, wanted, strict=False)
                 error = float(np.max([relative_error(getattr(found, name), one[name]) for found, one in pairs]))
@@ -181,14 +182,9 @@ def run_stages(estimator: Estimator, tensors: dict[str, Array], path: Path) -> l
     return checks
 
 
-def served_outputs(decode: Decode) -> tuple[str, ...]:
-    """What an image gives."""
-    return ("prediction", "normals") if decode.pictures == 2 else ("prediction",)
-
-
 def outputs_of(decode: Decode) -> tuple[str, ...]:
     """What the stages of a bucket give, in order."""
-    return (*STAGES, *served_outputs(decode))
+    return (*STAGES, *decode.names)
 
 
 def stored(tensors: dict[str, Array], path: Path, bucket: Bucket, names: Sequence[str]) -> list[dict[str, Array]]:
@@ -204,7 +200,7 @@ def stored(tensors: dict[str, Array], path: Path, bucket: Bucket, names: Sequenc
 def alternating(pictures: Sequence[Mapping[str, Array]], batch: int) -> dict[str, NDArray[np.float32]]:
     """Inputs and outputs of single pictures -> those of a batch in which the pictures alternate, float32.
 
-    Decoded pictures come as the decoder gives them: all depths first, then all normals.
+    Decoded pictures come as the decoder gives them: all of the first output, then all of the second.
     """
     images = [pictures[i % len(pictures)] for i in range(batch)]
     joined = {}

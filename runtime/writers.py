@@ -72,9 +72,9 @@ def metadata(geometry: Geometry) -> dict[str, str]:
     metric = geometry.depth_kind == "metric"
     data = {
         "densegeo.model": geometry.model,
-        "densegeo.depth_kind": geometry.depth_kind,
-        "densegeo.depth_units": "metres" if metric else "none (not metric)",
-        "densegeo.depth_meaning": "z-depth along the optical axis" if metric else "prediction in the network's space",
+        "densegeo.depth_kind": geometry.depth_kind or "none",
+        "densegeo.depth_units": "metres" if metric else "none (not metric)" if geometry.depth_kind else "none",
+        "densegeo.depth_meaning": _meaning(geometry),
         "densegeo.normals_frame": NORMALS_FRAME if geometry.normals is not None else "none",
         "densegeo.source_size": f"{geometry.source_size[0]}x{geometry.source_size[1]}",
     }
@@ -83,17 +83,27 @@ def metadata(geometry: Geometry) -> dict[str, str]:
     return data
 
 
+def _meaning(geometry: Geometry) -> str:
+    if geometry.prediction is None:
+        return "none"
+    metric = geometry.depth_kind == "metric"
+    return "z-depth along the optical axis" if metric else "prediction in the network's space"
+
+
 def depth_picture(geometry: Geometry) -> NDArray[np.uint8]:
-    """(H, W, 3) sRGB of the depth, near warm, far cool, whatever its kind; metric depth on a log scale."""
-    valid = geometry.valid
+    """(H, W, 3) sRGB of the depth, near warm, far cool, whatever its kind; metric depth on a log scale.
+
+    Raises MissingOutputError.
+    """
+    prediction, valid = geometry.require_prediction("picture of the depth"), geometry.valid
     if geometry.depth_kind == "metric":
         with np.errstate(invalid="ignore"):
             farness = np.log(geometry.depth)
         valid = np.isfinite(farness)
     elif geometry.depth_kind == "disparity_affine":
-        farness = -geometry.prediction
+        farness = -prediction
     else:
-        farness = geometry.prediction
+        farness = prediction
     return colorize(farness, valid)
 
 
@@ -103,7 +113,7 @@ def normals_picture(normals: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def side_by_side(geometry: Geometry, image: object = None) -> Image.Image:
-    """Optional source image, depth, normals, left to right, each at the source's size."""
+    """Optional source image, depth, normals, as far as there are, left to right, each at the source's size."""
     tiles: list[NDArray[Any]] = []
     if image is not None:
         from densegeo.runtime.images import load_image
@@ -113,7 +123,8 @@ def side_by_side(geometry: Geometry, image: object = None) -> Image.Image:
             raise ConfigError(f"The image is {frame.size}, the result is of {geometry.source_size} (width, height).")
         pixels = frame.pixels
         tiles.append(pixels if pixels.dtype == np.uint8 else np.round(255 * pixels).astype(np.uint8))
-    tiles.append(depth_picture(geometry))
+    if geometry.prediction is not None:
+        tiles.append(depth_picture(geometry))
     normals = geometry.normals_in("opengl")
     if normals is not None:
         tiles.append(normals_picture(normals))
@@ -171,7 +182,8 @@ def _quietly(action: Callable[[], None]) -> None:
 
 def _npy_files(job: Job) -> list[tuple[str, Callable[[Path], None]]]:
     geometry = job.geometry
-    arrays: dict[str, NDArray[Any]] = {"prediction": geometry.prediction, "valid": geometry.valid}
+    arrays: dict[str, NDArray[Any]] = {} if geometry.prediction is None else {"prediction": geometry.prediction}
+    arrays["valid"] = geometry.valid
     if geometry.depth_kind == "metric":
         arrays["depth"] = geometry.depth
     if geometry.normals is not None:
@@ -222,7 +234,9 @@ def _png(picture: Callable[[], NDArray[Any]], meta: dict[str, str]) -> Callable[
 
 def _png_files(job: Job) -> list[tuple[str, Callable[[Path], None]]]:
     geometry, picture = job.geometry, {"densegeo.picture": "near warm, far cool; for looking at, not for measuring"}
-    files = [("depth_color.png", _png(lambda: depth_picture(geometry), {**job.metadata, **picture}))]
+    files: list[tuple[str, Callable[[Path], None]]] = []
+    if geometry.prediction is not None:
+        files.append(("depth_color.png", _png(lambda: depth_picture(geometry), {**job.metadata, **picture})))
     normals = geometry.normals_in("opengl")
     if normals is not None:
         meta = {**job.metadata, "densegeo.normals_frame": "opengl (x right, y up, z to the viewer), RGB = (n + 1) / 2"}
@@ -258,7 +272,7 @@ def _ply_files(job: Job) -> list[tuple[str, Callable[[Path], None]]]:
 
 def _exr_files(job: Job) -> list[tuple[str, Callable[[Path], None]]]:
     geometry = job.geometry
-    channels = {"prediction": geometry.prediction}
+    channels = {} if geometry.prediction is None else {"prediction": geometry.prediction}
     if geometry.depth_kind == "metric":
         channels["Z"] = geometry.depth
     if geometry.normals is not None:

@@ -19,13 +19,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from densegeo.files import atomic_write
+from densegeo.models.families import FE2E
 from densegeo.models.fe2e import collapse_guidance, merge_padding
 from densegeo.models.layers import Modulation
+from densegeo.models.loading import bound
 from densegeo.models.presets import TINY_TEXT_TOKENS, TINY_TRANSFORMER, TINY_VALID_TOKENS
 from densegeo.models.prompt import Prompt
-from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer, pack
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 from densegeo.training.data import Chunk, pictures, read_chunks
 from densegeo.training.loop import Schedule, autocast, chunks, fit
 
@@ -40,7 +42,7 @@ def prompt(seed: int) -> Prompt:
     return Prompt((embeds * mask[:, None]).astype(np.float32), mask)
 
 
-def make(seed: int, vae: VAE, width: int, height: int) -> Transformer:
+def make(seed: int, vae: VAE, size: Size) -> Transformer:
     """The untrained transformer, bound, with the exact rewrites that keep it trainable: no guidance, merged padding.
 
     Blocks start as the identity and the output at zero (adaLN-zero, arXiv 2212.09748).
@@ -60,11 +62,10 @@ def make(seed: int, vae: VAE, width: int, height: int) -> Transformer:
     for linear in modulations:  # gates start slightly open
         linear.bias.data.view(-1, 3, TINY_TRANSFORMER.hidden_size)[:, 2] = 0.1
     constant = prompt(seed)
-    bound = transformer.bind(constant, width, height)
-    pipeline = Pipeline(bound, vae, constant)
+    pipeline = bound(FE2E, transformer, vae, constant, size)
     collapse_guidance(pipeline)
     merge_padding(pipeline)
-    return bound
+    return transformer
 
 
 def target(depth: Tensor, normals: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def train(
     To FE2E's mean squared error comes the absolute error of the depth that `weights` (see `readout`) read from the
     latents, because most of what is left late in training is the layout of the scene.
     """
-    transformer = make(seed, vae, 8 * latents.shape[4], 8 * latents.shape[3]).to(device)
+    transformer = make(seed, vae, Size(8 * latents.shape[4], 8 * latents.shape[3])).to(device)
     forward = torch.compile(transformer) if compiled else transformer
     weights = weights.to(device)
 

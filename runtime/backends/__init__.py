@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, ConfigError
+from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
@@ -55,14 +56,12 @@ class FrameBackend(Backend, Protocol):
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-        """Pixels (h, w, 3) RGB of one or more images -> for each its prediction (h, w) and unit OpenCV normals
-        (h, w, 3), None where the model has none. Raises BackendError.
-        """
+    ) -> list[Maps[NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB of one or more images -> the maps of each, at its own size. Raises BackendError."""
         ...
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Any, Any]:
-        """The same for an array that may lie on the device, uint8 (h, w, 3); the results stay there, float32."""
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[Any]:
+        """The same for an array that may lie on the device, uint8 (h, w, 3); the maps stay there."""
         ...
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, EngineError
+from densegeo.outputs import Maps
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_input import pixels_of
 from densegeo.runtime.backends.cuda_kernels import Kernels
@@ -97,12 +98,9 @@ class TensorRTBackend:
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-        """Pixels (h, w, 3) RGB -> predictions (h, w) and OpenCV normals (h, w, 3) or None, in the bundle's batches.
-
-        Raises BackendError.
-        """
-        results: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
+    ) -> list[Maps[NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB -> the maps of each, in the bundle's batches. Raises BackendError."""
+        results: list[Maps[NDArray[np.float32]]] = []
         with self._running():
             self._network(bucket)
             for fitting, part in in_batches(self._buckets, bucket, len(pixels)):
@@ -112,14 +110,11 @@ class TensorRTBackend:
                     network.prepare(index, frame, (3 * image.shape[1], 3), placement, "rgb")
                 network.launch()
                 for index, placement in enumerate(placements[part]):
-                    prediction, normals = network.outputs(index, placement)
-                    on_host = None if normals is None else network.download(normals)
-                    results.append((network.download(prediction), on_host))
+                    found = network.outputs(index, placement).named()
+                    results.append(Maps(**{name: network.download(array) for name, array in found.items()}))
         return results
 
-    def keep(
-        self, bucket: Bucket, image: Any, placement: Placement, color: Color
-    ) -> tuple[DeviceArray, DeviceArray | None]:
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[DeviceArray]:
         """The same for one image, uint8 (h, w, 3) on the device, where it is not copied, or on the host.
 
         It is read behind its producer's stream, and may be overwritten when this returns. The results stay on the
@@ -136,9 +131,8 @@ class TensorRTBackend:
             network.launch()
             results = network.outputs(0, placement)
             ready = self._memory.record()
-            for result in results:
-                if result is not None:
-                    result.ready_after(ready)
+            for result in results.named().values():
+                result.ready_after(ready)
             read.sync()
             return results
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
+from densegeo.outputs import Maps, Matrix, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory
@@ -19,8 +20,6 @@ from densegeo.runtime.resample import Placement, inside
 
 log = logging.getLogger("densegeo")
 FLOAT = 4  # bytes
-# How the bundle's normals (left, up, back) become OpenCV's (right, down, forward).
-OPENCV = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0)
 # Every stage's input and output among the buffers.
 ENDS: dict[Stage, tuple[str, str]] = {
     "encoder": ("rgb", "latent"),
@@ -47,7 +46,7 @@ class Network:
         """Raises BackendError."""
         self._memory, self._kernels, self._bucket, self._steppers = memory, kernels, bucket, steppers
         self._decode = manifest.decode
-        pictures = self._decode.pictures * bucket.batch
+        pictures = len(self._decode.outputs) * bucket.batch
         self._shapes = {
             "rgb": bucket.encoder.inputs[0].shape,
             "latent": bucket.denoiser.inputs[0].shape,
@@ -119,13 +118,12 @@ class Network:
         """A device array as an array of its own on the host."""
         return self._memory.staging.download(array.address, array.shape)
 
-    def outputs(self, index: int, placement: Placement) -> tuple[DeviceArray, DeviceArray | None]:
-        """Prediction (h, w) and normals (h, w, 3) of image `index` at its own size, in the memory's stream."""
+    def outputs(self, index: int, placement: Placement) -> Maps[DeviceArray]:
+        """The maps of image `index` at its own size, in the memory's stream."""
         width, height = placement.source
         _, channels, rows, columns = self._shapes["decoded"]
         plane = rows * columns
         picture = FLOAT * channels * plane
-        depths = self._address("decoded") + index * picture
         strides = {
             "batch_stride": channels * plane,
             "channel_stride": plane,
@@ -134,15 +132,22 @@ class Network:
         }
         box = _named(inside(placement.box, columns, rows))
         shared = {**strides, **box, "width": width, "height": height}
-        prediction = self._prediction(depths, channels, shared)
-        if self._decode.pictures == 1:
-            return prediction, None
-        return prediction, self._normals(depths + self._bucket.batch * picture, shared)
+        found = {}
+        for number, row in enumerate(self._decode.outputs):
+            decoded = self._address("decoded") + (number * self._bucket.batch + index) * picture
+            found[row.name] = self._map(row, decoded, channels, shared)
+        return Maps(**found)
 
-    def _prediction(self, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
+    def _map(self, row: Output, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
+        """What an output's row makes of a decoded picture at an address."""
+        if row.frame is None:
+            return self._prediction(row, decoded, channels, shared)
+        return self._normals(into_opencv(row.frame), decoded, shared)
+
+    def _prediction(self, row: Output, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
         width, height = shared["width"], shared["height"]
         depth, valid, prediction = (self._memory.device_buffer(n * width * height) for n in (FLOAT, 1, FLOAT))
-        order = "clamp_mean" if self._decode.clip == "channels" else "mean_clamp"
+        order = "clamp_mean" if row.clamp == "before_mean" else "mean_clamp"
         self._kernels.launch(
             f"log_dequantize.{order}{channels}_fp32",
             self._memory.stream,
@@ -161,10 +166,10 @@ class Network:
         )
         return DeviceArray(self._memory, prediction, (height, width))
 
-    def _normals(self, decoded: int, shared: dict[str, int]) -> DeviceArray:
+    def _normals(self, axes: Matrix, decoded: int, shared: dict[str, int]) -> DeviceArray:
         width, height = shared["width"], shared["height"]
         normals = self._memory.device_buffer(3 * FLOAT * width * height)
-        matrix = {f"m{row}{column}": OPENCV[3 * row + column] for row in range(3) for column in range(3)}
+        matrix = {f"m{row}{column}": axes[row][column] for row in range(3) for column in range(3)}
         self._kernels.launch(
             "normals.fp32",
             self._memory.stream,
@@ -180,7 +185,7 @@ class Network:
             self._launch(stage, stream, self._address(source), self._address(target))
         if self._decode.packing == "tokens":
             self._split(stream)
-        pictures, at_once = self._shapes["latents"][0], self._bucket.decoder.inputs[0].shape[0]
+        pictures, at_once = self._shapes["latents"][0], self._bucket.decodes_at_once
         sizes = [FLOAT * _count(self._shapes[name]) // pictures for name in ENDS["decoder"]]
         for first in range(0, pictures, at_once):
             addresses = (self._address(n) + first * s for n, s in zip(ENDS["decoder"], sizes, strict=True))
@@ -203,8 +208,8 @@ class Network:
                 "token_stride": features,
                 "scale": self._decode.latent_scale,
                 "shift": self._decode.latent_shift,
-                "depth_sign": self._decode.depth_sign,
-                "normal_sign": self._decode.normal_sign,
+                "depth_sign": self._decode.outputs[0].factor,
+                "normal_sign": self._decode.outputs[1].factor,
             },
         )
 

@@ -10,18 +10,17 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densegeo.errors import TensorSizeError
-from densegeo.kernels.log_dequantize import log_dequantize
-from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
-from densegeo.kernels.split import split
-from densegeo.models.vae import VAE
+from densegeo.models import chain
+from densegeo.models.rewrites import Pipeline
+from densegeo.outputs import Maps
 from densegeo.runtime.backends.torch_capture import Recorder, Replay
-from densegeo.runtime.bundle import Bucket, Decode
+from densegeo.runtime.bundle import Bucket
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement, inside
+from densegeo.runtime.resample import Placement, inside, whole
 
 MOST = 8  # images in one recording
 
@@ -31,22 +30,12 @@ log = logging.getLogger("densegeo")
 class DeviceNetwork:
     """The networks of one bucket on one device. One call at a time: its buffers are fixed.
 
-    denoiser: latent (B, C, h, w) -> its output, see `bundle.Decode`. parts: how many of an image's latents the decoder
-    takes at once. The networks are recorded for 1 image at once, for 2, 4 and `MOST` in `warm_up` or when first needed.
+    pipeline: fused; it is this object's own. The networks are recorded for 1 image at once, for 2, 4 and `MOST` in
+    `warm_up` or when first needed.
     """
 
-    def __init__(
-        self,
-        vae: VAE,
-        denoiser: nn.Module,
-        parts: int,
-        decode: Decode,
-        bucket: Bucket,
-        device: str,
-        recorder: Recorder | None,
-    ) -> None:
-        self._vae, self._denoiser, self._parts = vae, denoiser, parts
-        self._decode, self._bucket, self._size = decode, bucket, (bucket.width, bucket.height)
+    def __init__(self, pipeline: Pipeline, bucket: Bucket, device: str, recorder: Recorder | None) -> None:
+        self._pipeline, self._size = pipeline, bucket.size
         self._device, self._recorder, self._most = device, recorder, MOST
         self._replays: dict[int, Replay] = {}
         self._largest(1)
@@ -59,30 +48,26 @@ class DeviceNetwork:
             _, largest = self._largest(most)
             for power in range(largest.bit_length() - 2, 0, -1):
                 self._largest(1 << power)
-        width, height = self._size
-        blank = torch.zeros(height, width, 3, dtype=torch.uint8, device=self._device)
-        self([blank], [Placement((0, 0, width, height), (width, height))])
+        blank = torch.zeros(self._size.height, self._size.width, 3, dtype=torch.uint8, device=self._device)
+        self([blank], [whole(self._size)])
         return min(largest, self._most)
 
     def recorded(self, count: int) -> Replay:
-        """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (pictures * count,
-        channels, 8h, 8w), depth first, then normals. Raises torch.OutOfMemoryError, TensorSizeError.
+        """The networks for `count` images, at most `MOST`: rgb (count, 3, H, W) -> decoded (outputs * count,
+        channels, 8h, 8w). Raises torch.OutOfMemoryError, TensorSizeError.
         """
         if count not in self._replays:
-            bucket = self._bucket
-            example = torch.zeros(count, 3, bucket.height, bucket.width, device=self._device)
+            example = torch.zeros(count, 3, self._size.height, self._size.width, device=self._device)
             images = "1 image" if count == 1 else f"{count} images"
-            name = f"The network at {bucket.width}x{bucket.height} for {images}"
+            name = f"The network at {self._size} for {images}"
             self._replays[count] = Replay(name, self._network, (example,), self._recorder)
         return self._replays[count]
 
     def __call__(
         self, frames: Sequence[Tensor], placements: Sequence[Placement], color: Color = "rgb"
-    ) -> list[tuple[Tensor, ...]]:
-        """frames (h, w, 3) uint8 on the device -> of each its prediction (h, w) and, if the model has them, its OpenCV
-        normals (h, w, 3), float32, there.
-        """
-        results: list[tuple[Tensor, ...]] = []
+    ) -> list[Maps[Tensor]]:
+        """frames (h, w, 3) uint8 on the device -> the maps of each, there."""
+        results: list[Maps[Tensor]] = []
         with torch.inference_mode():
             while len(results) < len(frames):
                 replay, count = self._largest(len(frames) - len(results))
@@ -102,39 +87,22 @@ class DeviceNetwork:
             try:
                 return self.recorded(size), size
             except (torch.OutOfMemoryError, TensorSizeError) as error:
-                if size == 1 and self._parts == 1:
+                if size == 1 and self._pipeline.decoder_batch == 1:
                     raise
                 why = "no memory for" if isinstance(error, torch.OutOfMemoryError) else "32-bit offsets do not reach"
             if size > 1:
-                log.warning("%dx%d: %s %d images at once, %d from now on", *self._size, why, size, size // 2)
+                log.warning("%s: %s %d images at once, %d from now on", self._size, why, size, size // 2)
                 self._most = size = size // 2
             else:
-                log.warning("%dx%d: %s an image's pictures at once, one by one from now on", *self._size, why)
-                self._parts = 1
+                log.warning("%s: %s an image's pictures at once, one by one from now on", self._size, why)
+                self._pipeline.decoder_batch = 1
             torch.cuda.empty_cache()  # of all devices; here, where the error no longer holds what was allocated
 
-    def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, ...]:
-        """decoded (pictures, channels, 8h, 8w) -> prediction (h, w) and normals (h, w, 3)."""
-        box, size = inside(placement.box, decoded.shape[3], decoded.shape[2]), placement.source
-        first = self._decode.clip == "channels"
-        _, _, prediction = log_dequantize(
-            decoded[:1], box, size, scale=1.0, shift=0.0, clamp_first=first, with_prediction=True
-        )
-        assert prediction is not None
-        return (prediction[0], *(normals(decoded[1:], box, size)[:1] if self._decode.pictures == 2 else ()))
+    def _finish(self, decoded: Tensor, placement: Placement) -> Maps[Tensor]:
+        """One image's decoded pictures (outputs, channels, 8h, 8w) -> its maps."""
+        box = inside(placement.box, decoded.shape[3], decoded.shape[2])
+        return chain.assemble(self._pipeline.decode, decoded, placement.source, box)
 
     def _network(self, rgb: Tensor) -> Tensor:
-        """rgb (B, 3, H, W) -> decoded (pictures * B, channels, 8h, 8w) float32."""
-        output = self._denoiser(self._vae.encoder(rgb))
-        if self._decode.packing == "latent":
-            return self._vae.decoder(output)
-        latents = split(
-            output,
-            self._bucket.height,
-            self._bucket.width,
-            scale=self._decode.latent_scale,
-            shift=self._decode.latent_shift,
-            depth_sign=self._decode.depth_sign,
-            normal_sign=self._decode.normal_sign,
-        )
-        return torch.cat([self._vae.decoder(part) for part in latents.split(self._parts * len(rgb))])
+        """rgb (B, 3, H, W) -> decoded (outputs * B, channels, 8h, 8w) float32."""
+        return chain.run(self._pipeline, rgb, self._size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -310,7 +310,7 @@ def fuse_norms(network: Pictures) -> Pictures:
     return fused
 
 
-def fuse(denoiser: AnyDenoiser) -> nn.Module:
+def fuse(denoiser: AnyDenoiser) -> Any:
     """A denoiser over the project's kernels, where its rewrites allow that."""
     if isinstance(denoiser, UNet):
         return fuse_norms(denoiser)

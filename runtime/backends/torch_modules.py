@@ -9,6 +9,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
+from densegeo.outputs import Maps
 from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, Recorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
@@ -36,10 +38,9 @@ from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
+from densegeo.size import Size
 
 log = logging.getLogger("densegeo")
-
-Size = tuple[int, int]  # width, height
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBackend:
@@ -57,11 +58,10 @@ class TorchBackend:
         self.device = choose_device(device)
         require_precision(manifest, self.device)
         first = manifest.buckets[0]
-        self._buckets = {(bucket.width, bucket.height): bucket for bucket in manifest.buckets}  # the batch is its own
-        self._pipeline: Pipeline | None = load_networks(directory, manifest, (first.width, first.height), self.device)
-        self._denoisers: dict[Size, AnyDenoiser] = {(first.width, first.height): self._pipeline.denoiser}
+        self._buckets = {bucket.size: bucket for bucket in manifest.buckets}  # the batch is its own
+        self._pipeline: Pipeline | None = load_networks(directory, manifest, first.size, self.device)
+        self._denoisers: dict[Size, AnyDenoiser] = {first.size: self._pipeline.denoiser}
         self._lock = threading.RLock()
-        self._decode = manifest.decode
         self.takes_frames = frames_on_cpu or self.device != "cpu"  # numpy and Pillow are a CPU's faster way in and out
         self._recorder: Recorder | None = None
         if self.takes_frames:
@@ -89,7 +89,7 @@ class TorchBackend:
                     raise
                 self._networks.pop(size, None)
                 self._failed[size] = error
-                log.warning("%dx%d is left out: %s", *size, error)
+                log.warning("%s is left out: %s", size, error)
         self.frames_at_once = max(together)
 
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -109,27 +109,25 @@ class TorchBackend:
 
     def estimate(
         self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-        """Pixels (h, w, 3) RGB -> predictions (h, w) and normals (h, w, 3) or None, see `DeviceNetwork`.
+    ) -> list[Maps[NDArray[np.float32]]]:
+        """Pixels (h, w, 3) RGB -> the maps of each, see `DeviceNetwork`.
 
         Threads may call together: the copies of one group of images then overlap the networks of another. Raises
         BackendError.
         """
         network = self._network(bucket)
         try:
-            results = self._ring.run(pixels, lambda frames: network(frames, placements))
+            return self._ring.run(pixels, lambda frames: network(frames, placements))
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
-        return [(result[0], result[1] if len(result) > 1 else None) for result in results]
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> tuple[Tensor, Tensor | None]:
+    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[Tensor]:
         """`estimate` on an array that may lie on the device; the results stay there. Raises BackendError."""
         network = self._network(bucket)
         try:
-            result = self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
+            return self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
         except (RuntimeError, BufferError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
-        return result[0], result[1] if len(result) > 1 else None
 
     def close(self) -> None:
         """Drop the weights."""
@@ -148,7 +146,7 @@ class TorchBackend:
             raise self._failure(bucket, error) from error
 
     def _network(self, bucket: Bucket) -> DeviceNetwork:
-        size = bucket.width, bucket.height
+        size = bucket.size
         with self._lock:
             denoiser = self._module(bucket, "denoiser")
             if size in self._failed:
@@ -158,15 +156,8 @@ class TorchBackend:
                 assert self._pipeline is not None
                 try:
                     with self._ring.computing(), torch.inference_mode():
-                        self._networks[size] = DeviceNetwork(
-                            self._fused_vae,
-                            fuse(denoiser),
-                            self._pipeline.decoder_batch,
-                            self._decode,
-                            bucket,
-                            self.device,
-                            self._recorder,
-                        )
+                        fused = replace(self._pipeline, denoiser=fuse(denoiser), vae=self._fused_vae)
+                        self._networks[size] = DeviceNetwork(fused, bucket, self.device, self._recorder)
                 except (RuntimeError, torch.OutOfMemoryError) as error:
                     raise self._failure(bucket, error) from error
             return self._networks[size]
@@ -182,17 +173,16 @@ class TorchBackend:
                 return self._pipeline.vae.encoder
             if stage == "decoder":
                 return self._pipeline.vae.decoder
-            size = bucket.width, bucket.height
-            if size not in self._denoisers:
-                self._denoisers[size] = resized(self._pipeline.denoiser, size)
-            return self._denoisers[size]
+            if bucket.size not in self._denoisers:
+                self._denoisers[bucket.size] = resized(self._pipeline.denoiser, bucket.size)
+            return self._denoisers[bucket.size]
 
 
 def resized(denoiser: AnyDenoiser, size: Size) -> AnyDenoiser:
-    """A denoiser for another image size (width, height) that shares every weight with the given one."""
+    """A denoiser for another image size that shares every weight with the given one."""
     shared = {id(tensor): tensor for tensor in denoiser.state_dict(keep_vars=True).values()}
     twin = copy.deepcopy(denoiser, shared)
-    twin.resize(*size)
+    twin.resize(size)
     return twin.to(denoiser.prompt_embeds.device)  # tables that were made anew
 
 

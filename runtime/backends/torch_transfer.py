@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from densegeo.errors import BackendError
+from densegeo.outputs import Maps
 from densegeo.runtime.backends import dlpack, require_device
 from densegeo.runtime.backends.cuda_array import LEGACY
 
 RING = 2  # images in flight: one computes while the other is copied
 
-Results = tuple[Tensor, ...]  # of one image, float32
+Results = Maps[Tensor]  # of one image
 
 
 class Ring:
@@ -47,7 +48,7 @@ class Ring:
 
     def run(
         self, pixels: Sequence[NDArray[np.uint8]], compute: Callable[[list[Tensor]], Sequence[Results]]
-    ) -> list[tuple[NDArray[np.float32], ...]]:
+    ) -> list[Maps[NDArray[np.float32]]]:
         """Copy images in, launch `compute(tensors on the device)`, wait, and return copies of its results."""
         slot = self._free.get()
         try:
@@ -64,7 +65,7 @@ class Ring:
                 done = self._event()
             if done is not None:
                 done.synchronize()
-            return [tuple(buffer.numpy().copy() for buffer in group) for group in buffers]
+            return [Maps(**{name: buffer.numpy().copy() for name, buffer in group.items()}) for group in buffers]
         except BaseException:
             if self._cuda:
                 torch.cuda.synchronize(self._device)  # nothing may still use the slot when the next image takes it
@@ -91,7 +92,7 @@ class Ring:
             results = compute(frame)
             computed = self._event()
         self._wait(computed)
-        for result in results:
+        for result in results.named().values():
             self._reads(result)
         return results
 
@@ -177,16 +178,19 @@ class Slot:
         there = self._device_in[:total].copy_(self._host_in[:total], non_blocking=True).split(sizes)
         return [part.view(image.shape) for part, image in zip(there, pixels, strict=True)]
 
-    def download(self, results: Sequence[Results]) -> list[tuple[Tensor, ...]]:
+    def download(self, results: Sequence[Results]) -> list[dict[str, Tensor]]:
         """Float32 tensors of the device -> views of the pinned buffer, on the current stream."""
         self._results = results  # their memory must outlive the copy
-        sizes = [result.numel() for group in results for result in group]
+        sizes = [result.numel() for group in results for result in group.named().values()]
         total = sum(sizes)
         if self._host_out.numel() < total:
             self._host_out = self._pinned(total, torch.float32)
         parts = iter(self._host_out[:total].split(sizes))
         return [
-            tuple(next(parts).view(result.shape).copy_(result, non_blocking=True) for result in group)
+            {
+                name: next(parts).view(result.shape).copy_(result, non_blocking=True)
+                for name, result in group.named().items()
+            }
             for group in results
         ]
 

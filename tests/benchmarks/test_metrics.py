@@ -13,7 +13,7 @@ from sklearn.linear_model import LinearRegression
 
 from densegeo.benchmarks import metrics
 from densegeo.benchmarks.metrics import AnglePool, align, angles, depth_scores, fit_line, mean_scores
-from densegeo.runtime.bundle import DepthKind
+from densegeo.outputs import DepthKind
 from tests.support.datasets import slow_angle
 
 WIDE = (1e-5, math.inf)

@@ -29,6 +29,7 @@ from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import verify
+from densegeo.size import Size
 from tests.support.calibration import run, stage_error
 from tests.support.checkpoints import options, write_checkpoint
 
@@ -58,8 +59,8 @@ def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -
 
 def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path: Path) -> None:
     manifest = read_manifest(bundle)
-    pipeline = load_networks(bundle, manifest, (48, 32), "cpu")
-    streamed = load_networks(bundle, manifest, (48, 32), "cpu", streamed=True)
+    pipeline = load_networks(bundle, manifest, Size(48, 32), "cpu")
+    streamed = load_networks(bundle, manifest, Size(48, 32), "cpu", streamed=True)
     kinds = {"ort": OnnxInputs(bundle, manifest), "torch": TorchInputs(pipeline), "streamed": TorchInputs(streamed)}
     found = [
         collect(
@@ -97,7 +98,7 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
 def test_inputs_are_seen_as_they_come(bundle: Path) -> None:
     """None is kept until the run ends: those of a full-size picture would not fit into memory."""
     manifest = read_manifest(bundle)
-    pipeline = load_networks(bundle, manifest, (48, 32), "cpu")
+    pipeline = load_networks(bundle, manifest, Size(48, 32), "cpu")
     ran: list[str] = []
     for name, layer in pipeline.denoiser.named_modules():
         layer.register_forward_hook(lambda *_, name=name: ran.append(name))

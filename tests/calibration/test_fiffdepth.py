@@ -13,7 +13,7 @@ from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
-from densegeo.models.reference import relative
+from densegeo.models.chain import relative
 from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest

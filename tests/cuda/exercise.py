@@ -172,8 +172,8 @@ class Checks:
                 self._error(f"tensors {index}", reading.wait(), want)
 
     def _expected(self) -> list[list[NDArray[np.float32]]]:
-        """Prediction, and normals where there are any, of every image."""
-        return [[g.prediction, *([] if g.normals is None else [g.normals])] for g in self._setup.wanted]  # type: ignore[list-item]
+        """What every image gives."""
+        return [_maps(geometry) for geometry in self._setup.wanted]
 
     def _verified(self) -> None:
         """Stored pictures as `densegeo verify` sends them, and stored inputs through single engines."""
@@ -187,12 +187,16 @@ class Checks:
 
     def _compare(self, what: str, found: list[Geometry]) -> None:
         for geometry, wanted in zip(found, self._expected(), strict=True):
-            made = [geometry.prediction, *([] if geometry.normals is None else [geometry.normals])]
-            for array, want in zip(made, wanted, strict=True):
-                self._error(what, array, want)  # type: ignore[arg-type]
+            for array, want in zip(_maps(geometry), wanted, strict=True):
+                self._error(what, array, want)
 
     def _error(self, what: str, found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
         error = relative_error(found, wanted)
         self._outcome.worst_error = max(self._outcome.worst_error, error)
         if not error <= BOUND:
             self._outcome.failures.append(f"{what}: relative error {error:.2e}")
+
+
+def _maps(geometry: Geometry) -> list[NDArray[np.float32]]:
+    """The prediction and the normals, as far as there are any."""
+    return [array for array in (geometry.prediction, geometry.normals) if array is not None]

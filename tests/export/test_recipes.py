@@ -41,10 +41,10 @@ def test_the_ready_bundles_graphs_are_those_of_todays_recipe(stage: str, tmp_pat
     if manifest.versions["torch"] != versions()["torch"]:
         pytest.skip("another torch names nodes in another way")
     (bucket,) = manifest.buckets
-    pipeline = load_networks(directory, manifest, (bucket.width, bucket.height), "cpu")
+    pipeline = load_networks(directory, manifest, bucket.size, "cpu")
     weights = tmp_path / f"{stage}.safetensors"
     shutil.copyfile(directory / weights.name, weights)
-    taken, given, example = bucket_examples(pipeline, (bucket.width, bucket.height), 1)[stage]
+    taken, given, example = bucket_examples(pipeline, bucket.size, 1)[stage]
     export_graph(pipeline.stages()[stage], example, (taken, given), weights, tmp_path / "graph.onnx")
     assert structure(tmp_path / "graph.onnx") == structure(directory / getattr(bucket, stage).file)
 

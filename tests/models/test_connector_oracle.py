@@ -13,9 +13,10 @@ from torch import Tensor
 
 from densegeo.benchmarks.synthetic import random_pipeline
 from densegeo.errors import CheckpointError
-from densegeo.models import fe2e, reference, rewrites
+from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.prompt import Prompt
+from densegeo.size import Size
 
 pytestmark = pytest.mark.integration
 
@@ -156,27 +157,27 @@ PROMPTS = {  # name -> text tokens that stay when equal padding is merged
 @pytest.mark.parametrize("name", PROMPTS)
 def test_connector_equals_the_second_implementation(name: str) -> None:
     prompt = prompt_for(name)
-    model = random_pipeline(TRANSFORMER, VAE, prompt, 32, 32, seed=3).denoiser
+    model = random_pipeline(TRANSFORMER, VAE, prompt, Size(32, 32), seed=3).denoiser
     weights = {key.removeprefix("connector."): value for key, value in model.state_dict().items() if "connector" in key}
     tokens, pooled = plain_connector(weights, prompt.embeds, prompt.mask, HEADS)
     ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     assert tokens.std() > 0.05
-    assert reference.relative(ours[0], tokens) <= BOUND
-    assert reference.relative(our_pooled[0], pooled) <= BOUND
+    assert chain.relative(ours[0], tokens) <= BOUND
+    assert chain.relative(our_pooled[0], pooled) <= BOUND
     for row in range(TOKENS):  # a wrong row must not drown among right ones
-        assert reference.relative(ours[0, row], tokens[row]) <= BOUND
+        assert chain.relative(ours[0, row], tokens[row]) <= BOUND
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("on", [("padding",), ("connector", "padding"), fe2e.NAMES], ids=len)
 def test_merging_padding_is_exact_for_the_whole_transformer(name: str, on: tuple[str, ...]) -> None:
     prompt = prompt_for(name)
-    plain = random_pipeline(TRANSFORMER, VAE, prompt, 48, 32, seed=4)
+    plain = random_pipeline(TRANSFORMER, VAE, prompt, Size(48, 32), seed=4)
     latent = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(5))
-    wanted = reference.transform(plain, latent)
+    wanted = chain.denoise(plain, latent)
     assert wanted.std() > 0.05
     merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in fe2e.REWRITES if rewrite.name in on])
-    assert reference.relative(reference.transform(merged, latent), wanted.double()) <= BOUND
+    assert chain.relative(chain.denoise(merged, latent), wanted.double()) <= BOUND
     text, _ = merged.denoiser.conditioning()
     assert text.shape[1] == PROMPTS[name]
 

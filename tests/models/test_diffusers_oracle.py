@@ -10,10 +10,11 @@ import torch
 
 from densegeo.benchmarks.baseline import make_baseline
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
-from densegeo.models import fe2e, reference, rewrites
+from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig, transformer_config, vae_config
-from densegeo.models.transformer import Transformer, split
+from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 
 pytestmark = pytest.mark.integration
 
@@ -76,7 +77,7 @@ def test_agrees_with_diffusers(case: Case) -> None:
     transformer, vae = case.configs()
     width, height = case.size
     prompt = random_prompt(*case.tokens, transformer.prompt_dim, seed=len(case.name))
-    plain = random_pipeline(transformer, vae, prompt, width, height, seed=len(case.name) + 1)
+    plain = random_pipeline(transformer, vae, prompt, Size(width, height), seed=len(case.name) + 1)
     rgb = random_image(width, height, seed=2)
     oracle = make_baseline(plain, vae)
     latent = oracle.encode(rgb)
@@ -88,17 +89,18 @@ def test_agrees_with_diffusers(case: Case) -> None:
 
     for applied in ((), fe2e.REWRITES):
         ours = rewrites.apply(copy.deepcopy(plain), applied)
-        our_latent = reference.encode(ours, rgb)
-        assert reference.relative(our_latent, latent) <= BOUND
-        our_velocity = reference.transform(ours, our_latent)
-        assert reference.relative(our_velocity, velocity) <= BOUND
-        our_decoded = reference.decode(ours, split(our_velocity, height, width))
-        assert reference.relative(our_decoded, decoded) <= BOUND
+        our_latent = chain.encode(ours, rgb)
+        assert chain.relative(our_latent, latent) <= BOUND
+        our_velocity = chain.denoise(ours, our_latent)
+        assert chain.relative(our_velocity, velocity) <= BOUND
+        our_decoded = chain.decode(ours, chain.split(ours.decode, our_velocity, Size(width, height)))
+        assert chain.relative(our_decoded, decoded) <= BOUND
         # What DESIGN calls p and the unit normals, spelled out.
         clamped = decoded.clamp(-1, 1)
-        assert reference.relative(ours.denoiser.prediction(our_decoded), (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
+        maps = chain.assemble(ours.decode, our_decoded, Size(width, height))
+        assert chain.relative(maps.prediction, (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
         length = clamped[1].square().sum(0).sqrt().clamp(min=1e-9)
-        assert reference.relative(reference.normals(our_decoded), clamped[1] / length) <= BOUND
+        assert chain.relative(-maps.normals.permute(2, 0, 1), clamped[1] / length) <= BOUND  # left, up, back
 
 
 def test_architecture_is_read_from_the_shapes() -> None:
@@ -118,16 +120,16 @@ def test_architecture_is_read_from_the_shapes() -> None:
 def test_oracle_notices_a_small_mistake(stage: str) -> None:
     """A bound that an erf GELU, or GroupNorm's default eps, would pass proves nothing."""
     transformer, vae = CASES[0].configs()
-    pipeline = random_pipeline(transformer, vae, random_prompt(20, 6, transformer.prompt_dim, 0), 96, 64, 1)
+    pipeline = random_pipeline(transformer, vae, random_prompt(20, 6, transformer.prompt_dim, 0), Size(96, 64), 1)
     rgb, oracle = random_image(96, 64, 2), make_baseline(pipeline, vae)
     latent = oracle.encode(rgb)
     if stage == "transformer":
         velocity = oracle.transform(latent)
         for block in pipeline.denoiser.double_blocks:
             block.img_mlp[1].approximate = "none"  # type: ignore[union-attr, index]
-        assert reference.relative(reference.transform(pipeline, latent), velocity) > BOUND
+        assert chain.relative(chain.denoise(pipeline, latent), velocity) > BOUND
     else:
         for module in pipeline.vae.encoder.modules():
             if isinstance(module, torch.nn.GroupNorm):
                 module.eps = 1e-4
-        assert reference.relative(reference.encode(pipeline, rgb), latent) > BOUND
+        assert chain.relative(chain.encode(pipeline, rgb), latent) > BOUND

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.models import fiffdepth, reference, rewrites
+from densegeo.models import chain, fiffdepth, rewrites
 from densegeo.models.config import read_json
 from densegeo.models.diffusers_format import sd_vae_config, unet_config
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.unet import ConstantCrossAttention, CrossAttention, GatedCrossAttention, TokenBlock
+from densegeo.size import Size
 from tests.support.diffusers_checkpoint import CASES, Case, oracle, picture, write
 
 pytestmark = pytest.mark.integration
@@ -40,22 +41,24 @@ def files(directory: Path, prompt: str = "empty_prompt.safetensors") -> Files:
 
 
 def run(pipeline: Pipeline, rgb: Tensor) -> dict[str, Tensor]:
-    height, width = rgb.shape[-2:]
-    latent = reference.encode(pipeline, rgb)
-    output = reference.transform(pipeline, latent)
-    decoded = reference.decode(pipeline, pipeline.denoiser.latents(output, height, width))
-    return {"latent": latent, "depth_latent": output, "depth": pipeline.denoiser.prediction(decoded)}
+    size = Size(rgb.shape[3], rgb.shape[2])
+    latent = chain.encode(pipeline, rgb)
+    output = chain.denoise(pipeline, latent)
+    decoded = chain.decode(pipeline, chain.split(pipeline.decode, output, size))
+    maps = chain.assemble(pipeline.decode, decoded, size)
+    assert maps.prediction is not None
+    return {"latent": latent, "depth_latent": output, "depth": maps.prediction}
 
 
 def errors(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    return {name: reference.relative(ours[name], wanted[name]) for name in wanted}
+    return {name: chain.relative(ours[name], wanted[name]) for name in wanted}
 
 
 @pytest.mark.parametrize("off", OFF, ids="-".join)
 def test_the_authors_numbers(each_golden: Path, off: tuple[str, ...]) -> None:
     folder = each_golden / "fiffdepth_small"
     image = torch.from_numpy(np.load(folder / "image_u8_hwc.npy")).permute(2, 0, 1)[None].float()
-    loaded = load_pipeline(files(folder, "prompt.safetensors"), image.shape[3], image.shape[2])
+    loaded = load_pipeline(files(folder, "prompt.safetensors"), Size(image.shape[3], image.shape[2]))
     found = run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), image / 255 * 2 - 1)
     expected = load_file(folder / "expected.safetensors")
     wanted = {name: expected[key] for name, key in (("latent", "rgb_latent"), ("depth_latent", "depth_latent"))}
@@ -69,7 +72,7 @@ def test_agrees_with_diffusers(case: Case, tmp_path: Path) -> None:
     assert wanted["depth"].std() > 0.05  # not saturated
     directory = write(tmp_path, case)
     for off in OFF:
-        loaded = load_pipeline(files(directory), *case.size)
+        loaded = load_pipeline(files(directory), Size(*case.size))
         found = errors(run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), rgb), wanted)
         assert max(found.values()) <= BOUND, (off, found)
 
@@ -78,7 +81,7 @@ def test_gates_are_for_two_tokens(tmp_path: Path) -> None:
     kinds = {}
     for case in CASES:
         if case.tokens == 3 or case.name == "sd2-like":
-            loaded = load_pipeline(files(write(tmp_path / case.name, case)), *case.size)
+            loaded = load_pipeline(files(write(tmp_path / case.name, case)), Size(*case.size))
             blocks = [module for module in loaded.denoiser.modules() if isinstance(module, TokenBlock)]
             assert {type(block.attn2) for block in blocks} == {CrossAttention}
             rewrites.apply(loaded, fiffdepth.REWRITES)
@@ -89,7 +92,7 @@ def test_gates_are_for_two_tokens(tmp_path: Path) -> None:
 
 def test_rewriting_removes_what_it_says(tmp_path: Path) -> None:
     case = CASES[0]
-    loaded = load_pipeline(files(write(tmp_path, case)), *case.size)
+    loaded = load_pipeline(files(write(tmp_path, case)), Size(*case.size))
     rewrites.apply(loaded, fiffdepth.REWRITES)
     keys = loaded.denoiser.state_dict()
     gone = ("time_embedding", "time_emb_proj", "attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out")
@@ -110,7 +113,7 @@ def test_legacy_attention_names(tmp_path: Path) -> None:
         tensors[key] = tensor
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
     save_file(tensors, path)
-    assert max(errors(run(load_pipeline(files(directory), *case.size), rgb), oracle(case, rgb)).values()) <= BOUND
+    assert max(errors(run(load_pipeline(files(directory), Size(*case.size)), rgb), oracle(case, rgb)).values()) <= BOUND
 
 
 @pytest.mark.parametrize(
@@ -145,14 +148,14 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     directory = write(tmp_path, CASES[0])
     (directory / "unet" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"unet/config\.json"):
-        load_pipeline(files(directory), 64, 48)
+        load_pipeline(files(directory), Size(64, 48))
 
 
 def test_a_unet_for_other_inputs_is_refused(tmp_path: Path) -> None:
     """Marigold's takes noise beside the picture's latent: eight channels."""
     directory = write(tmp_path, Case("eight", {"in_channels": 8}))
     with pytest.raises(ConfigError, match=r"takes 8 channels and gives 4; .* another depth model's"):
-        load_pipeline(files(directory), 64, 48)
+        load_pipeline(files(directory), Size(64, 48))
 
 
 def test_tensors_in_the_way_are_named_as_in_the_file(tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_tensors_in_the_way_are_named_as_in_the_file(tmp_path: Path) -> None:
     del tensors["encoder.mid_block.attentions.0.to_q.weight"]
     save_file(tensors | {"extra": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError) as caught:
-        load_pipeline(files(directory), 64, 48)
+        load_pipeline(files(directory), Size(64, 48))
     assert "missing: encoder.mid_block.attentions.0.to_q.weight" in str(caught.value)
     assert "unexpected: extra" in str(caught.value)
 
@@ -171,7 +174,7 @@ def test_a_prompt_of_another_width_is_refused(tmp_path: Path) -> None:
     directory = write(tmp_path, CASES[0])
     save_file({"empty_prompt": torch.zeros(1, 2, 7)}, directory / "empty_prompt.safetensors")
     with pytest.raises(CheckpointError, match="7 features a token, the network wants 24"):
-        load_pipeline(files(directory), 64, 48)
+        load_pipeline(files(directory), Size(64, 48))
 
 
 def test_configurations_without_defaults_read_as_diffusers_does(tmp_path: Path) -> None:

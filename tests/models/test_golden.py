@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from densegeo.models import fe2e, reference, rewrites
+from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.checkpoint import load_weights, read_entries
 from densegeo.models.config import read_config_file, transformer_config, vae_config
+from densegeo.models.families import FE2E
+from densegeo.models.loading import bound
 from densegeo.models.prompt import load_prompt
 from densegeo.models.rewrites import Pipeline
-from densegeo.models.transformer import Transformer, split
+from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 
 pytestmark = pytest.mark.integration
 
@@ -45,23 +48,28 @@ def loaded(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Pipeline]
     load_weights(vae, folder / "vae.safetensors")
     prompt = load_prompt(folder / "no_info.npz")
     assert (len(prompt.mask), prompt.valid) == (given["text_tokens"], given["valid_text_tokens"])
-    return request.param, Pipeline(transformer.bind(prompt, given["width"], given["height"]), vae, prompt).eval()
+    return request.param, bound(FE2E, transformer, vae, prompt, Size(given["width"], given["height"]))
 
 
 def run(pipeline: Pipeline, folder: Path) -> dict[str, Tensor]:
     """Every stage's output under the golden file's names."""
     image = torch.from_numpy(np.load(folder / "image_u8_hwc.npy")).permute(2, 0, 1)[None] / 255
     height, width = image.shape[-2:]
-    out = {"rgb_latent": reference.encode(pipeline, 2 * image - 1)}
-    out["velocity"] = reference.transform(pipeline, out["rgb_latent"])
-    latents = split(out["velocity"], height, width)
-    decoded = reference.decode(pipeline, latents)
+    out = {"rgb_latent": chain.encode(pipeline, 2 * image - 1)}
+    out["velocity"] = chain.denoise(pipeline, out["rgb_latent"])
+    latents = chain.split(pipeline.decode, out["velocity"], Size(width, height))
+    decoded = chain.decode(pipeline, latents)
+    config = pipeline.vae.config
     for index, name in enumerate(("depth", "normal")):
-        out[f"{name}_latent"] = latents[index : index + 1]
+        scaled = (latents[index : index + 1] - config.shift_factor) * config.scale_factor  # as the authors keep them
+        out[f"{name}_latent"] = scaled
         out[f"{name}_decoded"] = decoded[index : index + 1]
     out["normal_clamped"] = decoded[1:].clamp(-1, 1)
-    out["depth01"] = pipeline.denoiser.prediction(decoded)[None]
-    out["normal_unit"] = reference.normals(decoded)[None]
+    maps = chain.assemble(pipeline.decode, decoded, Size(width, height))
+    assert maps.prediction is not None
+    assert maps.normals is not None
+    out["depth01"] = maps.prediction[None]
+    out["normal_unit"] = -maps.normals.permute(2, 0, 1)[None]  # OpenCV's axes -> the network's
     return out
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from densegeo.models import fe2e, quantized, rewrites
 from densegeo.models.config import TransformerConfig
+from densegeo.models.families import FE2E
+from densegeo.models.loading import bound
 from densegeo.models.prompt import Prompt
 from densegeo.models.quantized import (
     FORMATS,
@@ -23,9 +25,9 @@ from densegeo.models.quantized import (
     quantized_linear,
     smoothable,
 )
-from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.size import Size
 from tests.support.checkpoints import SMALL, SMALL_VAE
 
 
@@ -116,7 +118,7 @@ def rewritten(config: TransformerConfig = SMALL) -> Transformer:
         nn.init.normal_(parameter, std=0.2)
     embeds = np.random.default_rng(0).standard_normal((5, config.prompt_dim)).astype(np.float32)
     prompt = Prompt(embeds, np.arange(5) < 2)
-    pipeline = Pipeline(transformer.bind(prompt, 64, 48), VAE(SMALL_VAE), prompt).eval()
+    pipeline = bound(FE2E, transformer, VAE(SMALL_VAE), prompt, Size(64, 48))
     with torch.no_grad():
         return rewrites.apply(pipeline, fe2e.REWRITES).denoiser
 

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.benchmarks.synthetic import random_pipeline, random_prompt
 from densegeo.errors import ConfigError
-from densegeo.models import fe2e, reference, rewrites
+from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.fe2e import NAMES, REWRITES
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline
+from densegeo.size import Size
 
 # Sizes that differ from each other wherever they may, so that no formula is right by accident.
 C = TransformerConfig(
@@ -47,7 +48,7 @@ HALF = (WIDTH // 16) * (HEIGHT // 16)  # image tokens of one half
 
 @pytest.fixture(scope="module")
 def plain() -> Pipeline:
-    return random_pipeline(C, V, random_prompt(TEXT, VALID, C.prompt_dim, 0), WIDTH, HEIGHT, seed=1)
+    return random_pipeline(C, V, random_prompt(TEXT, VALID, C.prompt_dim, 0), Size(WIDTH, HEIGHT), seed=1)
 
 
 def with_names(plain: Pipeline, names: frozenset[str]) -> Pipeline:
@@ -171,10 +172,10 @@ def test_decoder_changes_as_predicted(plain: Pipeline, names: frozenset[str]) ->
     latents = torch.zeros(2, 16, HEIGHT // 4, WIDTH // 4)  # this toy autoencoder has three levels
     calls: list[int] = []
     pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
-    flops = measured_flops(lambda: reference.decode(pipeline, latents))
+    flops = measured_flops(lambda: chain.decode(pipeline, latents))
     parameters_more, flops_more = predicted_decoder(names)
     assert stored(pipeline.vae) - stored(plain.vae) == parameters_more
-    assert flops - measured_flops(lambda: reference.decode(plain, latents)) == flops_more
+    assert flops - measured_flops(lambda: chain.decode(plain, latents)) == flops_more
     assert calls == ([2] if "decoder" in names else [1, 1])
     if names == {"upsample"}:
         assert flops_more < 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from densegeo.models import fe2e, reference, rewrites
+from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.families import FE2E
 from densegeo.models.fe2e import NAMES
 from densegeo.models.loading import Files, load_pipeline, open_streamed, rewritten_form
@@ -16,6 +16,7 @@ from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
 from densegeo.models.transformer import Transformer
+from densegeo.size import Size
 from tests.support.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.integration
@@ -42,15 +43,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
-    whole = load_pipeline(files, WIDTH, HEIGHT)
-    streamed, _ = open_streamed(files, WIDTH, HEIGHT)
-    expected = reference.transform(whole, latent)
-    torch.testing.assert_close(reference.transform(streamed, latent), expected, rtol=0, atol=0)
+    whole = load_pipeline(files, Size(WIDTH, HEIGHT))
+    streamed, _ = open_streamed(files, Size(WIDTH, HEIGHT))
+    expected = chain.denoise(whole, latent)
+    torch.testing.assert_close(chain.denoise(streamed, latent), expected, rtol=0, atol=0)
     for _, block in streamed.denoiser.blocks():
         assert {tensor.device.type for tensor in block.state_dict().values()} == {"meta"}
     without = Files(files.family, {role: path for role, path in files.paths.items() if role != "lora"})
-    plain, _ = open_streamed(without, WIDTH, HEIGHT)
-    assert not torch.allclose(reference.transform(plain, latent), expected, rtol=1e-3)  # the LoRA counts
+    plain, _ = open_streamed(without, Size(WIDTH, HEIGHT))
+    assert not torch.allclose(chain.denoise(plain, latent), expected, rtol=1e-3)  # the LoRA counts
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -61,10 +62,10 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
     files: Files, without: tuple[str, ...], precision: str, tmp_path: Path
 ) -> None:
     applied = rewrites.select(fe2e.REWRITES, without)
-    whole = cast(rewrites.apply(load_pipeline(files, WIDTH, HEIGHT), applied), precision)
-    streamed, source = open_streamed(files, WIDTH, HEIGHT)
+    whole = cast(rewrites.apply(load_pipeline(files, Size(WIDTH, HEIGHT)), applied), precision)
+    streamed, source = open_streamed(files, Size(WIDTH, HEIGHT))
     configs = streamed.denoiser.config, streamed.vae.config
-    final = rewritten_form(FE2E, configs, streamed.prompt, applied, (WIDTH, HEIGHT)).denoiser
+    final = rewritten_form(FE2E, configs, streamed.prompt, applied, Size(WIDTH, HEIGHT)).denoiser
     cast_module(final, precision)
     path = tmp_path / "transformer.safetensors"
     written = []
@@ -77,24 +78,24 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
         torch.testing.assert_close(stored[name], tensor, rtol=1e-5 if precision == "fp32" else 1e-2, atol=1e-6)
     # The original is left as it was, and can be run again.
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
-    original = reference.transform(load_pipeline(files, WIDTH, HEIGHT), latent)
-    torch.testing.assert_close(reference.transform(streamed, latent), original, rtol=0, atol=0)
+    original = chain.denoise(load_pipeline(files, Size(WIDTH, HEIGHT)), latent)
+    torch.testing.assert_close(chain.denoise(streamed, latent), original, rtol=0, atol=0)
 
 
 def test_a_file_can_be_filled_from_again(files: Files, tmp_path: Path) -> None:
     """What was stored runs, again one block at a time."""
     applied = fe2e.REWRITES
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
-    expected = reference.transform(load_pipeline(files, WIDTH, HEIGHT), latent)
-    streamed, source = open_streamed(files, WIDTH, HEIGHT)
+    expected = chain.denoise(load_pipeline(files, Size(WIDTH, HEIGHT)), latent)
+    streamed, source = open_streamed(files, Size(WIDTH, HEIGHT))
     form = rewritten_form(
-        FE2E, (streamed.denoiser.config, streamed.vae.config), streamed.prompt, applied, (WIDTH, HEIGHT)
+        FE2E, (streamed.denoiser.config, streamed.vae.config), streamed.prompt, applied, Size(WIDTH, HEIGHT)
     )
     write_rewritten(streamed, source, form.denoiser, applied, "fp32", tmp_path / "t.safetensors")
     again = BlockFile(tmp_path / "t.safetensors")
     again.fill_outside(form.denoiser)
     again.attach(form.denoiser)
-    assert reference.relative(reference.transform(form, latent), expected) <= 1e-5
+    assert chain.relative(chain.denoise(form, latent), expected) <= 1e-5
 
 
 def test_a_writer_takes_tensors_in_any_order_and_misses_none(tmp_path: Path) -> None:

@@ -576,7 +576,7 @@ def test_an_estimator_with_a_hanging_backend_closes(bundle: Path, gate: Gate) ->
             estimator.submit(constant_image(0.5))
     assert not estimator._backend.closed, "it is still being used by the stuck thread"
     gate.open()
-    for thread in estimator._batcher._threads:
+    for thread in estimator._service._batcher._threads:
         thread.join(T)
 
 

@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densegeo.runtime.bundle import Decode
-from densegeo.runtime.decode import (
-    clamped_normals,
-    depth_prediction,
-    network_to_opencv,
-    split_velocity,
-    unit_normals,
-    unpack,
-)
+from densegeo.outputs import Decode, Output, into_opencv
+from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, turned, unit_normals, unpack
+from densegeo.size import Size
 
 BOUND = 1e-5  # relative L2, float32
-FE2E = Decode(depth_kind="log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1)
+FE2E = Decode(
+    packing="tokens",
+    outputs=(
+        Output(kind="depth", clamp="before_mean", factor=-1, space="log_affine"),
+        Output(kind="normals", clamp="before_mean", frame="dsine"),
+    ),
+    latent_scale=0.3611,
+    latent_shift=0.1159,
+)
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -36,7 +38,7 @@ def numbers(each_golden: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("run", ["base", "lora"])
 def test_golden_latents(numbers: dict[str, np.ndarray], run: str) -> None:
     height, width = numbers[f"{run}.depth_decoded"].shape[-2:]
-    latents = split_velocity(numbers[f"{run}.velocity"], height, width, FE2E)
+    latents = latents_of(numbers[f"{run}.velocity"], Size(width, height), FE2E)
     for row, name in enumerate(("depth", "normal")):
         golden = numbers[f"{run}.{name}_latent"][0]  # stored before scale and shift are undone
         assert error(latents[row], golden / np.float32(0.3611) + np.float32(0.1159)) <= BOUND
@@ -46,7 +48,7 @@ def test_golden_latents(numbers: dict[str, np.ndarray], run: str) -> None:
 def test_golden_pictures(numbers: dict[str, np.ndarray], run: str) -> None:
     decoded = numbers[f"{run}.depth_decoded"][0]
     assert np.abs(decoded).max() > 1  # the clamp must matter
-    assert error(depth_prediction(decoded, FE2E), numbers[f"{run}.depth01"][0]) <= BOUND
+    assert error(depth_prediction(decoded, "before_mean"), numbers[f"{run}.depth01"][0]) <= BOUND
     clamped = clamped_normals(numbers[f"{run}.normal_decoded"][0])
     assert error(clamped, numbers[f"{run}.normal_clamped"][0].transpose(1, 2, 0)) <= BOUND
     assert error(unit_normals(clamped), numbers[f"{run}.normal_unit"][0].transpose(1, 2, 0)) <= BOUND
@@ -54,7 +56,7 @@ def test_golden_pictures(numbers: dict[str, np.ndarray], run: str) -> None:
 
 def test_unpack_places_tokens_row_by_row() -> None:
     tokens = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)  # 2 rows, 3 columns, 2 channels
-    latents = unpack(np.stack([tokens, -tokens]), 32, 48)
+    latents = unpack(np.stack([tokens, -tokens]), Size(48, 32))
     assert latents.shape == (2, 2, 4, 6)
     np.testing.assert_array_equal(latents[1], -latents[0])
     latent = latents[0]
@@ -66,9 +68,8 @@ def test_unpack_places_tokens_row_by_row() -> None:
 
 def test_clamp_comes_before_the_mean() -> None:
     decoded = np.array([3.0, -1.0, -1.0], np.float32).reshape(3, 1, 1)
-    np.testing.assert_allclose(depth_prediction(decoded, FE2E), 1 / 3, rtol=1e-6)
-    fiffdepth = Decode(depth_kind="affine", packing="latent", clip="mean")
-    np.testing.assert_allclose(depth_prediction(decoded, fiffdepth), 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(depth_prediction(decoded, "before_mean"), 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(depth_prediction(decoded, "after_mean"), 2 / 3, rtol=1e-6)
 
 
 def test_unit_normals_survive_zero_and_tiny_vectors() -> None:
@@ -77,4 +78,5 @@ def test_unit_normals_survive_zero_and_tiny_vectors() -> None:
 
 
 def test_a_wall_that_faces_the_camera() -> None:
-    np.testing.assert_array_equal(network_to_opencv(np.array([[[0, 0, 1]]], np.float32)), [[[0, 0, -1]]])
+    wall = np.array([[[0, 0, 1]]], np.float32)
+    np.testing.assert_array_equal(turned(wall, into_opencv("dsine")), [[[0, 0, -1]]])

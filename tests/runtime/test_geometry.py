@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from densegeo.errors import ConfigError, NotMetricError, ResourceError
+from densegeo.outputs import FRAMES
 from densegeo.runtime.colormap import table
-from densegeo.runtime.geometry import FRAMES, Geometry
+from densegeo.runtime.geometry import Geometry
 
 HEIGHT, WIDTH = 12, 20
 K = np.array([[50.0, 0, 9.5], [0, 40.0, 5.5], [0, 0, 1]])

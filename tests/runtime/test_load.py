@@ -216,7 +216,7 @@ def test_a_hang_under_load(
     assert (counters["completed"], counters["failed"]) == (99, outcomes["BackendTimeoutError"])
     assert counters["accepted"] == counters["completed"] + counters["failed"]
     gate.open()
-    for thread in estimator._batcher._threads:
+    for thread in estimator._service._batcher._threads:
         thread.join(30)
     assert threading.active_count() == before
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densegeo.errors import CalibrationError, NotMetricError
-from densegeo.runtime.bundle import DepthKind
+from densegeo.outputs import DepthKind
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.metric import MIN_SPREAD
 

@@ -23,6 +23,7 @@ from densegeo.runtime.resample import (
     resize_plain,
     restore,
 )
+from densegeo.size import Size
 
 BOUND = 1e-5
 SIZES = [(64, 48), (33, 17), (200, 150), (640, 7), (97, 71), (1, 1)]
@@ -59,16 +60,16 @@ def test_large_plain_resize_equals_torch() -> None:
 
 def test_nearest_aspect_ratio() -> None:
     choices = buckets((1024, 768), (768, 1024), (1216, 352))
-    assert choose_bucket(choices, 800, 600).width == 1024
-    assert choose_bucket(choices, 600, 800).width == 768
-    assert choose_bucket(choices, 1242, 375).width == 1216
+    assert choose_bucket(choices, Size(800, 600)).width == 1024
+    assert choose_bucket(choices, Size(600, 800)).width == 768
+    assert choose_bucket(choices, Size(1242, 375)).width == 1216
 
 
 def test_ties_take_the_largest_bucket_that_does_not_upscale() -> None:
     choices = buckets((1024, 768), (256, 192), (512, 384))
-    assert choose_bucket(choices, 4000, 3000).width == 1024
-    assert choose_bucket(choices, 700, 525).width == 512
-    assert choose_bucket(choices, 100, 75).width == 256
+    assert choose_bucket(choices, Size(4000, 3000)).width == 1024
+    assert choose_bucket(choices, Size(700, 525)).width == 512
+    assert choose_bucket(choices, Size(100, 75)).width == 256
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,7 +77,7 @@ def test_ties_take_the_largest_bucket_that_does_not_upscale() -> None:
 def test_choice_is_never_beaten(width: int, height: int) -> None:
     choices = buckets((512, 384), (384, 512), (1216, 352), (640, 640))
     ratio = np.log(width / height)
-    chosen = choose_bucket(choices, width, height)
+    chosen = choose_bucket(choices, Size(width, height))
     best = min(abs(np.log(b.width / b.height) - ratio) for b in choices)
     assert abs(np.log(chosen.width / chosen.height) - ratio) <= best + 1e-9
 
@@ -84,8 +85,8 @@ def test_choice_is_never_beaten(width: int, height: int) -> None:
 def fitted(frame: Frame, fit: str) -> tuple[np.ndarray, Placement]:
     """A frame in a bucket of 64x48."""
     (bucket,) = buckets((64, 48))
-    placement = place(bucket, frame.size, fit)
-    return prepare(frame, bucket, placement), placement
+    placement = place(bucket.size, frame.size, fit)
+    return prepare(frame, bucket.size, placement), placement
 
 
 def test_stretch_fills_the_bucket(picture: np.ndarray) -> None:
@@ -136,32 +137,32 @@ def test_prepare_and_restore_shapes(width: int, height: int, fit: str) -> None:
     ],
 )
 def test_authors_sizes(source: tuple[int, int], size: tuple[int, int]) -> None:
-    assert authors_size(*source) == size
+    assert authors_size(Size(*source)) == size
 
 
 def test_authors_size_that_is_no_bucket() -> None:
-    assert authors_bucket(buckets((64, 48), (1024, 768)), 640, 480).width == 1024
+    assert authors_bucket(buckets((64, 48), (1024, 768)), Size(640, 480)).width == 1024
     with pytest.raises(BundleError, match="--size 1216x352"):
-        authors_bucket(buckets((1024, 768)), 1242, 375)
+        authors_bucket(buckets((1024, 768)), Size(1242, 375))
     with pytest.raises(BundleError, match="Downscale"):
-        authors_bucket(buckets((1024, 768)), 7001, 5000)
+        authors_bucket(buckets((1024, 768)), Size(7001, 5000))
 
 
 def test_authors_arrays_are_plain_bilinear(picture: np.ndarray) -> None:
-    rgb, _ = prepare_authors(load_image(picture), buckets((64, 48))[0])
+    rgb = prepare_authors(load_image(picture), Size(64, 48))
     expected = torch_resize(picture[..., 2].astype(np.float32) / 255, 64, 48, antialias=False)
     np.testing.assert_allclose(rgb[0, 2], 2 * expected - 1, atol=BOUND)
 
 
 def test_authors_files_are_pillow_bicubic(picture: np.ndarray) -> None:
     image = Image.fromarray(picture)
-    rgb, _ = prepare_authors(load_image(image), buckets((64, 48))[0])
+    rgb = prepare_authors(load_image(image), Size(64, 48))
     expected = np.asarray(image.resize((64, 48))).astype(np.float32) / 255  # Pillow's default filter
     np.testing.assert_allclose(rgb[0].transpose(1, 2, 0), 2 * expected - 1, atol=1e-6)
 
 
 def test_authors_float_files_stay_in_range() -> None:
     grey = np.tile(np.array([0, 65535], np.uint16).repeat(8), (64, 6))
-    rgb, _ = prepare_authors(load_image(Image.fromarray(grey)), buckets((64, 48))[0])
+    rgb = prepare_authors(load_image(Image.fromarray(grey)), Size(64, 48))
     assert rgb.min() >= -1  # bicubic overshoots at the steps
     assert rgb.max() <= 1

@@ -221,7 +221,7 @@ def test_a_hang_ends_the_frames_typed(bundle: Path, gate: Gate, latest: bool) ->
             with pytest.raises(BackendTimeoutError):
                 stream.put(constant_image(0.5))
     gate.open()
-    for thread in estimator._batcher._threads:
+    for thread in estimator._service._batcher._threads:
         thread.join(T)
 
 

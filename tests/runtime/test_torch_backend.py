@@ -25,6 +25,7 @@ from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_modules  # noqa: E402
 from densegeo.runtime.bundle import STAGES, Bucket, Stage, read_manifest  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
+from densegeo.size import Size  # noqa: E402
 from tests.support.shared import BUILT_SIZES  # noqa: E402
 
 
@@ -49,14 +50,14 @@ def test_stored_weights_give_back_the_pipeline(
     small_checkpoint: Path, tmp_path: Path, without: tuple[str, ...], precision: str
 ) -> None:
     paths = {role: small_checkpoint / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
-    pipeline = load_pipeline(Files.of("fe2e", **paths, config=small_checkpoint / "config.json"), *BUILT_SIZES[0])
+    pipeline = load_pipeline(Files.of("fe2e", **paths, config=small_checkpoint / "config.json"), Size(*BUILT_SIZES[0]))
     applied = rewrites.select(fe2e.REWRITES, without)
     cast(rewrites.apply(pipeline, applied), precision)
     files = {stage: tmp_path / f"{stage}.safetensors" for stage in STAGES}
     for stage, module in stages_of(pipeline).items():
         write_weights(module, files[stage])
     configs = pipeline.denoiser.config, pipeline.vae.config
-    loaded = load_rewritten(FE2E, configs, pipeline.prompt, applied, files, BUILT_SIZES[0])
+    loaded = load_rewritten(FE2E, configs, pipeline.prompt, applied, files, Size(*BUILT_SIZES[0]))
     assert loaded.decoder_batch == pipeline.decoder_batch
     pairs = zip(stages_of(pipeline).values(), stages_of(loaded).values(), strict=True)
     with torch.no_grad():
@@ -144,6 +145,7 @@ def test_a_fresh_process_needs_no_onnxruntime(built: dict[str, Path]) -> None:
     code = f"""
 import sys, numpy
 from densegeo import Estimator
+from densegeo.size import Size
 Estimator({str(built["fp32"])!r}, "torch", "cpu")(numpy.zeros((32, 48, 3), numpy.uint8))
 print(sorted(sys.modules.keys() & {{"torch", "onnx", "onnxruntime", "diffusers", "densegeo.export"}}))
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor  # noqa: E402
 
 from densegeo.errors import BackendError, ImageError, TensorSizeError  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
+from densegeo.outputs import Maps  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_device  # noqa: E402
 from densegeo.runtime.backends.torch_capture import WARM_UP, CudaRecorder, Replay  # noqa: E402
@@ -28,8 +28,9 @@ from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_modules import TorchBackend, require_precision  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import RING, Ring  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402
-from densegeo.runtime.chain import assemble, run_network  # noqa: E402
+from densegeo.runtime.chain import Chain, assemble  # noqa: E402
 from densegeo.runtime.resample import choose_bucket, place  # noqa: E402
+from densegeo.size import Size  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
@@ -141,30 +142,30 @@ def test_the_ring_pairs_images_with_results(device: str) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (rng.integers(1, 90), rng.integers(1, 90), 3), dtype=np.uint8) for _ in range(60)]
 
-    def compute(frame: Tensor) -> tuple[Tensor, ...]:
-        return frame.float(), frame[..., 0].float() / 2
+    def compute(frame: Tensor) -> Maps[Tensor]:
+        return Maps(frame[..., 0].float() / 2, frame.float())
 
     groups = [images[start : start + size] for start, size in zip(range(0, 60, 3), (1, 2, 3) * 7, strict=False)]
     with ThreadPoolExecutor(5) as pool:
         results = list(pool.map(lambda group: ring.run(group, lambda frames: [*map(compute, frames)]), groups))
     pairs = [pair for group, result in zip(groups, results, strict=True) for pair in zip(group, result, strict=True)]
     assert len(pairs) == 39
-    for image, (whole, red) in pairs:
-        np.testing.assert_array_equal(whole, image)
-        np.testing.assert_array_equal(red, image[..., 0] / np.float32(2))
+    for image, found in pairs:
+        np.testing.assert_array_equal(found.normals, image)
+        np.testing.assert_array_equal(found.prediction, image[..., 0] / np.float32(2))
 
 
 def test_a_failure_gives_its_slot_back() -> None:
     ring, image = Ring("cpu"), np.zeros((2, 2, 3), np.uint8)
 
-    def fail(frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    def fail(frames: list[Tensor]) -> list[Maps[Tensor]]:
         raise RuntimeError("launch failed")
 
     for _ in range(RING + 1):
         with pytest.raises(RuntimeError, match="launch failed"):
             ring.run([image], fail)
-    ((same,),) = ring.run([image], lambda frames: [(frames[0].float(),)])
-    assert same.shape == image.shape
+    (same,) = ring.run([image], lambda frames: [Maps(normals=frames[0].float())])
+    assert same.named()["normals"].shape == image.shape
 
 
 def test_no_more_than_the_ring_is_in_flight() -> None:
@@ -172,10 +173,10 @@ def test_no_more_than_the_ring_is_in_flight() -> None:
     entered, leave = threading.Semaphore(0), threading.Event()
     running = 0
 
-    def upload_then_wait(frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    def upload_then_wait(frames: list[Tensor]) -> list[Maps[Tensor]]:
         entered.release()
         leave.wait(10)
-        return [(frame.float(),) for frame in frames]
+        return [Maps(frame.float()) for frame in frames]
 
     with ThreadPoolExecutor(RING + 2) as pool:
         futures = [pool.submit(ring.run, [image], upload_then_wait) for _ in range(RING + 2)]
@@ -186,19 +187,19 @@ def test_no_more_than_the_ring_is_in_flight() -> None:
     assert 1 <= running <= RING
 
 
-def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and normals that numpy makes of what the device's networks return.
+def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> Maps[np.ndarray]:
+    """The maps that numpy makes of what the device's networks return.
 
     Those are first compared with the backend's single stages. (A normal is a quotient, which magnifies the rounding of
     two networks where it is short, so normals are compared from one and the same network output.)
     """
-    size = image.shape[1], image.shape[0]
-    bucket = choose_bucket(estimator.manifest.buckets, *size)
-    placement = place(bucket, size, fit)
+    size = Size(image.shape[1], image.shape[0])
+    bucket = choose_bucket(estimator.manifest.buckets, size)
+    placement = place(bucket.size, size, fit)
     rgb = preprocess(torch.from_numpy(image), (bucket.width, bucket.height), box=placement.box)
     backend = estimator._backend
     decoded = backend._network(bucket).recorded(1)(rgb.to(backend.device)).cpu().numpy()
-    wanted = run_network(backend, estimator.manifest.decode, bucket, rgb.numpy(), ()).decoded
+    wanted = Chain(backend, estimator.manifest.decode, bucket)(rgb.numpy()).decoded
     bound = 1e-5 if backend.device == "cpu" else 1e-2  # a GPU's products may be TF32
     assert np.linalg.norm(decoded - wanted) <= bound * np.linalg.norm(wanted)
     return assemble(decoded, placement, estimator.manifest.decode)
@@ -211,15 +212,16 @@ def test_whole_images_give_what_the_stages_give(built: dict[str, Path], device: 
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 90), (200, 120), (17, 16))]
     with Estimator(built["fp32"], "torch", device, fit=fit) as whole:  # type: ignore[arg-type]
         if device == "cpu":
-            assert whole._frames is None
+            assert whole.frames is None
             assert "encoder" in whole(images[0]).timings
-        whole._frames = whole._backend  # on a CPU the other way is taken by itself
+    with opened_as_on_a_gpu(built["fp32"], device=device, fit=fit) as whole:
         for image in images:
             got = whole(image)
             assert "device" in got.timings
             assert "encoder" not in got.timings
             assert got.source_size == (image.shape[1], image.shape[0])
-            for ours, theirs in zip((got.prediction, got.normals), by_stages(whole, image, fit), strict=True):
+            wanted = by_stages(whole, image, fit)
+            for ours, theirs in ((got.prediction, wanted.prediction), (got.normals, wanted.normals)):
                 assert ours.dtype == np.float32
                 assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
         assert whole.metrics.snapshot().histograms["device"].count == len(images)
@@ -233,7 +235,7 @@ def test_whole_images_give_what_the_stages_give(built: dict[str, Path], device: 
 def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> None:
     image = np.random.default_rng(2).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     with Estimator(built["fp32"], "torch", device) as estimator:
-        expected_prediction, expected_normals = by_stages(estimator, image, "stretch")
+        expected = by_stages(estimator, image, "stretch")
         for given, color in (
             (torch.from_numpy(image).to(device), "rgb"),
             (torch.from_numpy(image).to(device).flip(2), "bgr"),
@@ -241,7 +243,7 @@ def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> 
         ):
             prediction, normals = estimator.tensors(given, color)  # type: ignore[arg-type]
             assert str(prediction.device) == str(normals.device) == device
-            for ours, theirs in ((prediction, expected_prediction), (normals, expected_normals)):
+            for ours, theirs in ((prediction, expected.prediction), (normals, expected.normals)):
                 gap = torch.from_dlpack(ours).cpu().numpy() - theirs
                 assert np.linalg.norm(gap) <= 1e-5 * np.linalg.norm(theirs)
         for bad in (image[..., :2], image.astype(np.float32), image[:8], [1, 2, 3]):
@@ -260,9 +262,8 @@ def test_images_run_together_give_what_they_give_alone(built: dict[str, Path], d
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 90), (48, 64), (96, 128), (60, 80))]
     images += [image[::-1].copy() for image in images]
     images.append(np.full((60, 90, 3), 0.5, np.float32))  # not for the device's own way in
-    with Estimator(built["fp32"], "torch", device, max_batch=7) as estimator:
-        estimator._frames = estimator._backend
-        estimator._options = dataclasses.replace(estimator._options, together=7)
+    with opened_as_on_a_gpu(built["fp32"], max_batch=7, device=device) as estimator:
+        estimator._runner.together = 7
         alone = [estimator(image) for image in images]
         counts: list[int] = []
         network = estimator._backend._network(estimator.manifest.buckets[0])
@@ -300,7 +301,7 @@ def test_a_group_without_memory_is_run_in_smaller_ones(
     with Estimator(built["fp32"], "torch", "cpu") as estimator:
         backend = estimator._backend
         bucket = estimator.manifest.buckets[0]
-        network, place_ = backend._network(bucket), place(bucket, (90, 60), "stretch")
+        network, place_ = backend._network(bucket), place(bucket.size, Size(90, 60), "stretch")
         recorded, tried = network.recorded, []
 
         def recorded_if_small(count: int) -> Replay:
@@ -326,10 +327,10 @@ def test_pictures_without_memory_are_decoded_one_by_one(
     image = np.random.default_rng(5).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     with Estimator(built["fp32"], "torch", "cpu") as estimator:
         backend, bucket = estimator._backend, estimator.manifest.buckets[0]
-        where = place(bucket, (90, 60), "stretch")
-        ((prediction, normals),) = backend.estimate(bucket, [image], [where])
+        where = place(bucket.size, Size(90, 60), "stretch")
+        (first,) = backend.estimate(bucket, [image], [where])
         network = backend._network(bucket)
-        vae, sizes = network._vae, []
+        vae, sizes = network._pipeline.vae, []
 
         def small(latents: torch.Tensor) -> torch.Tensor:
             sizes.append(len(latents))
@@ -338,14 +339,15 @@ def test_pictures_without_memory_are_decoded_one_by_one(
             return vae.decoder(latents)
 
         network._replays.clear()
-        monkeypatch.setattr(network, "_vae", SimpleNamespace(encoder=vae.encoder, decoder=small))
+        monkeypatch.setattr(network._pipeline, "vae", SimpleNamespace(encoder=vae.encoder, decoder=small))
         with caplog.at_level(logging.WARNING, "densegeo"):
-            ((again, others),) = backend.estimate(bucket, [image], [where])
+            (again,) = backend.estimate(bucket, [image], [where])
         assert sizes[0] == 2
         assert set(sizes[1:]) == {1}
         assert caplog.text.count("one by one from now on") == 1
-        assert np.linalg.norm(again - prediction) <= 1e-5 * np.linalg.norm(prediction)
-        assert np.linalg.norm(others - normals) <= 1e-4 * np.linalg.norm(normals)
+        gaps = again.prediction - first.prediction, again.normals - first.normals
+        assert np.linalg.norm(gaps[0]) <= 1e-5 * np.linalg.norm(first.prediction)
+        assert np.linalg.norm(gaps[1]) <= 1e-4 * np.linalg.norm(first.normals)
 
 
 def noting(notes: list[str], name: str, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
@@ -353,11 +355,10 @@ def noting(notes: list[str], name: str, real: Callable[..., Any], *given: Any, *
     return real(*given, **named)
 
 
-def opened_as_on_a_gpu(bundle: Path, max_batch: int) -> Estimator:
+def opened_as_on_a_gpu(bundle: Path, max_batch: int = 8, device: str = "cpu", fit: str = "stretch") -> Estimator:
     manifest = read_manifest(bundle)
-    return Estimator.from_backend(
-        TorchBackend(bundle, manifest, "cpu", frames_on_cpu=True), manifest, max_batch=max_batch
-    )
+    backend = TorchBackend(bundle, manifest, device, frames_on_cpu=True)
+    return Estimator.from_backend(backend, manifest, fit=fit, max_batch=max_batch)  # type: ignore[arg-type]
 
 
 def test_opening_pays_for_every_size_and_batch(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +387,7 @@ def test_what_does_not_fit_is_left_out_when_opening(
     image = np.random.default_rng(7).integers(0, 256, (first.height, first.width, 3), dtype=np.uint8)
 
     def little_memory(network: DeviceNetwork, count: int) -> Replay:
-        if count > 2 or network._bucket != first:
+        if count > 2 or network._size != first.size:
             raise torch.OutOfMemoryError("no memory")
         return recorded(network, count)
 
@@ -396,7 +397,7 @@ def test_what_does_not_fit_is_left_out_when_opening(
         assert estimator.images_together == 2
         assert len(estimator.batch([image] * 3)) == 3
         with pytest.raises(BackendError, match="no memory"):
-            estimator._backend.estimate(second, [image], [place(second, (9, 9), "stretch")])
+            estimator._backend.estimate(second, [image], [place(second.size, Size(9, 9), "stretch")])
     monkeypatch.setattr(DeviceNetwork, "recorded", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(BackendError, match="none"):
         opened_as_on_a_gpu(built["fp32"], max_batch=8)

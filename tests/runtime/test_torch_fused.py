@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from densegeo.models import fe2e, rewrites  # noqa: E402
+from densegeo.models.chain import relative  # noqa: E402
 from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
 from densegeo.models.precision import DTYPES, cast  # noqa: E402
@@ -24,10 +25,10 @@ from densegeo.models.quantized import (  # noqa: E402
     QuantizedLinear,
     quantize_block,
 )
-from densegeo.models.reference import relative  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime.backends import torch_capture, torch_fused  # noqa: E402
 from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse, fuse_norms  # noqa: E402
+from densegeo.size import Size  # noqa: E402
 from tests.support.checkpoints import SMALL, SMALL_VAE  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -47,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def pipeline(files: Files, without: tuple[str, ...], precision: str = "fp32") -> Pipeline:
-    loaded = load_pipeline(files, WIDTH, HEIGHT)
+    loaded = load_pipeline(files, Size(WIDTH, HEIGHT))
     return cast(rewrites.apply(loaded, rewrites.select(fe2e.REWRITES, without)), precision)
 
 

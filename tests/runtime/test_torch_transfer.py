@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from densegeo.errors import BackendError  # noqa: E402
+from densegeo.outputs import Maps  # noqa: E402
 from densegeo.runtime.backends import torch_transfer  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from tests.support.streams import Cuda, OnDevice, Stream  # noqa: E402
@@ -49,10 +50,10 @@ class Network:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
 
-    def __call__(self, frame: OnDevice) -> tuple[OnDevice]:
+    def __call__(self, frame: OnDevice) -> Maps[OnDevice]:
         self.cuda.launch("compute")
         self.stream, self.frame, self.result = self.cuda.current_stream(), frame, OnDevice.made(self.cuda)
-        return (self.result,)
+        return Maps(self.result)
 
 
 def made_on(cuda: Cuda, stream: Stream) -> None:
@@ -131,7 +132,8 @@ def test_channels_are_adjacent_in_what_the_kernels_get() -> None:
     """Pictures of torch are often (3, h, w), seen as (h, w, 3)."""
     planes = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
     for image in (planes.permute(1, 2, 0), planes.numpy().transpose(1, 2, 0), planes.numpy()[:, ::-1].T.swapaxes(0, 1)):
-        (frame,) = Ring("cpu").keep(image, lambda frame: (frame,))
+        frame = Ring("cpu").keep(image, Maps).prediction
+        assert frame is not None
         assert frame.stride(2) == 1
         np.testing.assert_array_equal(frame.numpy(), np.asarray(image))
 

@@ -16,9 +16,10 @@ from densegeo.cli import main
 from densegeo.errors import BackendError, BundleError
 from densegeo.runtime import Estimator, faults, verify
 from densegeo.runtime.bundle import Bucket, read_manifest, write_manifest
-from densegeo.runtime.estimator import Job
 from densegeo.runtime.tensorfile import read_tensors
 from densegeo.runtime.verified import is_verified
+from densegeo.runtime.ways import HostWay, Job
+from densegeo.size import Size
 
 HOST = ("preprocess", "split", "resize", "normals")
 NewBundle = Callable[..., Path]
@@ -126,20 +127,20 @@ def test_a_bundle_without_its_pictures_is_refused(lost: str, said: str, new_bund
 
 def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
     pytest.importorskip("torch")
-    from densegeo.export.checks import Size, picture_sizes, seeded_picture
+    from densegeo.export.checks import picture_sizes, seeded_picture
     from densegeo.runtime.resample import nearest
 
     for sizes in (((1024, 768),), ((864, 576), (1024, 768), (768, 1024)), ((70, 45),), ((64, 32), (48, 32), (96, 64))):
-        found = picture_sizes(sizes)
+        found = picture_sizes([Size(*size) for size in sizes])
         assert list(found) == list(sizes)
         for size, pictures in found.items():
             assert len(pictures) == 2
-            assert all(nearest([Size(*one) for one in sizes], *picture) == Size(*size) for picture in pictures)
+            assert all(nearest([*found], picture) == size for picture in pictures)
         larger = [pictures[0] for pictures in found.values()]
         assert all(w > size[0] and h > size[1] for (w, h), size in zip(larger, sizes, strict=True))
         assert all(side % 2 for pictures in found.values() for picture in pictures for side in picture)
         assert any(width < height for pictures in found.values() for width, height in pictures)
-    assert np.std(seeded_picture(31, 57).astype(float)) > 20
+    assert np.std(seeded_picture(Size(31, 57)).astype(float)) > 20
 
 
 def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], tmp_path: Path) -> None:
@@ -164,13 +165,13 @@ def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], 
 def test_images_changed_over_within_a_batch_are_noticed(
     batched_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Estimator._by_stages
+    real = HostWay._at_once
 
-    def third_is_the_first_again(self: Estimator, bucket: Bucket, jobs: list[Job]) -> object:
+    def third_is_the_first_again(self: HostWay, bucket: Bucket, jobs: list[Job]) -> object:
         found = real(self, bucket, jobs)
         return [*found[:2], *(found[index - 2] for index in range(2, len(found)))]
 
-    monkeypatch.setattr(Estimator, "_by_stages", third_is_the_first_again)
+    monkeypatch.setattr(HostWay, "_at_once", third_is_the_first_again)
     wrong = verify.verify(batched_bundle("fiffdepth"), "onnxruntime", "cpu").wrong
     assert "stored float32: batch of 3" in {check.reference for check in wrong}
 

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from densegeo.runtime import Estimator
+from densegeo.runtime import estimator as estimator_module
 from densegeo.runtime.bundle import Bucket, Stage
 
 Hook = Callable[[Bucket, Stage, float], object]
@@ -38,10 +40,8 @@ class FakeBackend:
 
 def fake_estimator(bundle: Path, hook: Hook = lambda bucket, stage, value: None, **options: Any) -> Estimator:
     """An estimator whose graphs are run by a `FakeBackend`. The bundle is one of the fixtures'."""
-    estimator = Estimator(bundle, device="cpu", check_digests=False, **options)
-    estimator._backend.close()
-    estimator._backend = FakeBackend(hook)
-    return estimator
+    with patch.object(estimator_module, "open_backend", lambda *given: FakeBackend(hook)):
+        return Estimator(bundle, device="cpu", check_digests=False, **options)
 
 
 def constant_image(level: float, width: int = 16, height: int = 16) -> np.ndarray:

@@ -14,13 +14,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from densegeo.outputs import Decode, Output
 from densegeo.runtime.bundle import (
     CAPTURE,
     MANIFEST,
     SCHEMA_VERSION,
     Bucket,
     Check,
-    Decode,
     FileDigest,
     Graph,
     Manifest,
@@ -35,9 +35,17 @@ from densegeo.runtime.images import Frame
 from densegeo.runtime.resample import place, prepare
 from densegeo.runtime.verify import IMAGE, PICTURES
 
-DECODE = Decode(depth_kind="log_affine", latent_scale=0.5, latent_shift=0.1, depth_sign=-1, normal_sign=1)
+DECODE = Decode(
+    packing="tokens",
+    outputs=(
+        Output(kind="depth", clamp="before_mean", factor=-1, space="log_affine"),
+        Output(kind="normals", clamp="before_mean", frame="dsine"),
+    ),
+    latent_scale=0.5,
+    latent_shift=0.1,
+)
 CHANNELS = 4
-SERVED = ("prediction", "normals")
+SERVED = DECODE.names
 
 
 def write_graph(
@@ -143,8 +151,8 @@ def with_references(directory: Path, manifest: Manifest, factor: float) -> Manif
         for index in range(PICTURES):
             shape = bucket.height * (9 - index) // 8 | 1, bucket.width * (9 - index) // 8 | 1, 3
             image = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
-            placement = place(bucket, (shape[1], shape[0]), "stretch")
-            rgb = prepare(Frame(image, encoded=False), bucket, placement)
+            frame = Frame(image, encoded=False)
+            rgb = prepare(frame, bucket.size, place(bucket.size, frame.size, "stretch"))
             with Estimator(directory, device="cpu", check_digests=False) as estimator:
                 outputs, geometry = estimator.replay(rgb), estimator(image)
             outputs |= {f"{IMAGE}{name}": getattr(geometry, name) for name in SERVED}

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from densegeo.models import reference
+from densegeo.models import chain
 from densegeo.models.layers import attention
 from densegeo.models.loading import Files, load_pipeline
 from densegeo.models.presets import AUTHORS_FILES, PRESETS, TINY_TRANSFORMER
 from densegeo.models.transformer import split
+from densegeo.size import Size
 from densegeo.training import autoencoder, diffusion, publish
 from densegeo.training.data import Chunk, pictures
 from densegeo.training.loop import Schedule, fit, make_optimizers
@@ -115,19 +116,19 @@ def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     )
     prompt = diffusion.prompt(0)
     dit, autoencoder_file, prompt_file = publish.write(transformer, vae, prompt, tmp_path / "out")
-    pipeline = load_pipeline(Files.of("fe2e", dit=dit, vae=autoencoder_file, prompt=prompt_file), 256, 192)
+    pipeline = load_pipeline(Files.of("fe2e", dit=dit, vae=autoencoder_file, prompt=prompt_file), Size(256, 192))
     assert pipeline.denoiser.config == TINY_TRANSFORMER
     # Guidance and merged padding are exact, so the published files give what was trained, but for bf16's rounding.
     rounded = {key: value.bfloat16().float() for key, value in transformer.state_dict().items()}
     transformer.load_state_dict(rounded)
     with torch.no_grad():
-        expected, got = transformer(latents[0, :1]), reference.transform(pipeline, latents[0, :1])
+        expected, got = transformer(latents[0, :1]), chain.denoise(pipeline, latents[0, :1])
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_text_tokens_are_scaled_into_fp16() -> None:
     """As trained, text tokens may grow without end; the published ones keep below 2^14, for the same velocity."""
-    transformer = diffusion.make(0, autoencoder.make(0), 64, 48).eval()
+    transformer = diffusion.make(0, autoencoder.make(0), Size(64, 48)).eval()
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -153,7 +154,7 @@ def test_the_carried_weights_are_small_and_load() -> None:
     paths = {role: directory / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
     for path in (paths["dit"], paths["vae"]):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
-    pipeline = load_pipeline(Files.of("fe2e", **paths), 256, 192)
+    pipeline = load_pipeline(Files.of("fe2e", **paths), Size(256, 192))
     assert pipeline.denoiser.config == TINY_TRANSFORMER
     assert pipeline.vae.config == autoencoder.make(0).config
     assert "@" not in (directory / "README.md").read_text()  # every figure of the card is filled in
@@ -177,7 +178,7 @@ def test_the_readout_finds_the_depth_in_latents() -> None:
 
 def test_every_parameter_has_one_optimizer() -> None:
     vae = autoencoder.make(0)
-    transformer = diffusion.make(0, vae, 64, 64)
+    transformer = diffusion.make(0, vae, Size(64, 64))
     hidden = diffusion.hidden_matrices(transformer)
     names = {id(parameter): name for name, parameter in transformer.named_parameters()}
     assert {names[id(p)].split(".")[0] for p in hidden} == {"double_blocks", "single_blocks"}

@@ -1,0 +1,68 @@
+"""The service over a runner: a queue for requests, streams for cameras. Its threads start with the first request."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import Future
+from weakref import WeakSet
+
+from densegeo.errors import ShutdownError
+from densegeo.runtime.batcher import Batcher, BatchOptions
+from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.images import Color
+from densegeo.runtime.runner import Runner
+from densegeo.runtime.stream import Stream
+from densegeo.runtime.ways import Job
+
+
+class Service:
+    """Images are read and fitted in the submitter's thread, and run in the batcher's."""
+
+    def __init__(self, runner: Runner, options: BatchOptions) -> None:
+        self._runner, self._options = runner, options
+        self._lock = threading.Lock()  # guards what follows
+        self._batcher: Batcher[Job, Geometry] | None = None
+        self._streams: WeakSet[Stream] = WeakSet()
+        self._closed = False
+
+    def submit(
+        self, image: object, color: Color, deadline_ms: float = math.inf, *, wait: bool = False
+    ) -> Future[Geometry]:
+        """Queue one image. wait: for room in the queue, instead of raising. See `Estimator.submit`."""
+        with self._lock:
+            self._require_open()
+            if self._batcher is None:
+                self._batcher = Batcher(self._run, self._options, self._runner.metrics)
+            batcher = self._batcher
+        batcher.admit(wait)
+        job = self._runner.prepare(image, color, keep=True)
+        return batcher.submit(job, job.key, (deadline_ms - job.laps.total) / 1e3, wait)
+
+    def stream(self, latest: bool, color: Color, depth: int) -> Stream:
+        """See `Estimator.stream`."""
+        with self._lock:
+            self._require_open()
+            stream = Stream(
+                lambda image: self.submit(image, color, wait=True), self._runner.metrics, latest=latest, depth=depth
+            )
+            self._streams.add(stream)
+        return stream
+
+    def close(self, drain: bool) -> bool:
+        """End all streams and requests; whether nothing uses the backend any more."""
+        with self._lock:
+            self._closed = True
+            batcher, streams = self._batcher, list(self._streams)
+        for stream in streams:
+            stream.close()
+        return batcher is None or batcher.close(drain)
+
+    def _run(self, jobs: list[Job]) -> list[Geometry]:
+        for job in jobs:
+            job.laps.lap("queue")
+        return self._runner.run(jobs)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ShutdownError("This estimator is closed. Make a new Estimator.")

@@ -1,0 +1,139 @@
+"""How an image goes through a backend: prepared and finished on the host, or whole to the device and back.
+
+An estimator has one or both; the first that takes an image is its way. Images of one way and one size run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.outputs import Maps
+from densegeo.runtime.backends import Backend, FrameBackend
+from densegeo.runtime.bundle import Bucket, Manifest
+from densegeo.runtime.chain import Chain, assemble
+from densegeo.runtime.images import Frame
+from densegeo.runtime.metrics import Laps
+from densegeo.runtime.resample import (
+    Placement,
+    authors_bucket,
+    choose_bucket,
+    in_batches,
+    place,
+    prepare,
+    prepare_authors,
+    whole,
+)
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An image made ready for its bucket and its way, and where its time went so far.
+
+    array: what the way's `fit` made of it. placement: where the image lies in its bucket.
+    """
+
+    way: Way
+    bucket: Bucket
+    array: NDArray[Any]
+    placement: Placement
+    laps: Laps
+
+    @property
+    def key(self) -> tuple[Way, str]:
+        """Jobs of one key may run together."""
+        return self.way, self.bucket.name
+
+
+class Way(Protocol):
+    """One way through a backend. together: how many images of one size it runs at once."""
+
+    together: int
+
+    def takes(self, frame: Frame) -> bool:
+        """Whether it can run this image."""
+        ...
+
+    def fit(self, frame: Frame) -> tuple[Bucket, NDArray[Any], Placement]:
+        """The image's bucket, and what `run` takes of it. The array may be the image's own."""
+        ...
+
+    def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
+        """Of each of some jobs of one bucket its maps, at the image's size. Raises BackendError."""
+        ...
+
+
+class HostWay:
+    """Resized by numpy and Pillow, the networks one by one, assembled by numpy. fit: "stretch" or "pad"."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, fit: str = "stretch") -> None:
+        self._backend, self._manifest, self._fit = backend, manifest, fit
+        self.together = max(bucket.batch for bucket in manifest.buckets)
+
+    def takes(self, frame: Frame) -> bool:
+        """Every image."""
+        return True
+
+    def fit(self, frame: Frame) -> tuple[Bucket, Float, Placement]:
+        """rgb (1, 3, H, W) float32 in [-1, 1]."""
+        bucket = choose_bucket(self._manifest.buckets, frame.size)
+        placement = place(bucket.size, frame.size, self._fit)
+        return bucket, prepare(frame, bucket.size, placement), placement
+
+    def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
+        """In batches that the bundle has graphs for. Raises BackendError."""
+        found: list[Maps[Float]] = []
+        for bucket, part in in_batches(self._manifest.buckets, jobs[0].bucket, len(jobs)):
+            found += self._at_once(bucket, jobs[part])
+        return found
+
+    def _at_once(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Maps[Float]]:
+        """As many jobs as the bucket takes."""
+
+        def lap(name: str) -> None:
+            for job in jobs:
+                job.laps.lap(name)
+
+        decode, rgb = self._manifest.decode, [job.array for job in jobs]
+        chain = Chain(self._backend, decode, bucket, lap)
+        decoded = chain(rgb[0] if len(rgb) == 1 else np.concatenate(rgb)).decoded
+        return [assemble(decoded[i :: len(jobs)], job.placement, decode) for i, job in enumerate(jobs)]
+
+
+class AuthorsWay(HostWay):
+    """The same with the authors' sizes and filters."""
+
+    def fit(self, frame: Frame) -> tuple[Bucket, Float, Placement]:
+        """Raises BundleError for a size that the bundle lacks."""
+        bucket = authors_bucket(self._manifest.buckets, frame.size)
+        return bucket, prepare_authors(frame, bucket.size), whole(bucket.size, frame.size)
+
+
+class DeviceWay:
+    """Pixels go to the backend's device as they are, and maps come back."""
+
+    def __init__(self, backend: FrameBackend, manifest: Manifest, fit: str = "stretch") -> None:
+        self._backend, self._manifest, self._fit = backend, manifest, fit
+        self.together = backend.frames_at_once
+
+    def takes(self, frame: Frame) -> bool:
+        """What a camera gives: 8 bits a channel."""
+        return frame.pixels.dtype == np.uint8
+
+    def fit(self, frame: Frame) -> tuple[Bucket, NDArray[np.uint8], Placement]:
+        """uint8 pixels (h, w, 3)."""
+        bucket = choose_bucket(self._manifest.buckets, frame.size)
+        return bucket, frame.pixels, place(bucket.size, frame.size, self._fit)
+
+    def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
+        """All at once, as far as the device has room."""
+        found = self._backend.estimate(jobs[0].bucket, [job.array for job in jobs], [job.placement for job in jobs])
+        for job in jobs:
+            job.laps.lap("device")
+        return found
