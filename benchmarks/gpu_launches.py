@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from densegeo.export.cubins import write_cubins
-from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
+from densegeo.kernels.resize_depth import resize_depth
 from densegeo.kernels.split import split
 from densegeo.models.reference import relative
 from densegeo.runtime.backends.cuda_kernels import Kernels
@@ -100,15 +100,12 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
         network.launch()
         prediction, vectors = network.outputs(0, placement)
         rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
-        _, _, depth = log_dequantize(
-            decoded[:1].cpu(), placement.box, source, scale=1.0, shift=0.0, clamp_first=True, with_prediction=True
-        )
-        assert depth is not None
+        depth = resize_depth(decoded[:1].cpu(), placement.box, source)
         assert vectors is not None
         pairs = {
             "preprocess": (_buffer(network, "rgb"), rgb),
             "split": (_buffer(network, "latents"), latents),
-            "log_dequantize": (torch.from_numpy(network.download(prediction)), depth[0]),
+            "resize_depth": (torch.from_numpy(network.download(prediction)), depth[0]),
             "normals": (
                 torch.from_numpy(network.download(vectors)),
                 normals(decoded[1:].cpu(), placement.box, source)[0],

@@ -37,6 +37,7 @@ from densegeo.models.precision import DTYPES, cast_module
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
+from densegeo.runtime.backends.tensorrt_kernels import launched
 from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Decode, Engine, Manifest, bucket_name
 from densegeo.runtime.verify import alternating
 
@@ -277,8 +278,10 @@ def decoding(family: Family, vae: VAEConfig) -> Decode:
 
 def make_kernels(job: Job, state: State) -> Kernels:
     """Compile the kernels of all architectures. Raises KernelError."""
+    assert state.graphs is not None
     with job.display.bar("compiling kernels", 1):
-        contracts = write_cubins(state.bundle, job.options.architectures)
+        names = launched(job.decode, state.graphs.buckets[0].decoder.outputs[0].shape[1])
+        contracts = write_cubins(state.bundle, job.options.architectures, names)
     files = state.describe((state.bundle / KERNELS).iterdir())
     return Kernels(key=state.keys.kernels, seconds=0.0, files=files, contracts=contracts)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,8 +26,4 @@ def normals(
     Clamped to [-1, 1]; the box (left, top, width, height) is resized to size (w, h), plain bilinear; then unit length
     (divided by at least 1e-9, so zero stays zero; NaN in one component makes all three NaN); then matrix @ normal.
     """
-    if decoded.is_cuda:
-        from densegeo.kernels.normals.kernel import normals as run
-    else:
-        from densegeo.kernels.normals.reference import normals as run
-    return run(decoded, box, size, matrix)
+    return implementation(__name__, decoded).normals(decoded, box, size, matrix)

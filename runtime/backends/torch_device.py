@@ -1,7 +1,7 @@
 """One image on the device, end to end: the camera's bytes go in, prediction and normals at its resolution come out.
 
 Inside the recording: encoder, denoiser, split, decoder, which depend on the bucket alone. Around it, launched
-anew for every image: preprocess, log_dequantize and normals, which depend on the source's size.
+anew for every image: preprocess, resize_depth and normals, which depend on the source's size.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from densegeo.errors import TensorSizeError
-from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
+from densegeo.kernels.resize_depth import Clamp, resize_depth
 from densegeo.kernels.split import split
 from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import Recorder, Replay
@@ -116,11 +116,8 @@ class DeviceNetwork:
     def _finish(self, decoded: Tensor, placement: Placement) -> tuple[Tensor, ...]:
         """decoded (pictures, channels, 8h, 8w) -> prediction (h, w) and normals (h, w, 3)."""
         box, size = inside(placement.box, decoded.shape[3], decoded.shape[2]), placement.source
-        first = self._decode.clip == "channels"
-        _, _, prediction = log_dequantize(
-            decoded[:1], box, size, scale=1.0, shift=0.0, clamp_first=first, with_prediction=True
-        )
-        assert prediction is not None
+        clamp: Clamp = "before_mean" if self._decode.clip == "channels" else "after_mean"
+        prediction = resize_depth(decoded[:1], box, size, clamp=clamp)
         return (prediction[0], *(normals(decoded[1:], box, size)[:1] if self._decode.pictures == 2 else ()))
 
     def _network(self, rgb: Tensor) -> Tensor:
