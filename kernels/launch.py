@@ -35,7 +35,8 @@ def launch(variant: Variant, arguments: NamedTuple, batch: int = 1) -> None:
     batch: pictures in the tensors, where no argument says so.
     """
     assert type(arguments) is variant.arguments
-    grid = programs(variant.grid, **{"batch": batch, **arguments._asdict()})
+    extents = {axis.extent: getattr(arguments, axis.extent, batch) for axis in variant.grid}
+    grid = programs(variant.grid, **extents)
     variant.kernel[grid](*arguments, **variant.constants, num_warps=variant.warps, enable_fp_fusion=FP_FUSION)
 
 

@@ -37,7 +37,8 @@ class Variant:
     since: the first architecture, where it is not the types that decide, and what to say of earlier ones.
     bundled: a runtime without torch launches it, so bundles carry it.
 
-    Raises KernelError unless arguments and constants are the kernel's parameters, in their order.
+    Raises KernelError unless arguments and constants are the kernel's parameters, in their order, and the grid is made
+    from arguments and "batch".
     """
 
     name: str
@@ -58,6 +59,8 @@ class Variant:
         pointers = [name for name, kind in _hints(self.arguments).items() if kind not in _SCALARS]
         if set(pointers) != set(self.pointers):
             raise KernelError(f"The row {self.name} needs the types of {', '.join(pointers)}.")
+        if unknown := {axis.extent for axis in self.grid} - {*self.arguments._fields, "batch"}:
+            raise KernelError(f"The grid of the row {self.name} needs {', '.join(unknown)}, which is no argument.")
 
     @property
     def types(self) -> dict[str, str]:

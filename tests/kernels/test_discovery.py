@@ -122,9 +122,11 @@ def test_names_of_rows_are_unique() -> None:
 @pytest.mark.usefixtures("toy")
 def test_a_row_that_is_not_its_kernels_is_refused() -> None:
     kernel = import_module("densegeo.kernels.toy_scale.kernel")
-    pointers, grid = {"x": "fp32", "result": "fp32"}, (Axis("length", 16),)
+    pointers = {"x": "fp32", "result": "fp32"}
 
-    def row(pointers: dict[str, str], constants: dict[str, int]) -> table.Variant:
+    def row(
+        pointers: dict[str, str], constants: dict[str, int], grid: tuple[Axis, ...] = (Axis("length", 16),)
+    ) -> table.Variant:
         return table.Variant("toy", kernel.toy_scale_kernel, kernel.Arguments, pointers, constants, grid, ())
 
     assert row(pointers, {"BLOCK": 16}).warps == table.WARPS
@@ -132,6 +134,8 @@ def test_a_row_that_is_not_its_kernels_is_refused() -> None:
         row(pointers, {"WIDTH": 16})
     with pytest.raises(KernelError, match="toy needs the types of x, result"):
         row({"x": "fp32"}, {"BLOCK": 16})
+    with pytest.raises(KernelError, match="grid of the row toy needs tokens, which is no argument"):
+        row(pointers, {"BLOCK": 16}, (Axis("tokens"),))
 
 
 def test_arguments_of_another_kernel_are_refused() -> None:
