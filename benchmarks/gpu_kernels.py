@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densegeo.kernels.gated_residual import residual_layer_norm
 from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
 from densegeo.kernels.layer_norm import layer_norm
-from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
+from densegeo.kernels.residual_layer_norm import residual_layer_norm
+from densegeo.kernels.resize_depth import resize_depth
 from densegeo.kernels.split import split
-from densegeo.kernels.unproject import unproject
 
 SETS_BYTES = 300e6  # inputs are taken in turn from sets of this size together, so that no cache holds them
 
@@ -76,24 +75,11 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> tuple[Case, ...]:
     norm = (noise(sizes.channels, kind=f32), noise(sizes.channels, kind=f32))
     return (
         Case("split", inputs(noise(1, tokens, 64)), lambda x: split(x, height, width)),
-        Case(
-            "log_dequantize",
-            inputs(decoded),
-            lambda x: log_dequantize(x, box, size, scale=1.0, shift=0.0, with_prediction=True),
-        ),
+        Case("resize_depth", inputs(decoded), lambda x: resize_depth(x, box, size)),
         Case("normals", inputs(decoded), lambda x: normals(x, box, size)),
         Case("preprocess", frame, lambda x: preprocess(x, size)),
-        Case(
-            "unproject",
-            inputs(noise(height, width, kind=f32)),
-            lambda x: unproject(x, (float(width), float(width), width / 2, height / 2)),
-        ),
         Case("layer_norm", inputs(stream, vector, vector), layer_norm),
-        Case(
-            "residual_layer_norm",
-            inputs(stream, stream, vector, vector),
-            lambda x, update, weight, bias: residual_layer_norm(x, update, None, weight, bias),
-        ),
+        Case("residual_layer_norm", inputs(stream, stream, vector, vector), residual_layer_norm),
         Case(
             "qk_norm_rope",
             inputs(noise(1, tokens, 2 * hidden), noise(head, kind=f32), noise(head, kind=f32), table, table),

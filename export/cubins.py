@@ -15,8 +15,6 @@ from densegeo.kernels.compile import ARCHITECTURES, CONTRACTS
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime.bundle import KERNELS
 
-# What a runtime without torch launches around the networks; the kernels within them belong to the torch backend.
-OPERATIONS = ("preprocess", "split", "log_dequantize", "normals", "unproject")
 TIMEOUT_S = 1800
 
 
@@ -29,14 +27,18 @@ def check_architectures(architectures: Sequence[int]) -> None:
         )
 
 
-def write_cubins(directory: Path, architectures: Sequence[int]) -> list[LaunchContract]:
+def write_cubins(
+    directory: Path, architectures: Sequence[int], names: Sequence[str] | None = None
+) -> list[LaunchContract]:
     """Compile into `directory`/kernels and return every binary's contract. Raises KernelError.
 
+    names: default all that a bundle may carry; the kernels within the networks belong to the torch backend.
     In a process of its own: a compiler's crash is then an error, and Triton's settings stay out of this one.
     """
     folder = directory / KERNELS
     command = [sys.executable, "-m", "densegeo.kernels.compile", "--output", str(folder)]
-    command += ["--architectures", *map(str, architectures), "--operations", *OPERATIONS]
+    command += ["--architectures", *map(str, architectures), "--bundled"]
+    command += ["--names", *names] if names is not None else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)

@@ -36,6 +36,7 @@ from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.outputs import Decode
+from densegeo.runtime.backends.tensorrt_kernels import launched
 from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Engine, Manifest, bucket_name
 from densegeo.runtime.verify import alternating
 from densegeo.size import Size
@@ -260,8 +261,10 @@ def _check(
 
 def make_kernels(job: Job, state: State) -> Kernels:
     """Compile the kernels of all architectures. Raises KernelError."""
+    assert state.graphs is not None
     with job.display.bar("compiling kernels", 1):
-        contracts = write_cubins(state.bundle, job.options.architectures)
+        names = launched(job.decode, state.graphs.buckets[0].decoder.outputs[0].shape[1])
+        contracts = write_cubins(state.bundle, job.options.architectures, names)
     files = state.describe((state.bundle / KERNELS).iterdir())
     return Kernels(key=state.keys.kernels, seconds=0.0, files=files, contracts=contracts)
 

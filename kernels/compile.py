@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every kernel in the table, on machines without a GPU.
+"""Ahead-of-time compilation of every kernel's rows, on machines without a GPU.
 
 `python -m densegeo.kernels.compile` (or `make kernels`) compiles for all architectures, reads what the binaries use,
 prints a table, and fails when one spills registers or needs more shared memory than its architecture has.
@@ -16,16 +16,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from densegeo.errors import KernelError
 from densegeo.kernels.contract import Argument, LaunchContract
-from densegeo.kernels.launch import FP_FUSION
-
-if TYPE_CHECKING:
-    from densegeo.kernels.table import Variant
+from densegeo.kernels.table import FP_FUSION, Variant, variants
 
 # Architecture -> most shared memory of one block, in KiB (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99, 121: 99}
@@ -56,40 +52,34 @@ class Compiled:
     ptx: str
 
 
-def compile_kernels(
-    variants: Iterable[Variant] | None = None, architectures: Sequence[int] | None = None
-) -> list[Compiled]:
-    """Every variant for every architecture that supports it, in the table's order.
-
-    Raises KernelError when Triton is missing or in interpreter mode, when a kernel does not compile, spills, exceeds
-    the architecture's shared memory, or has hidden arguments this runtime does not know.
-    """
-    _require_compiler()
-    from densegeo.kernels.table import VARIANTS
-
+def compile_kernels(rows: Iterable[Variant], architectures: Sequence[int]) -> list[Compiled]:
+    """Every row for every architecture that supports it, in the rows' order; raises KernelError as `compile_kernel`."""
     return [
-        compile_kernel(variant, architecture)
-        for variant in (VARIANTS if variants is None else variants)
-        for architecture in (ARCHITECTURES if architectures is None else architectures)
-        if variant.unsupported(architecture) is None
+        compile_kernel(row, architecture)
+        for row in rows
+        for architecture in architectures
+        if row.unsupported(architecture) is None
     ]
 
 
 def compile_kernel(variant: Variant, architecture: int) -> Compiled:
-    """One binary; raises KernelError as `compile_kernels` does."""
+    """One binary.
+
+    Raises KernelError when Triton is missing or in interpreter mode, when the kernel does not compile, spills, exceeds
+    the architecture's shared memory, or has hidden arguments this runtime does not know.
+    """
+    _require_compiler()
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     label = f"{variant.name} for sm_{architecture}"
-    names = list(variant.kernel.arg_names)
-    if names != [*variant.types, *variant.constants]:
-        raise KernelError(f"The table's row {variant.name} does not match the kernel's arguments: {', '.join(names)}.")
+    types = variant.types
     source = ASTSource(
         fn=variant.kernel,
-        signature=dict(variant.types) | dict.fromkeys(variant.constants, "constexpr"),
+        signature=types | dict.fromkeys(variant.constants, "constexpr"),
         constexprs=dict(variant.constants),
-        attrs={(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
+        attrs={(list(types).index(name),): [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
     )
     options = {"num_warps": variant.warps, "enable_fp_fusion": FP_FUSION}
     try:
@@ -97,7 +87,7 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
     except Exception as error:  # Triton raises many kinds, none of them its own
         raise KernelError(f"Triton {triton.__version__} cannot compile {label}: {error}") from error
     cubin: bytes = binary.asm["cubin"]
-    _check_hidden(label, binary.asm["ptx"], len(variant.types))
+    _check_hidden(label, binary.asm["ptx"], len(types))
     for scratch in HIDDEN:
         if getattr(binary.metadata, f"{scratch}_size", 0):
             raise KernelError(f"{label} needs a {scratch} buffer, which the runtime does not allocate.")
@@ -108,9 +98,7 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
         name=variant.name,
         symbol=binary.metadata.name,
         architecture=architecture,
-        arguments=[
-            Argument(name, kind, ALIGNMENT if name in variant.aligned else 0) for name, kind in variant.types.items()
-        ],
+        arguments=arguments_of(variant),
         constants=dict(variant.constants),
         warps=variant.warps,
         shared=binary.metadata.shared,
@@ -121,6 +109,11 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
         digest=hashlib.sha256(cubin).hexdigest(),
     )
     return Compiled(contract, resources, cubin, binary.asm["ptx"])
+
+
+def arguments_of(variant: Variant) -> list[Argument]:
+    """A row's launch arguments, as its contract has them."""
+    return [Argument(name, kind, ALIGNMENT if name in variant.aligned else 0) for name, kind in variant.types.items()]
 
 
 def check_resources(label: str, resources: Resources, architecture: int) -> None:
@@ -171,18 +164,18 @@ def main() -> int:
     """The command: compiles, optionally writes NAME.sm_N.cubin files and contracts.json, prints the table."""
     parser = argparse.ArgumentParser(prog="python -m densegeo.kernels.compile", description=main.__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", help="for example 80 90; default: all")
-    parser.add_argument("--operations", nargs="+", help="for example split normals; default: all")
+    parser.add_argument("--bundled", action="store_true", help="only what a runtime without torch launches")
+    parser.add_argument("--names", nargs="+", help="for example split.fp32_fp32 normals.fp32; default: all")
     parser.add_argument("--output", type=Path, help="write binaries and contracts into this folder")
     options = parser.parse_args()
     try:
         _require_compiler()
-        from densegeo.kernels.table import VARIANTS
-
         architectures = options.architectures or list(ARCHITECTURES)
         unknown = sorted(set(architectures) - set(ARCHITECTURES))
         if unknown:
             raise KernelError(f"Unknown architectures {unknown}; choose from {', '.join(map(str, ARCHITECTURES))}.")
-        compiled = compile_kernels(_of(options.operations, VARIANTS), architectures)
+        rows = _chosen(options.names, [row for row in variants() if row.bundled or not options.bundled])
+        compiled = compile_kernels(rows, architectures)
         if options.output:
             _write(compiled, options.output)
     except KernelError as error:
@@ -190,18 +183,18 @@ def main() -> int:
         return 1
     print(resource_table(compiled, architectures))
     for architecture in architectures:
-        for reason in sorted({variant.unsupported(architecture) or "" for variant in VARIANTS} - {""}):
+        for reason in sorted({row.unsupported(architecture) or "" for row in rows} - {""}):
             print(f"sm_{architecture}: - is {reason}")
     print(f"{len(compiled)} binaries, no spills, fp fusion {'on' if FP_FUSION else 'off'}")
     return 0
 
 
-def _of(operations: Sequence[str] | None, variants: Sequence[Variant]) -> Sequence[Variant]:
-    """The rows of these operations, or all; raises KernelError for one that has none."""
-    known = {variant.name.partition(".")[0] for variant in variants}
-    if unknown := sorted(set(operations or ()) - known):
-        raise KernelError(f"Unknown operations {', '.join(unknown)}; choose from {', '.join(sorted(known))}.")
-    return [variant for variant in variants if not operations or variant.name.partition(".")[0] in operations]
+def _chosen(names: Sequence[str] | None, rows: Sequence[Variant]) -> Sequence[Variant]:
+    """The rows of these names, or all; raises KernelError for a name that none has."""
+    known = [row.name for row in rows]
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise KernelError(f"Unknown kernels {', '.join(unknown)}; choose from {', '.join(known)}.")
+    return [row for row in rows if not names or row.name in names]
 
 
 def _write(compiled: Iterable[Compiled], folder: Path) -> None:

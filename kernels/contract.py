@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
+
+Pointer = Any  # in a kernel's arguments: a tensor, or an address on the device
 
 
 class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +60,6 @@ class LaunchContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name}.sm_{self.architecture}.cubin"
 
 
-def programs(axes: Sequence[Axis], **extents: int) -> tuple[int, ...]:
+def programs(axes: Sequence[Axis], **extents: Any) -> tuple[int, ...]:
     """The launch grid for these extents."""
     return tuple(-(-axis.times * extents[axis.extent] // axis.block) for axis in axes)

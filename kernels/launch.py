@@ -1,18 +1,43 @@
-"""Settings and checks that all kernel wrappers share."""
+"""What all kernel wrappers share: the launch of a row through Triton, its settings and checks."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from densegeo.errors import TensorSizeError
+from densegeo.kernels.contract import programs
+from densegeo.kernels.table import FP_FUSION, Variant
 
-WARPS = 4
-FP_FUSION = False  # no fused multiply-add: the interpreter has none, so the arithmetic tested is the arithmetic run
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": FP_FUSION}
 # Arguments of the kernels around the networks that differ from image to image. Where one becomes 1 or a multiple of 16,
 # or stops being so, Triton compiles anew, half a second, unless told not to (`triton.jit`, do_not_specialize).
 BOX = ("left", "top", "box_width", "box_height", "width", "height")
 MAX_OFFSET = 2**31 - 1  # kernels index with 32 bits
+_KINDS = {  # torch's name of a type -> Triton's
+    "torch.float32": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float8_e4m3fn": "fp8e4nv",
+    "torch.int8": "i8",
+    "torch.uint8": "u8",
+}
+
+
+@cache
+def kind_of(dtype: Any) -> str:
+    """A torch type's name in Triton: torch.bfloat16 -> "bf16"."""
+    return _KINDS[str(dtype)]
+
+
+def launch(variant: Variant, arguments: NamedTuple, batch: int = 1) -> None:
+    """Launch a row's kernel on tensors: grid, constants and warps are the row's, order and names its arguments'.
+
+    batch: pictures in the tensors, where no argument says so.
+    """
+    assert type(arguments) is variant.arguments
+    extents = {axis.extent: getattr(arguments, axis.extent, batch) for axis in variant.grid}
+    grid = programs(variant.grid, **extents)
+    variant.kernel[grid](*arguments, **variant.constants, num_warps=variant.warps, enable_fp_fusion=FP_FUSION)
 
 
 def require_small(*tensors: Any) -> None:

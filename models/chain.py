@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
+from densegeo.kernels.resize_depth import resize_depth
 from densegeo.kernels.split import split as split_tokens
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode, Maps, Output, into_opencv
@@ -79,10 +79,7 @@ def _map(row: Output, decoded: Tensor, box: Box, size: Size) -> Tensor:
     """A decoded picture (1, channels, H, W) -> prediction (1, h, w) or normals (1, h, w, 3)."""
     if row.frame is not None:
         return normals(decoded, box, size, matrix=into_opencv(row.frame))
-    first = row.clamp == "before_mean"
-    *_, prediction = log_dequantize(decoded, box, size, scale=1, shift=0, clamp_first=first, with_prediction=True)
-    assert prediction is not None
-    return prediction
+    return resize_depth(decoded, box, size, clamp=row.clamp)
 
 
 def relative(ours: Tensor, wanted: Tensor) -> float:

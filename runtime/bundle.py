@@ -104,7 +104,7 @@ class Capture(Record, frozen=True):
 
 
 CAPTURE = Capture(
-    inside=["encoder", "denoiser", "split", "decoder"], before=["preprocess"], after=["log_dequantize", "normals"]
+    inside=["encoder", "denoiser", "split", "decoder"], before=["preprocess"], after=["resize_depth", "normals"]
 )
 
 

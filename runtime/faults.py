@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from densegeo.errors import ConfigError
 
@@ -30,12 +30,12 @@ def _after(spoil: Callable[[Any], Any]) -> Change:
     return lambda real: lambda *given, **named: spoil(real(*given, **named))
 
 
-def _launching(kernel: str, spoil: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+def _launching(kernel: str, spoil: Callable[[Any], Any]) -> Change:
     """`Kernels.launch` with the arguments of one kernel spoilt."""
 
     def change(real: Any) -> Any:
-        def launch(self: Any, name: str, stream: Any, values: dict[str, Any], **extents: int) -> None:
-            real(self, name, stream, spoil(dict(values)) if name.startswith(kernel) else values, **extents)
+        def launch(self: Any, name: str, stream: Any, arguments: NamedTuple, batch: int = 1) -> None:
+            real(self, name, stream, spoil(arguments) if name.startswith(f"{kernel}.") else arguments, batch)
 
         return launch
 
@@ -74,8 +74,8 @@ def _louder(real: Any) -> Any:
     return fuse
 
 
-def _half_as_wide(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"box_width": values["box_width"] // 2}
+def _half_as_wide(arguments: Any) -> Any:
+    return arguments._replace(box_width=arguments.box_width // 2)
 
 
 _RUNTIME = "densegeo.runtime"
@@ -93,15 +93,15 @@ FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
     "torch": {
         "preprocess": ((_TORCH, "preprocess"), _after(lambda rgb: rgb.flip(1))),
         "split": ((_CHAIN, "split_tokens"), _after(lambda latents: -latents)),
-        "resize": ((_CHAIN, "log_dequantize"), _after(lambda found: (*found[:2], found[2].flip(-1)))),
+        "resize": ((_CHAIN, "resize_depth"), _after(lambda prediction: prediction.flip(-1))),
         "normals": ((_CHAIN, "normals"), _after(lambda found: (-found[0], *found[1:]))),
         "graph": ((f"{_RUNTIME}.backends.torch_capture", "Replay.__call__"), _stale),
         "fused": ((f"{_RUNTIME}.backends.torch_modules", "fuse"), _louder),
     },
     "tensorrt": {
-        "preprocess": (_LAUNCH, _launching("preprocess", lambda values: values | {"red": 2 - values["red"]})),
-        "split": (_LAUNCH, _launching("split", lambda values: values | {"depth_sign": -values["depth_sign"]})),
-        "resize": (_LAUNCH, _launching("log_dequantize", _half_as_wide)),
+        "preprocess": (_LAUNCH, _launching("preprocess", lambda given: given._replace(red=2 - given.red))),
+        "split": (_LAUNCH, _launching("split", lambda given: given._replace(depth_sign=-given.depth_sign))),
+        "resize": (_LAUNCH, _launching("resize_depth", _half_as_wide)),
         "normals": (_LAUNCH, _launching("normals", _half_as_wide)),
         "graph": ((f"{_RUNTIME}.backends.tensorrt_network", "Network.launch"), _once),
     },

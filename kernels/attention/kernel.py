@@ -5,35 +5,23 @@ the keys with a running maximum and sum, in powers of two. The second is the mer
 """
 
 import math
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.attention.strategies import Counts, logarithms_of
+from densegeo.kernels.contract import Axis, Pointer
+from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.table import FLOATS, WARPS, Variant
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}  # of an element
 SCALED = {1: (LIMITS[torch.float8_e4m3fn], 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
-ADD_GRID = (Axis("queries", BLOCK_A), Axis("heads"), Axis("batch"))
-
-
-def blocks_of(element: int, size: int) -> dict[str, int | bool]:
-    """Sizes of a program of `attention`, for bytes of an element and BLOCK_S features; so chosen that none spills."""
-    queries, keys = (128, 64) if element <= 2 else (32, 32)
-    if element == 1 and size == 64:  # 128 queries on 8 warps are as much to a thread, and spill on sm_120
-        queries = 64
-    return {"BLOCK_Q": queries, "BLOCK_K": keys, "STAGES": 2}  # STAGES: steps whose keys and values are in flight
-
-
-def warps_of(element: int, size: int) -> int:
-    return 8 if blocks_of(element, size)["BLOCK_Q"] == 128 else 4
-
-
-def grid_of(element: int, size: int) -> tuple[Axis, ...]:
-    return Axis("queries", int(blocks_of(element, size)["BLOCK_Q"])), Axis("heads"), Axis("batch")
 
 
 @triton.jit
@@ -108,12 +96,12 @@ def add_keys_kernel(
     v,
     out,  # (batch, heads, queries, size): attention to the keys so far
     logsum,  # (batch, heads, queries) float32, queries adjacent: its logits' log-sum-exp
-    further,  # (count,) int32: keys to add
-    bias,  # (count,) float32: what is added to their logits
+    further,  # (further_count,) int32: keys to add
+    bias,  # (further_count,) float32: what is added to their logits
     result,  # (batch, queries, heads, size), contiguous
     heads,
     queries,
-    count,
+    further_count,
     q_batch,  # strides
     q_head,
     q_token,
@@ -145,7 +133,7 @@ def add_keys_kernel(
     mixed = tl.load(source + query[:, None] * out_token + feature[None, :], mask=mask, other=0.0).to(tl.float32)
     peak = tl.load(logsum + picture * logsum_batch + head * logsum_head + query, mask=query < queries, other=0.0)
     total = tl.full((BLOCK_A,), 1.0, dtype=tl.float32)
-    for index in range(count):
+    for index in range(further_count):
         key = tl.load(further + index)
         place = picture * k_batch + head * k_head + key * k_token
         column = tl.load(k + place + feature, mask=inside, other=0.0).to(tl.float32)
@@ -162,6 +150,116 @@ def add_keys_kernel(
     mixed = mixed / total[:, None]
     target = result + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
     tl.store(target, mixed.to(result.dtype.element_ty), mask=mask)
+
+
+class Arguments(NamedTuple):
+    """Of `attention_kernel`."""
+
+    q: Pointer
+    k: Pointer
+    v: Pointer
+    bias: Pointer
+    out: Pointer
+    heads: int
+    queries: int
+    keys: int
+    biased: int
+    q_batch: int
+    q_head: int
+    q_token: int
+    k_batch: int
+    k_head: int
+    k_token: int
+    v_batch: int
+    v_head: int
+    v_token: int
+    scale: float
+    out_scale: float
+
+
+class AddArguments(NamedTuple):
+    """Of `add_keys_kernel`."""
+
+    q: Pointer
+    k: Pointer
+    v: Pointer
+    out: Pointer
+    logsum: Pointer
+    further: Pointer
+    bias: Pointer
+    result: Pointer
+    heads: int
+    queries: int
+    further_count: int
+    q_batch: int
+    q_head: int
+    q_token: int
+    k_batch: int
+    k_head: int
+    k_token: int
+    v_batch: int
+    v_head: int
+    v_token: int
+    out_batch: int
+    out_head: int
+    out_token: int
+    logsum_batch: int
+    logsum_head: int
+    scale: float
+
+
+def blocks_of(element: int, size: int) -> dict[str, int | bool]:
+    """Sizes of a program of `attention`, for bytes of an element and BLOCK_S features; so chosen that none spills."""
+    queries, keys = (128, 64) if element <= 2 else (32, 32)
+    if element == 1 and size == 64:  # 128 queries on 8 warps are as much to a thread, and spill on sm_120
+        queries = 64
+    return {"BLOCK_Q": queries, "BLOCK_K": keys, "STAGES": 2}  # STAGES: steps whose keys and values are in flight
+
+
+@cache
+def biased(kind: str, target: str, size: int) -> Variant:
+    """Heads of `size` features; strides are multiples of 16. target: of the result."""
+    element = BYTES[kind]
+    largest, summed = SCALED[element]
+    padded = max(32 if element == 1 else 16, triton.next_power_of_2(size))
+    blocks = blocks_of(element, padded)
+    scalars = ("heads", "queries", "keys", "biased", "scale", "out_scale")
+    return Variant(
+        name=f"attention.bias{size}_{kind}" + (f"_{target}" if target != kind else ""),
+        kernel=attention_kernel,
+        arguments=Arguments,
+        pointers={"q": kind, "k": kind, "v": kind, "bias": "fp32", "out": target},
+        constants={"SIZE": size, "BLOCK_S": padded, "LARGEST": largest, "SUMMED": summed, **blocks},
+        grid=(Axis("queries", int(blocks["BLOCK_Q"])), Axis("heads"), Axis("batch")),
+        aligned=tuple(name for name in Arguments._fields if name not in scalars),
+        warps=2 * WARPS if blocks["BLOCK_Q"] == 128 else WARPS,
+        since=(80, "no attention before sm_80, where its tiles spill"),
+    )
+
+
+@cache
+def added(kind: str, size: int) -> Variant:
+    """Heads of `size` features; strides are multiples of 16."""
+    scalars = ("heads", "queries", "further_count", "logsum_batch", "logsum_head", "scale")
+    return Variant(
+        name=f"attention.add{size}_{kind}",
+        kernel=add_keys_kernel,
+        arguments=AddArguments,
+        pointers={
+            **dict.fromkeys(("q", "k", "v", "out", "result"), kind),
+            **dict.fromkeys(("logsum", "bias"), "fp32"),
+            "further": "i32",
+        },
+        constants={"SIZE": size, "BLOCK_S": triton.next_power_of_2(size), "BLOCK_A": BLOCK_A},
+        grid=(Axis("queries", BLOCK_A), Axis("heads"), Axis("batch")),
+        aligned=tuple(name for name in AddArguments._fields if name not in scalars),
+    )
+
+
+VARIANTS = (
+    *(row for kind in FLOATS for size in (32, 128) for row in (biased(kind, kind, size), added(kind, size))),
+    *(biased("fp8e4nv", target, size) for target in ("bf16", "fp16") for size in (32, 64, 128)),
+)  # heads of fe2e-tiny have 32 features, of FiffDepth 64, of fe2e 128
 
 
 def attention(
@@ -183,32 +281,24 @@ def attention(
     assert bias.is_contiguous()
     assert len(bias) <= keys
     out = _tokens_first(q, dtype)
-    element = q.element_size()
-    largest, summed = SCALED[element]
-    padded = max(32 if element == 1 else 16, triton.next_power_of_2(size))
-    attention_kernel[programs(grid_of(element, padded), queries=queries, heads=heads, batch=batch)](
-        q,
-        k,
-        v,
-        bias,
-        out,
-        heads,
-        queries,
-        keys,
-        len(bias),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        math.log2(math.e) / math.sqrt(size) * scales[0] * scales[1],
-        scales[2] / largest,
-        SIZE=size,
-        BLOCK_S=padded,
-        LARGEST=largest,
-        SUMMED=summed,
-        **blocks_of(element, padded),
-        **(OPTIONS | {"num_warps": warps_of(element, padded)}),
-    )
+    strides = *_strides(q), *_strides(k), *_strides(v)
+    scale = math.log2(math.e) / math.sqrt(size) * scales[0] * scales[1]
+    row = biased(kind_of(q.dtype), kind_of(out.dtype), size)
+    out_scale = scales[2] / row.constants["LARGEST"]
+    launch(row, Arguments(q, k, v, bias, out, heads, queries, keys, len(bias), *strides, scale, out_scale), batch)
     return out.transpose(1, 2)
+
+
+def attention_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: tuple[float, float, float],
+    dtype: torch.dtype,
+    counts: Counts,
+) -> torch.Tensor:
+    """See `densegeo.kernels.attention.attention_fp8`."""
+    return attention(q, k, v, logarithms_of(counts, q.device), scales, dtype)
 
 
 def add_keys(
@@ -230,30 +320,16 @@ def add_keys(
     assert further.dtype == torch.int32
     assert logsum.stride(2) == further.stride(0) == bias.stride(0) == 1
     result = _tokens_first(q)
-    add_keys_kernel[programs(ADD_GRID, queries=queries, heads=heads, batch=batch)](
-        q,
-        k,
-        v,
-        out,
-        logsum,
-        further,
-        bias,
-        result,
-        heads,
-        queries,
-        len(further),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *logsum.stride()[:2],
-        size**-0.5,
-        SIZE=size,
-        BLOCK_S=triton.next_power_of_2(size),
-        BLOCK_A=BLOCK_A,
-        **OPTIONS,
-    )
+    tensors = q, k, v, out, logsum, further, bias, result
+    strides = *_strides(q), *_strides(k), *_strides(v), *_strides(out), logsum.stride(0), logsum.stride(1)
+    row = added(kind_of(q.dtype), size)
+    launch(row, AddArguments(*tensors, heads, queries, len(further), *strides, size**-0.5), batch)
     return result.transpose(1, 2)
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of pictures, heads and tokens."""
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _assert_layout(q: torch.Tensor, *others: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densegeo.kernels.dispatch import implementation
+
 Counts = tuple[int, ...]  # of the leading keys
 FLASH_ARCHITECTURE = (8, 0)  # first compute capability of torch's flash kernel
 
@@ -26,7 +28,7 @@ class Strategy:
 
 def bias(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
     """ln(count) is added to the logits, in float32."""
-    logarithms = _logarithms(counts, q.device)
+    logarithms = logarithms_of(counts, q.device)
     if q.is_cuda:  # torch's CUDA kernels want a mask of q's dtype, and ln(count) in bf16 is off by up to 1 %
         from densegeo.kernels.attention.kernel import attention
 
@@ -98,13 +100,7 @@ def run_fp8(
 ) -> Tensor:
     """See `densegeo.kernels.attention.attention_fp8`."""
     merged = _checked(counts, k.shape[2])
-    if q.is_cuda:
-        from densegeo.kernels.attention.kernel import attention
-
-        return attention(q, k, v, _logarithms(merged, q.device), scales, dtype)
-    from densegeo.kernels.attention.reference import attention_fp8
-
-    return attention_fp8(q, k, v, scales, dtype, merged)
+    return implementation(__package__, q).attention_fp8(q, k, v, scales, dtype, merged)
 
 
 def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> float:
@@ -135,7 +131,7 @@ def _checked(counts: Sequence[int] | None, keys: int) -> Counts:
 
 
 @lru_cache(maxsize=64)
-def _logarithms(counts: Counts, device: torch.device) -> Tensor:
+def logarithms_of(counts: Counts, device: torch.device) -> Tensor:
     """ln(count), float32 (counts,)."""
     return torch.tensor(counts, dtype=torch.float64).log().float().to(device)
 

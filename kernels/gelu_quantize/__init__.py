@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,8 +24,4 @@ def gelu_quantize(
     out: (B, T, F), features adjacent, for example the right part of a single block's [attention | MLP]; default
     contiguous. Source of the 448: Micikevicius et al. 2022, FP8 formats for deep learning.
     """
-    if x.is_cuda:
-        from densegeo.kernels.gelu_quantize.kernel import gelu_quantize as run
-    else:
-        from densegeo.kernels.gelu_quantize.reference import gelu_quantize as run
-    return run(x, dtype or (x if out is None else out).dtype, inverse_scale, out)
+    return implementation(__name__, x).gelu_quantize(x, dtype or (x if out is None else out).dtype, inverse_scale, out)

@@ -2,9 +2,16 @@
 
 import torch
 
-from densegeo.kernels.quantize.kernel import launch
+from densegeo.kernels.quantize.kernel import QUANTIZED, run, variant
+from densegeo.kernels.table import FLOATS
+
+VARIANTS = tuple(
+    variant(source, target, gelu=True)
+    for source in FLOATS
+    for target in (source, *(QUANTIZED if source != "fp32" else ()))
+)
 
 
 def gelu_quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None) -> torch.Tensor:
     """See `densegeo.kernels.gelu_quantize.gelu_quantize`."""
-    return launch(x, dtype, inverse_scale, out, gelu=True)
+    return run(x, dtype, inverse_scale, out, gelu=True)

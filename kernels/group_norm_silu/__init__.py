@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,8 +24,4 @@ def group_norm_silu(
     weight, bias: float32 (C,). Statistics are merged block by block (Chan, Golub and LeVeque 1983), so that a large
     mean costs no precision. silu: apply x * sigmoid(x) too; without it this is the norm in front of attention.
     """
-    if x.is_cuda:
-        from densegeo.kernels.group_norm_silu.kernel import group_norm_silu as run
-    else:
-        from densegeo.kernels.group_norm_silu.reference import group_norm_silu as run
-    return run(x, weight, bias, groups, eps, silu)
+    return implementation(__name__, x).group_norm_silu(x, weight, bias, groups, eps, silu)

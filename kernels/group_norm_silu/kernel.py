@@ -3,30 +3,19 @@
 Pixels are rows of C adjacent channels, so all reads and writes are whole rows.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.contract import Axis, Pointer
+from densegeo.kernels.launch import kind_of, launch, require_small
+from densegeo.kernels.table import FLOATS, Variant
 
 TILE = 8192  # values a program holds (measured on an H100, benchmarks/LOG.md)
 RUNS = 256  # runs of pixels a picture is cut into for its statistics: about two for each processor of an H100
-STATISTICS_GRID = (Axis("runs"), Axis("batch"))
-
-
-def rows_of(channels: int) -> int:
-    """Pixels a program holds."""
-    return max(1, TILE // triton.next_power_of_2(channels))
-
-
-def merge_grid(width: int) -> tuple[Axis, ...]:
-    """One program a group of `width` channels."""
-    return Axis("channels", width), Axis("batch")
-
-
-def apply_grid(channels: int) -> tuple[Axis, ...]:
-    return Axis("pixels", rows_of(channels)), Axis("batch")
 
 
 @triton.jit
@@ -127,6 +116,97 @@ def apply_kernel(
     tl.store(result + offset, normed.to(result.dtype.element_ty), mask=mask)
 
 
+class StatisticsArguments(NamedTuple):
+    """Of `statistics_kernel`."""
+
+    x: Pointer
+    partial: Pointer
+    pixels: int
+    channels: int
+    runs: int
+    run: int
+
+
+class MergeArguments(NamedTuple):
+    """Of `merge_kernel`."""
+
+    partial: Pointer
+    weight: Pointer
+    bias: Pointer
+    affine: Pointer
+    pixels: int
+    channels: int
+    runs: int
+    run: int
+    eps: float
+
+
+class ApplyArguments(NamedTuple):
+    """Of `apply_kernel`."""
+
+    x: Pointer
+    affine: Pointer
+    result: Pointer
+    pixels: int
+    channels: int
+
+
+def blocks(channels: int) -> dict[str, int | bool]:
+    """Pixels and channels that a program holds."""
+    block = triton.next_power_of_2(channels)
+    return {"BLOCK_P": max(1, TILE // block), "BLOCK_C": block}
+
+
+@cache
+def statistics(kind: str, channels: int) -> Variant:
+    return Variant(
+        name=f"group_norm_silu.statistics{channels}_{kind}",
+        kernel=statistics_kernel,
+        arguments=StatisticsArguments,
+        pointers={"x": kind, "partial": "fp32"},
+        constants=blocks(channels),
+        grid=(Axis("runs"), Axis("batch")),
+        aligned=("x", "partial"),
+    )
+
+
+@cache
+def merge(channels: int, groups: int, runs: int) -> Variant:
+    """A program makes a group. It does not see the picture's type. runs: rounded up to a power of two."""
+    width = channels // groups
+    return Variant(
+        name=f"group_norm_silu.merge{channels}",
+        kernel=merge_kernel,
+        arguments=MergeArguments,
+        pointers=dict.fromkeys(("partial", "weight", "bias", "affine"), "fp32"),
+        constants={"WIDTH": width, "BLOCK_R": runs, "BLOCK_G": triton.next_power_of_2(width)},
+        grid=(Axis("channels", width), Axis("batch")),
+        aligned=("partial", "weight", "bias", "affine"),
+    )
+
+
+@cache
+def application(kind: str, channels: int, silu: bool) -> Variant:
+    sizes = blocks(channels)
+    return Variant(
+        name=f"group_norm_silu.apply{channels}_{kind}",
+        kernel=apply_kernel,
+        arguments=ApplyArguments,
+        pointers={"x": kind, "affine": "fp32", "result": kind},
+        constants={"SILU": silu, **sizes},
+        grid=(Axis("pixels", sizes["BLOCK_P"]), Axis("batch")),
+        aligned=("x", "affine", "result"),
+    )
+
+
+CHANNELS = (128, 512)  # the autoencoder's narrowest and widest, in 32 groups
+VARIANTS = (
+    *(statistics(kind, channels) for kind in FLOATS for channels in CHANNELS),
+    *(merge(channels, 32, RUNS) for channels in CHANNELS),
+    *(application(kind, channels, silu=True) for kind in FLOATS for channels in CHANNELS),
+)
+
+
 def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> torch.Tensor:
@@ -138,33 +218,17 @@ def group_norm_silu(
     assert weight.dtype == bias.dtype == torch.float32
     assert weight.is_contiguous()
     assert bias.is_contiguous()
-    pixels, group = height * width, channels // groups
-    block, rows = triton.next_power_of_2(channels), rows_of(channels)
+    pixels, kind = height * width, kind_of(x.dtype)
+    rows = blocks(channels)["BLOCK_P"]
     run = rows * triton.cdiv(pixels, RUNS * rows)
     runs = triton.cdiv(pixels, run)
     partial = torch.empty((batch, runs, 2, channels), dtype=torch.float32, device=x.device)
     affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
     require_small(x, partial)
-    statistics_kernel[programs(STATISTICS_GRID, runs=runs, batch=batch)](
-        x, partial, pixels, channels, runs, run, BLOCK_P=rows, BLOCK_C=block, **OPTIONS
-    )
-    merge_kernel[programs(merge_grid(group), channels=channels, batch=batch)](
-        partial,
-        weight,
-        bias,
-        affine,
-        pixels,
-        channels,
-        runs,
-        run,
-        eps,
-        WIDTH=group,
-        BLOCK_R=triton.next_power_of_2(runs),
-        BLOCK_G=triton.next_power_of_2(group),
-        **OPTIONS,
-    )
-    apply_kernel[programs(apply_grid(channels), pixels=pixels, batch=batch)](
-        x, affine, result, pixels, channels, SILU=silu, BLOCK_P=rows, BLOCK_C=block, **OPTIONS
-    )
+    sizes = pixels, channels, runs, run
+    launch(statistics(kind, channels), StatisticsArguments(x, partial, *sizes), batch)
+    row = merge(channels, groups, triton.next_power_of_2(runs))
+    launch(row, MergeArguments(partial, weight, bias, affine, *sizes, eps), batch)
+    launch(application(kind, channels, silu), ApplyArguments(x, affine, result, pixels, channels), batch)
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,8 +23,4 @@ def layer_norm(
     weight, bias: float32 (hidden,), "1 + scale" and "shift" of AdaLN once they are constants (DESIGN 4.2).
     dtype, inverse_scale: an 8-bit type for a quantized linear, see `kernels.quantize`.
     """
-    if x.is_cuda:
-        from densegeo.kernels.layer_norm.kernel import layer_norm as run
-    else:
-        from densegeo.kernels.layer_norm.reference import layer_norm as run
-    return run(x, weight, bias, eps, dtype or x.dtype, inverse_scale)
+    return implementation(__name__, x).layer_norm(x, weight, bias, eps, dtype or x.dtype, inverse_scale)

@@ -1,13 +1,17 @@
 """`layer_norm` in one pass: a program holds one token."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
-from densegeo.kernels.quantize.kernel import rounded
+from densegeo.kernels.contract import Axis, Pointer
+from densegeo.kernels.launch import kind_of, launch, require_small
+from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
 from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.table import FLOATS, Variant
 
 GRID = (Axis("tokens"), Axis("batch"))
 
@@ -41,6 +45,40 @@ def layer_norm_kernel(
     tl.store(target, result.to(normed.dtype.element_ty), mask=mask)
 
 
+class Arguments(NamedTuple):
+    """Of `layer_norm_kernel`."""
+
+    x: Pointer
+    weight: Pointer
+    bias: Pointer
+    normed: Pointer
+    tokens: int
+    hidden: int
+    batch_stride: int
+    token_stride: int
+    eps: float
+    inverse_scale: float
+
+
+@cache
+def variant(kind: str, target: str, hidden: int) -> Variant:
+    """target: of the norm. hidden: rounded up to a power of two."""
+    return Variant(
+        name=f"layer_norm.{kind}" + (f"_{target}" if target != kind else ""),
+        kernel=layer_norm_kernel,
+        arguments=Arguments,
+        pointers={"x": kind, "weight": "fp32", "bias": "fp32", "normed": target},
+        constants={"LIMIT": QUANTIZED.get(target, 0), "BLOCK_H": hidden},
+        grid=GRID,
+        aligned=("weight", "bias", "normed"),
+    )
+
+
+VARIANTS = tuple(
+    variant(kind, target, 4096) for kind in FLOATS for target in (kind, *(QUANTIZED if kind != "fp32" else ()))
+)
+
+
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -57,19 +95,7 @@ def layer_norm(
     assert dtype in LIMITS or inverse_scale == 1
     normed = torch.empty((batch, tokens, hidden), dtype=dtype, device=x.device)
     require_small(x, normed)
-    layer_norm_kernel[programs(GRID, tokens=tokens, batch=batch)](
-        x,
-        weight,
-        bias,
-        normed,
-        tokens,
-        hidden,
-        x.stride(0),
-        x.stride(1),
-        eps,
-        inverse_scale,
-        LIMIT=LIMITS.get(dtype, 0),
-        BLOCK_H=triton.next_power_of_2(hidden),
-        **OPTIONS,
-    )
+    strides = x.stride(0), x.stride(1)
+    row = variant(kind_of(x.dtype), kind_of(dtype), triton.next_power_of_2(hidden))
+    launch(row, Arguments(x, weight, bias, normed, tokens, hidden, *strides, eps, inverse_scale), batch)
     return normed

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+from densegeo.outputs import Matrix, into_opencv
+
 if TYPE_CHECKING:
     import torch
 
-Matrix = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
-
-NETWORK_TO_OPENCV: Matrix = ((-1, 0, 0), (0, -1, 0), (0, 0, -1))  # (left, up, back) -> (right, down, forward)
+FE2E = into_opencv("dsine")
 
 
 def normals(
@@ -17,15 +18,11 @@ def normals(
     box: tuple[int, int, int, int],
     size: tuple[int, int],
     *,
-    matrix: Matrix = NETWORK_TO_OPENCV,
+    matrix: Matrix = FE2E,
 ) -> torch.Tensor:
     """Decoded (B, 3, H, W), any strides -> normals (B, h, w, 3) float32.
 
     Clamped to [-1, 1]; the box (left, top, width, height) is resized to size (w, h), plain bilinear; then unit length
     (divided by at least 1e-9, so zero stays zero; NaN in one component makes all three NaN); then matrix @ normal.
     """
-    if decoded.is_cuda:
-        from densegeo.kernels.normals.kernel import normals as run
-    else:
-        from densegeo.kernels.normals.reference import normals as run
-    return run(decoded, box, size, matrix)
+    return implementation(__name__, decoded).normals(decoded, box, size, matrix)

@@ -1,17 +1,22 @@
 """`normals` in one pass: a program makes a tile of one output picture."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import BOX, OPTIONS, require_small
-from densegeo.kernels.normals import Matrix
+from densegeo.kernels.contract import Axis
+from densegeo.kernels.launch import BOX, kind_of, launch, require_small
+from densegeo.kernels.normals.arguments import Arguments
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
+from densegeo.kernels.table import Variant
+from densegeo.outputs import NORMAL_FLOOR, Matrix
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))
 
+FLOOR = tl.constexpr(NORMAL_FLOOR)
 
 @triton.jit
 def _sample(plane, row0, row1, column0, column1, down, right):
@@ -66,7 +71,7 @@ def normals_kernel(
     c = _sample(plane + 2 * channel_stride, row0, row1, column0, column1, down, right)
 
     length = tl.sqrt(a * a + b * b + c * c)
-    length = tl.where(length < 1e-9, 1e-9, length)  # NaN stays
+    length = tl.where(length < FLOOR, FLOOR, length)  # NaN stays
     a /= length
     b /= length
     c /= length
@@ -75,6 +80,23 @@ def normals_kernel(
     tl.store(target, m00 * a + m01 * b + m02 * c, mask=mask)
     tl.store(target + 1, m10 * a + m11 * b + m12 * c, mask=mask)
     tl.store(target + 2, m20 * a + m21 * b + m22 * c, mask=mask)
+
+
+@cache
+def variant(kind: str) -> Variant:
+    return Variant(
+        name=f"normals.{kind}",
+        kernel=normals_kernel,
+        arguments=Arguments,
+        pointers={"decoded": kind, "normals": "fp32"},
+        constants={"BLOCK_X": BLOCK_X, "BLOCK_Y": BLOCK_Y},
+        grid=GRID,
+        aligned=("decoded", "normals"),
+        bundled=True,
+    )
+
+
+VARIANTS = (variant("fp32"),)
 
 
 def normals(
@@ -89,19 +111,8 @@ def normals(
     assert max(box_width * width, box_height * height) <= MAX_PRODUCT
     result = torch.empty((batch, height, width, 3), dtype=torch.float32, device=decoded.device)
     require_small(decoded, result)
-    normals_kernel[programs(GRID, width=width, height=height, batch=batch)](
-        decoded,
-        result,
-        *decoded.stride(),
-        left,
-        top,
-        box_width,
-        box_height,
-        width,
-        height,
-        *(float(entry) for row in matrix for entry in row),
-        BLOCK_X=BLOCK_X,
-        BLOCK_Y=BLOCK_Y,
-        **OPTIONS,
-    )
+    strides = decoded.stride(0), decoded.stride(1), decoded.stride(2), decoded.stride(3)
+    entries = (float(entry) for row in matrix for entry in row)
+    arguments = Arguments(decoded, result, *strides, *box, *size, *entries)
+    launch(variant(kind_of(decoded.dtype)), arguments, batch)
     return result

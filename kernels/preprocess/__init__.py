@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,8 +26,6 @@ def preprocess(
     """
     import torch
 
-    if frame.is_cuda:
-        from densegeo.kernels.preprocess.kernel import preprocess as run
-    else:
-        from densegeo.kernels.preprocess.reference import preprocess as run
-    return run(frame, size, box or (0, 0, *size), color == "bgr", dtype or torch.float32)
+    return implementation(__name__, frame).preprocess(
+        frame, size, box or (0, 0, *size), color == "bgr", dtype or torch.float32
+    )

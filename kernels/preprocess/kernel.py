@@ -4,13 +4,17 @@ Two separable passes would read fewer taps when shrinking a lot, but need a floa
 second launch. 4K -> 1024x768 takes 8x6 taps; `benchmarks/gpu_check.py` times it, which was not done yet.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import BOX, OPTIONS, require_small
+from densegeo.kernels.contract import Axis
+from densegeo.kernels.launch import BOX, kind_of, launch, require_small
+from densegeo.kernels.preprocess.arguments import Arguments, tap_count
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, first_tap, tap_weight
+from densegeo.kernels.table import Variant
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y))
@@ -73,9 +77,21 @@ def preprocess_kernel(
     tl.store(target + 2 * height * width, (b * scale - 1).to(rgb.dtype.element_ty), mask=mask)
 
 
-def tap_count(source: int, target: int) -> int:
-    """Most source indices with a positive weight: an open interval of twice the larger pixel holds no more."""
-    return -(-2 * max(source, target) // target)
+@cache
+def variant(target: str) -> Variant:
+    return Variant(
+        name=f"preprocess.u8_{target}",
+        kernel=preprocess_kernel,
+        arguments=Arguments,
+        pointers={"frame": "u8", "rgb": target},
+        constants={"BLOCK_X": BLOCK_X, "BLOCK_Y": BLOCK_Y},
+        grid=GRID,
+        aligned=("rgb",),  # a camera's frame may begin anywhere
+        bundled=True,
+    )
+
+
+VARIANTS = (variant("fp32"),)
 
 
 def preprocess(
@@ -92,24 +108,11 @@ def preprocess(
     assert max(source_width * box_width, source_height * box_height) <= MAX_PRODUCT
     rgb = torch.empty((1, 3, height, width), dtype=dtype, device=frame.device)
     require_small(frame, rgb)
-    preprocess_kernel[programs(GRID, width=width, height=height)](
-        frame,
-        rgb,
-        source_width,
-        source_height,
-        frame.stride(0),
-        frame.stride(1),
-        2 if bgr else 0,
-        left,
-        top,
-        box_width,
-        box_height,
-        width,
-        height,
-        tap_count(source_width, box_width),
-        tap_count(source_height, box_height),
-        BLOCK_X=BLOCK_X,
-        BLOCK_Y=BLOCK_Y,
-        **OPTIONS,
+    strides = frame.stride(0), frame.stride(1)
+    counts = tap_count(source_width, box_width), tap_count(source_height, box_height)
+    red = 2 if bgr else 0
+    launch(
+        variant(kind_of(dtype)),
+        Arguments(frame, rgb, source_width, source_height, *strides, red, *box, *size, *counts),
     )
     return rgb

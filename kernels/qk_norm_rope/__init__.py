@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,8 +28,6 @@ def qk_norm_rope(
     Results are contiguous, of qkv's dtype, float32 inside. Values need no kernel: attention reads them in place.
     dtype: an 8-bit one as in `quantize`, in which the results are then, times their inverse scales.
     """
-    if qkv.is_cuda:
-        from densegeo.kernels.qk_norm_rope.kernel import qk_norm_rope as run
-    else:
-        from densegeo.kernels.qk_norm_rope.reference import qk_norm_rope as run
-    return run(qkv, query_scale, key_scale, cos, sin, heads, eps, dtype, inverse_scales)
+    return implementation(__name__, qkv).qk_norm_rope(
+        qkv, query_scale, key_scale, cos, sin, heads, eps, dtype, inverse_scales
+    )

@@ -1,13 +1,17 @@
 """`qk_norm_rope` in one pass: a program makes a run of one head's queries and keys."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
-from densegeo.kernels.quantize.kernel import rounded
+from densegeo.kernels.contract import Axis, Pointer
+from densegeo.kernels.launch import kind_of, launch, require_small
+from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
 from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.table import FLOATS, Variant
 
 BLOCK_T = 16  # tokens a program
 GRID = (Axis("tokens", BLOCK_T), Axis("heads"), Axis("batch"))
@@ -69,6 +73,50 @@ def qk_norm_rope_kernel(
     tl.store(key + target, turned.to(key.dtype.element_ty), mask=mask)
 
 
+class Arguments(NamedTuple):
+    """Of `qk_norm_rope_kernel`."""
+
+    qkv: Pointer
+    query_scale: Pointer
+    key_scale: Pointer
+    cos: Pointer
+    sin: Pointer
+    query: Pointer
+    key: Pointer
+    tokens: int
+    heads: int
+    size: int
+    batch_stride: int
+    token_stride: int
+    eps: float
+    query_inverse_scale: float
+    key_inverse_scale: float
+
+
+@cache
+def variant(kind: str, target: str, size: int) -> Variant:
+    """target: of queries and keys. size: features of a head, rounded up to a power of two."""
+    return Variant(
+        name=f"qk_norm_rope.{kind}" + (f"_{target}" if target != kind else ""),
+        kernel=qk_norm_rope_kernel,
+        arguments=Arguments,
+        pointers={
+            "qkv": kind,
+            **dict.fromkeys(("query_scale", "key_scale", "cos", "sin"), "fp32"),
+            **dict.fromkeys(("query", "key"), target),
+        },
+        constants={"LIMIT": QUANTIZED.get(target, 0), "BLOCK_T": BLOCK_T, "BLOCK_S": size},
+        grid=GRID,
+        aligned=("query", "key"),
+    )
+
+
+VARIANTS = (
+    *(variant(kind, kind, 128) for kind in FLOATS),
+    *(variant(kind, "fp8e4nv", 128) for kind in ("bf16", "fp16")),  # for fp8 attention
+)
+
+
 def qk_norm_rope(
     qkv: torch.Tensor,
     query_scale: torch.Tensor,
@@ -94,24 +142,8 @@ def qk_norm_rope(
     query = torch.empty((batch, heads, tokens, size), dtype=dtype or qkv.dtype, device=qkv.device)
     key = torch.empty_like(query)
     require_small(qkv, query)
-    qk_norm_rope_kernel[programs(GRID, tokens=tokens, heads=heads, batch=batch)](
-        qkv,
-        query_scale,
-        key_scale,
-        cos,
-        sin,
-        query,
-        key,
-        tokens,
-        heads,
-        size,
-        qkv.stride(0),
-        qkv.stride(1),
-        eps,
-        *inverse_scales,
-        LIMIT=LIMITS.get(query.dtype, 0),
-        BLOCK_T=BLOCK_T,
-        BLOCK_S=triton.next_power_of_2(size),
-        **OPTIONS,
-    )
+    tensors = qkv, query_scale, key_scale, cos, sin, query, key
+    strides = qkv.stride(0), qkv.stride(1)
+    row = variant(kind_of(qkv.dtype), kind_of(query.dtype), triton.next_power_of_2(size))
+    launch(row, Arguments(*tensors, tokens, heads, size, *strides, eps, *inverse_scales), batch)
     return query, key

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,8 +20,4 @@ def quantize(
     out: (B, T, F), features adjacent, for example the left part of a single block's [attention | MLP]; default
     contiguous. Source of the 448: Micikevicius et al. 2022, FP8 formats for deep learning.
     """
-    if x.is_cuda:
-        from densegeo.kernels.quantize.kernel import quantize as run
-    else:
-        from densegeo.kernels.quantize.reference import quantize as run
-    return run(x, dtype, inverse_scale, out)
+    return implementation(__name__, x).quantize(x, dtype, inverse_scale, out)

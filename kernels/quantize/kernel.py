@@ -3,16 +3,21 @@
 `rounded` also ends other kernels.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.contract import Axis, Pointer
+from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.table import Variant
 
 BLOCK_F = 2048  # features a program
 GRID = (Axis("tokens"), Axis("features", BLOCK_F), Axis("batch"))
+QUANTIZED = {kind_of(dtype): limit for dtype, limit in LIMITS.items()}  # largest magnitude, by Triton's name of a type
 TO_INTEGER = tl.constexpr(1.5 * 2**23)  # adding it to a float32 below 2^22 rounds to an integer, ties to even
 
 
@@ -55,13 +60,44 @@ def quantize_kernel(
     tl.store(target, value.to(result.dtype.element_ty), mask=mask)
 
 
+class Arguments(NamedTuple):
+    """Of `quantize_kernel`."""
+
+    x: Pointer
+    result: Pointer
+    tokens: int
+    features: int
+    x_batch_stride: int
+    x_token_stride: int
+    result_batch_stride: int
+    result_token_stride: int
+    inverse_scale: float
+
+
+@cache
+def variant(source: str, target: str, gelu: bool) -> Variant:
+    """features and strides are multiples of 16."""
+    return Variant(
+        name=f"{'gelu_quantize' if gelu else 'quantize'}.{source}_{target}",
+        kernel=quantize_kernel,
+        arguments=Arguments,
+        pointers={"x": source, "result": target},
+        constants={"GELU": gelu, "LIMIT": QUANTIZED.get(target, 0), "BLOCK_F": BLOCK_F},
+        grid=GRID,
+        aligned=tuple(name for name in Arguments._fields if name not in ("tokens", "inverse_scale")),
+    )
+
+
+VARIANTS = tuple(variant(source, target, gelu=False) for source in ("bf16", "fp16") for target in QUANTIZED)
+
+
 def quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None) -> torch.Tensor:
     """See `densegeo.kernels.quantize.quantize`."""
     assert dtype in LIMITS
-    return launch(x, dtype, inverse_scale, out, gelu=False)
+    return run(x, dtype, inverse_scale, out, gelu=False)
 
 
-def launch(
+def run(
     x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None, *, gelu: bool
 ) -> torch.Tensor:
     """x (B, T, F) -> itself or its GELU, in `dtype`, in `out`."""
@@ -72,19 +108,7 @@ def launch(
     assert x.stride(2) == result.stride(2) == 1
     assert dtype in LIMITS or inverse_scale == 1
     require_small(x, result)
-    quantize_kernel[programs(GRID, tokens=tokens, features=features, batch=batch)](
-        x,
-        result,
-        tokens,
-        features,
-        x.stride(0),
-        x.stride(1),
-        result.stride(0),
-        result.stride(1),
-        inverse_scale,
-        GELU=gelu,
-        LIMIT=LIMITS.get(dtype, 0),
-        BLOCK_F=BLOCK_F,
-        **OPTIONS,
-    )
+    strides = x.stride(0), x.stride(1), result.stride(0), result.stride(1)
+    row = variant(kind_of(x.dtype), kind_of(dtype), gelu)
+    launch(row, Arguments(x, result, tokens, features, *strides, inverse_scale), batch)
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from densegeo.kernels.dispatch import implementation
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,8 +27,6 @@ def split(
     half is multiplied by its sign, divided by `scale`, then `shift` is added. dtype: of the result, default the
     input's.
     """
-    if velocity.is_cuda:
-        from densegeo.kernels.split.kernel import split as run
-    else:
-        from densegeo.kernels.split.reference import split as run
-    return run(velocity, height, width, scale, shift, depth_sign, normal_sign, dtype or velocity.dtype)
+    return implementation(__name__, velocity).split(
+        velocity, height, width, scale, shift, depth_sign, normal_sign, dtype or velocity.dtype
+    )

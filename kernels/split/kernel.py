@@ -1,11 +1,15 @@
 """`split` in one pass: a program moves a run of one token row, read along features and written along columns."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from densegeo.kernels.contract import Axis, programs
-from densegeo.kernels.launch import OPTIONS, require_small
+from densegeo.kernels.contract import Axis
+from densegeo.kernels.launch import kind_of, launch, require_small
+from densegeo.kernels.split.arguments import Arguments
+from densegeo.kernels.table import Variant
 
 BLOCK_T = 32  # tokens a program
 GRID = (Axis("columns", BLOCK_T), Axis("rows"), Axis("batch", times=2))
@@ -51,6 +55,24 @@ def split_kernel(
     tl.store(target, value.to(latents.dtype.element_ty), mask=mask)
 
 
+@cache
+def variant(source: str, target: str, features: int) -> Variant:
+    """features: of a token, rounded up to a power of two."""
+    return Variant(
+        name=f"split.{source}_{target}",
+        kernel=split_kernel,
+        arguments=Arguments,
+        pointers={"velocity": source, "latents": target},
+        constants={"BLOCK_T": BLOCK_T, "BLOCK_F": features},
+        grid=GRID,
+        aligned=("velocity", "latents"),
+        bundled=True,
+    )
+
+
+VARIANTS = (variant("fp32", "fp32", 64),)
+
+
 def split(
     velocity: torch.Tensor,
     height: int,
@@ -69,21 +91,8 @@ def split(
     assert velocity.stride(2) == 1
     latents = torch.empty((2 * batch, features // 4, 2 * rows, 2 * columns), dtype=dtype, device=velocity.device)
     require_small(velocity, latents)
-    split_kernel[programs(GRID, columns=columns, rows=rows, batch=batch)](
-        velocity,
-        latents,
-        batch,
-        rows,
-        columns,
-        features,
-        velocity.stride(0),
-        velocity.stride(1),
-        scale,
-        shift,
-        depth_sign,
-        normal_sign,
-        BLOCK_T=BLOCK_T,
-        BLOCK_F=triton.next_power_of_2(features),
-        **OPTIONS,
-    )
+    row = variant(kind_of(velocity.dtype), kind_of(dtype), triton.next_power_of_2(features))
+    strides = velocity.stride(0), velocity.stride(1)
+    line = scale, shift, depth_sign, normal_sign
+    launch(row, Arguments(velocity, latents, batch, rows, columns, features, *strides, *line))
     return latents

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from densegeo.errors import BackendError, DigestError
 from densegeo.kernels.contract import LaunchContract, programs
@@ -50,18 +50,18 @@ class Kernels:
                 f"{directory} has no kernels for sm_{architecture}: build it with --gpu-arch {architecture}"
             )
 
-    def launch(self, name: str, stream: Any, values: Mapping[str, float], **extents: int) -> None:
-        """Launch one kernel; extents: what its grid is made from beyond its arguments ("batch").
+    def launch(self, name: str, stream: Any, arguments: NamedTuple, batch: int = 1) -> None:
+        """Launch one kernel with its `Arguments`; batch: pictures in the tensors, where no argument says so.
 
-        Raises BackendError for a kernel the bundle lacks and for values that do not fit its contract.
+        Raises BackendError for a kernel the bundle lacks and for arguments that do not fit its contract.
         """
         from cuda.core import LaunchConfig, launch
 
         contract = self._contracts.get(name)
         if contract is None:
             raise BackendError(f"the bundle lacks the kernel {name}: rebuild it with this version of densegeo")
-        counts = {key: int(value) for key, value in values.items() if key in {axis.extent for axis in contract.grid}}
-        grid = programs(contract.grid, **{**counts, **extents})
+        values = arguments._asdict()
+        grid = programs(contract.grid, **{"batch": batch, **values})
         config = LaunchConfig(grid=grid, block=32 * contract.warps, shmem_size=contract.shared)
         launch(stream, config, self._kernel(contract), *pack(contract, values))
 

@@ -9,11 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
-from densegeo.outputs import Maps, Matrix, Output, into_opencv
+from densegeo.kernels.normals import arguments as normals
+from densegeo.kernels.preprocess import arguments as preprocess
+from densegeo.kernels.resize_depth import arguments as resize_depth
+from densegeo.kernels.split import arguments as split
+from densegeo.outputs import Maps, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory
 from densegeo.runtime.backends.tensorrt_context import Stepper
+from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, SPLIT, resize_depth_name
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement, inside
@@ -89,22 +94,21 @@ class Network:
         """uint8 pixels at a device address (row and pixel strides in bytes) become image `index` of the next launch."""
         bucket, (width, height), box = self._bucket, placement.source, placement.box
         self._kernels.launch(
-            "preprocess.u8_fp32",
+            PREPROCESS,
             self._memory.stream,
-            {
-                "frame": address,
-                "rgb": self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:]),
-                "source_width": width,
-                "source_height": height,
-                "row_stride": strides[0],
-                "pixel_stride": strides[1],
-                "red": 2 if color == "bgr" else 0,
-                **_named(box),
-                "width": bucket.width,
-                "height": bucket.height,
-                "taps_x": _taps(width, box[2]),
-                "taps_y": _taps(height, box[3]),
-            },
+            preprocess.Arguments(
+                address,
+                self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:]),
+                width,
+                height,
+                *strides,
+                2 if color == "bgr" else 0,
+                *box,
+                bucket.width,
+                bucket.height,
+                preprocess.tap_count(width, box[2]),
+                preprocess.tap_count(height, box[3]),
+            ),
         )
 
     def launch(self) -> None:
@@ -124,59 +128,28 @@ class Network:
         _, channels, rows, columns = self._shapes["decoded"]
         plane = rows * columns
         picture = FLOAT * channels * plane
-        strides = {
-            "batch_stride": channels * plane,
-            "channel_stride": plane,
-            "row_stride": columns,
-            "column_stride": 1,
-        }
-        box = _named(inside(placement.box, columns, rows))
-        shared = {**strides, **box, "width": width, "height": height}
+        strides = (channels * plane, plane, columns, 1)
+        ends = (*strides, *inside(placement.box, columns, rows), width, height)
         found = {}
         for number, row in enumerate(self._decode.outputs):
             decoded = self._address("decoded") + (number * self._bucket.batch + index) * picture
-            found[row.name] = self._map(row, decoded, channels, shared)
+            found[row.name] = self._map(row, decoded, channels, ends)
         return Maps(**found)
 
-    def _map(self, row: Output, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
-        """What an output's row makes of a decoded picture at an address."""
+    def _map(self, row: Output, decoded: int, channels: int, ends: tuple[int, ...]) -> DeviceArray:
+        """What an output's row makes of a decoded picture. ends: the picture's strides, its box, width and height."""
+        width, height = ends[-2:]
+        shape = (height, width) if row.frame is None else (height, width, 3)
+        made = self._memory.device_buffer(FLOAT * _count(shape))
         if row.frame is None:
-            return self._prediction(row, decoded, channels, shared)
-        return self._normals(into_opencv(row.frame), decoded, shared)
-
-    def _prediction(self, row: Output, decoded: int, channels: int, shared: dict[str, int]) -> DeviceArray:
-        width, height = shared["width"], shared["height"]
-        depth, valid, prediction = (self._memory.device_buffer(n * width * height) for n in (FLOAT, 1, FLOAT))
-        order = "clamp_mean" if row.clamp == "before_mean" else "mean_clamp"
-        self._kernels.launch(
-            f"log_dequantize.{order}{channels}_fp32",
-            self._memory.stream,
-            {
-                "decoded": decoded,
-                "depth": int(depth.handle),
-                "valid": int(valid.handle),
-                "prediction": int(prediction.handle),
-                **shared,
-                "scale": 1.0,
-                "shift": 0.0,
-                "low": 0.0,
-                "high": float("inf"),
-            },
-            batch=1,
-        )
-        return DeviceArray(self._memory, prediction, (height, width))
-
-    def _normals(self, axes: Matrix, decoded: int, shared: dict[str, int]) -> DeviceArray:
-        width, height = shared["width"], shared["height"]
-        normals = self._memory.device_buffer(3 * FLOAT * width * height)
-        matrix = {f"m{row}{column}": axes[row][column] for row in range(3) for column in range(3)}
-        self._kernels.launch(
-            "normals.fp32",
-            self._memory.stream,
-            {"decoded": decoded, "normals": int(normals.handle), **shared, **matrix},
-            batch=1,
-        )
-        return DeviceArray(self._memory, normals, (height, width, 3))
+            name, given = resize_depth_name(row, channels), resize_depth.Arguments(decoded, int(made.handle), *ends)
+            self._kernels.launch(name, self._memory.stream, given)
+        else:
+            axes = (value for axis in into_opencv(row.frame) for value in axis)
+            self._kernels.launch(
+                NORMALS, self._memory.stream, normals.Arguments(decoded, int(made.handle), *ends, *axes)
+            )
+        return DeviceArray(self._memory, made, shape)
 
     def _enqueue(self, stream: Any) -> None:
         """What depends on the bucket alone: encoder, denoiser, split, decoder."""
@@ -195,22 +168,22 @@ class Network:
         """Velocity -> the decoder's input."""
         bucket, (tokens, features) = self._bucket, self._shapes["output"][1:]
         self._kernels.launch(
-            "split.fp32_fp32",
+            SPLIT,
             stream,
-            {
-                "velocity": self._address("output"),
-                "latents": self._address("latents"),
-                "batch": bucket.batch,
-                "rows": bucket.height // 16,
-                "columns": bucket.width // 16,
-                "features": features,
-                "batch_stride": tokens * features,
-                "token_stride": features,
-                "scale": self._decode.latent_scale,
-                "shift": self._decode.latent_shift,
-                "depth_sign": self._decode.outputs[0].factor,
-                "normal_sign": self._decode.outputs[1].factor,
-            },
+            split.Arguments(
+                velocity=self._address("output"),
+                latents=self._address("latents"),
+                batch=bucket.batch,
+                rows=bucket.height // 16,
+                columns=bucket.width // 16,
+                features=features,
+                batch_stride=tokens * features,
+                token_stride=features,
+                scale=self._decode.latent_scale,
+                shift=self._decode.latent_shift,
+                depth_sign=self._decode.outputs[0].factor,
+                normal_sign=self._decode.outputs[1].factor,
+            ),
         )
 
     def _launch(self, stage: Stage, stream: Any, source: int, target: int) -> None:
@@ -241,15 +214,5 @@ class Network:
         return int(self._buffers[name].handle)
 
 
-def _named(box: tuple[int, int, int, int]) -> dict[str, int]:
-    """A box as the kernels' arguments."""
-    return dict(zip(("left", "top", "box_width", "box_height"), box, strict=True))
-
-
 def _count(shape: Any) -> int:
     return int(np.prod(shape))
-
-
-def _taps(source: int, target: int) -> int:
-    """How many source pixels a result's pixel can depend on, in one direction (kernels/preprocess)."""
-    return -(-2 * max(source, target) // target)

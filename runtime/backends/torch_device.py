@@ -1,7 +1,7 @@
 """One image on the device, end to end: the camera's bytes go in, prediction and normals at its resolution come out.
 
 Inside the recording: encoder, denoiser, split, decoder, which depend on the bucket alone. Around it, launched
-anew for every image: preprocess, log_dequantize and normals, which depend on the source's size.
+anew for every image: preprocess, resize_depth and normals, which depend on the source's size.
 """
 
 from __future__ import annotations

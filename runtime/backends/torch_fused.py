@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from densegeo.kernels.attention import attention, attention_fp8, choose, fastest
-from densegeo.kernels.gated_residual import residual_layer_norm
 from densegeo.kernels.gelu_quantize import gelu_quantize
 from densegeo.kernels.group_norm_silu import group_norm_silu
 from densegeo.kernels.layer_norm import layer_norm
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
 from densegeo.kernels.quantize import quantize
+from densegeo.kernels.residual_layer_norm import residual_layer_norm
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, QKNorm, heads_first, rotate
 from densegeo.models.quantized import FORMATS, QuantizedAttention, QuantizedLinear, has_fp8
@@ -136,7 +136,7 @@ class FusedTransformer(nn.Module):
     def _add_norm(self, x: Tensor, update: Tensor, following: Following) -> tuple[Tensor, Tensor]:
         """x + update, and its norm as what follows takes it."""
         branch, linear = following
-        return residual_layer_norm(x, update, None, branch.weight, branch.bias, EPS, *self._takes(linear))
+        return residual_layer_norm(x, update, branch.weight, branch.bias, EPS, *self._takes(linear))
 
     def _given(self, linear: nn.Module, x: Tensor) -> Tensor:
         """x (B, T, K), as a linear takes it, through that linear."""

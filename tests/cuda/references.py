@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from densegeo.kernels.contract import Argument, LaunchContract, programs
-from densegeo.kernels.log_dequantize import log_dequantize
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
+from densegeo.kernels.resize_depth import resize_depth
 from densegeo.kernels.split import split
+from densegeo.outputs import Clamp
 from densegeo.runtime.bundle import KERNELS
 from tests.cuda.standin import Driver
 
@@ -37,9 +38,7 @@ class References:
         assert launch == (*grid, *[1] * (3 - len(grid)), 32 * contract.warps, 1, 1, contract.shared), launch
         operation, _, variant = contract.name.partition(".")
         assert variant.endswith("fp32"), f"{contract.name} has no float32 in and out"
-        {"preprocess": self._preprocess, "split": self._split, "normals": self._normals}.get(
-            operation, self._log_dequantize
-        )(values, contract)
+        getattr(self, f"_{operation}")(values, contract)
 
     def _view(self, address: int, shape: Any, dtype: Any = np.float32) -> Any:
         return self._driver.view(address, shape, dtype, what=self.launches[-1])
@@ -70,23 +69,13 @@ class References:
         box = tuple(v[name] for name in ("left", "top", "box_width", "box_height"))
         return torch.from_numpy(self._view(v["decoded"], shape)), box, (v["width"], v["height"])
 
-    def _log_dequantize(self, v: dict[str, Any], contract: LaunchContract) -> None:
+    def _resize_depth(self, v: dict[str, Any], contract: LaunchContract) -> None:
         decoded, box, size = self._decoded(v)
         assert decoded.shape[1] == contract.constants["CHANNELS"]
-        depth, valid, prediction = log_dequantize(
-            decoded,
-            box,  # type: ignore[arg-type]
-            size,
-            scale=v["scale"],
-            shift=v["shift"],
-            clamp_first=bool(contract.constants["CLAMP_FIRST"]),
-            depth_range=(v["low"], v["high"]),
-            with_prediction=True,
-        )
-        assert prediction is not None
-        self._view(v["depth"], depth.shape)[:] = depth.numpy()
-        self._view(v["valid"], valid.shape, np.uint8)[:] = valid.numpy()
-        self._view(v["prediction"], prediction.shape)[:] = prediction.numpy()
+        assert contract.constants["SPACE"] == 0
+        clamp: Clamp = "before_mean" if contract.constants["BEFORE_MEAN"] else "after_mean"
+        made = resize_depth(decoded, box, size, clamp=clamp)  # type: ignore[arg-type]
+        self._view(v["resized"], made.shape)[:] = made.numpy()
 
     def _normals(self, v: dict[str, Any], contract: LaunchContract) -> None:
         decoded, box, size = self._decoded(v)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from densegeo.errors import ConfigError, KernelError
-from densegeo.export import cubins
+from densegeo.export import stages
 from densegeo.export.build import build_bundle
 from densegeo.runtime.bundle import check_files, read_manifest
 from tests.support.checkpoints import leftovers, options
@@ -17,18 +17,16 @@ pytest.importorskip("triton")
 
 
 def test_a_bundle_holds_its_kernels(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cubins, "OPERATIONS", ("split", "normals"))
+    """Those that its images need, of the architectures that were asked for, and no others."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiler
     bundle = build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(75, 90)))
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     assert manifest.target_architectures == ["sm_75", "sm_90"]
-    names = {contract.name for contract in manifest.kernels}
-    assert {"split.bf16_bf16", "normals.fp32"} <= names
-    assert {name.partition(".")[0] for name in names} == {"split", "normals"}
-    assert "split.bf16_bf16" not in {c.name for c in manifest.kernels if c.architecture == 75}  # sm_75 has no bf16
+    names = ["preprocess.u8_fp32", "split.fp32_fp32", "resize_depth.before_mean3_fp32", "normals.fp32"]
+    made = sorted((contract.name, contract.architecture) for contract in manifest.kernels)
+    assert made == sorted((name, architecture) for name in names for architecture in (75, 90))
     for contract in manifest.kernels:
-        assert contract.architecture in (75, 90)
         data = (bundle / "kernels" / contract.file).read_bytes()
         assert data[:4] == b"\x7fELF"
         assert hashlib.sha256(data).hexdigest() == contract.digest
@@ -46,8 +44,8 @@ def test_an_unknown_architecture_is_refused_before_anything_is_done(checkpoint: 
 def test_a_compiler_that_fails_leaves_no_bundle_but_its_graphs(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cubins, "OPERATIONS", ("split", "nonsense"))
-    with pytest.raises(KernelError, match=r"Unknown operations nonsense[^$]*Finished: weights, graphs\."):
+    monkeypatch.setattr(stages, "launched", lambda decode, channels: ["split.fp32_fp32", "layer_norm.fp32"])
+    with pytest.raises(KernelError, match=r"Unknown kernels layer_norm\.fp32[^$]*Finished: weights, graphs\."):
         build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(90,)))
     assert not (tmp_path / "bundle").exists()
     assert leftovers(tmp_path) == [".bundle.building"]

@@ -14,7 +14,8 @@ import pytest
 from densegeo.errors import KernelError
 from densegeo.kernels.compile import Resources, check_resources
 from densegeo.kernels.contract import Axis, LaunchContract, programs
-from tests.support.interpreter import INTERPRET, OPERATIONS, installed
+from densegeo.kernels.table import operations
+from tests.support.interpreter import INTERPRET, installed
 
 pytestmark = [
     pytest.mark.skipif(not installed() or sys.platform != "linux", reason="needs torch and triton on Linux"),
@@ -42,7 +43,7 @@ def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
     assert len({(contract.name, contract.architecture) for contract in contracts}) == len(contracts)
     for architecture in (75, 90):
         names = [contract.name for contract in contracts if contract.architecture == architecture]
-        assert {name.partition(".")[0] for name in names} == set(OPERATIONS)
+        assert {name.partition(".")[0] for name in names} == set(operations()) - {"sampling"}
         assert any("fp8" in name for name in names) == (architecture >= 89)
     for contract in contracts:
         cubin = (tmp_path / f"{contract.name}.sm_{contract.architecture}.cubin").read_bytes()
@@ -60,8 +61,8 @@ def test_fp8_attention_multiplies_fp8() -> None:
     code = r"""
 import re
 from densegeo.kernels.compile import compile_kernel
-from densegeo.kernels.table import VARIANTS
-variant = next(row for row in VARIANTS if row.name == "attention.bias128_fp8e4nv_bf16")
+from densegeo.kernels.table import variants
+variant = next(row for row in variants() if row.name == "attention.bias128_fp8e4nv_bf16")
 for architecture in (89, 90, 120):
     print(architecture, *set(re.findall(r"mma\S*m\d+n\d+k\d+\S*", compile_kernel(variant, architecture).ptx)))
 """
@@ -80,9 +81,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from densegeo.kernels.log_dequantize import kernel as log_dequantize
 from densegeo.kernels.normals import kernel as normals
 from densegeo.kernels.preprocess import kernel as preprocess
+from densegeo.kernels.resize_depth import Metres
+from densegeo.kernels.resize_depth import kernel as resize_depth
 
 keys = {}
 
@@ -91,21 +93,19 @@ def watch(kernel):
     noted = keys.setdefault(kernel.fn.__name__, set())
     kernel.run = lambda *given, grid, warmup, **named: noted.add(str(bind(*given, **named)[1]))
 
-for kernel in (preprocess.preprocess_kernel, log_dequantize.log_dequantize_kernel, normals.normals_kernel):
+for kernel in (preprocess.preprocess_kernel, resize_depth.resize_depth_kernel, normals.normals_kernel):
     watch(kernel)
 decoded = torch.zeros(2, 3, 48, 64)
 images = (640, 480, 0, (0, 0, 64, 48)), (641, 479, 3, (1, 0, 63, 48)), (16, 1, 16, (0, 16, 1, 32))
 for width, height, offset, box in images:
     frame = torch.zeros(offset + 3 * width * height, dtype=torch.uint8)[offset:].view(height, width, 3)
     preprocess.preprocess(frame, (64, 48), box, offset > 0, torch.float32)
-    log_dequantize.log_dequantize(decoded, box, (width, height), 1.0, 0.0, True, (0.0, 9.0), True)
+    resize_depth.resize_depth(decoded, box, (width, height), "before_mean", Metres("affine", 1.0, 1.0))
     normals.normals(decoded, box, (width, height), ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 print({name: len(noted) for name, noted in keys.items()})
 """
     done = run("-c", code)
-    assert done.stdout.strip() == "{'preprocess_kernel': 1, 'log_dequantize_kernel': 1, 'normals_kernel': 1}", (
-        done.stderr
-    )
+    assert done.stdout.strip() == "{'preprocess_kernel': 1, 'resize_depth_kernel': 1, 'normals_kernel': 1}", done.stderr
 
 
 def test_a_spill_is_an_error() -> None:
@@ -113,8 +113,8 @@ def test_a_spill_is_an_error() -> None:
 from dataclasses import replace
 from densegeo.errors import KernelError
 from densegeo.kernels.compile import compile_kernel
-from densegeo.kernels.table import VARIANTS
-variant = next(row for row in VARIANTS if row.name == "preprocess.u8_fp32")
+from densegeo.kernels.table import variants
+variant = next(row for row in variants() if row.name == "preprocess.u8_fp32")
 try:
     compile_kernel(replace(variant, constants={"BLOCK_X": 128, "BLOCK_Y": 16}, warps=1), 80)
 except KernelError as error:

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from tests.support.interpreter import OPERATIONS
+from densegeo.kernels.table import operations
 
 pytestmark = pytest.mark.integration
 
 
 def test_imports_are_light() -> None:
-    names = ", ".join(f"densegeo.kernels.{name}" for name in (*OPERATIONS, "contract", "launch"))
+    names = ", ".join(f"densegeo.kernels.{name}" for name in (*operations(), "contract", "launch", "table", "compile"))
     code = f"import sys, densegeo.kernels, {names}; print({{'torch', 'triton'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

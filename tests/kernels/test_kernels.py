@@ -5,13 +5,14 @@ The bounds are in `support/kernels.py`.
 
 from __future__ import annotations
 
-from math import inf
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from densegeo.kernels.resize_depth import Metres  # noqa: E402
 from tests.support.interpreter import operation  # noqa: E402
 from tests.support.kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise, spread  # noqa: E402
 
@@ -19,6 +20,12 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.integration]
 
 SPLIT = (0.3611, 0.1159, -1.0, 1.0)
 OPENCV = ((-1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))
+CLAMPS = ["before_mean", "after_mean"]
+METRES = [  # the line of the last two crosses zero
+    Metres("log_affine", 3.4, -0.2, 1.0, 20.0),
+    Metres("affine", 3.0, -1.0, 0.1, 1.5),
+    Metres("disparity_affine", 3.0, -1.0, 0.7, 30.0),
+]
 BOXES = [  # box in a 37x29 picture, output size
     ((0, 0, 37, 29), (37, 29)),  # identity
     ((3, 2, 31, 22), (131, 25)),  # enlarging, more than a block
@@ -64,59 +71,65 @@ def test_split_types(device: str, source: Any, target: Any) -> None:
     assert_as_good(latents, plain, exact)
 
 
-@pytest.mark.parametrize("clamp_first", [True, False])
+@pytest.mark.parametrize("clamp", CLAMPS)
 @pytest.mark.parametrize(("box", "size"), BOXES)
 @pytest.mark.parametrize(("batch", "channels"), [(1, 3), (2, 1)])
-def test_log_dequantize(device: str, batch: int, channels: int, box: Any, size: Any, clamp_first: bool) -> None:
-    kernel, reference = operation("log_dequantize")
-    decoded = spread(noise(batch, channels, 29, 37, device=device))
-    arguments = (decoded, box, size, 3.4, -0.2, clamp_first, (1.0, 20.0), True)
-    depth, valid, prediction = kernel.log_dequantize(*arguments)
-    depth64, valid64, prediction64 = reference.log_dequantize(*arguments)
-    torch.testing.assert_close(prediction, prediction64, rtol=BOUND, atol=BOUND)
-    torch.testing.assert_close(depth, depth64, rtol=BOUND, atol=0)
-    assert valid.dtype == torch.bool
-    assert torch.equal(valid.view(torch.uint8), valid64.view(torch.uint8))
-    assert depth.min() >= 1
-    assert depth.max() <= 20
+def test_resize_depth(device: str, batch: int, channels: int, box: Any, size: Any, clamp: Any) -> None:
+    kernel, reference = operation("resize_depth")
+    arguments = (spread(noise(batch, channels, 29, 37, device=device)), box, size, clamp)
+    resized = kernel.resize_depth(*arguments)
+    assert resized.shape == (batch, *size[::-1])
+    assert resized.dtype == torch.float32
+    torch.testing.assert_close(resized, reference.resize_depth(*arguments), rtol=BOUND, atol=BOUND)
 
 
-def test_log_dequantize_keeps_nan_apart(device: str) -> None:
-    kernel, reference = operation("log_dequantize")
-    decoded = noise(1, 3, 9, 11, device=device)
+@pytest.mark.parametrize("metres", METRES)
+@pytest.mark.parametrize(("box", "size"), BOXES[1:3])
+def test_resize_depth_in_metres(device: str, box: Any, size: Any, metres: Metres) -> None:
+    kernel, reference = operation("resize_depth")
+    arguments = (spread(noise(2, 3, 29, 37, device=device)), box, size, "before_mean", metres)
+    depth = kernel.resize_depth(*arguments)
+    torch.testing.assert_close(depth, reference.resize_depth(*arguments), rtol=2 * BOUND, atol=0, equal_nan=True)
+    seen = depth[~depth.isnan()]
+    assert seen.min() >= metres.near
+    assert seen.max() <= metres.far
+    assert depth.isnan().any() == (metres.space != "log_affine")
+
+
+@pytest.mark.parametrize("metres", [None, *METRES])
+def test_resize_depth_keeps_nan_apart(device: str, metres: Metres | None) -> None:
+    kernel, reference = operation("resize_depth")
+    decoded = noise(1, 3, 9, 11, device=device) / 4
     decoded[0, 1, 4, 5] = torch.nan
     decoded[0, 2, 0, 0] = torch.inf
+    positive = metres and replace(metres, shift=0.5)
     for box, size, invalid in (((0, 0, 11, 9), (11, 9), 1), ((2, 1, 8, 7), (24, 21), 25)):  # 25: less than 3 away
-        depth, valid, prediction = kernel.log_dequantize(decoded, box, size, 2.0, 0.5, True, (0.0, inf), False)
-        expected, valid64, _ = reference.log_dequantize(decoded, box, size, 2.0, 0.5, True, (0.0, inf), False)
-        assert prediction is None
-        torch.testing.assert_close(depth, expected, rtol=BOUND, atol=0, equal_nan=True)
-        assert torch.equal(valid.view(torch.uint8), valid64.view(torch.uint8))
-        assert torch.equal(valid, ~depth.isnan())
-        assert int((~valid).sum()) == invalid
+        resized = kernel.resize_depth(decoded, box, size, "before_mean", positive)
+        expected = reference.resize_depth(decoded, box, size, "before_mean", positive)
+        torch.testing.assert_close(resized, expected, rtol=BOUND, atol=BOUND, equal_nan=True)
+        assert int(resized.isnan().sum()) == invalid
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter's numpy
-def test_log_dequantize_depth_beyond_float32_is_invalid(device: str) -> None:
-    kernel, _ = operation("log_dequantize")
-    decoded = noise(1, 3, 5, 6, device=device)
-    depth, valid, _ = kernel.log_dequantize(decoded, (0, 0, 6, 5), (6, 5), 0.0, 200.0, True, (0.0, inf), False)
-    assert depth.isnan().all()
-    assert not valid.any()
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:divide by zero")  # the interpreter's numpy
+@pytest.mark.parametrize(("space", "line"), [("log_affine", 200.0), ("affine", -1.0), ("disparity_affine", 0.0)])
+def test_depth_that_no_float32_holds_is_invalid(device: str, space: Any, line: float) -> None:
+    """Neither beyond its range nor at or behind the camera is anything clipped to the nearest or farthest."""
+    decoded, metres = noise(1, 3, 5, 6, device=device), Metres(space, 0.0, line, 0.5, 20.0)
+    for module in operation("resize_depth"):
+        assert module.resize_depth(decoded, (0, 0, 6, 5), (6, 5), "before_mean", metres).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("clamp_first", [True, False])
-def test_log_dequantize_low_precision(device: str, dtype: Any, clamp_first: bool) -> None:
-    kernel, reference = operation("log_dequantize")
-    decoded = noise(2, 3, 29, 37, device=device, dtype=dtype)
-    arguments = (decoded, (0, 0, 37, 29), (90, 21), 3.4, -0.2, clamp_first, (0.0, inf), True)
-    depth, _, prediction = kernel.log_dequantize(*arguments)
-    exact, _, exact_prediction = reference.log_dequantize(*arguments)
-    mean = decoded.clamp(-1, 1).mean(1, True) if clamp_first else decoded.mean(1, True).clamp(-1, 1)
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_resize_depth_low_precision(device: str, dtype: Any, clamp: Any) -> None:
+    kernel, reference = operation("resize_depth")
+    arguments = (noise(2, 3, 29, 37, device=device, dtype=dtype), (0, 0, 37, 29), (90, 21), clamp)
+    decoded, metres = arguments[0], Metres("log_affine", 3.4, -0.2)
+    mean = decoded.clamp(-1, 1).mean(1, True) if clamp == "before_mean" else decoded.mean(1, True).clamp(-1, 1)
     plain = torch.nn.functional.interpolate(mean / 2 + 0.5, (21, 90), mode="bilinear", align_corners=False)[:, 0]
-    assert_as_good(prediction, plain, exact_prediction)
-    assert_as_good(depth, torch.exp(3.4 * plain - 0.2), exact)
+    assert_as_good(kernel.resize_depth(*arguments), plain, reference.resize_depth(*arguments))
+    exact = reference.resize_depth(*arguments, metres)
+    assert_as_good(kernel.resize_depth(*arguments, metres), torch.exp(3.4 * plain - 0.2), exact)
 
 
 @pytest.mark.parametrize(("box", "size"), BOXES)
@@ -196,63 +209,47 @@ def test_preprocess_low_precision(device: str, dtype: Any) -> None:
     assert_as_good(rgb, plain[None], exact)
 
 
-@pytest.mark.parametrize("size", [(13, 29), (1, 300), (7, 1)])
-def test_unproject(device: str, size: tuple[int, int]) -> None:
-    kernel, reference = operation("unproject")
-    intrinsics = (211.3, 198.7, size[1] / 2 - 0.3, size[0] / 2 + 0.2)
-    depth = (noise(size[0], size[1] + 4, device=device).abs() + 0.1)[:, 1:-3]
-    depth[size[0] // 2, 0] = torch.nan
-    normals = noise(size[0] + 2, *size[1:], 3, device=device)[1:-1]
-    for given in (None, normals):
-        cloud = kernel.unproject(depth, intrinsics, given)
-        expected = reference.unproject(depth, intrinsics, given)
-        torch.testing.assert_close(cloud, expected, rtol=BOUND, atol=1e-7, equal_nan=True)
-        assert cloud[size[0] // 2, 0, :3].isnan().all()
-
-
 def test_public_functions_pick_by_device(device: str) -> None:
-    from densegeo.kernels.log_dequantize import log_dequantize
     from densegeo.kernels.normals import normals
     from densegeo.kernels.preprocess import preprocess
+    from densegeo.kernels.resize_depth import resize_depth
     from densegeo.kernels.split import split
-    from densegeo.kernels.unproject import unproject
 
     side = 0 if device == "cuda" else 1  # of (kernel, reference)
     velocity, decoded = noise(1, 12, 64, device=device), noise(1, 3, 8, 9, device=device)
-    depth, picture = noise(5, 6, device=device), frame(8, 9, device)
+    picture, metres = frame(8, 9, device), Metres("affine", 2.0, 0.5)
     box, size = (0, 0, 9, 8), (7, 5)
     pairs = [
         (split(velocity, 32, 48), operation("split")[side].split(velocity, 32, 48, *SPLIT, torch.float32)),
         (
-            log_dequantize(decoded, box, size, scale=1.0, shift=0.5)[0],
-            operation("log_dequantize")[side].log_dequantize(decoded, box, size, 1.0, 0.5, True, (0.0, inf), False)[0],
+            resize_depth(decoded, box, size),
+            operation("resize_depth")[side].resize_depth(decoded, box, size, "before_mean"),
+        ),
+        (
+            resize_depth(decoded, box, size, clamp="after_mean", metres=metres),
+            operation("resize_depth")[side].resize_depth(decoded, box, size, "after_mean", metres),
         ),
         (normals(decoded, box, size), operation("normals")[side].normals(decoded, box, size, OPENCV)),
         (
             preprocess(picture, size, color="bgr"),
             operation("preprocess")[side].preprocess(picture, size, (0, 0, 7, 5), True, torch.float32),
         ),
-        (
-            unproject(depth, (5.0, 6.0, 2.0, 3.0)),
-            operation("unproject")[side].unproject(depth, (5.0, 6.0, 2.0, 3.0), None),
-        ),
     ]
     for public, direct in pairs:
-        assert torch.equal(public, direct)
+        torch.testing.assert_close(public, direct, rtol=0, atol=0, equal_nan=True)
 
 
 def test_wrappers_refuse_wrong_layouts(device: str) -> None:
-    split, log_dequantize, normals, preprocess, unproject = (
-        getattr(operation(name)[0], name) for name in ("split", "log_dequantize", "normals", "preprocess", "unproject")
+    split, resize_depth, normals, preprocess = (
+        getattr(operation(name)[0], name) for name in ("split", "resize_depth", "normals", "preprocess")
     )
     picture = noise(1, 3, 8, 8, device=device)
     wrong = [
         lambda: split(noise(1, 12, 128, device=device)[..., ::2], 32, 48, *SPLIT, torch.float32),
         lambda: split(noise(1, 13, 64, device=device), 32, 48, *SPLIT, torch.float32),
-        lambda: log_dequantize(picture, (1, 0, 8, 8), (8, 8), 1.0, 0.0, True, (0.0, inf), False),
+        lambda: resize_depth(picture, (1, 0, 8, 8), (8, 8), "before_mean"),
         lambda: normals(picture[:, :2], (0, 0, 8, 8), (8, 8), OPENCV),
         lambda: preprocess(picture[0], (8, 8), (0, 0, 8, 8), False, torch.float32),
-        lambda: unproject(picture[0, 0].mT, (1.0, 1.0, 0.0, 0.0), None),
     ]
     for call in wrong:
         with pytest.raises(AssertionError):

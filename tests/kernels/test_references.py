@@ -9,18 +9,17 @@ import pytest
 
 from densegeo.runtime import decode
 from densegeo.runtime.bundle import Bucket, Decode, Graph
-from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import load_image
+from densegeo.runtime.metric import SPACES, Calibration, metric_depth
 from densegeo.runtime.resample import Placement, place, prepare, restore
 
 torch = pytest.importorskip("torch")
 
-from densegeo.kernels.log_dequantize import log_dequantize  # noqa: E402
 from densegeo.kernels.normals import normals  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
+from densegeo.kernels.resize_depth import Metres, resize_depth  # noqa: E402
 from densegeo.kernels.sampling.reference import plain  # noqa: E402
 from densegeo.kernels.split import split  # noqa: E402
-from densegeo.kernels.unproject import unproject  # noqa: E402
 
 BOUND = 1e-5
 PLACEMENTS = [
@@ -35,12 +34,12 @@ def noise(*shape: int) -> Any:
 
 
 def test_split_equals_the_runtime() -> None:
-    settings = Decode(depth_kind="log_affine", latent_scale=0.3611, latent_shift=0.1159, depth_sign=-1, normal_sign=1)
+    settings = FE2E.decode(FULL.vae)
     velocity = noise(2, 2 * 3 * 5, 64)
     latents = split(torch.from_numpy(velocity), 48, 80).numpy()
     assert latents.shape == (4, 16, 6, 10)
     for picture in range(2):
-        expected = decode.split_velocity(velocity[picture : picture + 1], 48, 80, settings)
+        expected = decode.latents_of(velocity[picture : picture + 1], Size(80, 48), settings)
         np.testing.assert_allclose(latents[[picture, 2 + picture]], expected, rtol=BOUND, atol=BOUND)
 
 
@@ -52,37 +51,41 @@ def test_plain_equals_torch(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_log_dequantize_equals_the_runtime(placement: Placement) -> None:
+def test_resize_depth_equals_the_runtime(placement: Placement) -> None:
     decoded = noise(2, 3, 32, 40)
-    depth, valid, prediction = log_dequantize(
-        torch.from_numpy(decoded), placement.box, placement.source, scale=3.4, shift=-0.2, with_prediction=True
-    )
-    assert prediction is not None
-    assert bool(valid.all())
+    prediction = resize_depth(torch.from_numpy(decoded), placement.box, placement.source)
     for picture in range(2):
-        expected = restore(decode.depth_prediction(decoded[picture], decode.Decode(depth_kind="log_affine")), placement)
+        expected = restore(decode.depth_prediction(decoded[picture], "before_mean"), placement)
         np.testing.assert_allclose(prediction[picture], expected, atol=BOUND)
-        np.testing.assert_allclose(depth[picture], np.exp(3.4 * expected - 0.2), rtol=BOUND)
 
 
-def test_log_dequantize_averages_before_clamping_when_asked() -> None:
+@pytest.mark.parametrize("space", list(SPACES))
+def test_metres_equal_the_runtime(space: Any) -> None:
+    """The line crosses zero, so that some of its depth is none."""
+    decoded = torch.from_numpy(noise(2, 3, 32, 40))
+    box, size = PLACEMENTS[1].box, PLACEMENTS[1].source
+    prediction = resize_depth(decoded, box, size).numpy()
+    expected = metric_depth(prediction, Calibration(space, 3.4, -1.2))
+    depth = resize_depth(decoded, box, size, metres=Metres(space, 3.4, -1.2)).numpy()
+    straight = SPACES[space].to  # errors are relative to the line's, which is near zero somewhere
+    np.testing.assert_allclose(straight(depth), straight(expected), rtol=BOUND, atol=BOUND)
+    assert np.isnan(depth).any() == (space != "log_affine")
+    clipped = resize_depth(decoded, box, size, metres=Metres(space, 3.4, -1.2, 0.5, 2.0))
+    np.testing.assert_allclose(clipped, np.clip(depth, 0.5, 2.0), rtol=1e-6)
+
+
+def test_resize_depth_averages_before_clamping_when_asked() -> None:
     decoded = torch.tensor([3.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
-    first = log_dequantize(decoded, (0, 0, 1, 1), (1, 1), scale=1, shift=0, with_prediction=True)[2]
-    last = log_dequantize(decoded, (0, 0, 1, 1), (1, 1), scale=1, shift=0, clamp_first=False, with_prediction=True)[2]
-    assert first is not None
-    assert last is not None
-    assert first.item() == pytest.approx(1 / 3)  # mean of 1, -1, -1
-    assert last.item() == pytest.approx(2 / 3)  # mean of 3, -1, -1
+    before = resize_depth(decoded, (0, 0, 1, 1), (1, 1))
+    after = resize_depth(decoded, (0, 0, 1, 1), (1, 1), clamp="after_mean")
+    assert before.item() == pytest.approx(1 / 3)  # mean of 1, -1, -1
+    assert after.item() == pytest.approx(2 / 3)  # mean of 3, -1, -1
 
 
-def test_log_dequantize_clips_and_marks_invalid() -> None:
+def test_metres_are_clipped_and_nan_where_there_are_none() -> None:
     decoded = torch.tensor([[-1.0, 0.0, 1.0, torch.nan]]).expand(1, 3, 1, 4)
-    depth, valid, prediction = log_dequantize(
-        decoded, (0, 0, 4, 1), (4, 1), scale=4.0, shift=0.0, depth_range=(2.0, 20.0)
-    )
-    assert prediction is None
+    depth = resize_depth(decoded, (0, 0, 4, 1), (4, 1), metres=Metres("log_affine", 4.0, 0.0, 2.0, 20.0))
     np.testing.assert_allclose(depth.flatten(), [2.0, np.exp(2.0), 20.0, np.nan], rtol=1e-6)
-    assert valid.flatten().tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -92,7 +95,7 @@ def test_normals_equal_the_runtime(placement: Placement) -> None:
     for picture in range(2):
         clamped = decode.clamped_normals(decoded[picture])
         resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
-        expected = decode.network_to_opencv(decode.unit_normals(resized))
+        expected = decode.turned(decode.unit_normals(resized), into_opencv("dsine"))
         np.testing.assert_allclose(ours[picture], expected, atol=2 * BOUND)  # the resized ones are float32, and short
 
 
@@ -108,22 +111,9 @@ def test_preprocess_equals_torch(size: tuple[int, int], picture: Any) -> None:
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
 def test_preprocess_equals_the_runtime(fit: str, picture: Any) -> None:
-    none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
-    bucket = Bucket(width=64, height=80, encoder=none, denoiser=none, decoder=none)
+    bucket = Size(64, 80)
     frame = load_image(picture)
     placement = place(bucket, frame.size, fit)
     expected = prepare(frame, bucket, placement)
     ours = preprocess(torch.from_numpy(picture), (64, 80), box=placement.box)
     np.testing.assert_allclose(ours, expected, atol=BOUND)
-
-
-def test_unproject_equals_geometry() -> None:
-    depth = np.exp(noise(13, 17))
-    depth[2, 3] = np.nan
-    facing = noise(13, 17, 3)
-    geometry = Geometry(depth, "metric", facing, np.isfinite(depth), (17, 13))
-    intrinsics = (20.5, 21.5, 8.1, 6.4)
-    cloud = unproject(torch.from_numpy(depth), intrinsics, torch.from_numpy(facing)).numpy()
-    np.testing.assert_allclose(cloud[..., :3], geometry.points(intrinsics), rtol=BOUND)
-    np.testing.assert_array_equal(cloud[..., 3:], facing)
-    np.testing.assert_array_equal(unproject(torch.from_numpy(depth), intrinsics).numpy(), cloud[..., :3])

@@ -32,34 +32,28 @@ def inner(batch: int, tokens: int, features: int, **options: Any) -> Any:
     return noise(batch, tokens + 2, features + 5, **options)[:, 1 : 1 + tokens, 3 : 3 + features]
 
 
-@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("batch", "tokens", "hidden"), [(2, 3, 77), (1, 1, 1)])
-def test_gated_residual(device: str, batch: int, tokens: int, hidden: int, gated: bool) -> None:
-    kernel, reference = operation("gated_residual")
+def test_residual_layer_norm(device: str, batch: int, tokens: int, hidden: int) -> None:
+    kernel, reference = operation("residual_layer_norm")
     x, update = (inner(batch, tokens, hidden, device=device, seed=seed) for seed in (5, 6))
     gain, offset = affine(hidden, device)
-    gate = noise(hidden, device=device, seed=7) if gated else None
-    exact, exact_normed = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS, torch.float64)
-    residual, normed = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS, x.dtype)
+    exact, exact_normed = reference.residual_layer_norm(x.double(), update, gain, offset, EPS, torch.float64)
+    residual, normed = kernel.residual_layer_norm(x, update, gain, offset, EPS, x.dtype)
+    assert residual.is_contiguous()
     close(residual, exact)
     close(normed, exact_normed)
-    alone = kernel.gated_residual(x, update, gate)
-    assert alone.is_contiguous()
-    assert torch.equal(alone, residual)
-    close(reference.gated_residual(x, update, gate), exact)
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_gated_residual_types(device: str, dtype: Any) -> None:
-    kernel, reference = operation("gated_residual")
+def test_residual_layer_norm_types(device: str, dtype: Any) -> None:
+    kernel, reference = operation("residual_layer_norm")
     x = 20 + noise(1, 4, 96, device=device, dtype=dtype)  # a large mean
     update = noise(1, 4, 96, device=device, dtype=dtype, seed=6)
     gain, offset = affine(96, device)
-    gate = noise(96, device=device, seed=7)
-    plain = stored(x + gate * update, dtype, device)
+    plain = stored(x.float() + update.float(), dtype, device)
     plain_normed = stored(torch.nn.functional.layer_norm(plain.float(), (96,), gain, offset, EPS), dtype, device)
-    exact = reference.residual_layer_norm(x.double(), update, gate, gain, offset, EPS, torch.float64)
-    actual = kernel.residual_layer_norm(x, update, gate, gain, offset, EPS, x.dtype)
+    exact = reference.residual_layer_norm(x.double(), update, gain, offset, EPS, torch.float64)
+    actual = kernel.residual_layer_norm(x, update, gain, offset, EPS, x.dtype)
     for got, ordinary, expected in zip(actual, (plain, plain_normed), exact, strict=True):
         assert got.dtype == dtype
         assert_as_good(got, ordinary, expected)
@@ -201,11 +195,10 @@ def test_norms_in_8_bits(device: str, source: Any, target: Any) -> None:
     gain, offset = affine(96, device)
     scale = QUANTIZED[target] / 2  # a few values saturate
     pairs = []
-    for name, given in (("layer_norm", (x,)), ("gated_residual", (x, update, None))):
+    for name, given in (("layer_norm", (x,)), ("residual_layer_norm", (x, update))):
         kernel, reference = operation(name)
-        call = "layer_norm" if name == "layer_norm" else "residual_layer_norm"
         arguments = (*given, gain, offset, EPS, target, scale)
-        actual, exact = getattr(kernel, call)(*arguments), getattr(reference, call)(*arguments)
+        actual, exact = getattr(kernel, name)(*arguments), getattr(reference, name)(*arguments)
         pairs.append((actual, exact) if name == "layer_norm" else (actual[1], exact[1]))
     for actual, exact in pairs:
         assert actual.dtype == exact.dtype == target
@@ -217,35 +210,34 @@ def test_norms_in_8_bits(device: str, source: Any, target: Any) -> None:
 
 
 def test_public_names_on_a_cpu() -> None:
-    from densegeo.kernels.gated_residual import gated_residual, residual_layer_norm
     from densegeo.kernels.gelu_quantize import gelu_quantize
     from densegeo.kernels.layer_norm import layer_norm
     from densegeo.kernels.quantize import quantize
+    from densegeo.kernels.residual_layer_norm import residual_layer_norm
 
     x, update = noise(1, 3, 16, device="cpu"), noise(1, 3, 16, device="cpu", seed=1)
     gain, offset = affine(16, "cpu")
-    torch.testing.assert_close(gated_residual(x, update), x + update)
-    residual, normed = residual_layer_norm(x, update, gain, gain, offset)
-    torch.testing.assert_close(residual, x + gain * update)
+    residual, normed = residual_layer_norm(x, update, gain, offset)
+    torch.testing.assert_close(residual, x + update)
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(residual, (16,), gain, offset, EPS))
     joint = torch.zeros(1, 3, 20, dtype=torch.int8)
     assert gelu_quantize(x, inverse_scale=20.0, out=joint[..., 4:]).dtype == torch.int8
     assert joint.any()
     assert torch.equal(quantize(x, torch.int8, 20.0, out=joint[..., 4:]), (20 * x).round().to(torch.int8))
     assert layer_norm(x, gain, offset, dtype=torch.int8, inverse_scale=9.0).dtype == torch.int8
-    assert residual_layer_norm(x, update, None, gain, offset, dtype=FP8, inverse_scale=9.0)[1].dtype == FP8
+    assert residual_layer_norm(x, update, gain, offset, dtype=FP8, inverse_scale=9.0)[1].dtype == FP8
     assert error(gelu_quantize(x), torch.nn.functional.gelu(x, approximate="tanh")) < 1e-6
 
 
 def test_wrappers_refuse_wrong_layouts(device: str) -> None:
-    residual, gelu = operation("gated_residual")[0], operation("gelu_quantize")[0]
+    norm, gelu = operation("residual_layer_norm")[0].residual_layer_norm, operation("gelu_quantize")[0]
     x, gain = noise(1, 3, 8, device=device), affine(8, device)[0]
     wrong = [
-        lambda: residual.gated_residual(noise(1, 3, 16, device=device)[..., ::2], x, None),
-        lambda: residual.gated_residual(x, x[:, :2], None),
-        lambda: residual.gated_residual(x, x.bfloat16(), None),
-        lambda: residual.gated_residual(x, x, gain.double()),
-        lambda: residual.residual_layer_norm(x, x, None, gain[:4], gain, EPS, torch.float32),
+        lambda: norm(noise(1, 3, 16, device=device)[..., ::2], x, gain, gain, EPS, torch.float32),
+        lambda: norm(x, x[:, :2], gain, gain, EPS, torch.float32),
+        lambda: norm(x, x.bfloat16(), gain, gain, EPS, torch.float32),
+        lambda: norm(x, x, gain.double(), gain, EPS, torch.float32),
+        lambda: norm(x, x, gain[:4], gain, EPS, torch.float32),
         lambda: gelu.gelu_quantize(x.mT, torch.float32, 1.0, None),
         lambda: gelu.gelu_quantize(x, torch.float32, 2.0, None),
         lambda: gelu.gelu_quantize(x, torch.float32, 1.0, x[:, :2]),

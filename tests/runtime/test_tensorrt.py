@@ -5,14 +5,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Namespace
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
 from densegeo.runtime.backends import BACKENDS, open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
-from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.backends.tensorrt_kernels import launched
+from densegeo.runtime.backends.tensorrt_network import Network
+from densegeo.runtime.bundle import STAGES, Bucket, Decode, Graph, TensorSpec, read_manifest
+from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import forget, is_verified, mark_verified
 
 CONTRACT = LaunchContract(
@@ -29,6 +36,54 @@ CONTRACT = LaunchContract(
     triton="3.9.0",
     digest="",
 )
+
+
+class Noted:
+    """Kernels that are not run."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, Any]] = []
+
+    def launch(self, name: str, stream: object, arguments: Any, batch: int = 1) -> None:
+        self.launches.append((name, arguments))
+
+
+class NoMemory:
+    """A device's memory in name: buffers have addresses, what is copied from them is 0, nothing can be recorded."""
+
+    stream = None
+
+    def __init__(self) -> None:
+        self.staging = Namespace(upload=lambda *given: None, download=lambda address, shape: np.zeros(shape))
+        self._end = 256
+
+    def device_buffer(self, size: int) -> Namespace:
+        self._end += -(-size // 256) * 256
+        return Namespace(handle=self._end, size=size)
+
+    def give_back(self, *given: object) -> None:
+        pass
+
+    def graph(self, enqueue: object) -> None:
+        raise RuntimeError("nothing is recorded here")
+
+
+ENGINES = {stage: Namespace(use=lambda workspace: None, launch=lambda *given: None) for stage in STAGES}
+
+
+def toy_bucket(decode: Decode, channels: int) -> Bucket:
+    """32x16 pixels."""
+    pictures = decode.pictures
+    shapes = {
+        "encoder": ([1, 3, 16, 32], [1, 16, 2, 4]),
+        "denoiser": ([1, 16, 2, 4], [1, 4, 64] if decode.packing == "tokens" else [1, 16, 2, 4]),
+        "decoder": ([pictures, 16, 2, 4], [pictures, channels, 16, 32]),
+    }
+    graphs = {
+        stage: Graph("", *([TensorSpec("x", "float32", shape)] for shape in ends), nodes=0, parameters=0, flops=0)
+        for stage, ends in shapes.items()
+    }
+    return Bucket(32, 16, **graphs)
 
 
 def has_driver() -> bool:
@@ -65,41 +120,48 @@ def test_a_bundle_without_kernels_for_this_gpu_says_how_to_get_them(tmp_path: Pa
         Kernels(tmp_path, [CONTRACT], 90)
 
 
-def test_the_backends_arguments_are_those_of_the_kernels() -> None:
-    """The names that the backend passes, read from its source, against the table that is compiled."""
+DECODES = {
+    Decode(depth_kind="log_affine"): 3,
+    Decode(depth_kind="affine", packing="latent", clip="mean"): 3,
+    Decode(depth_kind="affine", packing="latent", clip="mean", latent_scale=0.5): 1,  # the mean is in the decoder
+}  # what bundles say -> channels of their decoders
+
+
+def test_every_bundled_kernel_is_launched_and_no_other() -> None:
     pytest.importorskip("triton")
-    import ast
-    from fnmatch import fnmatch
+    from densegeo.kernels.table import variants
 
-    from densegeo.kernels.table import VARIANTS
-    from densegeo.runtime.backends import tensorrt_network
+    needed = {name for decode, channels in DECODES.items() for name in launched(decode, channels)}
+    assert needed == {row.name for row in variants() if row.bundled}
 
-    def pattern(name: ast.expr) -> str:
-        parts = name.values if isinstance(name, ast.JoinedStr) else [name]
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
 
-    launched = {}
-    tree = ast.parse(Path(tensorrt_network.__file__).read_text())
-    for call in ast.walk(tree):
-        match call:
-            case ast.Call(func=ast.Attribute(attr="launch"), args=[name, _, ast.Dict(keys)]) if pattern(name) != "*":
-                launched[pattern(name)] = {key.value for key in keys if isinstance(key, ast.Constant)}
-    assert set(launched) == {
-        "preprocess.u8_fp32",
-        "split.fp32_fp32",
-        "log_dequantize.**_fp32",
-        "normals.fp32",
-    }
-    spread = {
-        "batch_stride", "channel_stride", "row_stride", "column_stride", "left", "top", "box_width", "box_height",
-        "width", "height", *(f"m{row}{column}" for row in range(3) for column in range(3)),
-    }  # fmt: skip
-    for name, keys in launched.items():
-        variants = [variant for variant in VARIANTS if fnmatch(variant.name, name)]
-        assert len(variants) == (3 if "*" in name else 1)
-        for variant in variants:
-            assert keys <= set(variant.types)
-            assert set(variant.types) - keys <= spread
+@pytest.mark.parametrize(("decode", "channels"), list(DECODES.items()))
+def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
+    """All of an image's launches, in order, each with its row's own arguments and what their contract asks for."""
+    pytest.importorskip("triton")
+    from densegeo.kernels.compile import arguments_of
+    from densegeo.kernels.table import variants
+
+    rows = {row.name: row for row in variants()}
+    kernels = Noted()
+    network = Network(NoMemory(), kernels, Namespace(decode=decode), toy_bucket(decode, channels), ENGINES, None)  # type: ignore[arg-type]
+    kernels.launches.clear()
+    network.prepare(0, 32, (93, 3), Placement((2, 0, 28, 16), (31, 29)), "bgr")
+    network._enqueue(None)
+    resized, vectors = network.outputs(0, Placement((2, 0, 28, 16), (31, 29)))
+    assert resized.shape == (29, 31)
+    assert (vectors is None) == (decode.pictures == 1)
+    assert sorted(name for name, _ in kernels.launches) == sorted(launched(decode, channels))
+    for name, arguments in kernels.launches:
+        assert type(arguments) is rows[name].arguments
+        contract = msgspec.structs.replace(CONTRACT, name=name, arguments=arguments_of(rows[name]))
+        packed = pack(contract, arguments._asdict())
+        assert [getattr(value, "value", value) for value in packed[:-2]] == pytest.approx(list(arguments))
+    placed = {name: arguments._asdict() for name, arguments in kernels.launches}
+    assert placed["preprocess.u8_fp32"]["red"] == 2
+    depth = placed[launched(decode, channels)[-1 if decode.pictures == 1 else -2]]
+    named = ("box_width", "box_height", "width", "height", "channel_stride", "row_stride")
+    assert [depth[name] for name in named] == [28, 16, 31, 29, 16 * 32, 32]
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundle: Path) -> None:

@@ -365,7 +365,7 @@ def test_opening_pays_for_every_size_and_batch(built: dict[str, Path], monkeypat
     """Nothing is made, recorded or launched for the first time in a request."""
     image = np.random.default_rng(6).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     launched: list[str] = []
-    for name in ("preprocess", "log_dequantize", "normals"):
+    for name in ("preprocess", "resize_depth", "normals"):
         real = getattr(torch_device, name)
         monkeypatch.setattr(torch_device, name, partial(noting, launched, name, real))
     with opened_as_on_a_gpu(built["fp32"], max_batch=3) as estimator:
@@ -373,7 +373,7 @@ def test_opening_pays_for_every_size_and_batch(built: dict[str, Path], monkeypat
         assert len(buckets) > 1
         for bucket in buckets:
             assert set(backend._network(bucket)._replays) == {1, 2}
-        assert launched == ["preprocess", "log_dequantize", "normals"] * len(buckets)
+        assert launched == ["preprocess", "resize_depth", "normals"] * len(buckets)
         assert estimator.images_together == 2
         monkeypatch.setattr(torch_device, "Replay", lambda *given: pytest.fail("recorded in a request"))
         assert len(estimator.batch([image] * 3)) == 3

@@ -15,20 +15,8 @@ from types import ModuleType
 
 import pytest
 
-OPERATIONS = (
-    "split",
-    "log_dequantize",
-    "normals",
-    "preprocess",
-    "unproject",
-    "layer_norm",
-    "qk_norm_rope",
-    "group_norm_silu",
-    "gated_residual",
-    "quantize",
-    "gelu_quantize",
-    "attention",
-)
+from densegeo.kernels.table import variants
+
 INTERPRET = "TRITON_INTERPRET"
 RAN = ("kernels", "interpreted")  # what a test reports that ran a kernel here
 
@@ -45,8 +33,7 @@ def start_interpreter() -> None:
         raise pytest.UsageError(f"Triton was imported before the tests could choose its mode, or {INTERPRET} is set")
     os.environ[INTERPRET] = "1"
     try:
-        for name in OPERATIONS:
-            importlib.import_module(f"densegeo.kernels.{name}.kernel")
+        variants()
     finally:
         del os.environ[INTERPRET]  # not for the processes that tests start
 
