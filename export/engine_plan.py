@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
 from densegeo.export.onnx_graph import query_chunks
-from densegeo.export.plan import GIB, ITEM_BYTES, Plan
+from densegeo.export.plan import GIB, Plan
+from densegeo.precision import PRECISIONS
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
 CONTEXT = GIB // 2  # of the CUDA driver and the libraries
@@ -30,7 +31,7 @@ def device_plan(plan: Plan, size: tuple[int, int], base: str, batch: int = 1) ->
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
     vae, pictures = plan.form.vae.config, plan.form.denoiser.PICTURES * batch
     width, height = size
-    item = ITEM_BYTES[base]
+    item = PRECISIONS[base].bytes_of(1)
     denoiser = item * batch * plan.form.denoiser.live_features(width, height)
     picture = pictures * vae.ch * width * height  # at full resolution: half of the last level in float32
     pixels = (width // 8) * (height // 8)

@@ -21,14 +21,9 @@ from densegeo.models.checkpoint import LoraUpdate, Stored, as_is, read_lora
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.precision import PRECISIONS
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-}
+_NAMES: dict[torch.dtype, str] = {getattr(torch, row.torch): row.safetensors for row in PRECISIONS.values()}
 # Rewrites of one block alone, by which block; all others fit any.
 _ONLY = {"constants": ("double_blocks", 0), "trim": ("single_blocks", -1)}
 _OUTER = ("guidance", "connector", "padding")  # what does not look at blocks, in the order that a block needs
