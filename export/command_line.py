@@ -23,13 +23,13 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
         found["--base"] = [options.base]
     if options.calibration is not None:
         found["--calibration"] = [str(options.calibration)]
-    if options.backend == "tensorrt":
+    if options.with_engines:
         found |= {"--builder": [engines.library], "--weights": [engines.weights]}
         numbers = {"--workspace-mib": engines.workspace_mib, "--optimization-level": engines.optimization_level}
         found |= {flag: [str(value)] for flag, value in numbers.items() if value is not None}
     switches = {
-        "--weight-streaming": options.backend == "tensorrt" and engines.weight_streaming,
-        "--version-compatible": options.backend == "tensorrt" and engines.version_compatible,
+        "--weight-streaming": options.with_engines and engines.weight_streaming,
+        "--version-compatible": options.with_engines and engines.version_compatible,
         "--authors-sizes": options.any_size,
         "--convert-bin": given.convert_bin,
         "--any-digest": given.any_digest,

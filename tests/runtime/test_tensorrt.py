@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from densegeo.backends import BACKENDS
 from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
-from densegeo.runtime.backends import BACKENDS, open_backend
+from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verified import forget, is_verified, mark_verified
