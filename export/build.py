@@ -47,7 +47,8 @@ def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str
     family = row.family
     if directory is None:
         return sources.resolve(options.given, family, _published(options, console))
-    given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
+    without = {role.skip: getattr(options.given, role.name) is None for role in family.roles if role.skip}
+    given = msgspec.structs.replace(options.given, checkpoint=str(directory), **without)
     files, origins = sources.resolve(given, family)
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 

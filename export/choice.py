@@ -19,6 +19,7 @@ from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.bundle import Choice
 
 AUTO = "auto"
+EXACT = next(row.name for row in PRECISIONS.values() if row.exact)
 LOW = PRECISIONS["bf16"]  # what GPUs and some CPUs run fastest without a plan
 _ON_CPU = tuple(row for row in BACKENDS if row.runs == "graphs" and "cpu" in row.devices)
 
@@ -129,10 +130,10 @@ def _precision(
             return LOW.name, "GPUs have it from Ampere on, and fp8 needs a plan (densegeo calibrate)"
         return "fp16", f"there is no {LOW.name} before sm_{LOW.first_architecture}"
     if LOW.name not in backend.precisions:
-        return "fp32", f"{backend.title} has no {LOW.name} kernels"
+        return EXACT, f"{backend.title} has no {LOW.name} kernels"
     if facts.cpu_bf16:
         return LOW.name, "the CPU has units for it"
-    return "fp32", f"the CPU has no units for {LOW.name}"
+    return EXACT, f"the CPU has no units for {LOW.name}"
 
 
 def _refuse(

@@ -303,7 +303,7 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
             f"{report.path.stat().st_size:,}",
         )
     console.print(table)
-    if not any(role.name == "lora" for role in preset(model).family.roles):
+    if not any(role.merged_into for role in preset(model).family.roles):
         return
     prompt, (rows, counts) = plan.prompt, plan.prompt.merge_padding()
     groups = [int(count) for row, count in zip(rows, counts, strict=True) if not prompt.mask[row]]

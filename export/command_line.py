@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from densegeo.export.options import BuildOptions
 
 
@@ -9,9 +11,8 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
     """Flag -> its values, none for a switch; of `densegeo build`, without --output. Defaults are left out."""
     given, engines = options.given, options.engines
     found: dict[str, list[str]] = {"--model": [options.model]}
-    for name in ("checkpoint", "dit", "vae", "lora", "prompt", "config"):
-        if (value := getattr(given, name)) is not None:
-            found[f"--{name}"] = [value]
+    named = msgspec.structs.asdict(given)
+    found |= {f"--{name}": [value] for name, value in named.items() if isinstance(value, str)}
     found |= {
         "--size": [f"{width}x{height}" for width, height in options.sizes],
         "--precision": [options.precision],

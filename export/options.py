@@ -80,7 +80,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def carried_weights(self) -> Path | None:
         """The directory of the weights that come with the code, unless the user named others."""
-        return None if self.given.checkpoint or self.given.dit else preset(self.model).weights
+        row = preset(self.model)
+        own = self.given.checkpoint or getattr(self.given, row.family.weights[0], None)
+        return None if own else row.weights
 
 
 def _check_size(width: int, height: int, multiple: int) -> None:

@@ -101,7 +101,7 @@ def make_weights(job: Job, state: State) -> Weights:
     stored = directory / "denoiser.safetensors"
     with display.bar("rewriting", _elements(final.denoiser)) as bar:
         write_rewritten(pipeline, source, final.denoiser, job.applied, options.base, stored, job.quantizer, bar.advance)
-    rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.stage != "denoiser"])
+    rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.scope.stage != "denoiser"])
     if precision.overflows:
         pipeline.denoiser = job.plan.form.denoiser
         _check_fp16(pipeline, stored, next(iter(references.values()))[0])

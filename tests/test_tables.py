@@ -17,6 +17,7 @@ from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS, QUANTIZED, precis
 from tests.support.project import ROOT
 
 CODE = ("densegeo", "calibration", "export", "runtime", "models")
+TABLE = "densegeo/backends.py"
 WAYS = "runtime/faults.py"  # of an image, which are broken on purpose; two are named after backends
 
 
@@ -80,7 +81,7 @@ def test_no_second_list_of_backends() -> None:
     for folder in CODE:
         for path in (ROOT / folder).rglob("*.py"):
             where = path.relative_to(ROOT).as_posix()
-            if (folder == "densegeo" and path.parent != ROOT / folder) or where == WAYS:
+            if (folder == "densegeo" and path.parent != ROOT / folder) or where in (TABLE, WAYS):
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 parts = getattr(node, "elts", None) or getattr(node, "keys", None)
@@ -164,3 +165,41 @@ def test_help_names_every_backend_and_precision() -> None:
 
 def test_engine_libraries() -> None:
     assert [row.knows(90) for row in ENGINE_LIBRARIES.values()] == [True, False]
+
+
+def test_rewrites_say_what_they_touch() -> None:
+    pytest.importorskip("torch")
+    from densegeo.models.families import FAMILIES
+    from densegeo.models.rewrites import Scope, block
+
+    for family in FAMILIES.values():
+        for rewrite in family.rewrites:
+            kind, _ = rewrite.scope.block
+            assert (rewrite.scope.part == "block") == (kind in family.denoiser.BLOCKS)
+    first, last, every, outside = block("a", 0), block("a", -1), Scope(), Scope("outside")
+    assert [first.touches("a", index, 3) for index in range(3)] == [True, False, False]
+    assert [last.touches("a", index, 3) for index in range(3)] == [False, False, True]
+    assert not last.touches("b", 2, 3)
+    assert every.touches("b", 1, 3)
+    assert not outside.touches("a", 0, 3)
+    assert (every.before_blocks, outside.before_blocks, Scope("prompt").before_blocks) == (False, True, True)
+    assert [scope.stage for scope in (first, outside, Scope("decoder"))] == ["denoiser", "denoiser", "decoder"]
+
+
+def test_roles_say_what_can_be_left_out() -> None:
+    pytest.importorskip("torch")
+    from densegeo.export.sources import Given, unnamed
+    from densegeo.models.families import FAMILIES
+    from densegeo.models.published import PUBLICATIONS
+
+    for family in FAMILIES.values():
+        assert set(family.weights) <= {role.name for role in family.roles}
+        assert {role.merged_into for role in family.roles} <= {"", *family.weights}
+        for role in family.roles:
+            assert not role.skip or role.skip in Given.__struct_fields__
+            assert not role.flag or role.name in Given.__struct_fields__
+    row = PUBLICATIONS["fe2e"]
+    assert row.wanted() == ["dit", "vae", "lora", "prompt"]
+    assert row.wanted("no_lora") == ["dit", "vae", "prompt"]
+    assert unnamed(Given(), FAMILIES["fe2e"]) == row.wanted()
+    assert unnamed(Given(no_lora=True, dit="x"), FAMILIES["fe2e"]) == ["vae", "prompt"]

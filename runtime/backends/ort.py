@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from densegeo.backends import BACKENDS, BackendRow, backend_row
 from densegeo.errors import BackendError
 from densegeo.files import cache_directory
-from densegeo.precision import FLOATS, QUANTIZED, precision_row
+from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime import state
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
@@ -189,8 +189,8 @@ def _tensorrt_options(index: str, manifest: Manifest) -> dict[str, str]:
 
     The provider knows a graph in its cache by names and not by weights, so every bundle has a folder of its own.
     """
-    flags = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable"}
-    options = {"device_id": index, **{flag: str(manifest.base == name) for name, flag in flags.items()}}
+    low = (name for name in FLOATS if not PRECISIONS[name].exact)
+    options = {"device_id": index} | {f"trt_{name}_enable": str(manifest.base == name) for name in low}
     if (folder := engine_cache(manifest, index)) is not None:
         for kind in ("engine", "timing"):
             options |= {f"trt_{kind}_cache_enable": "True", f"trt_{kind}_cache_path": str(folder)}

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from densegeo.backends import NETWORKS
 from densegeo.errors import BackendError, CheckpointError
 from densegeo.models import rewrites
 from densegeo.models.config import VAEConfig
@@ -51,7 +52,7 @@ def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBacke
 class TorchBackend:
     """One set of weights on one device; each bucket has its own tables."""
 
-    name = "torch"
+    name = NETWORKS.name
 
     def __init__(self, directory: Path, manifest: Manifest, device: str, *, frames_on_cpu: bool = False) -> None:
         """frames_on_cpu: take images as on a GPU, which tests do."""
