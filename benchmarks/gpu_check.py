@@ -31,12 +31,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
+from densegeo.backends import BACKENDS, ENGINES  # noqa: E402
 from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
-from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
 from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
@@ -289,7 +289,7 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
                 entry[f"ms an image, {count} at once"] = 1e3 * seconds / count
         return entry
     except DensegeoError as error:
-        needed = name == "tensorrt" and manifest.engines
+        needed = name == ENGINES.name and manifest.engines
         return {"failed" if needed else "refused": str(error)[:500], "log": lines.seen}
     finally:
         logging.getLogger("densegeo").removeHandler(lines)

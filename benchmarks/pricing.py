@@ -50,12 +50,12 @@ def _stored(module: nn.Module) -> tuple[int, int]:
 
 def _variants(among: tuple[Rewrite, ...], stage: str) -> dict[str, frozenset[str]]:
     """The sets of a stage's rewrites to measure, by a name."""
-    names = [rewrite.name for rewrite in among if rewrite.stage == stage]
+    names = [rewrite.name for rewrite in among if rewrite.scope.stage == stage]
     out = {"none": frozenset[str]()}
     for index, name in enumerate(names):
         out[f"up to {name}"] = frozenset(names[: index + 1])
         out[f"without {name}"] = frozenset(
-            rewrite.name for rewrite in rewrites.select(among, without=[name]) if rewrite.stage == stage
+            rewrite.name for rewrite in rewrites.select(among, without=[name]) if rewrite.scope.stage == stage
         )
     return out
 
@@ -71,7 +71,7 @@ def price(
     costs: dict[str, dict[str, Cost]] = {}
     fastest: dict[str, list[str]] = {}
     other = precision.cast(copy.deepcopy(plain), low)  # stands in for the network a stage does not use
-    for stage in (name for name in plain.stages() if any(rewrite.stage == name for rewrite in among)):
+    for stage in (name for name in plain.stages() if any(rewrite.scope.stage == name for rewrite in among)):
         variants = _variants(among, stage)
         distinct = list(dict.fromkeys(variants.values()))
         say(f"checking and timing {len(distinct)} variants of the {stage}")
@@ -107,7 +107,10 @@ def price(
         }
         medians = {names: costs[stage][name].milliseconds["median_ms"] for name, names in variants.items()}
         fastest[stage] = sorted(min(medians.items(), key=lambda item: item[1])[0])
-    rows = [Row(r.name, r.stage, costs[r.stage][f"without {r.name}"], costs[r.stage][f"up to {r.name}"]) for r in among]
+    rows = []
+    for rewrite in among:
+        stage, name = rewrite.scope.stage, rewrite.name
+        rows.append(Row(name, stage, costs[stage][f"without {name}"], costs[stage][f"up to {name}"]))
     last = {stage: [row for row in rows if row.stage == stage][-1].up_to_here for stage in costs}
     return Prices({stage: costs[stage]["none"] for stage in costs}, last, rows, fastest)
 

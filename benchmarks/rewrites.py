@@ -165,7 +165,7 @@ def _compare(
 ) -> list[Comparison]:
     """Against pipelines of diffusers' modules; without prices, whole pipelines alone."""
     paying = prices.fastest["decoder"] if prices else ()  # none of the decoder's, as every priced run on a CPU found
-    slower = [row.name for row in subject.rewrites if row.stage == "decoder" and row.name not in paying]
+    slower = [row.name for row in subject.rewrites if row.scope.stage == "decoder" and row.name not in paying]
     say(f"decoder rewrites that do not pay here, off in the {LOW} pipeline below: {', '.join(slower) or 'none'}")
     say("building the pipelines and the float32 answers")
     rivals = comparisons.contenders(plain, setup.vae, rgb, LOW, slower)

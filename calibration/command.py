@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.inputs import PARTS, LayerInputs, OnnxInputs, TorchInputs
@@ -33,13 +34,16 @@ from densegeo.errors import ConfigError, ImageError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
 from densegeo.models.layers import Attention
-from densegeo.models.quantized import FORMATS, AttentionPlan
+from densegeo.models.quantized import AttentionPlan
 from densegeo.models.rewrites import Pipeline
+from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 from densegeo.runtime.ready import beside, find_bundle
 
+_SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 JUDGED = 4  # images on which errors are measured
+_ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 
 
 def calibrate(
@@ -48,7 +52,7 @@ def calibrate(
         typer.Argument(
             parser=find_bundle,
             metavar="BUNDLE",
-            help="A bundle in fp32, bf16 or fp16: its directory, or fe2e-tiny, which comes with densegeo.",
+            help=f"A bundle in one of {', '.join(FLOATS)}: its directory, or fe2e-tiny, which comes with densegeo.",
             show_default=False,
         ),
     ],
@@ -57,7 +61,7 @@ def calibrate(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Where statistics and plan go; BUNDLE.calibration by default."),
     ] = None,
-    kind: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = "fp8",
+    kind: Annotated[str, typer.Option("--format", help=f"{', '.join(CALIBRATED)}.")] = CALIBRATED[0],
     method: Annotated[str, typer.Option(help=f"How ranges are chosen: {', '.join(METHODS)}.")] = "mse",
     smooth: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="SmoothQuant's exponent, such as 0.5; 0 for none.")
@@ -72,19 +76,19 @@ def calibrate(
     ] = None,
     attention: Annotated[
         bool,
-        typer.Option("--attention", help="Plan the two products of each attention too (fp8)."),
+        typer.Option("--attention", help=f"Plan the two products of each attention too ({_ATTENTION})."),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="What runs the bundle: onnxruntime or torch.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help=f"What runs the bundle: {_SEEN}.")] = "onnxruntime",
     device: Annotated[str, typer.Option(help="With torch: auto, cpu, cuda or cuda:N.")] = "auto",
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
             help="Read blocks from disk as they run and measure no errors: for models larger than memory. Needs "
-            "--backend torch --device cpu.",
+            f"--backend {NETWORKS.name} --device cpu.",
         ),
     ] = False,
 ) -> None:
@@ -93,26 +97,28 @@ def calibrate(
     Without a budget every linear of the blocks is planned, and with --attention every attention. Run it again to go on
     after an interruption, or to make another format's plan from the same statistics.
     """
-    if kind not in FORMATS:
-        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(FORMATS)}")
+    if kind not in CALIBRATED:
+        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    if attention and kind != "fp8":
-        raise ConfigError(f"--attention is for fp8: {kind} would round most of attention's probabilities to zero")
+    if attention and not PRECISIONS[kind].attention:
+        raise ConfigError(
+            f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
+        )
     if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     budget = Budget(max_depth_error, max_normal_error)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
-        raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate an fp32, bf16 or fp16 one")
+        raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
     check_files(bundle, manifest, digests=True)
     folder = output or beside(bundle, "calibration")
     console = Console()
     found = Images(find_images(images))
-    if stream and (backend, device) != ("torch", "cpu"):
-        raise ConfigError("--stream needs --backend torch --device cpu")
+    if stream and (backend, device) != (NETWORKS.name, "cpu"):
+        raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
     first = manifest.buckets[0]
-    where = choose_device(device) if backend == "torch" else "cpu"
+    where = choose_device(device) if backend == NETWORKS.name else "cpu"
     pipeline = load_networks(bundle, manifest, first.size, where, streamed=stream)
     for network in (pipeline.denoiser, pipeline.vae):
         network.float()
@@ -155,11 +161,9 @@ def calibrate(
 
 
 def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LayerInputs:
-    if name == "onnxruntime":
-        return OnnxInputs(bundle, manifest)
-    if name == "torch":
-        return TorchInputs(pipeline)
-    raise ConfigError(f"{name} does not show what enters its linears: use --backend onnxruntime or torch")
+    if not any(row.name == name and row.shows_layers for row in BACKENDS):
+        raise ConfigError(f"{name} does not show what enters its linears: use --backend {_SEEN}")
+    return TorchInputs(pipeline) if name == NETWORKS.name else OnnxInputs(bundle, manifest)
 
 
 def make_plan(

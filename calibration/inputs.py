@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from densegeo.backends import backend_row
 from densegeo.errors import BackendError
 from densegeo.models.layers import Attention
 from densegeo.models.quantized import AttentionPlan
@@ -27,6 +28,8 @@ Float32 = NDArray[np.float32]
 GROUP_BYTES = 1 << 30  # inputs that are in memory at a time
 PARTS = AttentionPlan._fields  # "q", "k", "v"
 See = Callable[[str, Float32], None]  # takes a name and an input (rows, features)
+
+_ROW = backend_row("onnxruntime")
 
 
 class LayerInputs(Protocol):
@@ -52,14 +55,14 @@ class OnnxInputs:
     """Of a bundle's graphs on ONNX Runtime's CPU provider. Raises BackendError for graphs that it cannot run."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        if manifest.base == "bf16":
+        if manifest.base not in _ROW.precisions:
             raise BackendError(
-                "ONNX Runtime's CPU provider has no bf16. Calibrate a bundle built with `--precision fp32`, or use "
-                "--backend torch."
+                f"{_ROW.title}'s CPU provider has no {manifest.base}. Calibrate a bundle built with "
+                "`--precision fp32`, or use --backend torch."
             )
         self.attention = False
         self._bundle = bundle
-        self._backend = open_backend("onnxruntime", bundle, manifest, "cpu")
+        self._backend = open_backend(_ROW.name, bundle, manifest, "cpu")
         self._sessions: dict[str, tuple[Any, list[Watched]]] = {}
 
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from densegeo.backends import BACKENDS, NAMES
 from densegeo.errors import ConfigError, DensegeoError
+from densegeo.precision import CALIBRATED
 
 _EXPORT_LIBRARIES = frozenset(
     {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "typing_extensions"}
@@ -23,7 +25,6 @@ _HEAVY = {
     "fetch": "densegeo.export.fetch_command",
     "calibrate": "densegeo.calibration.command",
 }
-_RUNTIME_LIBRARIES = frozenset({"onnxruntime"})
 
 
 class _Group(TyperGroup):
@@ -61,7 +62,9 @@ Bundle = Annotated[
         show_default=False,
     ),
 ]
-Backend = Annotated[str, typer.Option(help="What runs the graphs; `auto` takes the best one installed.")]
+Backend = Annotated[
+    str, typer.Option(help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the best one that can.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Number = Optional[float]  # noqa: UP045
@@ -83,8 +86,8 @@ def guarded(call: Callable[[], object]) -> None:
         library = (error.name or "").partition(".")[0]
         if library in _EXPORT_LIBRARIES:
             _fail(f'Building needs {library}, which is not installed: pip install "densegeo[export]"')
-        if library in _RUNTIME_LIBRARIES:
-            _fail(f'Running needs {library}, which is not installed: pip install "densegeo[cpu]" (or "densegeo[gpu]")')
+        if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
+            _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
@@ -125,9 +128,10 @@ def _fetch_stand_in() -> None:
     raise AssertionError("replaced by _Group before it can be called")
 
 
-@app.command("calibrate")
+@app.command(
+    "calibrate", help=f"Measure what {' or '.join(CALIBRATED)} would change, and plan it (needs the export extra)."
+)
 def _calibrate_stand_in() -> None:
-    """Measure what fp8 or int8 would change, and plan it (needs the export extra)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

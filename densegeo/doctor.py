@@ -8,11 +8,15 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import msgspec
+
+from densegeo.architectures import ARCHITECTURES
+from densegeo.backends import BACKENDS, ENGINES, BackendRow
 
 _FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime")
 # CPU flags (as Linux names them) that decide how fast low precision is.
@@ -85,12 +89,7 @@ def examine() -> Report:
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
         memory_available_bytes=available,
-        backends=[
-            *_onnxruntime(bool(gpus)),
-            _looked_up("openvino cpu", "openvino"),
-            _tensorrt(bool(gpus)),
-            _looked_up("torch", "torch"),
-        ],
+        backends=[line for row in BACKENDS for line in _examined(row, bool(gpus))],
         gpus=gpus,
         gpu_note=gpu_note,
         missing=_missing(),
@@ -119,49 +118,54 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _onnxruntime(has_gpu: bool) -> list[Backend]:
-    """What ONNX Runtime can run a bundle on: each ONNX Runtime provider is asked of the library itself, not assumed."""
-    installed = version("onnxruntime") or version("onnxruntime-gpu")
-    if installed is None or find_spec("onnxruntime") is None:
-        detail = 'not installed: pip install "densegeo[cpu]", or "densegeo[gpu]"'
-        return [Backend("onnxruntime", None, "no", detail)]
+def _installed(row: BackendRow) -> str:
+    """Versions of the distributions that a backend is made of, of each group the first that is here; or ""."""
+    groups = [[(name, number) for name in group if (number := version(name))] for group in row.distributions]
+    found = [group[0] for group in groups if group]
+    return found[0][1] if len(groups) == 1 and found else ", ".join(f"{name} {number}" for name, number in found)
+
+
+def _examined(row: BackendRow, has_gpu: bool) -> list[Backend]:
+    """What a backend can run a bundle on, one line a kind of device."""
+    installed = _installed(row)
+    if not installed or (row is not ENGINES and not row.available()):
+        return [Backend(_label(row, row.devices), None, "no", f"not installed: {row.install}")]
+    tells = f"`densegeo verify BUNDLE --backend {row.name}` tells"
+    if row.providers:
+        return _providers(row, installed, has_gpu, tells)
+    if row.gpu_only and not has_gpu:
+        return [Backend(_label(row, row.devices), installed, "no", row.without_gpu)]
+    # Not imported here: torch is slow to import, and importing OpenVINO sends a usage report.
+    return [Backend(_label(row, row.devices), installed, "untried", f"{row.untried}: {tells}")]
+
+
+def _label(row: BackendRow, devices: Sequence[str]) -> str:
+    """The backend's name, with the device where it has one of several, or the CPU alone."""
+    return f"{row.name} {devices[0]}" if len(devices) == 1 and not row.gpu_only else row.name
+
+
+def _providers(row: BackendRow, installed: str, has_gpu: bool, tells: str) -> list[Backend]:
+    """Each of ONNX Runtime's providers is asked of the library itself, not assumed."""
     try:
         import onnxruntime  # it loads in a fraction of a second
 
-        providers = list(onnxruntime.get_available_providers())
+        from densegeo.runtime.backends.ort import PROVIDERS
+
+        available = list(onnxruntime.get_available_providers())
     except Exception as error:  # a broken installation is a finding, not a failure
-        return [Backend("onnxruntime", installed, "no", f"installed, but cannot be imported: {error}")]
-    cpu: Literal["yes", "no"] = "yes" if "CPUExecutionProvider" in providers else "no"
-    backends = [Backend("onnxruntime cpu", installed, cpu, "CPU provider")]
-    if "CUDAExecutionProvider" not in providers:
-        backends.append(Backend("onnxruntime cuda", None, "no", "this ONNX Runtime has no CUDA provider"))
-    elif not has_gpu:
-        backends.append(Backend("onnxruntime cuda", installed, "no", "CUDA provider there, but no GPU was found"))
-    else:
-        detail = "provider and GPU are there, but densegeo was never run on a GPU: `densegeo verify BUNDLE` tells"
-        backends.append(Backend("onnxruntime cuda", installed, "untried", detail))
-    return backends
-
-
-def _looked_up(name: str, distribution: str) -> Backend:
-    """A backend that is not imported here: torch is slow to import, and importing OpenVINO sends a usage report."""
-    installed = version(distribution)
-    if installed is None or find_spec(distribution) is None:
-        return Backend(name, None, "no", f'not installed: pip install "densegeo[{distribution}]"')
-    detail = f"not tried here: `densegeo verify BUNDLE --backend {distribution}` tells"
-    return Backend(name, installed, "untried", detail)
-
-
-def _tensorrt(has_gpu: bool) -> Backend:
-    """What builds engines here; running them was never tried on any GPU."""
-    found = {name: version(name) for name in ("tensorrt", "tensorrt-rtx-cu13")}
-    installed = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    if not installed:
-        return Backend("tensorrt", None, "no", 'not installed: pip install "densegeo[tensorrt-rtx]", or tensorrt')
-    if not has_gpu:
-        return Backend("tensorrt", installed, "no", "engines can be built here, but no GPU was found to run them")
-    detail = "densegeo's engines were never executed: `densegeo verify BUNDLE --backend tensorrt` tells"
-    return Backend("tensorrt", installed, "untried", detail)
+        return [Backend(row.name, installed, "no", f"installed, but cannot be imported: {error}")]
+    found = []
+    for kind, provider in row.providers.items():
+        name, title = _label(row, (kind,)), PROVIDERS[provider].title
+        if provider not in available:
+            found.append(Backend(name, None, "no", f"this ONNX Runtime has no {title} provider"))
+        elif kind == "cpu":
+            found.append(Backend(name, installed, "yes", f"{title} provider"))
+        elif not has_gpu:
+            found.append(Backend(name, installed, "no", f"{title} provider there, but {row.without_gpu}"))
+        else:
+            found.append(Backend(name, installed, "untried", f"{row.untried}: {tells}"))
+    return found
 
 
 def _gpus() -> tuple[list[str], str]:
@@ -174,13 +178,20 @@ def _gpus() -> tuple[list[str], str]:
         except (OSError, subprocess.SubprocessError) as error:
             return [], f"nvidia-smi is there but failed ({error})."
         found = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        return found, "Listed by nvidia-smi; no computation was run on them."
+        return found, f"Listed by nvidia-smi; no computation was run on them.{_toolkits(found)}"
     count = _driver_device_count()
     if count is None:
         return [], "No NVIDIA driver (libcuda.so.1 cannot be loaded, nvidia-smi not found)."
     if count == 0:
         return [], "An NVIDIA driver library is there, but it reports no device."
     return [f"CUDA device {i}" for i in range(count)], "Counted by libcuda; no computation was run on them."
+
+
+def _toolkits(listed: Sequence[str]) -> str:
+    """The CUDA that libraries must be made with for these GPUs. listed: lines that end in a compute capability."""
+    ends = [line.rpartition(",")[2].strip().replace(".", "") for line in listed]
+    rows = [ARCHITECTURES[int(end)] for end in sorted(set(ends)) if end.isdigit() and int(end) in ARCHITECTURES]
+    return "".join(f" sm_{row.number} needs libraries of CUDA {row.cuda} or later." for row in rows)
 
 
 def _driver_device_count() -> int | None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from densegeo.architectures import AMPERE
 from densegeo.runtime.bundle import STAGES, Check, Engine, Graph, Manifest, amount_quantized, check_files
 from densegeo.runtime.engine_log import BuildLog, parse_log, read_log, warnings
 
@@ -122,7 +123,7 @@ def _engines(manifest: Manifest) -> Table:
 
 def _targets(engine: Engine) -> str:
     numbers = " ".join(name.removeprefix("sm_") for name in engine.architectures)
-    return f"sm_{numbers}" if numbers else "sm_80 and later"
+    return f"sm_{numbers}" if numbers else f"sm_{AMPERE} and later"
 
 
 def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> None:

@@ -47,7 +47,8 @@ def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str
     family = row.family
     if directory is None:
         return sources.resolve(options.given, family, _published(options, console))
-    given = msgspec.structs.replace(options.given, checkpoint=str(directory), no_lora=options.given.lora is None)
+    without = {role.skip: getattr(options.given, role.name) is None for role in family.roles if role.skip}
+    given = msgspec.structs.replace(options.given, checkpoint=str(directory), **without)
     files, origins = sources.resolve(given, family)
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 
@@ -74,7 +75,7 @@ def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
         max((1, *options.batches)),
         options.base,
         rewrites.select(files.family.rewrites, options.without),
-        quantizer.parameters,
+        quantizer.saved,
         allow_unexpected=options.allow_unexpected,
     )
 
@@ -129,7 +130,7 @@ def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manif
     weights = run_stage(job, state, state.weights, make_weights)
     graphs = run_stage(job, state, state.graphs, make_graphs)
     contracts = run_stage(job, state, state.kernels, make_kernels).contracts if options.architectures else []
-    engines = make_engines(job, state, _older(options.output)).engines if options.backend == "tensorrt" else []
+    engines = make_engines(job, state, _older(options.output)).engines if options.with_engines else []
     state.prune()  # the files of the records, and no other
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -177,12 +178,12 @@ def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> 
             options.precision,
             options.base,
             calibration,
-            options.backend == "tensorrt",
+            options.with_engines,
             sorted(options.without),
             options.architectures,
-            options.engines if options.backend == "tensorrt" else None,
+            options.engines if options.with_engines else None,
         ],
-        "builder": library_version(options.engines.library) if options.backend == "tensorrt" else "",
+        "builder": library_version(options.engines.library) if options.with_engines else "",
         "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
         "versions": versions(),
         "recipes": RECIPES,

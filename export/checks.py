@@ -25,6 +25,7 @@ from densegeo.models import chain
 from densegeo.models.precision import cast
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
+from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Graph, Stage
 from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.images import Frame
@@ -135,7 +136,7 @@ _WIDE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _WideConv2d, nn.Line
 def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
     """The float32 pipeline in plain low precision, rewrites off."""
     low = cast(copy.deepcopy(pipeline), precision)
-    if precision == "fp16":
+    if PRECISIONS[precision].overflows:
         for module in (*low.denoiser.modules(), *low.vae.modules()):
             if type(module) in _WIDE:
                 module.__class__ = _WIDE[type(module)]

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from densegeo.backends import ENGINE_LIBRARIES, ENGINES, NAMES
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle, find_files, plan_build
-from densegeo.export.choice import AUTO, BACKENDS, Asked, choose, on_this_gpu
+from densegeo.export.choice import AUTO, Asked, choose, on_this_gpu
 from densegeo.export.downloads import look, show
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
@@ -20,7 +21,6 @@ from densegeo.export.machine import facts
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import (
     GIB,
-    ITEM_BYTES,
     Plan,
     available_memory,
     check_resources,
@@ -29,17 +29,18 @@ from densegeo.export.plan import (
 from densegeo.export.reporting import try_out
 from densegeo.export.sources import Given, unnamed
 from densegeo.models.families import FAMILIES
-from densegeo.models.precision import BASES, EIGHT_BIT_BASES
 from densegeo.models.presets import PRESETS, preset
 from densegeo.models.published import PUBLICATIONS
 from densegeo.models.rewrites import select
+from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
 from densegeo.runtime.bundle import STAGES
 from densegeo.size import Size
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Text = Optional[str]  # noqa: UP045
 _REWRITES = "; ".join(f"{name}: {', '.join(row.rewrite_names)}" for name, row in FAMILIES.items())
-_ENGINES = "TensorRT engines (--backend tensorrt)"
+_BASES = " or ".join(dict.fromkeys(" (default) or ".join(PRECISIONS[name].bases) for name in QUANTIZED))
+_ENGINES = f"{ENGINES.title} engines (--backend {ENGINES.name})"
 _FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
 
 
@@ -85,19 +86,17 @@ def build(
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help=f"{', '.join((AUTO, *BASES))}; auto: what the backend here runs fastest.")
+        str, typer.Option(help=f"{', '.join((AUTO, *PRECISIONS))}; auto: what the backend here runs fastest.")
     ] = AUTO,
     calibration: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="The directory that `densegeo calibrate` made, for fp8 and int8."),
+        typer.Option(help=f"The directory that `densegeo calibrate` made, for {' and '.join(CALIBRATED)}."),
     ] = None,
-    base: Annotated[
-        str, typer.Option(help=f"What fp8 and int8 leave in floating point: {' (default) or '.join(EIGHT_BIT_BASES)}.")
-    ] = "",
+    base: Annotated[str, typer.Option(help=f"What {' and '.join(QUANTIZED)} leave in floating point: {_BASES}.")] = "",
     backend: Annotated[
         str,
         typer.Option(
-            help=f"What will run the bundle: {', '.join((AUTO, *BACKENDS))}. auto: TensorRT engines where a GPU and "
+            help=f"What will run the bundle: {', '.join((AUTO, *NAMES))}. auto: TensorRT engines where a GPU and "
             "TensorRT are, else what is fastest on this machine."
         ),
     ] = AUTO,
@@ -112,7 +111,7 @@ def build(
         ),
     ] = None,
     builder: Annotated[
-        str, typer.Option(help="TensorRT library: auto, tensorrt or tensorrt_rtx.", rich_help_panel=_ENGINES)
+        str, typer.Option(help=f"TensorRT library: {', '.join((AUTO, *ENGINE_LIBRARIES))}.", rich_help_panel=_ENGINES)
     ] = "auto",
     weights: Annotated[
         str,
@@ -274,7 +273,7 @@ def _not_here(options: BuildOptions, console: Console) -> bool:
     if all(one.local for one in found):
         return False
     show(found, console)
-    bundle = row.bundle_parameters * ITEM_BYTES[options.base]
+    bundle = PRECISIONS[options.base].bytes_of(row.bundle_parameters)
     console.print(
         f"disk: about {bundle / GIB:.1f} GiB more for the bundle; the plan's other figures need the files' headers: "
         f"`densegeo fetch {options.model}` fetches them. A dry run fetches nothing.",
@@ -297,7 +296,7 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
             f"{report.path.stat().st_size:,}",
         )
     console.print(table)
-    if not any(role.name == "lora" for role in preset(model).family.roles):
+    if not any(role.merged_into for role in preset(model).family.roles):
         return
     prompt, (rows, counts) = plan.prompt, plan.prompt.merge_padding()
     groups = [int(count) for row, count in zip(rows, counts, strict=True) if not prompt.mask[row]]
@@ -326,7 +325,7 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
         flops = stage_flops(plan.form, size)
         table.add_row(str(size), *(f"{flops[stage] / 1e9:,.1f}" for stage in STAGES))
     console.print(table)
-    if options.backend == "tensorrt":
+    if options.with_engines:
         _print_engines(plan, options, console)
     memory = available_memory()
     console.print(

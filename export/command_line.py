@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from densegeo.export.options import BuildOptions
 
 
@@ -9,9 +11,8 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
     """Flag -> its values, none for a switch; of `densegeo build`, without --output. Defaults are left out."""
     given, engines = options.given, options.engines
     found: dict[str, list[str]] = {"--model": [options.model]}
-    for name in ("checkpoint", "dit", "vae", "lora", "prompt", "config"):
-        if (value := getattr(given, name)) is not None:
-            found[f"--{name}"] = [value]
+    named = msgspec.structs.asdict(given)
+    found |= {f"--{name}": [value] for name, value in named.items() if isinstance(value, str)}
     found |= {
         "--size": [str(size) for size in options.sizes],
         "--precision": [options.precision],
@@ -23,13 +24,13 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
         found["--base"] = [options.base]
     if options.calibration is not None:
         found["--calibration"] = [str(options.calibration)]
-    if options.backend == "tensorrt":
+    if options.with_engines:
         found |= {"--builder": [engines.library], "--weights": [engines.weights]}
         numbers = {"--workspace-mib": engines.workspace_mib, "--optimization-level": engines.optimization_level}
         found |= {flag: [str(value)] for flag, value in numbers.items() if value is not None}
     switches = {
-        "--weight-streaming": options.backend == "tensorrt" and engines.weight_streaming,
-        "--version-compatible": options.backend == "tensorrt" and engines.version_compatible,
+        "--weight-streaming": options.with_engines and engines.weight_streaming,
+        "--version-compatible": options.with_engines and engines.version_compatible,
         "--authors-sizes": options.any_size,
         "--convert-bin": given.convert_bin,
         "--any-digest": given.any_digest,

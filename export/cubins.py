@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
+from densegeo.architectures import ARCHITECTURES, names
 from densegeo.errors import ConfigError, KernelError
-from densegeo.kernels.compile import ARCHITECTURES, CONTRACTS
+from densegeo.kernels.compile import CONTRACTS
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime.bundle import KERNELS
 
@@ -22,8 +23,7 @@ def check_architectures(architectures: Sequence[int]) -> None:
     """Raises ConfigError for an architecture that no kernel is compiled for."""
     if unknown := sorted(set(architectures) - set(ARCHITECTURES)):
         raise ConfigError(
-            f"no kernel can be compiled for {', '.join(f'sm_{number}' for number in unknown)}; "
-            f"there are {', '.join(map(str, ARCHITECTURES))}"
+            f"no kernel can be compiled for {names(unknown)}; there are {', '.join(map(str, ARCHITECTURES))}"
         )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
 from densegeo.export.onnx_graph import query_chunks
-from densegeo.export.plan import GIB, ITEM_BYTES, Plan
+from densegeo.export.plan import GIB, Plan
+from densegeo.precision import PRECISIONS
 from densegeo.size import Size
 
 CARDS = (24, 48, 80)  # GiB: workstation, professional and data-centre GPUs
@@ -30,7 +31,7 @@ class DevicePlan:
 def device_plan(plan: Plan, size: Size, base: str, batch: int = 1) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
     vae, pictures = plan.form.vae.config, len(plan.form.decode.outputs) * batch
-    item = ITEM_BYTES[base]
+    item = PRECISIONS[base].bytes_of(1)
     denoiser = item * batch * plan.form.denoiser.live_features(size)
     picture = pictures * vae.ch * size.pixels  # at full resolution: half of the last level in float32
     pixels = (size.width // 8) * (size.height // 8)

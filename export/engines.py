@@ -24,19 +24,18 @@ from typing import Literal
 
 import msgspec
 
+from densegeo.architectures import OLDEST, RTX_TARGETS, names
+from densegeo.backends import ENGINE_LIBRARIES, NETWORKS
 from densegeo.errors import ConfigError, EngineError, ResourceError
 from densegeo.export.engine_worker import Result, Spec
 from densegeo.export.onnx_graph import with_weight_inputs
 from densegeo.export.plan import GIB, available_memory
 from densegeo.files import cache_directory
+from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage, sha256_file
 from densegeo.runtime.engine_log import parse_log
-from densegeo.runtime.engines import FOLDER, LIBRARIES, RTX_ARCHITECTURES, fingerprint, reusable
+from densegeo.runtime.engines import FOLDER, fingerprint, reusable
 
-RTX_TARGETS = {number: f"SM{number}" for number in RTX_ARCHITECTURES}  # its own names
-OLDEST = 75  # architecture that kernels and engines are built for
-FIRST = {"bf16": 80, "fp8": 89, "int8": 80}  # precision -> first architecture that has it, and bf16 beside it
-DISTRIBUTIONS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_rtx": ("tensorrt-rtx-cu13",)}
 # Anonymous memory of a build with constant weights, in sizes of the weights: the builder's copy, and the growing plan
 # while it is written. 8.6 GB of fp8 weights did not fit into 19.8 GiB.
 BUILD_FACTOR = 2.6
@@ -58,8 +57,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def validated(self) -> EngineOptions:
         """Raises ConfigError for an impossible setting; the library is chosen."""
-        if self.library not in ("auto", *LIBRARIES):
-            raise ConfigError(f"there is no builder {self.library!r}; there are auto, {', '.join(LIBRARIES)}")
+        if self.library not in ("auto", *ENGINE_LIBRARIES):
+            raise ConfigError(f"there is no builder {self.library!r}; there are auto, {', '.join(ENGINE_LIBRARIES)}")
         if self.weights not in ("auto", "constant", "input"):
             raise ConfigError(f"--weights {self.weights!r} is none of auto, constant, input")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -82,7 +81,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_library(name: str) -> str:
     """The builder to use: the named one, or with "auto" the first installed. Raises EngineError when there is none."""
-    wanted = LIBRARIES if name == "auto" else (name,)
+    wanted = tuple(ENGINE_LIBRARIES) if name == "auto" else (name,)
     for library in wanted:
         if find_spec(library) is not None:
             return library
@@ -94,7 +93,7 @@ def find_library(name: str) -> str:
 
 def library_version(library: str) -> str:
     """The installed version, read from its distribution without importing it. Raises EngineError."""
-    for distribution in DISTRIBUTIONS[library]:
+    for distribution in ENGINE_LIBRARIES[library].distributions:
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -103,25 +102,26 @@ def library_version(library: str) -> str:
 
 
 def target_groups(library: str, precision: str, architectures: Sequence[int]) -> list[tuple[int, ...]]:
-    """Which architectures share an engine: one group for all, or with fp8 one an architecture.
+    """Which architectures share an engine: one group for all, or one an architecture where the precision's row says so.
 
     Raises ConfigError for an architecture that has no such precision or that the library cannot build for here.
     """
-    first = FIRST.get(precision, OLDEST)
+    row, builder = PRECISIONS[precision], ENGINE_LIBRARIES[library]
+    first = max(row.first_architecture, OLDEST)
     if early := [number for number in architectures if number < first]:
         raise ConfigError(
-            f"there is no {precision} before sm_{first}, so no engine for {', '.join(f'sm_{n}' for n in early)}: "
+            f"there is no {precision} before sm_{first}, so no engine for {names(early)}: "
             "leave those out, or build them with another --precision (fp16; int8 where a model has it)"
         )
-    if library == "tensorrt_rtx" and (unknown := [number for number in architectures if number not in RTX_TARGETS]):
+    if unknown := [number for number in architectures if not builder.knows(number)]:
+        other = next(one.name for one in ENGINE_LIBRARIES.values() if not one.named_targets)
         raise ConfigError(
-            f"TensorRT-RTX has no target for {', '.join(f'sm_{n}' for n in unknown)}; it has "
-            f"{', '.join(f'sm_{n}' for n in RTX_TARGETS)}. Use --builder tensorrt on a machine with that GPU, or "
-            "--backend torch."
+            f"{builder.title} has no target for {names(unknown)}; it has {names(RTX_TARGETS)}. Use --builder {other} "
+            f"on a machine with that GPU, or --backend {NETWORKS.name}."
         )
     if not architectures:
         return [()]
-    return [(number,) for number in architectures] if precision == "fp8" else [tuple(sorted(architectures))]
+    return [(number,) for number in architectures] if row.engine_each else [tuple(sorted(architectures))]
 
 
 def choose_weights(options: EngineOptions, weight_bytes: int) -> Literal["constant", "input"]:
@@ -242,7 +242,7 @@ def build_engine(
         if wanted.weights == "input":
             source = graph.with_name(f".{graph.stem}.inputs.onnx")  # beside the weight file that it refers to
             inputs = with_weight_inputs(graph, source)
-        targets = [RTX_TARGETS[number] for number in group] if wanted.library == "tensorrt_rtx" else []
+        targets = [RTX_TARGETS[number] for number in group] if ENGINE_LIBRARIES[wanted.library].named_targets else []
         spec = Spec(
             library=wanted.library,
             graph=str(source.absolute()),

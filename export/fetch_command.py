@@ -21,7 +21,7 @@ def fetch(
     any_digest: Annotated[
         bool, typer.Option("--any-digest", help="Take files whose digest is not the recorded one.")
     ] = False,
-    without_lora: Annotated[bool, typer.Option("--no-lora", help="Leave the LoRA out.")] = False,
+    no_lora: Annotated[bool, typer.Option("--no-lora", help="Leave the LoRA out.")] = False,
 ) -> None:
     """Download a model's files from where they are published, and check their digests.
 
@@ -35,8 +35,7 @@ def fetch(
         return
     if not row.files:
         raise CheckpointError(row.nowhere)
-    roles = [file.role for file in row.files if not (without_lora and file.role == "lora")]
-    found = downloads.look(row, roles, offline=offline)
+    found = downloads.look(row, row.wanted(*(["no_lora"] if no_lora else [])), offline=offline)
     downloads.show(found, console)
     for path, origin in downloads.fetch(row, found, console, any_digest=any_digest).values():
         console.print(f"{path}  ({origin})", soft_wrap=True)

@@ -10,14 +10,11 @@ import onnx
 from onnx import shape_inference
 
 from densegeo.errors import ExportError
+from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import Graph, TensorSpec
 
 _NUMBERS = {  # of parameters; shapes and indices are INT64
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.FLOAT8E4M3FN,
-    onnx.TensorProto.INT8,
+    onnx.TensorProto.DataType.Value(row.onnx) for row in PRECISIONS.values()
 }
 
 

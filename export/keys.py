@@ -76,7 +76,7 @@ def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str
     graphs = digest([weights, options.batches, RECIPES["graphs"]])
     compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])
-    return StageKeys(weights, graphs, kernels, graphs if options.backend == "tensorrt" else "")
+    return StageKeys(weights, graphs, kernels, graphs if options.with_engines else "")
 
 
 def _version(distribution: str) -> str:

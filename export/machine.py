@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from importlib.util import find_spec
 
 import msgspec
 
+from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, installed
 from densegeo.doctor import cpu
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")
+LIBRARIES = frozenset(  # what decides: the backends' modules, and what builds engines
+    {*ENGINE_LIBRARIES, *(module for row in BACKENDS if row is not ENGINES for module in row.modules)}
+)
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")  # CPU flags, the last one Arm's
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -31,7 +33,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 def facts() -> Facts:
     """Of this machine."""
-    found = frozenset(name for name in LIBRARIES if find_spec(name) is not None)
+    found = frozenset(name for name in LIBRARIES if installed(name))
     _, features = cpu()
     return Facts(
         gpu=first_gpu(), libraries=found, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(features)

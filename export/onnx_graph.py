@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -29,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from densegeo.models.quantized import FORMATS  # registers its operators, too
+from densegeo.models.quantized import ATTENTION  # registers its operators, too
+from densegeo.precision import PRECISIONS
 
 OPSET = 20
 LARGEST_FUSED, CHUNK_LOGITS = 256, 1 << 25  # features of a head; logits a head: 128 MiB in float32
@@ -136,8 +136,7 @@ def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, 
 
 def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:
     """Quantized and back: the pair of nodes by which builders know an 8-bit operand."""
-    number = {ir.DataType.INT8: np.int8, ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn}[dtype]
-    zero = op.Constant(value=ir.tensor(np.zeros((), number)))
+    zero = op.Constant(value=ir.tensor(np.zeros((), dtype.numpy())))
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
 
@@ -145,7 +144,7 @@ def _quantized_attention(
     query: Any, key: Any, value: Any, key_bias: Any, q_scale: Any, k_scale: Any, v_scale: Any
 ) -> Any:
     """Attention in the form that TensorRT makes one fp8 kernel of: both products must have 8-bit operands."""
-    unit = op.CastLike(op.Constant(value_float=1 / FORMATS["fp8"].largest), query)  # of the probabilities
+    unit = op.CastLike(op.Constant(value_float=1 / ATTENTION.largest), query)  # of the probabilities
     q, k, v = (_in_8_bits(x, scale) for x, scale in ((query, q_scale), (key, k_scale), (value, v_scale)))
     return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: _in_8_bits(weights, unit))
 
@@ -311,13 +310,7 @@ def _without_values(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-_IR_DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-    "I8": ir.DataType.INT8,
-}
+_IR_DTYPES = {row.safetensors: ir.DataType[row.onnx] for row in PRECISIONS.values()}
 
 
 def _stored_tensors(path: Path) -> dict[str, tuple[ir.DataType, list[int], int, int]]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import msgspec
 
+from densegeo.backends import ENGINES, NAMES
 from densegeo.errors import ConfigError
 from densegeo.export import quantization, sources
-from densegeo.export.choice import BACKENDS
 from densegeo.export.cubins import check_architectures
 from densegeo.export.engines import EngineOptions, target_groups
 from densegeo.models import rewrites
-from densegeo.models.precision import BASES
 from densegeo.models.presets import preset
+from densegeo.precision import precision_row
 from densegeo.runtime.bundle import Choice
 from densegeo.size import Size
 
@@ -30,28 +30,27 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     sizes: tuple[Size, ...] = ()  # empty: the model's default
     batches: tuple[int, ...] = ()  # besides 1
     precision: str = "fp32"
-    base: str = ""  # what fp8 and int8 leave in floating point; empty: bf16
+    base: str = ""  # what a quantized precision leaves in floating point; empty: its row's first
     any_size: bool = False  # take sides that are no multiples of the model's unit, if the model can
-    calibration: Path | None = None  # the directory of `densegeo calibrate`, for fp8 and int8
+    calibration: Path | None = None  # the directory of `densegeo calibrate`, for precisions that need it
     backend: str = "onnxruntime"
     without: tuple[str, ...] = ()  # rewrites to leave out
     allow_unexpected: bool = False
     architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
-    engines: EngineOptions = EngineOptions()  # of the tensorrt backend
+    engines: EngineOptions = EngineOptions()  # where the backend runs engines
     choice: Choice | None = None  # what the command chose, for the manifest
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
         row = preset(self.model)
-        if self.precision not in BASES:
-            raise ConfigError(f"there is no precision {self.precision!r}; there are {', '.join(BASES)}")
+        precision_row(self.precision)
         base = quantization.checked_base(self.precision, self.base, self.calibration)
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(BACKENDS)}")
+        if self.backend not in NAMES:
+            raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(NAMES)}")
         rewrites.select(row.family.rewrites, self.without)
         check_architectures(self.architectures)
         engines = self.engines
-        if self.backend == "tensorrt":
+        if self.with_engines:
             engines = engines.validated()
             target_groups(engines.library, self.precision, self.architectures)
         sizes = tuple(dict.fromkeys(Size(*size) for size in self.sizes or row.sizes))
@@ -68,16 +67,23 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, sizes=sizes, batches=batches, engines=engines, base=base)
 
     @property
+    def with_engines(self) -> bool:
+        """Whether engines are built, besides the graphs."""
+        return self.backend == ENGINES.name
+
+    @property
     def groups(self) -> int:
         """How many groups of architectures get engines of their own."""
-        if self.backend != "tensorrt":
+        if not self.with_engines:
             return 0
         return len(target_groups(self.engines.library, self.precision, self.architectures))
 
     @property
     def carried_weights(self) -> Path | None:
         """The directory of the weights that come with the code, unless the user named others."""
-        return None if self.given.checkpoint or self.given.dit else preset(self.model).weights
+        row = preset(self.model)
+        own = self.given.checkpoint or getattr(self.given, row.family.weights[0], None)
+        return None if own else row.weights
 
 
 def _check_size(size: Size, multiple: int) -> None:

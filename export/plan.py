@@ -20,9 +20,9 @@ from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read
 from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
 from densegeo.models.prompt import Prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.precision import PRECISIONS
 from densegeo.size import Size
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 1 << 30
 
 
@@ -53,14 +53,13 @@ def make_plan(
     batch: int,
     base: str,
     rewrites: tuple[Rewrite, ...],
-    eight_bit: int = 0,
+    saved: int = 0,
     *,
     allow_unexpected: bool,
 ) -> Plan:
     """Read headers and the prompt, compare keys, estimate memory and disk. Loads no weights but the LoRA's.
 
-    batch: the most images that a graph takes; base: the floating-point type; eight_bit: parameters that are stored in 8
-    bits instead.
+    batch: the most images that a graph takes; base: the floating-point type; saved: bytes that quantized weights save.
     """
     skeleton = open_skeleton(files)
     denoiser, vae = skeleton.denoiser, skeleton.vae
@@ -87,10 +86,10 @@ def make_plan(
     # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
     activations = 3 * len(form.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
     lora = files.lora.stat().st_size if files.lora else 0
-    copies = 1 if base == "fp32" else 2  # the second is cast, for the error bound
+    copies = 1 if PRECISIONS[base].exact else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
     # handed over, and ONNX Runtime's own.
-    stored = kept * ITEM_BYTES[base] - eight_bit * (ITEM_BYTES[base] - 1)
+    stored = PRECISIONS[base].bytes_of(kept) - saved
     piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
     # Of each size two pictures at most: in its bucket, and with depth and normals at their own size, 9/8 of it.

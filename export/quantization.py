@@ -14,27 +14,30 @@ from densegeo.calibration.plan import QuantizationPlan, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.precision import BASES, DTYPES, EIGHT_BIT_BASES
+from densegeo.models.precision import DTYPES
 from densegeo.models.quantized import FORMATS, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Rewrite
+from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
 from densegeo.runtime.bundle import Quantization, Source
 
 
 def checked_base(precision: str, base: str, calibration: Path | None) -> str:
     """The floating-point type of a build. Raises ConfigError for contradictions."""
-    if precision in FORMATS:
-        if calibration is None:
-            raise ConfigError(
-                f"--precision {precision} needs --calibration DIR: `densegeo calibrate BUNDLE --images DIR "
-                f"--format {precision}` makes it"
-            )
-        if base and base not in EIGHT_BIT_BASES:
-            why = " (products of 8-bit numbers overflow fp16 before they are scaled)" if base == "fp16" else ""
-            raise ConfigError(f"--base {base} is none of {', '.join(EIGHT_BIT_BASES)}{why}")
-        return base or BASES[precision]
-    if calibration is not None or (base and base != precision):
-        raise ConfigError(f"--calibration and --base are for {' and '.join(FORMATS)}, not for {precision}")
-    return precision
+    row = PRECISIONS[precision]
+    if row.calibrated and calibration is None:
+        raise ConfigError(
+            f"--precision {precision} needs --calibration DIR: `densegeo calibrate BUNDLE --images DIR "
+            f"--format {precision}` makes it"
+        )
+    if not row.quantized and (calibration is not None or base not in ("", precision)):
+        raise ConfigError(f"--calibration and --base are for {' and '.join(QUANTIZED)}, not for {precision}")
+    if calibration is not None and not row.calibrated:
+        raise ConfigError(f"--calibration is for {' and '.join(CALIBRATED)}: {precision} needs no ranges")
+    if base and base not in row.bases:
+        overflows = base in PRECISIONS and PRECISIONS[base].overflows
+        why = f" (products of {row.bits}-bit numbers overflow {base} before they are scaled)" if overflows else ""
+        raise ConfigError(f"--base {base} is none of {', '.join(row.bases)}{why}")
+    return base or row.base
 
 
 class Quantizer:
@@ -72,9 +75,12 @@ class Quantizer:
             self(block, name)
 
     @property
-    def parameters(self) -> int:
-        """Elements that take one byte each."""
-        return 0 if self.plan is None else self.plan.parameters
+    def saved(self) -> int:
+        """Bytes that the planned weights take less than in the base."""
+        if self.plan is None:
+            return 0
+        count = self.plan.parameters
+        return PRECISIONS[self.base].bytes_of(count) - PRECISIONS[self.plan.format].bytes_of(count)
 
     @property
     def digest(self) -> str:

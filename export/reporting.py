@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from densegeo.export.choice import GRAPHS, NO_BF16
+from densegeo.backends import BACKENDS, ENGINES
 from densegeo.export.engine_plan import DevicePlan
 from densegeo.export.plan import GIB
 from densegeo.runtime import Estimator
@@ -57,11 +57,13 @@ def report(manifest: Manifest, output: Path, needed: DevicePlan, console: Consol
 def runs_with(manifest: Manifest) -> list[str]:
     """The backends that can run a bundle, its own first."""
     engines = sorted({name for engine in manifest.engines for name in engine.architectures or ["Ampere and later"]})
-    names = [f"tensorrt ({', '.join(engines)})"] if engines else []
-    names += [name for name in GRAPHS if not (name == NO_BF16 and manifest.base == "bf16")]
-    if manifest.choice is not None and manifest.choice.backend in names:
-        names.sort(key=lambda name: name != manifest.choice.backend)  # type: ignore[union-attr]
-    return names
+    chosen = "" if manifest.choice is None else manifest.choice.backend
+    names = [f"{ENGINES.name} ({', '.join(engines)})"] if engines else []
+    for row in BACKENDS:
+        proven = row is not ENGINES and (not row.verified_only or row.name == chosen)
+        if proven and row.lacking(manifest.precision, manifest.base) is None:
+            names.append(row.name)
+    return sorted(names, key=lambda name: name.partition(" ")[0] != chosen) if chosen in names else names
 
 
 def errors_in_words(manifest: Manifest) -> str:

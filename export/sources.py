@@ -10,8 +10,9 @@ import msgspec
 
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.conversion import converted, empty_prompt
-from densegeo.models.families import Family, Role
+from densegeo.models.families import Family
 from densegeo.models.loading import Files
+from densegeo.models.roles import Role
 
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
 
@@ -35,8 +36,17 @@ def unnamed(given: Given, family: Family) -> list[str]:
     """The roles for which the user named neither a file nor a place that may hold it."""
     if given.checkpoint is not None:
         return []
-    skipped = {"lora"} if given.no_lora else set()
-    return [r.name for r in family.roles if r.name not in skipped and not (r.flag and getattr(given, r.name))]
+    return [role.name for role in family.roles if not (role.optional or _skipped(given, role) or _named(given, role))]
+
+
+def _named(given: Given, role: Role) -> str | None:
+    """What the user named for a role."""
+    return getattr(given, role.name) if role.flag else None
+
+
+def _skipped(given: Given, role: Role) -> bool:
+    """Whether the user left a role out on purpose."""
+    return bool(role.skip) and getattr(given, role.skip)
 
 
 def resolve(
@@ -56,41 +66,39 @@ def resolve(
     missing: list[str] = []
     hints: list[str] = []
     for role in family.roles:
-        if role.name == "lora" and given.no_lora:
+        if _skipped(given, role):
             continue
-        own = getattr(given, role.name) if role.flag else None
+        own = _named(given, role)
         found = _find(own, role) if own else _find_in_checkpoint(given.checkpoint, role)
         if found is None:
             found = (fetched or {}).get(role.name)
         if found is None and given.checkpoint is not None:
             found = _make(Path(given.checkpoint), role, convert=given.convert_bin)
-        if found is None:
+        if found is None and not role.optional:
             names = " or ".join(role.files)
             option = f"give --{role.name} FILE, or put" if role.flag else "put"
             missing.append(f"{role.name}: {option} {names} in --checkpoint DIR ({role.where})")
             hints += [role.hint] if role.hint else []
-            continue
-        paths[role.name], origins[role.name] = found
+        if found is not None:
+            paths[role.name], origins[role.name] = found
     if missing:
         raise CheckpointError("\n".join(["files are missing:", *(f"  {line}" for line in missing), *hints]))
-    if given.config:
-        paths["config"], origins["config"] = Path(given.config), given.config
     return Files(family, paths), origins
 
 
 def _check_options(given: Given, family: Family) -> None:
     """Refuse options for files that this family does not have."""
-    known = {"checkpoint", "convert_bin", "any_digest", "offline", *(role.name for role in family.roles if role.flag)}
-    if any(role.name == "lora" for role in family.roles):
-        known |= {"config", "no_lora"}
+    flags = [role.name for role in family.roles if role.flag]
+    known = {"checkpoint", "convert_bin", "any_digest", "offline", *flags, *(role.skip for role in family.roles)}
     strange = [name for name in given.__struct_fields__ if getattr(given, name) and name not in known]
     if strange:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
-        raise ConfigError(f"{options}: {family.name} has no such file; it takes --checkpoint DIR and --prompt FILE")
+        takes = " and ".join(["--checkpoint DIR", *(f"--{name} FILE" for name in flags)])
+        raise ConfigError(f"{options}: {family.name} has no such file; it takes {takes}")
 
 
 def _find_in_checkpoint(checkpoint: str | None, role: Role) -> tuple[Path, str] | None:
-    if checkpoint is None:
+    if checkpoint is None or not role.files:
         return None
     directory = Path(checkpoint)
     if directory.is_dir():
@@ -116,8 +124,8 @@ def _make(directory: Path, role: Role, *, convert: bool) -> tuple[Path, str] | N
                     "weights alone (torch.load with weights_only=True) and keeps them as safetensors in its cache."
                 )
             return converted(pickle), f"{pickle} (converted)"
-    if role.name == "prompt" and (directory / "text_encoder").is_dir():
-        return empty_prompt(directory), f"computed with {directory / 'text_encoder'}"
+    if role.made_from and (directory / role.made_from).is_dir():
+        return empty_prompt(directory), f"computed with {directory / role.made_from}"
     return None
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
+from densegeo.backends import backend_row
 from densegeo.export import checks
 from densegeo.export.cubins import write_cubins
 from densegeo.export.display import Bar, Display
@@ -31,17 +32,19 @@ from densegeo.export.state import Engines, Graphs, Kernels, StageRecord, State, 
 from densegeo.models import rewrites
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.loading import Files, open_streamed
-from densegeo.models.precision import DTYPES, cast_module
+from densegeo.models.precision import cast_module
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten
 from densegeo.outputs import Decode
+from densegeo.precision import PRECISIONS
 from densegeo.runtime.backends.tensorrt_kernels import launched
 from densegeo.runtime.bundle import KERNELS, STAGES, Bucket, Check, Engine, Manifest, bucket_name
 from densegeo.runtime.verify import alternating
 from densegeo.size import Size
 
 PROMPT_FILE = "prompt.safetensors"
+CHECKED_ON = backend_row("onnxruntime")
 Made = TypeVar("Made", bound=StageRecord)
 References = dict[Size, list[checks.Outputs]]  # of the pictures of each size
 Bounds = dict[str, dict[str, float]]  # as in `state.Weights`
@@ -90,6 +93,7 @@ def run_stage(job: Job, state: State, done: Made | None, make: Callable[[Job, St
 def make_weights(job: Job, state: State) -> Weights:
     """Write the weights of all stages, the prompt, and the verification's inputs and references."""
     options, directory, display = job.options, state.bundle, job.display
+    precision = PRECISIONS[options.precision]
     pipeline, source = open_streamed(job.files, options.sizes[0], allow_unexpected=options.allow_unexpected)
     references, bounds = _references(pipeline, job)
     checks.write_inputs(directory, references)
@@ -97,8 +101,8 @@ def make_weights(job: Job, state: State) -> Weights:
     stored = directory / "denoiser.safetensors"
     with display.bar("rewriting", _elements(final.denoiser)) as bar:
         write_rewritten(pipeline, source, final.denoiser, job.applied, options.base, stored, job.quantizer, bar.advance)
-    rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.stage != "denoiser"])
-    if options.precision == "fp16":
+    rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.scope.stage != "denoiser"])
+    if precision.overflows:
         pipeline.denoiser = job.plan.form.denoiser
         _check_fp16(pipeline, stored, next(iter(references.values()))[0])
     pipeline.denoiser = final.denoiser
@@ -124,7 +128,8 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
     bounds: Bounds = {}
     mean = job.plan.form.vae.decoder.conv_out.out_channels == 1
     pictures = checks.picture_sizes(options.sizes)
-    low_too = options.precision in DTYPES and options.precision != "fp32"
+    precision = PRECISIONS[options.precision]
+    low_too = not precision.quantized and not precision.exact
     guidance = pipeline.denoiser.guidance
     pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
     passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
@@ -138,7 +143,7 @@ def _references(pipeline: Pipeline, job: Job) -> tuple[References, Bounds]:
                 image = checks.seeded_picture(picture, seed)
                 references[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
                 bar.advance(rest)
-            if options.precision == "fp32":
+            if precision.exact:
                 bounds[str(size)] = checks.float32_bounds(references[size][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
@@ -209,7 +214,7 @@ def make_graphs(job: Job, state: State) -> Graphs:
             pipeline.denoiser.resize(size)
             bounds = state.weights.bounds[str(size)]
             for batch in batches:
-                bucket = _export_bucket(pipeline, size, batch, directory, bar, exact=options.base == "fp32")
+                bucket = _export_bucket(pipeline, size, batch, directory, bar, exact=PRECISIONS[options.base].exact)
                 bar.describe(f"checking {bucket.name}")
                 measured += _check(directory, bucket, job.decode, references[size], bounds, options.base)
                 bar.advance()
@@ -252,7 +257,7 @@ def _check(
     base: str,
 ) -> list[Check]:
     """Compare a bucket's graphs with the references. Raises ExportError."""
-    widen = base == "bf16"
+    widen = base not in CHECKED_ON.precisions
     wanted = alternating(pictures, bucket.batch)
     outputs = checks.graph_outputs(directory, bucket, decode, wanted, widen=widen)
     what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import msgspec
 
+from densegeo.architectures import ARCHITECTURES
 from densegeo.errors import KernelError
 from densegeo.kernels.contract import Argument, LaunchContract
 from densegeo.kernels.table import FP_FUSION, Variant, variants
 
-# Architecture -> most shared memory of one block, in KiB (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99, 121: 99}
-ARCHITECTURES = tuple(SHARED_LIMIT)
 ALIGNMENT = 16  # of what a row calls aligned: bytes of a pointer, the number itself of an integer
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers Triton appends to every kernel's arguments
 CONTRACTS = "contracts.json"
@@ -123,7 +121,7 @@ def check_resources(label: str, resources: Resources, architecture: int) -> None
             f"{label} spills registers: {resources.stack} bytes of stack and {resources.local} of local memory a "
             "thread. Use smaller blocks or more warps."
         )
-    limit = SHARED_LIMIT[architecture] * 1024
+    limit = ARCHITECTURES[architecture].shared_kib * 1024
     if resources.shared > limit:
         raise KernelError(f"{label} needs {resources.shared} bytes of shared memory; a block has at most {limit}.")
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from densegeo.errors import CheckpointError
+from densegeo.precision import FLOATS, PRECISIONS
 
-FLOAT_DTYPES = {"F32", "BF16", "F16"}
+FLOAT_DTYPES = {PRECISIONS[name].safetensors for name in FLOATS}
 _PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 # A module's tensor, by name and shape -> its name and shape in a file; the elements are in the same order.
 Stored = Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]

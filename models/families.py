@@ -22,23 +22,13 @@ from densegeo.models.config import (
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.diffusers_format import sd_vae_config, unet_config, unet_names, vae_names
 from densegeo.models.rewrites import Rewrite
+from densegeo.models.roles import FE2E_ROLES, FIFFDEPTH_ROLES, Role
 from densegeo.models.transformer import Transformer
 from densegeo.models.unet import UNet
 from densegeo.outputs import Decode, Output
 
 Shapes = dict[str, tuple[int, ...]]
 Entries = dict[str, Entry]
-
-
-@dataclass(frozen=True)
-class Role:
-    """One file of a model. files: the names under which the authors publish it, in order of preference."""
-
-    name: str
-    files: tuple[str, ...]
-    where: str  # where it is published
-    hint: str = ""  # what else to know when it is missing
-    flag: bool = True  # whether an option of its name takes another file
 
 
 @dataclass(frozen=True)
@@ -111,38 +101,12 @@ def _fiffdepth(paths: dict[str, Path], unet: Entries, vae: Entries) -> Architect
     return Architecture(first, second, (unet_names(unet), vae_names(second, vae)))
 
 
-_STEP1X = "published as stepfun-ai/Step1X-Edit on the Hugging Face Hub"
-_DIFFUSERS = "in a diffusers directory, as FiffDepth's authors publish it"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-
 FE2E = Family(
     name="fe2e",
     denoiser=Transformer,
     config=TransformerConfig,
     rewrites=fe2e.REWRITES,
-    roles=(
-        Role(
-            "dit",
-            (
-                "step1x-edit-i1258.safetensors",
-                "step1x-edit-v1p1-official.safetensors",
-                "step1x-edit-i1258-v1p1-official.safetensors",
-            ),
-            _STEP1X,
-        ),
-        Role("vae", ("vae.safetensors",), _STEP1X),
-        Role(
-            "lora",
-            ("LDRN.safetensors",),
-            "published as exander/FE2E on the Hugging Face Hub",
-            hint="Without the FE2E LoRA the base model edits images instead: --no-lora skips it on purpose.",
-        ),
-        Role(
-            "prompt",
-            ("no_info.npz", "no_info.safetensors", "latent/no_info.npz"),
-            "in the authors' code repository AMAP-ML/FE2E, folder latent/",
-        ),
-    ),
+    roles=FE2E_ROLES,
     weights=("dit", "vae"),
     architecture=_fe2e,
     timestep=1000.0,  # t = 1
@@ -159,13 +123,7 @@ FIFFDEPTH = Family(
     denoiser=UNet,
     config=UNetConfig,
     rewrites=fiffdepth.REWRITES,
-    roles=(
-        Role("unet", tuple(f"unet/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
-        Role("unet_config", ("unet/config.json",), _DIFFUSERS, flag=False),
-        Role("vae", tuple(f"vae/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
-        Role("vae_config", ("vae/config.json",), _DIFFUSERS, flag=False),
-        Role("prompt", ("empty_prompt.safetensors", "prompt.safetensors"), "the text encoder's output for no text"),
-    ),
+    roles=FIFFDEPTH_ROLES,
     weights=("unet", "vae"),
     architecture=_fiffdepth,
     timestep=0.0,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from densegeo.models.connector import ConstantText
 from densegeo.models.layers import Branch, FoldedModulation
-from densegeo.models.rewrites import UPSAMPLE, Pipeline, Rewrite
+from densegeo.models.rewrites import UPSAMPLE, Pipeline, Rewrite, Scope, block
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
@@ -115,13 +115,19 @@ def batch_decoder(pipeline: Pipeline) -> None:
 
 
 REWRITES = (
-    Rewrite("guidance", collapse_guidance, summary="batch of two identical prompts -> one"),
+    Rewrite("guidance", collapse_guidance, summary="batch of two identical prompts -> one", scope=Scope("outside")),
     Rewrite("modulation", fold_modulation, summary="AdaLN vectors become constants"),
-    Rewrite("connector", fold_connector, summary="text tokens become constants"),
-    Rewrite("padding", merge_padding, summary="equal padding tokens merge into one"),
-    Rewrite("constants", fold_constants, ("modulation", "connector"), "first block projects the image half alone"),
-    Rewrite("trim", trim_last_block, summary="last block updates image tokens alone"),
-    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch", stage="decoder"),
+    Rewrite("connector", fold_connector, summary="text tokens become constants", scope=Scope("prompt")),
+    Rewrite("padding", merge_padding, summary="equal padding tokens merge into one", scope=Scope("prompt")),
+    Rewrite(
+        "constants",
+        fold_constants,
+        requires=("modulation", "connector"),
+        summary="first block projects the image half alone",
+        scope=block("double_blocks", 0),
+    ),
+    Rewrite("trim", trim_last_block, summary="last block updates image tokens alone", scope=block("single_blocks", -1)),
+    Rewrite("decoder", batch_decoder, summary="both halves decode as one batch", scope=Scope("decoder")),
     UPSAMPLE,
 )
 NAMES = tuple(rewrite.name for rewrite in REWRITES)

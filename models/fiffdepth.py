@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from densegeo.models.rewrites import UPSAMPLE, Pipeline, Rewrite
+from densegeo.models.rewrites import UPSAMPLE, Pipeline, Rewrite, Scope
 from densegeo.models.unet import ConstantCrossAttention, CrossAttention, GatedCrossAttention, ResBlock, TokenBlock, UNet
 
 
@@ -83,8 +83,10 @@ REWRITES = (
     Rewrite("time", fold_time, summary="time embedding joins the convolutions' biases"),
     Rewrite("prompt", fold_prompt, summary="cross-attention's keys and values become constants"),
     Rewrite("gates", gate_cross_attention, ("prompt",), "attention to two constant tokens becomes a gate a head"),
-    Rewrite("channel-mean", fold_channel_mean, summary="the decoder makes one channel", stage="decoder"),
-    Rewrite("latent-mean", fold_latent_mean, summary="the encoder makes the Gaussian's mean alone", stage="encoder"),
+    Rewrite("channel-mean", fold_channel_mean, summary="the decoder makes one channel", scope=Scope("decoder")),
+    Rewrite(
+        "latent-mean", fold_latent_mean, summary="the encoder makes the Gaussian's mean alone", scope=Scope("encoder")
+    ),
     UPSAMPLE,
 )
 NAMES = tuple(rewrite.name for rewrite in REWRITES)

@@ -51,7 +51,9 @@ class Files:
 
     @property
     def lora(self) -> Path | None:
-        return self.paths.get("lora")
+        """What is merged into the denoiser's weights, if anything."""
+        merged = (role.name for role in self.family.roles if role.merged_into == self.family.weights[0])
+        return next((self.paths[name] for name in merged if name in self.paths), None)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from torch import nn
 
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import Decoder
+from densegeo.precision import FLOATS, PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Precision of a bundle -> what its floats are: all of it, or what 8-bit linears leave.
-EIGHT_BIT_BASES = ("bf16", "fp32")
-BASES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "int8": "bf16"}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, PRECISIONS[name].torch) for name in FLOATS}
 
 
 def cast(pipeline: Pipeline, precision: str) -> Pipeline:
-    """Cast a float32 pipeline in place to "fp32", "bf16" or "fp16"; returns it."""
+    """Cast a float32 pipeline in place to a floating-point precision; returns it."""
     cast_module(pipeline.denoiser, precision)
     cast_module(pipeline.vae, precision)
     return pipeline

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from densegeo.models.roles import FE2E_ROLES, FIFFDEPTH_ROLES, Role
+
 
 @dataclass(frozen=True)
 class Published:
@@ -40,12 +42,21 @@ class Published:
 
 @dataclass(frozen=True)
 class Publication:
-    """A model's files. nowhere: what to do where it is not known where they are published. carried: with densegeo."""
+    """A model's files. nowhere: what to do where it is not known where they are published. carried: with densegeo.
+
+    roles: of the model's family, which say what can be left out.
+    """
 
     model: str
     files: tuple[Published, ...] = ()
     nowhere: str = ""
     carried: bool = False
+    roles: tuple[Role, ...] = ()
+
+    def wanted(self, *skipped: str) -> list[str]:
+        """The roles of the files, without those that a switch in `skipped` leaves out."""
+        left_out = {role.name for role in self.roles if role.skip in skipped}
+        return [file.role for file in self.files if file.role not in left_out]
 
 
 _FE2E, _FE2E_REVISION = "exander/FE2E", "4c52e5e3d133e4111f6099b57879d517dd8677b8"
@@ -95,8 +106,8 @@ _FIFFDEPTH = (
 PUBLICATIONS = {
     row.model: row
     for row in (
-        Publication("fe2e", _FE2E_FILES),
-        Publication("fiffdepth", nowhere=_FIFFDEPTH),
-        Publication("fe2e-tiny", carried=True),
+        Publication("fe2e", _FE2E_FILES, roles=FE2E_ROLES),
+        Publication("fiffdepth", nowhere=_FIFFDEPTH, roles=FIFFDEPTH_ROLES),
+        Publication("fe2e-tiny", carried=True, roles=FE2E_ROLES),
     )
 }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from densegeo.models.layers import Attention, FoldedBranch, FoldedModulation
 from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
+from densegeo.precision import PRECISIONS
 
 
 class Format(NamedTuple):
@@ -29,7 +30,9 @@ class Format(NamedTuple):
     largest: float
 
 
-FORMATS = {"fp8": Format(torch.float8_e4m3fn, 448.0), "int8": Format(torch.int8, 127.0)}  # int8 without -128: symmetric
+FORMATS = {row.name: Format(getattr(torch, row.torch), row.largest) for row in PRECISIONS.values() if row.calibrated}
+_ATTENTION_ROW = next(row for row in PRECISIONS.values() if row.attention)
+ATTENTION = FORMATS[_ATTENTION_ROW.name]  # of its products
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,14 +88,17 @@ def _result(x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
 
 def _has_product(taken: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies these on their device: E4M3 from compute capability 8.9 on."""
-    if not taken.is_cuda or weight.dtype != torch.float8_e4m3fn or any(size % 16 for size in weight.shape):
+    if not taken.is_cuda or weight.dtype != ATTENTION.dtype or any(size % 16 for size in weight.shape):
         return False
     return has_fp8(taken.device)
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether kernels multiply E4M3 there: from compute capability 8.9 on, and on a CPU, where references stand in."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type == "cpu":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= _ATTENTION_ROW.first_architecture
 
 
 class QuantizedLinear(nn.Module):
@@ -143,7 +149,7 @@ def quantized_attention(
     float32 one head at a time, so that not all logits are in memory.
     """
     wide = [_in_8_bits(x, scale) for x, scale in ((q, q_scale), (k, k_scale), (v, v_scale))]
-    unit = torch.tensor(1 / FORMATS["fp8"].largest, device=q.device)
+    unit = torch.tensor(1 / ATTENTION.largest, device=q.device)
     heads = []
     for query, key, value in zip(*(x.unbind(1) for x in wide), strict=True):
         logits = (query * query.shape[-1] ** -0.5) @ key.mT
@@ -162,7 +168,7 @@ def _(
 
 def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
     """x as fp8 gives it back, in float32."""
-    return quantize(x, scale, FORMATS["fp8"].dtype).float() * scale.float()
+    return quantize(x, scale, ATTENTION.dtype).float() * scale.float()
 
 
 class QuantizedAttention(nn.Module):
@@ -175,7 +181,7 @@ class QuantizedAttention(nn.Module):
     def __init__(self, plan: AttentionPlan, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         for part, limit in plan._asdict().items():
-            scale = torch.full((), limit / FORMATS["fp8"].largest, dtype=dtype, device=device)
+            scale = torch.full((), limit / ATTENTION.largest, dtype=dtype, device=device)
             self.register_buffer(f"{part}_scale", scale)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -40,12 +41,47 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """What a rewrite touches: the whole denoiser, one of its blocks, what is in none, or the prompt's tokens there; or
+    half of the autoencoder.
+
+    block: the list in `Denoiser.BLOCKS` and the index in it, -1 for the last one; of the part "block" alone.
+    """
+
+    part: Literal["denoiser", "block", "outside", "prompt", "encoder", "decoder"] = "denoiser"
+    block: tuple[str, int] = ("", 0)
+
+    @property
+    def stage(self) -> str:
+        """The network of `Pipeline.stages`."""
+        return self.part if self.part in ("encoder", "decoder") else "denoiser"
+
+    @property
+    def before_blocks(self) -> bool:
+        """Whether it looks at no block, and blocks' rewrites look at what it leaves."""
+        return self.part in ("outside", "prompt")
+
+    def touches(self, kind: str, index: int, count: int) -> bool:
+        """Whether it changes block `index` of the `count` in the list `kind`."""
+        if self.part == "block":
+            return (kind, index) == (self.block[0], self.block[1] % count)
+        return self.part == "denoiser"
+
+
+def block(kind: str, index: int) -> Scope:
+    """One block alone; it may read what is in none."""
+    return Scope("block", (kind, index))
+
+
+@dataclass(frozen=True)
 class Rewrite:
+    """One row. requires: names of rewrites without which it is off."""
+
     name: str
     apply: Callable[[Pipeline], None]
     requires: tuple[str, ...] = ()
     summary: str = ""
-    stage: str = "denoiser"  # of `Pipeline.stages`, which it changes
+    scope: Scope = Scope()
 
 
 def fold_upsampling(pipeline: Pipeline) -> None:
@@ -57,7 +93,7 @@ def fold_upsampling(pipeline: Pipeline) -> None:
 
 
 UPSAMPLE = Rewrite(
-    "upsample", fold_upsampling, summary="upsampling convolutions work on the small image", stage="decoder"
+    "upsample", fold_upsampling, summary="upsampling convolutions work on the small image", scope=Scope("decoder")
 )
 
 

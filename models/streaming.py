@@ -22,17 +22,9 @@ from densegeo.models.checkpoint import LoraUpdate, Stored, as_is, read_lora
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.precision import PRECISIONS
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-}
-# Rewrites of one block alone, by which block; all others fit any.
-_ONLY = {"constants": ("double_blocks", 0), "trim": ("single_blocks", -1)}
-_OUTER = ("guidance", "connector", "padding")  # what does not look at blocks, in the order that a block needs
+_NAMES: dict[torch.dtype, str] = {getattr(torch, row.torch): row.safetensors for row in PRECISIONS.values()}
 Progress = Callable[[int], object]
 
 
@@ -114,16 +106,16 @@ def rewritten_parts(
     """
     kinds, outer = pipeline.denoiser.BLOCKS, _without_blocks(pipeline.denoiser)
     shell = dataclasses.replace(pipeline, denoiser=outer)
-    names = {rewrite.name: rewrite for rewrite in applied}
+    own = [rewrite for rewrite in applied if rewrite.scope.stage == "denoiser"]
     if not kinds:
-        rewrites.apply(shell, [rewrite for rewrite in applied if rewrite.stage == "denoiser"])
+        rewrites.apply(shell, own)
         yield "", copy.deepcopy(outer)
         return
-    rewrites.apply(shell, [names[name] for name in _OUTER if name in names])
+    rewrites.apply(shell, [rewrite for rewrite in own if rewrite.scope.before_blocks])
     counts = {kind: len(getattr(pipeline.denoiser, kind)) for kind in kinds}
     for name, block in pipeline.denoiser.blocks():
         kind, index = name.split(".")
-        here = [r for r in applied if r.name not in _OUTER and _concerns(r, kind, int(index), counts[kind])]
+        here = [rewrite for rewrite in own if rewrite.scope.touches(kind, int(index), counts[kind])]
         holder = _without_blocks(outer)
         copied = copy.deepcopy(block)
         copied._forward_pre_hooks.clear()
@@ -133,16 +125,8 @@ def rewritten_parts(
         rewrites.apply(dataclasses.replace(pipeline, denoiser=holder), here)
         yield name, getattr(holder, kind)[0]
         del copied, holder
-    rewrites.apply(shell, [names[name] for name in ("modulation",) if name in names])
+    rewrites.apply(shell, [rewrite for rewrite in own if rewrite.scope.part == "denoiser"])
     yield "", copy.deepcopy(outer)  # changes must not reach the tensors that it shares
-
-
-def _concerns(rewrite: Rewrite, kind: str, index: int, count: int) -> bool:
-    """Whether a rewrite of blocks is applied to this one; those of the autoencoder are not."""
-    if rewrite.name in _ONLY:
-        only, which = _ONLY[rewrite.name]
-        return kind == only and index == which % count
-    return rewrite.name == "modulation"
 
 
 def _without_blocks(denoiser: AnyDenoiser) -> AnyDenoiser:

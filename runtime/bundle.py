@@ -142,7 +142,7 @@ class FileDigest(Record, frozen=True):
 class Source(Record, frozen=True):
     """A file the bundle was built from."""
 
-    role: str  # of models.families: "dit", "unet", "vae", "lora", "prompt", "config" ...
+    role: str  # of models.roles: "dit", "unet", "vae", "lora", "prompt", "config" ...
     path: str  # as given, or `repository@revision:file`
     bytes: int
     sha256: str
@@ -194,7 +194,7 @@ class Quantization(Record, frozen=True, kw_only=True):
 class Choice(Record, frozen=True, kw_only=True):
     """What a build made for which backend, and why: as it was said when it began."""
 
-    backend: str  # "onnxruntime", "openvino" or "torch" (of the same graphs), or "tensorrt"
+    backend: str  # of `densegeo.backends`
     precision: str
     architectures: list[int]  # of engines and kernels: 89 is sm_89
     what: str

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from densegeo.errors import BundleError
+from densegeo.precision import PRECISIONS
 
 _LAYER = re.compile(r"\bName: (?P<name>.+?), LayerType: (?P<kind>\w+), (?P<rest>.*)")
 _SECTION = r"{}: \[(.*?)\](?=, (?:Inputs|Constants|Outputs|ParameterType|TacticName|TacticValue|StreamId|Metadata)\b|$)"
@@ -90,7 +91,7 @@ def warnings(log: BuildLog, precision: str, *, float_tail: bool) -> list[str]:
     """
     found = []
     wide = [layer for layer in log.layers if layer.role in ("matmul", "convolution") and _is_float(layer)]
-    if precision != "fp32":
+    if not PRECISIONS[precision].exact:
         tail = [layer for layer in log.layers if layer.role == "convolution"][-1:] if float_tail else []
         found += [f"{layer.name}: a float32 {layer.role} in a {precision} graph" for layer in wide if layer not in tail]
     for layer in log.layers:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from densegeo.architectures import AMPERE, RTX_TARGETS, names
+from densegeo.backends import ENGINE_LIBRARIES, ENGINES
 from densegeo.errors import EngineError
 from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, sha256_file
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
-RTX_ARCHITECTURES = (75, 80, 86, 89, 120, 121)  # that TensorRT-RTX builds for and runs on: no Orin, Hopper or B200
 FOLDER = "engines"
 # What an engine depends on; the rest of its record says where it lies and how its build went.
 FACTS = (
@@ -42,7 +42,7 @@ def fingerprint(engine: Engine) -> str:
 
 def rebuild_command(manifest: Manifest, directory: Path) -> str:
     """What to type to get current engines into this bundle, everything else as it was built."""
-    options = manifest.options | {"--backend": ["tensorrt"], "--output": [str(directory)]}
+    options = manifest.options | {"--backend": [ENGINES.name], "--output": [str(directory)]}
     words = [word for flag, values in options.items() for word in _typed(flag, values)]
     return shlex.join(["densegeo", "build", *words])
 
@@ -97,7 +97,7 @@ def check_engine(
         if built != here:
             _refuse(directory, manifest, engine, what, built, here)
     if architecture is not None and not runs_on(engine, architecture):
-        built_for = ", ".join(engine.architectures or _ampere_on(engine.library))
+        built_for = ", ".join(engine.architectures) or _ampere_on(engine.library)
         _refuse(directory, manifest, engine, "GPU architecture", built_for, f"sm_{architecture}")
 
 
@@ -105,16 +105,16 @@ def runs_on(engine: Engine, architecture: int) -> bool:
     """Whether the engine was built for this architecture; one without targets is for Ampere and later, as far as its
     library goes.
     """
-    if not engine.architectures and engine.library == "tensorrt":
-        return architecture >= 80
-    return f"sm_{architecture}" in (engine.architectures or _ampere_on(engine.library))
+    if engine.architectures:
+        return f"sm_{architecture}" in engine.architectures
+    return architecture >= AMPERE and ENGINE_LIBRARIES[engine.library].knows(architecture)
 
 
-def _ampere_on(library: str) -> list[str]:
+def _ampere_on(library: str) -> str:
     """What an engine without targets is for, in words."""
-    if library == "tensorrt":
-        return ["sm_80 and later"]
-    return [f"sm_{number}" for number in RTX_ARCHITECTURES if number >= 80]
+    if not ENGINE_LIBRARIES[library].named_targets:
+        return f"sm_{AMPERE} and later"
+    return names(number for number in RTX_TARGETS if number >= AMPERE)
 
 
 def _digest(manifest: Manifest, name: str) -> str:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import msgspec
 
 from densegeo.files import atomic_write
+from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime import state
 from densegeo.runtime.bundle import STAGES, Bucket, Manifest
-
-EIGHT_BIT = ("fp8", "int8")
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -32,7 +31,7 @@ class Measured(msgspec.Struct, frozen=True):
 
     @property
     def eight_bit(self) -> bool:
-        return self.what.startswith(EIGHT_BIT)
+        return self.what.startswith(QUANTIZED)
 
     @property
     def place(self) -> tuple[str, str]:
@@ -42,7 +41,8 @@ class Measured(msgspec.Struct, frozen=True):
 def measured(manifest: Manifest, bucket: Bucket, backend: str, device: str, p50: float, p90: float) -> Measured:
     """A record of a run that was verified. device: its name, as "NVIDIA H100"."""
     attention = manifest.quantization is not None and bool(manifest.quantization.attentions)
-    rest = f", the rest {manifest.base}" if manifest.precision in EIGHT_BIT and manifest.base != "bf16" else ""
+    row = precision_row(manifest.precision)
+    rest = "" if manifest.base == row.base else f", the rest {manifest.base}"
     return Measured(
         model=manifest.model,
         what=f"{manifest.precision}{' with attention' if attention else ''}{rest}",

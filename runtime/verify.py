@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.backends import NETWORKS
 from densegeo.errors import BackendError, BundleError
 from densegeo.outputs import Decode
 from densegeo.runtime import verified
@@ -78,8 +79,8 @@ def verify(
     misshapen, BackendError when something does not run, NoSuchStageError for a stage that this way does not have.
     """
     directory = find_bundle(bundle)
-    if frames_on_cpu and backend not in ("auto", "torch"):
-        raise NoSuchStageError(f"{backend} takes no images on a CPU's device: torch does")
+    if frames_on_cpu and backend not in ("auto", NETWORKS.name):
+        raise NoSuchStageError(f"{backend} takes no images on a CPU's device: {NETWORKS.name} does")
     require_listed(directory, read_manifest(directory))
 
     def opened(name: str) -> Estimator:

@@ -18,6 +18,7 @@ GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))
 
 FLOOR = tl.constexpr(NORMAL_FLOOR)
 
+
 @triton.jit
 def _sample(plane, row0, row1, column0, column1, down, right):
     above = clamp_unit(tl.load(plane + row0 + column0).to(tl.float32)) * (1 - right)

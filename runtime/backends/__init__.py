@@ -1,19 +1,18 @@
-"""Backends: one table of what can run a bundle's graphs. A row's library is imported only when its row is used."""
+"""Opening a backend of the table in `densegeo.backends`. A row's library is imported only when its row is used."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.backends import BACKENDS, BackendRow
 from densegeo.errors import BackendError, ConfigError
 from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
@@ -65,56 +64,6 @@ class FrameBackend(Backend, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class BackendRow:
-    """One backend: the module whose `open_backend(directory, manifest, device)` makes it, and what it needs."""
-
-    name: str
-    module: str
-    library: str  # the Python module whose presence means "available"
-    install: str  # what to type when it is missing
-    devices: tuple[str, ...] = ("cuda", "cpu")  # the kinds it can run on
-    verified_only: bool = False  # "auto" takes it only for a bundle that `densegeo verify` passed on this machine
-
-    def available(self) -> bool:
-        """Whether the library is installed (looked up, not imported)."""
-        try:
-            return find_spec(self.library) is not None
-        except ModuleNotFoundError:  # of a parent package
-            return False
-
-
-BACKENDS = (
-    BackendRow(
-        "tensorrt",
-        "densegeo.runtime.backends.tensorrt_engines",
-        "cuda.core",
-        "pip install densegeo[tensorrt-rtx] (or densegeo[gpu] and tensorrt)",
-        devices=("cuda",),
-        verified_only=True,
-    ),
-    BackendRow(
-        "onnxruntime",
-        "densegeo.runtime.backends.ort",
-        "onnxruntime",
-        "pip install densegeo[cpu] (or densegeo[gpu] for CUDA; never both)",
-    ),
-    BackendRow(
-        "openvino",
-        "densegeo.runtime.backends.openvino_cpu",
-        "openvino",
-        "pip install densegeo[openvino]",
-        devices=("cpu",),
-    ),
-    BackendRow(
-        "torch",
-        "densegeo.runtime.backends.torch_modules",
-        "torch",
-        "pip install densegeo[torch]",
-    ),
-)
-
-
 def open_backend(name: str, directory: Path, manifest: Manifest, device: str) -> Backend:
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
@@ -134,7 +83,8 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
         reason = _against(row, directory, name)
         if reason is None:
             try:
-                backend: Backend = import_module(row.module).open_backend(directory, manifest, where)
+                module, _, function = row.opens.partition(":")
+                backend: Backend = getattr(import_module(module), function)(directory, manifest, where)
             except BackendError as error:
                 if name != "auto":
                     raise

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.backends import backend_row
 from densegeo.errors import BackendError, ConfigError
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
@@ -20,17 +21,18 @@ from densegeo.runtime.bundle import Graph, Manifest
 # What float32 operations run in: bf16 ones stay bf16 where the CPU has it, while the hint "bf16" (the default on such
 # CPUs) would lower the float32 parts of a bf16 graph too.
 _HINT = "f32"
+_ROW = backend_row("openvino")
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> OpenVinoBackend:
-    """The backend of `densegeo.runtime.backends`' table. Raises BackendError, ConfigError, BundleError."""
+    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
     return OpenVinoBackend(directory, manifest, device)
 
 
 class OpenVinoBackend(GraphBackend):
     """Compiled models over a bundle's graphs on the CPU."""
 
-    name = "openvino"
+    name = _ROW.name
     device = "cpu"
 
     def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
@@ -39,9 +41,7 @@ class OpenVinoBackend(GraphBackend):
             self._openvino = _import_openvino()
             self._core: Any = self._openvino.Core()
         except Exception as error:  # a broken installation raises more than ImportError
-            raise BackendError(
-                f"openvino cannot be imported ({error}). Reinstall it: pip install densegeo[openvino]."
-            ) from error
+            raise BackendError(f"openvino cannot be imported ({error}). Reinstall it: {_ROW.install}.") from error
         self._start(directory, manifest)
 
     def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -80,8 +80,8 @@ def _import_openvino() -> Any:
 def _require_cpu(device: str) -> None:
     if device.partition(":")[0] == "cuda":
         raise BackendError(
-            'The openvino backend runs on CPUs only. Use backend="onnxruntime" (pip install densegeo[gpu]) for '
+            f'The {_ROW.name} backend runs on CPUs only. Use backend="onnxruntime" (pip install densegeo[gpu]) for '
             f'device={device!r}, or device="cpu".'
         )
     if device not in ("auto", "cpu"):
-        raise ConfigError(f'device must be "auto" or "cpu" for the openvino backend, not {device!r}.')
+        raise ConfigError(f'device must be "auto" or "cpu" for the {_ROW.name} backend, not {device!r}.')

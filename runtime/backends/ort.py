@@ -2,50 +2,80 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.backends import BACKENDS, BackendRow, backend_row
 from densegeo.errors import BackendError
+from densegeo.files import cache_directory
+from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
+from densegeo.runtime import state
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.bundle import Graph, Manifest
 
 log = logging.getLogger("densegeo")
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 AS_THEY_ARE = ("session.disable_quant_qdq", "1")  # optimizers would move fp8 into operators that have none of it
+ALL_OR_NONE = ("session.disable_cpu_ep_fallback", "1")  # a graph that the provider does not take whole is an error
+CACHE = "onnxruntime-tensorrt"  # among the user's cache
+_ROW = backend_row("onnxruntime")
+
+
+class Provider(NamedTuple):
+    """An execution provider of ONNX Runtime. options: (index of the GPU, manifest) -> its options.
+
+    prepare: loads libraries that it needs and would not find. alone: whether it takes whole graphs or none. needs: what
+    is often missing where it does not start.
+    """
+
+    title: str
+    options: Callable[[str, Manifest], dict[str, str]]
+    prepare: Callable[[Any], None] = lambda ort: None
+    alone: bool = False
+    needs: str = ""
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
-    """The backend of `densegeo.runtime.backends`' table. Raises BackendError, ConfigError, BundleError."""
+    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
     return OrtBackend(directory, manifest, device)
+
+
+def open_tensorrt(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
+    """The same on TensorRT, which builds its engines when a graph is first loaded and keeps them in the user's cache.
+
+    Raises BackendError, ConfigError, BundleError.
+    """
+    return OrtBackend(directory, manifest, device, backend_row("onnxruntime-tensorrt"))
 
 
 class OrtBackend(GraphBackend):
     """Sessions over a bundle's graphs on one execution provider."""
 
-    name = "onnxruntime"
-
-    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, device: str, row: BackendRow = _ROW) -> None:
+        """row: of the table, whose providers are tried."""
+        self.name = row.name
         try:
             self._ort: Any = import_module("onnxruntime")
         except Exception as error:  # a broken installation raises more than ImportError
-            raise BackendError(
-                f"onnxruntime cannot be imported ({error}). Reinstall it: pip install densegeo[cpu]."
-            ) from error
-        _require_precision(manifest.base)
-        self._provider, self.device = _choose_provider(device, self._ort.get_available_providers())
-        self._fp8 = manifest.precision == "fp8"
-        self._options = _provider_options(self.device)
-        if self._provider == CUDA:
-            _load_libraries(self._ort)
+            raise BackendError(f"onnxruntime cannot be imported ({error}). Reinstall it: {row.install}.") from error
+        require_precision(row, manifest)
+        self._provider, self.device = choose_provider(row, device, self._ort.get_available_providers())
+        self._row = PROVIDERS[self._provider]
+        kind = precision_row(manifest.precision)
+        self._as_they_are = kind.quantized and not kind.integer
+        self._options = self._row.options(self.device.partition(":")[2], manifest)
+        self._row.prepare(self._ort)
         self._start(directory, manifest)
 
     def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -60,50 +90,80 @@ class OrtBackend(GraphBackend):
     def _load(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
-        if self._fp8:
+        if self._as_they_are:
             options.add_session_config_entry(*AS_THEY_ARE)
+        if self._row.alone:
+            options.add_session_config_entry(*ALL_OR_NONE)
         try:
             session = self._ort.InferenceSession(
-                str(path), options, providers=[self._provider], provider_options=[self._options]
+                str(path),
+                options,
+                providers=[self._provider],
+                provider_options=[self._options],
+                enable_fallback=int(not self._row.alone),
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {path} on {self.device}: {error}") from error
         if session.get_providers()[0] != self._provider:
+            instead = "another backend" if self._row.alone else 'device="cpu"'
             raise BackendError(
-                f"ONNX Runtime could not start {self._provider} (its log says why; often the CUDA or cuDNN libraries "
-                'are missing, which densegeo[gpu] brings). Use device="cpu", or repair the installation.'
+                f"ONNX Runtime could not start {self._provider} (its log says why; often {self._row.needs}). Use "
+                f"{instead}, or repair the installation."
             )
         return session
 
 
-def _require_precision(base: str) -> None:
-    """Raises BackendError for bf16: the CPU provider has none, and the CUDA one lacks it in operators of our graphs
-    (InstanceNormalization, QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
+def require_precision(row: BackendRow, manifest: Manifest) -> None:
+    """Raises BackendError for a bundle of a type that the backend's kernels do not have."""
+    lacking = row.lacking(manifest.precision, manifest.base)
+    if lacking is None:
+        return
+    able = [other for other in BACKENDS if other.lacking(manifest.precision, manifest.base) is None]
+    first, *others = sorted(able, key=lambda other: bool(_where(other)))
+    also = ", ".join(f'"{other.name}"{_where(other)}' for other in others)
+    floats = [name for name in FLOATS if name in row.precisions]
+    remedy = f"`--precision {floats[0]}` or {' or '.join(floats[1:])}"
+    if kinds := [name for name in QUANTIZED if name in row.precisions]:
+        remedy += f" ({' and '.join(kinds)}: with `--base {floats[0]}`)"
+    raise BackendError(
+        f"This bundle is {lacking}, and {row.title} has no {lacking} for its operators"
+        f"{'' if row.gpu_only else ', neither on CPUs nor on GPUs'}. Use "
+        f'backend="{first.name}" (or {also}), or build it with {remedy}.'
+    )
+
+
+def _where(row: BackendRow) -> str:
+    """What else a bundle needs to run with a backend, in words."""
+    if row.runs == "engines":
+        return " with engines"
+    return "" if len(row.devices) > 1 else " on a GPU" if row.gpu_only else " on a CPU"
+
+
+def choose_provider(row: BackendRow, device: str, available: Sequence[str]) -> tuple[str, str]:
+    """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N". available: of the installed library.
+
+    Raises BackendError where the library or the machine lacks what the row's only device needs.
     """
-    if base == "bf16":
-        raise BackendError(
-            "This bundle is bf16, and ONNX Runtime has no bf16 for its operators, neither on CPUs nor on GPUs. Use "
-            'backend="torch" (or "openvino" on a CPU, "tensorrt" with engines), or build it with `--precision fp32` or '
-            "fp16 (fp8 and int8: with `--base fp32`)."
-        )
-
-
-def _choose_provider(device: str, available: list[str]) -> tuple[str, str]:
-    """(execution provider, device name) for "auto", "cpu", "cuda" or "cuda:N"."""
     kind, index = parse_device(device)
-    if kind == "cuda" and CUDA not in available:
+    if kind == "cpu" and row.gpu_only:
         raise BackendError(
-            "This ONNX Runtime has no CUDA provider. Install it with `pip install densegeo[gpu]` in place of [cpu], "
-            'or use device="cpu".'
+            f'The {row.name} backend runs on NVIDIA GPUs only. Use backend="onnxruntime" for device="cpu".'
         )
-    if kind == "cuda" or (kind == "auto" and CUDA in available and has_cuda_driver()):
-        return CUDA, f"cuda:{index or 0}"
-    return CPU, "cpu"
-
-
-def _provider_options(device: str) -> dict[str, str]:
-    """use_tf32, on by default, would round float32 operands to 11 bits, beyond the bounds of float32 bundles."""
-    return {"device_id": device.partition(":")[2], "use_tf32": "0"} if device.startswith("cuda") else {}
+    provider = row.providers["cuda"]
+    wanted = kind == "cuda" or row.gpu_only
+    if wanted and provider not in available:
+        other = "" if row.gpu_only else ', or use device="cpu"'
+        raise BackendError(
+            f"This ONNX Runtime has no {PROVIDERS[provider].title} provider. Install it with "
+            f"`pip install densegeo[gpu]` in place of [cpu]{other}."
+        )
+    if row.gpu_only and not has_cuda_driver():
+        raise BackendError(
+            f"{row.title} needs a GPU, and there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)."
+        )
+    if wanted or (provider in available and has_cuda_driver()):
+        return provider, f"cuda:{index or 0}"
+    return row.providers["cpu"], "cpu"
 
 
 def _load_libraries(ort: Any) -> None:
@@ -117,3 +177,60 @@ def _load_libraries(ort: Any) -> None:
         ort.preload_dlls()
     if said.getvalue():
         log.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())
+
+
+def _cuda_options(index: str, manifest: Manifest) -> dict[str, str]:
+    """use_tf32, on by default, would round float32 operands to 11 bits, beyond the bounds of float32 bundles."""
+    return {"device_id": index, "use_tf32": "0"}
+
+
+def _tensorrt_options(index: str, manifest: Manifest) -> dict[str, str]:
+    """Of onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html; none of them is about TF32.
+
+    The provider knows a graph in its cache by names and not by weights, so every bundle has a folder of its own.
+    """
+    low = (name for name in FLOATS if not PRECISIONS[name].exact)
+    options = {"device_id": index} | {f"trt_{name}_enable": str(manifest.base == name) for name in low}
+    if (folder := engine_cache(manifest, index)) is not None:
+        for kind in ("engine", "timing"):
+            options |= {f"trt_{kind}_cache_enable": "True", f"trt_{kind}_cache_path": str(folder)}
+    return options
+
+
+def engine_cache(manifest: Manifest, index: str) -> Path | None:
+    """The folder of a bundle's engines for a GPU of this machine, by its index; None where there can be no cache."""
+    facts = [manifest.build_key, index, state.machine()]
+    facts += [f"{name} {file.sha256}" for name, file in sorted(manifest.files.items())]
+    try:
+        folder = cache_directory() / CACHE / hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
+def _load_tensorrt(ort: Any) -> None:
+    """TensorRT's libraries, which its Python package loads from where it lies. Raises BackendError."""
+    _load_libraries(ort)
+    try:
+        import_module("tensorrt")
+    except Exception as error:  # a broken installation raises more than ImportError
+        raise BackendError(f"tensorrt cannot be imported ({error}). Reinstall it: pip install tensorrt.") from error
+
+
+PROVIDERS = {
+    CPU: Provider("CPU", lambda index, manifest: {}),
+    CUDA: Provider(
+        "CUDA",
+        _cuda_options,
+        prepare=_load_libraries,
+        needs="the CUDA or cuDNN libraries are missing, which densegeo[gpu] brings",
+    ),
+    TENSORRT: Provider(
+        "TensorRT",
+        _tensorrt_options,
+        prepare=_load_tensorrt,
+        alone=True,
+        needs="TensorRT is missing or of another version than this ONNX Runtime was built for",
+    ),
+}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.backends import ENGINES
 from densegeo.errors import BackendError, EngineError
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.cuda_array import DeviceArray
@@ -65,7 +66,7 @@ class TensorRTBackend:
     the one for a batch, its images run in smaller ones.
     """
 
-    name = "tensorrt"
+    name = ENGINES.name
     takes_frames = True
 
     def __init__(self, directory: Path, manifest: Manifest, device: Any) -> None:

@@ -22,7 +22,7 @@ from densegeo.kernels.quantize import quantize
 from densegeo.kernels.residual_layer_norm import residual_layer_norm
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, QKNorm, heads_first, rotate
-from densegeo.models.quantized import FORMATS, QuantizedAttention, QuantizedLinear, has_fp8
+from densegeo.models.quantized import ATTENTION, QuantizedAttention, QuantizedLinear, has_fp8
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
@@ -58,7 +58,7 @@ class Following(NamedTuple):
 class FusedAttention(nn.Module):
     """An attention whose products are fp8, on hardware that has them; q, k and v may be in 8 bits already."""
 
-    DTYPE = FORMATS["fp8"].dtype
+    DTYPE = ATTENTION.dtype
 
     def __init__(self, attention: QuantizedAttention, counts: list[int] | None = None) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from densegeo.backends import NETWORKS
 from densegeo.errors import BackendError, CheckpointError
 from densegeo.models import rewrites
 from densegeo.models.config import VAEConfig
@@ -30,6 +31,7 @@ from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
+from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime.backends import parse_device
 from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, Recorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
@@ -44,14 +46,14 @@ log = logging.getLogger("densegeo")
 
 
 def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBackend:
-    """The backend of `densegeo.runtime.backends`' table. Raises BackendError, ConfigError."""
+    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError."""
     return TorchBackend(directory, manifest, device)
 
 
 class TorchBackend:
     """One set of weights on one device; each bucket has its own tables."""
 
-    name = "torch"
+    name = NETWORKS.name
 
     def __init__(self, directory: Path, manifest: Manifest, device: str, *, frames_on_cpu: bool = False) -> None:
         """frames_on_cpu: take images as on a GPU, which tests do."""
@@ -225,13 +227,15 @@ def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Modu
 
 def require_precision(manifest: Manifest, device: str) -> None:
     """Raises BackendError for a bundle that no kernel can be compiled for on this GPU."""
-    if device == "cpu" or manifest.base != "bf16":
+    if device == "cpu":
         return
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
+    base = precision_row(manifest.base)
+    if 10 * major + minor < base.first_architecture:
         raise BackendError(
-            f"This bundle is bf16, and {device} is sm_{major}{minor}: there is no bf16 before sm_80. Build it with "
-            '`--precision fp16` (fp8 and int8: with `--base fp32`), or use device="cpu".'
+            f"This bundle is {base.name}, and {device} is sm_{major}{minor}: there is no {base.name} before "
+            f"sm_{base.first_architecture}. Build it with `--precision fp16` ({' and '.join(QUANTIZED)}: with "
+            '`--base fp32`), or use device="cpu".'
         )
 
 

@@ -15,8 +15,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from densegeo.backends import BACKENDS  # noqa: E402
 from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_models  # noqa: E402
-from densegeo.runtime.backends import BACKENDS  # noqa: E402
 from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
 
 pytestmark = pytest.mark.integration

@@ -250,4 +250,5 @@ def test_rows_are_complete() -> None:
             assert len(file.revision) == 40
             assert len(file.sha256) == 64 or len(file.git_blob) == 40
         if row.files:
-            assert {file.role for file in row.files} == {role.name for role in PRESETS[name].family.roles}
+            assert {file.role for file in row.files} == {role.name for role in row.roles if not role.optional}
+        assert row.roles == PRESETS[name].family.roles

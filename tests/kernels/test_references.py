@@ -7,19 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from densegeo.outputs import into_opencv
 from densegeo.runtime import decode
-from densegeo.runtime.bundle import Bucket, Decode, Graph
 from densegeo.runtime.images import load_image
 from densegeo.runtime.metric import SPACES, Calibration, metric_depth
 from densegeo.runtime.resample import Placement, place, prepare, restore
+from densegeo.size import Size
 
 torch = pytest.importorskip("torch")
 
+from densegeo.benchmarks.setups import FULL  # noqa: E402
 from densegeo.kernels.normals import normals  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
 from densegeo.kernels.resize_depth import Metres, resize_depth  # noqa: E402
 from densegeo.kernels.sampling.reference import plain  # noqa: E402
 from densegeo.kernels.split import split  # noqa: E402
+from densegeo.models.families import FE2E  # noqa: E402
 
 BOUND = 1e-5
 PLACEMENTS = [

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from densegeo.backends import BACKENDS, BackendRow
 from densegeo.errors import BackendError
 from densegeo.runtime import backends
-from densegeo.runtime.backends import BACKENDS, BackendRow, open_backend
+from densegeo.runtime.backends import open_backend
 
 HERE = Path("a-bundle")
 
@@ -35,7 +36,16 @@ class Doubles:
             return SimpleNamespace(name=name, device="cuda:0" if kind == "cuda" else "cpu")
 
         monkeypatch.setitem(sys.modules, f"double_{name}", SimpleNamespace(open_backend=opened))
-        return BackendRow(name, f"double_{name}", "numpy", "pip install it", devices=tuple(able))
+        return BackendRow(
+            name=name,
+            title=name,
+            opens=f"double_{name}:open_backend",
+            runs="graphs",
+            modules=("numpy",),
+            distributions=(("numpy",),),
+            install="pip install it",
+            devices=tuple(able),
+        )
 
 
 def test_a_gpu_comes_before_every_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -78,6 +88,7 @@ def test_where_nothing_runs_every_reason_is_told_once(monkeypatch: pytest.Monkey
 def test_the_table_says_what_runs_where() -> None:
     assert {row.name: row.devices for row in BACKENDS} == {
         "tensorrt": ("cuda",),
+        "onnxruntime-tensorrt": ("cuda",),
         "onnxruntime": ("cuda", "cpu"),
         "openvino": ("cpu",),
         "torch": ("cuda", "cpu"),

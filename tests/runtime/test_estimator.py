@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from densegeo.backends import BACKENDS, backend_row
 from densegeo.errors import (
     BackendError,
     BundleError,
@@ -19,13 +21,15 @@ from densegeo.errors import (
     SchemaVersionError,
 )
 from densegeo.runtime import Estimator
-from densegeo.runtime.backends import BACKENDS, BackendRow, open_backend
+from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends import ort as ort_module
-from densegeo.runtime.backends.ort import _choose_provider
+from densegeo.runtime.backends.ort import choose_provider
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.resample import resize_plain
 
 pytest.importorskip("onnxruntime")
+
+ORT = backend_row("onnxruntime")
 
 
 def expected_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -287,17 +291,17 @@ def test_bf16_on_the_cpu_provider(new_bundle: Callable[..., Path]) -> None:
 
 def test_cuda_without_its_provider() -> None:
     with pytest.raises(BackendError, match=r"densegeo\[gpu\]"):
-        _choose_provider("cuda", ["CPUExecutionProvider"])
+        choose_provider(ORT, "cuda", ["CPUExecutionProvider"])
 
 
 def test_provider_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert _choose_provider("cuda:1", both) == ("CUDAExecutionProvider", "cuda:1")
-    assert _choose_provider("cpu", both) == ("CPUExecutionProvider", "cpu")
+    assert choose_provider(ORT, "cuda:1", both) == ("CUDAExecutionProvider", "cuda:1")
+    assert choose_provider(ORT, "cpu", both) == ("CPUExecutionProvider", "cpu")
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: False)
-    assert _choose_provider("auto", both)[1] == "cpu"
+    assert choose_provider(ORT, "auto", both)[1] == "cpu"
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
-    assert _choose_provider("auto", both)[1] == "cuda:0"
+    assert choose_provider(ORT, "auto", both)[1] == "cuda:0"
 
 
 def test_a_cpu_beside_a_gpu_is_warned_of(
@@ -318,7 +322,7 @@ def test_a_cpu_beside_a_gpu_is_warned_of(
 
 def test_no_backend_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = next(row for row in BACKENDS if row.name == "onnxruntime")
-    row = BackendRow("onnxruntime", known.module, "a_library_nobody_has", known.install)
+    row = dataclasses.replace(known, modules=("a_library_nobody_has",))
     monkeypatch.setattr("densegeo.runtime.backends.BACKENDS", (row,))
     with pytest.raises(BackendError, match=r"densegeo\[cpu\]"):
         open_backend("auto", bundle, read_manifest(bundle), "auto")

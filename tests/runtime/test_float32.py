@@ -54,7 +54,9 @@ class Sessions:
         self.calls.append("preload")
         print("Failed to load libcudnn")
 
-    def InferenceSession(self, path: str, options: Any, providers: list[str], provider_options: list[Any]) -> Any:
+    def InferenceSession(
+        self, path: str, options: Any, providers: list[str], provider_options: list[Any], **more: int
+    ) -> Any:
         self.calls.append((providers, provider_options))
         return SimpleNamespace(get_providers=lambda: providers)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from densegeo.benchmarks.latency import device_name
 from densegeo.export.reporting import recommend
+from densegeo.precision import QUANTIZED
 from densegeo.runtime import measured, state
 from densegeo.runtime.bundle import Manifest, Quantization, read_manifest
 from densegeo.runtime.measured import Measured, advice, remember
@@ -27,7 +28,7 @@ def record(
     manifest: Manifest, precision: str, p50: float, p90: float = 0.0, *, attention: bool = False, base: str = ""
 ) -> Measured:
     quantization = None
-    if precision in measured.EIGHT_BIT:
+    if precision in QUANTIZED:
         quantization = Quantization(
             format=precision,
             method="mse",

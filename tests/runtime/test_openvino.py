@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper
 from densegeo.errors import BackendError, BundleError, ConfigError
 from densegeo.runtime import Estimator
 from densegeo.runtime import backends as table
-from densegeo.runtime.backends import BackendRow, open_backend, openvino_cpu
+from densegeo.runtime.backends import open_backend, openvino_cpu
 from densegeo.runtime.bundle import Bucket, read_manifest
 from densegeo.runtime.verify import verify
 
@@ -174,7 +175,7 @@ def test_a_broken_installation(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_names_every_reason(new_bundle: NewBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     rows = {row.name: row for row in table.BACKENDS}
-    absent = BackendRow("openvino", rows["openvino"].module, "a_library_nobody_has", rows["openvino"].install)
+    absent = dataclasses.replace(rows["openvino"], modules=("a_library_nobody_has",))
     monkeypatch.setattr(table, "BACKENDS", (rows["onnxruntime"], absent))
     with pytest.raises(BackendError, match=r"onnxruntime: .*no bf16[^$]*openvino: .*densegeo\[openvino\]"):
         Estimator(new_bundle(precision="bf16"), device="cpu")

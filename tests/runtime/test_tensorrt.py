@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from densegeo.backends import BACKENDS
 from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
-from densegeo.runtime.backends import BACKENDS, open_backend
+from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.backends.tensorrt_kernels import launched
 from densegeo.runtime.backends.tensorrt_network import Network

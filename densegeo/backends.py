@@ -1,0 +1,168 @@
+"""What can run a bundle: one row a backend. Lists, hints, `--help`, `doctor` and `auto` follow from the rows.
+
+Imports no heavy library, and no backend's module: `runtime.backends.open_backend` imports the one that is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+from densegeo.architectures import RTX_TARGETS
+from densegeo.precision import FLOATS, PRECISIONS
+
+
+@dataclass(frozen=True)
+class EngineLibrary:
+    """A library that builds engines and runs them. name: its Python module; distributions: any of them brings it.
+
+    named_targets: whether it builds for the architectures that it has names for, and runs on no other; else engines are
+    for the GPU on which they are built.
+    """
+
+    name: str
+    title: str
+    distributions: tuple[str, ...]
+    named_targets: bool
+
+    def knows(self, architecture: int) -> bool:
+        """Whether engines for this GPU architecture (89 is sm_89) can be built."""
+        return not self.named_targets or architecture in RTX_TARGETS
+
+
+ENGINE_LIBRARIES = {
+    row.name: row
+    for row in (
+        EngineLibrary("tensorrt", "TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), named_targets=False),
+        EngineLibrary("tensorrt_rtx", "TensorRT-RTX", ("tensorrt-rtx-cu13",), named_targets=True),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRow:
+    """One backend.
+
+    opens: "module:function" of what makes it, (directory, manifest, device) -> Backend. runs: what of a bundle.
+    modules: Python modules that must be there. distributions: those that bring them, the first of each group that is
+    installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
+    providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. verified_only: "auto" takes it
+    only for a bundle that `densegeo verify` passed on this machine. shows_layers: whether calibration can see what
+    enters the layers. untried: what `doctor` says before anything was run, and without_gpu where no GPU is.
+    """
+
+    name: str
+    title: str
+    opens: str
+    runs: Literal["graphs", "engines", "networks"]
+    modules: tuple[str, ...]
+    distributions: tuple[tuple[str, ...], ...]
+    install: str
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    providers: Mapping[str, str] = field(default_factory=dict)
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    verified_only: bool = False
+    shows_layers: bool = False
+    untried: str = "not tried here"
+    without_gpu: str = "no GPU was found"
+
+    def missing(self) -> list[str]:
+        """The modules that are not installed (looked up, not imported)."""
+        return [module for module in self.modules if not installed(module)]
+
+    def available(self) -> bool:
+        """Whether all that it needs is installed."""
+        return not self.missing()
+
+    def lacking(self, precision: str, base: str) -> str | None:
+        """The one of a bundle's two types that its kernels do not have, or None."""
+        return next((name for name in (base, precision) if name not in self.precisions), None)
+
+    @property
+    def gpu_only(self) -> bool:
+        return self.devices == ("cuda",)
+
+
+def installed(module: str) -> bool:
+    """Whether a Python module is there (looked up, not imported)."""
+    try:
+        return find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # of a parent package; a module that was put in its place has no spec
+        return False
+
+
+_ORT = ("onnxruntime", "onnxruntime-gpu")
+BACKENDS = (
+    BackendRow(
+        name="tensorrt",
+        title="TensorRT",
+        opens="densegeo.runtime.backends.tensorrt_engines:open_backend",
+        runs="engines",
+        modules=("cuda.core",),
+        distributions=tuple(row.distributions for row in ENGINE_LIBRARIES.values()),
+        install='pip install "densegeo[tensorrt-rtx]" (or "densegeo[gpu]" and tensorrt)',
+        devices=("cuda",),
+        verified_only=True,
+        untried="densegeo's engines were never executed",
+        without_gpu="engines can be built here, but no GPU was found to run them",
+    ),
+    BackendRow(
+        name="onnxruntime-tensorrt",
+        title="ONNX Runtime's TensorRT provider",
+        opens="densegeo.runtime.backends.ort:open_tensorrt",
+        runs="graphs",
+        modules=("onnxruntime", "tensorrt"),
+        distributions=(_ORT, ENGINE_LIBRARIES["tensorrt"].distributions),
+        install='pip install "densegeo[gpu]" tensorrt (in place of "densegeo[cpu]")',
+        devices=("cuda",),
+        providers={"cuda": "TensorrtExecutionProvider"},
+        precisions=FLOATS,
+        verified_only=True,
+        untried="provider and GPU are there, but densegeo never ran a bundle on it",
+    ),
+    BackendRow(
+        name="onnxruntime",
+        title="ONNX Runtime",
+        opens="densegeo.runtime.backends.ort:open_backend",
+        runs="graphs",
+        modules=("onnxruntime",),
+        distributions=(_ORT,),
+        install='pip install "densegeo[cpu]" (or "densegeo[gpu]" for CUDA; never both)',
+        providers={"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"},
+        # The CPU provider has no bf16, and the CUDA one lacks it in operators of our graphs (InstanceNormalization,
+        # QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
+        precisions=tuple(name for name in PRECISIONS if name != "bf16"),
+        shows_layers=True,
+        untried="provider and GPU are there, but densegeo was never run on a GPU",
+    ),
+    BackendRow(
+        name="openvino",
+        title="OpenVINO",
+        opens="densegeo.runtime.backends.openvino_cpu:open_backend",
+        runs="graphs",
+        modules=("openvino",),
+        distributions=(("openvino",),),
+        install='pip install "densegeo[openvino]"',
+        devices=("cpu",),
+    ),
+    BackendRow(
+        name="torch",
+        title="torch",
+        opens="densegeo.runtime.backends.torch_modules:open_backend",
+        runs="networks",
+        modules=("torch",),
+        distributions=(("torch",),),
+        install='pip install "densegeo[torch]"',
+        shows_layers=True,
+    ),
+)
+NAMES = tuple(row.name for row in BACKENDS)
+ENGINES = next(row for row in BACKENDS if row.runs == "engines")
+NETWORKS = next(row for row in BACKENDS if row.runs == "networks")
+
+
+def backend_row(name: str) -> BackendRow:
+    """Look a backend up that is known to exist: KeyError for another."""
+    return {row.name: row for row in BACKENDS}[name]
