@@ -42,7 +42,7 @@ from densegeo.models import fe2e
 from densegeo.models.chain import relative
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
-from densegeo.models.loading import open_streamed, rewritten_form
+from densegeo.models.loading import open_skeleton, open_streamed, rewritten_form
 from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.quantized import FORMATS
@@ -209,7 +209,7 @@ def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]
     """
     applied = fe2e.REWRITES
     files, _ = resolve(Given(checkpoint=str(checkpoint)), FE2E)
-    pipeline, source = open_streamed(files, size)
+    pipeline, source = open_streamed(open_skeleton(files), size)
     form = rewritten_form(
         FE2E, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, size
     ).denoiser

@@ -13,14 +13,18 @@ from densegeo.export.command_line import flags
 from densegeo.export.display import Display
 from densegeo.export.engine_plan import device_plan
 from densegeo.export.engines import library_version
+from densegeo.export.graphs import make_graphs
 from densegeo.export.keys import RECIPES, digest, onnxruntime_version, stage_keys, versions
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
+from densegeo.export.references import make_references
 from densegeo.export.reporting import recommend, report
-from densegeo.export.stages import PROMPT_FILE, Job, make_engines, make_graphs, make_kernels, make_weights, run_stage
+from densegeo.export.stages import PROMPT_FILE, Job, make_engines, make_kernels, run_stage
 from densegeo.export.staging import folder_bytes, locked, publish, remove_published
-from densegeo.export.state import State
+from densegeo.export.state import Graphs, State, Weights
+from densegeo.export.weights import make_weights
+from densegeo.kernels.contract import LaunchContract
 from densegeo.models import rewrites
 from densegeo.models.loading import Files
 from densegeo.models.presets import preset
@@ -28,6 +32,7 @@ from densegeo.models.published import PUBLICATIONS
 from densegeo.runtime.bundle import (
     CAPTURE,
     SCHEMA_VERSION,
+    Engine,
     Manifest,
     Networks,
     Source,
@@ -126,12 +131,28 @@ def _identify(files: Files, origins: dict[str, str], console: Console) -> list[S
 
 def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manifest:
     """Run the stages that are not finished; returns the manifest."""
-    options, form = job.options, job.plan.form
+    options = job.options
+    run_stage(job, state, state.references, make_references)
     weights = run_stage(job, state, state.weights, make_weights)
     graphs = run_stage(job, state, state.graphs, make_graphs)
     contracts = run_stage(job, state, state.kernels, make_kernels).contracts if options.architectures else []
     engines = make_engines(job, state, _older(options.output)).engines if options.with_engines else []
     state.prune()  # the files of the records, and no other
+    return make_manifest(job, state, inputs, key, weights, graphs, contracts, engines)
+
+
+def make_manifest(
+    job: Job,
+    state: State,
+    inputs: list[Source],
+    key: str,
+    weights: Weights,
+    graphs: Graphs,
+    contracts: list[LaunchContract],
+    engines: list[Engine],
+) -> Manifest:
+    """What the stages' records say together."""
+    options, form = job.options, job.plan.form
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=options.model,

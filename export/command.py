@@ -298,7 +298,8 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
     console.print(table)
     if not any(role.merged_into for role in preset(model).family.roles):
         return
-    prompt, (rows, counts) = plan.prompt, plan.prompt.merge_padding()
+    prompt = plan.skeleton.prompt
+    rows, counts = prompt.merge_padding()
     groups = [int(count) for row, count in zip(rows, counts, strict=True) if not prompt.mask[row]]
     console.print(
         f"prompt: {len(prompt.mask)} tokens of {prompt.embeds.shape[1]} features, {prompt.valid} valid, "

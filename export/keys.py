@@ -17,7 +17,7 @@ from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
 # What our code makes of the same inputs, as numbers: raise one by hand when a stage's files come out otherwise.
 # A test builds the ready bundle anew and compares.
-RECIPES = {"weights": 1, "graphs": 1, "kernels": 2}
+RECIPES = {"references": 1, "weights": 1, "graphs": 1, "kernels": 2}
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "numpy")
 
 
@@ -52,6 +52,7 @@ def digest(facts: object) -> str:
 class StageKeys:
     """One a stage of a build; each covers the one before. Single engines are known by their fingerprints."""
 
+    references: str
     weights: str
     graphs: str
     kernels: str
@@ -60,23 +61,24 @@ class StageKeys:
 
 def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str) -> StageKeys:
     """calibration: the digest of what becomes 8-bit."""
-    weights = digest(
+    references = digest(
         {
             "schema": SCHEMA_VERSION,
             "model": options.model,
             "sizes": options.sizes,
-            "precision": [options.precision, options.base, calibration],
-            "without": sorted(options.without),
+            "precision": options.precision,
             "allow_unexpected": options.allow_unexpected,
+            "without": sorted(options.without),
             "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
             "versions": versions(),
-            "recipe": RECIPES["weights"],
+            "recipe": RECIPES["references"],
         }
     )
+    weights = digest([references, options.base, calibration, RECIPES["weights"]])
     graphs = digest([weights, options.batches, RECIPES["graphs"]])
     compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])
-    return StageKeys(weights, graphs, kernels, graphs if options.with_engines else "")
+    return StageKeys(references, weights, graphs, kernels, graphs if options.with_engines else "")
 
 
 def _version(distribution: str) -> str:

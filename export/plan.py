@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.errors import CheckpointError, ResourceError
 from densegeo.export.blockwise import CHECK_BYTES
 from densegeo.files import existing_parent
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
-from densegeo.models.loading import Files, Skeleton, checked_prompt, open_skeleton, rewritten_form
-from densegeo.models.prompt import Prompt
+from densegeo.models.denoiser import elements
+from densegeo.models.loading import Files, Skeleton, open_skeleton, rewritten_form
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.precision import PRECISIONS
 from densegeo.size import Size
@@ -32,7 +31,6 @@ class Plan:
 
     skeleton: Skeleton
     form: Pipeline  # what is built, without values
-    prompt: Prompt
     reports: tuple[KeyReport, ...]
     lora_ranks: dict[str, int]
     loaded_parameters: int
@@ -41,10 +39,6 @@ class Plan:
     memory_needed: int
     disk_needed: int
     problems: list[str] = field(default_factory=list)  # in the way of the build
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def make_plan(
@@ -63,7 +57,6 @@ def make_plan(
     """
     skeleton = open_skeleton(files)
     denoiser, vae = skeleton.denoiser, skeleton.vae
-    prompt = checked_prompt(files.prompt, denoiser)
     reports = tuple(
         compare_keys(path, entries, module, stored)
         for path, entries, module, stored in zip(
@@ -78,11 +71,11 @@ def make_plan(
             read_lora(files.lora, denoiser)
         except CheckpointError as error:
             problems.append(str(error))
-    form = rewritten_form(files.family, (denoiser.config, vae.config), prompt, rewrites, sizes[0])
-    loaded, kept = _elements(denoiser) + _elements(vae), sum(map(_elements, form.stages().values()))
+    form = rewritten_form(files.family, (denoiser.config, vae.config), skeleton.prompt, rewrites, sizes[0])
+    loaded, kept = elements(denoiser) + elements(vae), sum(map(elements, form.stages().values()))
     state = denoiser.state_dict()
-    outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + _elements(vae)
-    block = max((_elements(module) for _, module in denoiser.blocks()), default=0)
+    outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + elements(vae)
+    block = max((elements(module) for _, module in denoiser.blocks()), default=0)
     # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
     activations = 3 * len(form.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
     lora = files.lora.stat().st_size if files.lora else 0
@@ -97,7 +90,6 @@ def make_plan(
     return Plan(
         skeleton,
         form,
-        prompt,
         reports,
         ranks,
         loaded,

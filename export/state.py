@@ -23,6 +23,7 @@ from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime.bundle import Bucket, Check, Engine, FileDigest, Record, sha256_file
 
 Progress = Callable[[int], object]
+Bounds = dict[str, dict[str, float]]  # size, as "1024x768" -> output -> what a graph's may be off
 
 
 class StageRecord(Record, frozen=True, kw_only=True):
@@ -33,8 +34,12 @@ class StageRecord(Record, frozen=True, kw_only=True):
     files: dict[str, FileDigest]  # in the bundle
 
 
+class References(StageRecord, frozen=True, kw_only=True):
+    bounds: Bounds  # of plain low precision; none where weights are 8-bit
+
+
 class Weights(StageRecord, frozen=True, kw_only=True):
-    bounds: dict[str, dict[str, float]]  # size, as "1024x768" -> output -> what a graph's may be off
+    bounds: Bounds  # what the graphs are held to
 
 
 class Graphs(StageRecord, frozen=True, kw_only=True):
@@ -68,7 +73,8 @@ class State:
     def __init__(self, folder: Path, keys: StageKeys, progress: Progress = lambda count: None) -> None:
         """Take over what fits the keys, and remove everything else. `progress` gets the bytes of files checked."""
         self.folder, self.bundle, self.keys = folder, folder / BUNDLE, keys
-        self.weights = self._read(Weights, keys.weights, progress)
+        self.references = self._read(References, keys.references, progress)
+        self.weights = self._read(Weights, keys.weights, progress) if self.references else None
         self.graphs = self._read(Graphs, keys.graphs, progress) if self.weights else None
         self.kernels = self._read(Kernels, keys.kernels, progress) if self.graphs else None
         self.engines = self._read(Engines, keys.engines, progress) if self.graphs else None
@@ -78,7 +84,8 @@ class State:
     @property
     def records(self) -> list[StageRecord]:
         """Of the finished stages."""
-        return [record for record in (self.weights, self.graphs, self.kernels, self.engines) if record is not None]
+        made = (self.references, self.weights, self.graphs, self.kernels, self.engines)
+        return [record for record in made if record is not None]
 
     @property
     def files(self) -> dict[str, FileDigest]:
@@ -116,7 +123,7 @@ class State:
         """Nothing is finished: the folder goes when its lock does."""
         for record in self.folder.glob(RECORDS):
             record.unlink()
-        self.weights = self.graphs = self.kernels = self.engines = None
+        self.references = self.weights = self.graphs = self.kernels = self.engines = None
 
     @contextmanager
     def resumable(self, say: Callable[[str], object]) -> Iterator[None]:

@@ -72,3 +72,8 @@ class Denoiser(nn.Module, Generic[Config]):
 
 
 AnyDenoiser = Denoiser[Any]
+
+
+def elements(module: nn.Module) -> int:
+    """How many numbers a module's weight file holds."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())

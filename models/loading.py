@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,12 @@ class Files:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What headers alone tell: modules on the meta device, and of each file its entries and how they are stored."""
+    """A checkpoint, opened: its prompt, and what headers alone tell: modules on the meta device, which stay there, and of
+    each file its entries and how they are stored.
+    """
 
+    files: Files
+    prompt: Prompt
     denoiser: AnyDenoiser
     vae: VAE
     entries: tuple[dict[str, Entry], dict[str, Entry]]
@@ -67,11 +72,12 @@ class Skeleton:
 
 
 def open_skeleton(files: Files) -> Skeleton:
-    """Read architectures from headers and configurations. Raises CheckpointError or ConfigError."""
+    """Read architectures from headers and configurations, and the prompt. Raises CheckpointError or ConfigError."""
     entries = read_entries(files.denoiser), read_entries(files.vae)
     found = files.family.architecture(dict(files.paths), *entries)
     with torch.device("meta"):
-        return Skeleton(files.family.denoiser(found.denoiser), VAE(found.vae), entries, found.stored)
+        denoiser, vae = files.family.denoiser(found.denoiser), VAE(found.vae)
+    return Skeleton(files, checked_prompt(files.prompt, denoiser), denoiser, vae, entries, found.stored)
 
 
 def load_pipeline(
@@ -86,13 +92,12 @@ def load_pipeline(
     Raises CheckpointError for any difference between files and architecture; see load_weights.
     """
     skeleton = open_skeleton(files)
-    prompt = checked_prompt(files.prompt, skeleton.denoiser)
     for module, path, stored, lora in (
         (skeleton.denoiser, files.denoiser, skeleton.stored[0], files.lora),
         (skeleton.vae, files.vae, skeleton.stored[1], None),
     ):
         load_weights(module, path, lora=lora, allow_unexpected=allow_unexpected, progress=progress, stored=stored)
-    return bound(files.family, skeleton.denoiser, skeleton.vae, prompt, size)
+    return bound(files.family, skeleton.denoiser, skeleton.vae, skeleton.prompt, size)
 
 
 def bound(family: Family, denoiser: AnyDenoiser, vae: VAE, prompt: Prompt, size: Size) -> Pipeline:
@@ -100,17 +105,16 @@ def bound(family: Family, denoiser: AnyDenoiser, vae: VAE, prompt: Prompt, size:
     return Pipeline(denoiser.bind(prompt, size, family.timestep), vae, prompt, family.decode(vae.config)).eval()
 
 
-def open_streamed(files: Files, size: Size, *, allow_unexpected: bool = False) -> tuple[Pipeline, BlockFile]:
+def open_streamed(skeleton: Skeleton, size: Size, *, allow_unexpected: bool = False) -> tuple[Pipeline, BlockFile]:
     """The same, but the denoiser's blocks stay in their file and are read when they run; see `models.streaming`."""
-    skeleton = open_skeleton(files)
-    denoiser = skeleton.denoiser
-    prompt = checked_prompt(files.prompt, denoiser)
-    check_keys(denoiser, files.denoiser, allow_unexpected=allow_unexpected, stored=skeleton.stored[0])
-    load_weights(skeleton.vae, files.vae, allow_unexpected=allow_unexpected, stored=skeleton.stored[1])
-    source = BlockFile(files.denoiser, files.lora, denoiser, skeleton.stored[0])
+    files, (stored, stored_vae) = skeleton.files, skeleton.stored
+    denoiser, vae = copy.deepcopy(skeleton.denoiser), copy.deepcopy(skeleton.vae)
+    check_keys(denoiser, files.denoiser, allow_unexpected=allow_unexpected, stored=stored)
+    load_weights(vae, files.vae, allow_unexpected=allow_unexpected, stored=stored_vae)
+    source = BlockFile(files.denoiser, files.lora, denoiser, stored)
     source.fill_outside(denoiser)
     source.attach(denoiser)
-    return bound(files.family, denoiser, skeleton.vae, prompt, size), source
+    return bound(files.family, denoiser, vae, skeleton.prompt, size), source
 
 
 def rewritten_form(

@@ -6,6 +6,7 @@ The builder writes it (`densegeo.export`), the runtime reads it; this module is 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -265,10 +266,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         version = msgspec.json.decode(raw, type=_Versioned).schema_version
         if version != SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{path} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
-                "Rebuild the bundle, or install the densegeo version that built it."
-            )
+            raise SchemaVersionError(_other_version(directory, raw, version))
         manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.MsgspecError as error:
         raise BundleError(f"{path} is not a valid manifest ({error}). Rebuild the bundle.") from error
@@ -277,6 +275,29 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} names a file outside the bundle: {outside[0]!r}. It was tampered with; do not use this bundle."
         )
     return manifest
+
+
+def _other_version(directory: Path, raw: bytes, version: int) -> str:
+    """What becomes of a bundle of another schema version: it is not read, and one sentence says what makes it anew."""
+    said = f"{directory} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
+    if version > SCHEMA_VERSION:
+        return said + "Install the densegeo that built it, or build the bundle again with this one."
+    try:
+        options = msgspec.json.decode(raw, type=_Built).options
+    except msgspec.MsgspecError:  # of a version that did not keep them
+        options = {}
+    return said + f"Rebuild it: {rebuild_command(options or {'--model': ['MODEL']}, directory)}"
+
+
+def rebuild_command(options: dict[str, list[str]], directory: Path) -> str:
+    """What to type to make a bundle anew in its place. options: of `densegeo build`, see `Manifest.options`."""
+    given = options | {"--output": [str(directory)]}
+    words = [word for flag, values in given.items() for word in _typed(flag, values)]
+    return shlex.join(["densegeo", "build", *words])
+
+
+def _typed(flag: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)] if values else [flag]
 
 
 def require_listed(directory: Path, manifest: Manifest) -> None:
@@ -304,6 +325,10 @@ def _stays_inside(name: str) -> bool:
 
 class _Versioned(msgspec.Struct):
     schema_version: int
+
+
+class _Built(msgspec.Struct):
+    options: dict[str, list[str]] = {}
 
 
 def check_files(

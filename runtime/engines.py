@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import stat
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import msgspec
 from densegeo.architectures import AMPERE, RTX_TARGETS, names
 from densegeo.backends import ENGINE_LIBRARIES, ENGINES
 from densegeo.errors import EngineError
-from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, sha256_file
+from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, rebuild_command, sha256_file
 
 FOLDER = "engines"
 # What an engine depends on; the rest of its record says where it lies and how its build went.
@@ -40,15 +39,9 @@ def fingerprint(engine: Engine) -> str:
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
 
 
-def rebuild_command(manifest: Manifest, directory: Path) -> str:
+def rebuild_with_engines(manifest: Manifest, directory: Path) -> str:
     """What to type to get current engines into this bundle, everything else as it was built."""
-    options = manifest.options | {"--backend": [ENGINES.name], "--output": [str(directory)]}
-    words = [word for flag, values in options.items() for word in _typed(flag, values)]
-    return shlex.join(["densegeo", "build", *words])
-
-
-def _typed(flag: str, values: list[str]) -> list[str]:
-    return [word for value in values for word in (flag, value)] if values else [flag]
+    return rebuild_command(manifest.options | {"--backend": [ENGINES.name]}, directory)
 
 
 def select_engine(
@@ -62,7 +55,7 @@ def select_engine(
     if not candidates:
         raise EngineError(
             f"{directory} has no TensorRT engine of the {stage} at {bucket.name}. "
-            f"Build one: {rebuild_command(manifest, directory)}"
+            f"Build one: {rebuild_with_engines(manifest, directory)}"
         )
     reasons = []
     for engine in candidates:
@@ -124,7 +117,7 @@ def _digest(manifest: Manifest, name: str) -> str:
 def _refuse(directory: Path, manifest: Manifest, engine: Engine, what: str, built: str, here: str) -> None:
     raise EngineError(
         f"{directory / engine.file} does not fit: its {what} is {built}, here it is {here or 'nothing'}. "
-        f"Rebuild it: {rebuild_command(manifest, directory)}"
+        f"Rebuild it: {rebuild_with_engines(manifest, directory)}"
     )
 
 
@@ -148,7 +141,7 @@ def read_engine(directory: Path, manifest: Manifest, engine: Engine, *, trust: b
     if found != listed.sha256:
         raise EngineError(
             f"{path} is corrupted or was replaced: its SHA-256 is {found[:16]}…, the manifest says "
-            f"{listed.sha256[:16]}…. Rebuild it: {rebuild_command(manifest, directory)}"
+            f"{listed.sha256[:16]}…. Rebuild it: {rebuild_with_engines(manifest, directory)}"
         )
     return data
 

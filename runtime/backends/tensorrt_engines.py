@@ -27,7 +27,7 @@ from densegeo.runtime.backends.cuda_weights import upload_weights
 from densegeo.runtime.backends.tensorrt_context import Stepper, make_context, stream_weights
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
-from densegeo.runtime.engines import read_engine, rebuild_command, select_engine, trusted
+from densegeo.runtime.engines import read_engine, rebuild_with_engines, select_engine, trusted
 from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement, in_batches
 from densegeo.runtime.tensorfile import tensor_offsets
@@ -40,7 +40,9 @@ Steppers = dict[Stage, Stepper]
 def open_backend(directory: Path, manifest: Manifest, device: str) -> TensorRTBackend:
     """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
     if not manifest.engines:
-        raise BackendError(f"{directory} has no TensorRT engines. Build some: {rebuild_command(manifest, directory)}")
+        raise BackendError(
+            f"{directory} has no TensorRT engines. Build some: {rebuild_with_engines(manifest, directory)}"
+        )
     return TensorRTBackend(directory, manifest, open_device(device))
 
 
@@ -214,7 +216,7 @@ class TensorRTBackend:
         if engine is None:
             raise EngineError(
                 f"{path} cannot be loaded on this GPU (sm_{self._architecture}). "
-                f"Rebuild it: {rebuild_command(self._manifest, self._directory)}"
+                f"Rebuild it: {rebuild_with_engines(self._manifest, self._directory)}"
             )
         if record.options.get("weight_streaming"):
             stream_weights(engine, path)

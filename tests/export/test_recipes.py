@@ -16,15 +16,15 @@ from densegeo.cli import app
 from densegeo.export import command, keys
 from densegeo.export.command_line import flags
 from densegeo.export.engines import EngineOptions
+from densegeo.export.graphs import bucket_examples
 from densegeo.export.keys import RECIPES, stage_keys, versions
 from densegeo.export.onnx_graph import export_graph
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
-from densegeo.export.stages import bucket_examples
 from densegeo.runtime import ready
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.engines import rebuild_command
+from densegeo.runtime.engines import rebuild_with_engines
 
 
 def structure(path: Path) -> list[tuple[str, list[str], list[str]]]:
@@ -86,7 +86,7 @@ def test_the_stored_options_make_the_same_bundle(
     monkeypatch.setattr(command, "build_bundle", lambda options, console: built.append(options))
     monkeypatch.setattr(command, "on_this_gpu", lambda choice, machine: False)
     manifest = msgspec.structs.replace(read_manifest(ready.find_bundle("fe2e-tiny")), options=flags(options))
-    typed = rebuild_command(manifest, options.output)
+    typed = rebuild_with_engines(manifest, options.output)
     words = shlex.split(typed)
     assert words[:2] == ["densegeo", "build"]
     if options.backend != "tensorrt":  # the command is for engines: everything else stays

@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from densegeo.errors import EngineError, ExportError, KernelError, ResourceError
-from densegeo.export import digests, engines, stages
+from densegeo.export import digests, engines, graphs, references, stages, weights
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.export.keys import StageKeys, stage_keys
@@ -101,7 +101,7 @@ def test_a_build_goes_on_without_its_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == [STAGING]
     assert not (folder / "graphs.json").exists()
     if number == signal.SIGINT:
-        assert "Finished: weights. The same command goes on from there" in said
+        assert "Finished: references, weights. The same command goes on from there" in said
         assert str(folder) in said
         assert not list((folder / "bundle").glob("*.onnx"))
     (folder / "bundle" / "half_a_graph.onnx").write_bytes(b"unfinished")
@@ -149,7 +149,7 @@ def failed(small: Path, tmp_path_factory: pytest.TempPathFactory, graphs_once: P
         with pytest.raises(EngineError) as caught:
             build_bundle(with_engines(small, output))
     assert built == ["encoder", "denoiser"]
-    hint = "Finished: weights, graphs, 2 engines. The same command goes on from there; to give up, delete "
+    hint = "Finished: references, weights, graphs, 2 engines. The same command goes on from there; to give up, delete "
     assert str(caught.value) == f"the builder crashed\n{hint}{staging_folder(output)}."
     assert leftovers(output.parent) == [STAGING]
     assert len(list((output.parent / STAGING / "bundle" / "engines").iterdir())) == 4
@@ -162,8 +162,9 @@ def built(failed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     shutil.copytree(failed, tmp_path / STAGING)
     stages_built: list[str] = []
     monkeypatch.setattr(engines, "build_engine", fake_builder(stages_built, {}))
-    monkeypatch.setattr(stages, "open_streamed", refuse("the checkpoint was read"))
-    monkeypatch.setattr(stages, "export_graph", refuse("a graph was exported"))
+    monkeypatch.setattr(references, "open_streamed", refuse("the checkpoint was read"))
+    monkeypatch.setattr(weights, "open_streamed", refuse("the checkpoint was read"))
+    monkeypatch.setattr(graphs, "export_graph", refuse("a graph was exported"))
     return stages_built
 
 
@@ -238,7 +239,7 @@ def test_kernels_that_cannot_be_compiled_leave_the_graphs(
         raise KernelError("no compiler")
 
     monkeypatch.setattr(stages, "write_cubins", fail)
-    with pytest.raises(KernelError, match=r"no compiler\nFinished: weights, graphs, 2 engines"):
+    with pytest.raises(KernelError, match=r"no compiler\nFinished: references, weights, graphs, 2 engines"):
         build_bundle(with_engines(small, tmp_path / "bundle", architectures=(80,)))
     assert leftovers(tmp_path) == [STAGING]
 
@@ -255,7 +256,7 @@ def test_another_build_starts_anew(
         found.append(files_of(tmp_path / STAGING))
         raise ExportError("stop")
 
-    monkeypatch.setattr(stages, "open_streamed", look)
+    monkeypatch.setattr(references, "open_streamed", look)
     with pytest.raises(ExportError, match="stop"):
         build_bundle(with_engines(small, tmp_path / "bundle", **changes))
     assert found == [[LOCK]]  # nothing of the older build
@@ -270,17 +271,20 @@ def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
     plain, two, four = keys(), keys(batches=(2,)), keys(batches=(4,))
     assert plain == keys()
     assert plain.weights == two.weights == four.weights
+    assert plain.references == two.references
     assert len({plain.graphs, two.graphs, four.graphs}) == 3
     assert keys(architectures=(80,)).graphs == plain.graphs
     assert keys(architectures=(80,)).kernels != plain.kernels
     assert plain.engines == ""
     assert keys(backend="tensorrt").engines == plain.graphs
+    assert keys(digest="1" * 64).references != plain.references
     assert keys(digest="1" * 64).weights != plain.weights
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
+        ("references.json", "the checkpoint was read"),
         ("weights.json", "the checkpoint was read"),
         ("graphs.json", "a graph was exported"),
         ("bundle/denoiser.safetensors", "the checkpoint was read"),
@@ -418,7 +422,7 @@ def test_what_a_killed_build_left_after_its_end_is_removed(small: Path, tmp_path
     build_bundle(with_engines(small, output))
     manifest = (output / "manifest.json").read_bytes()
     (tmp_path / STAGING).mkdir()  # killed before its records were removed
-    for name in (LOCK, "weights.json", "graphs.json"):
+    for name in (LOCK, "references.json", "weights.json", "graphs.json"):
         shutil.copy(kept / name, tmp_path / STAGING / name)
     assert "up to date" in build_aloud(with_engines(small, output))
     assert leftovers(tmp_path) == []
@@ -429,7 +433,7 @@ def test_what_a_killed_build_left_after_its_end_is_removed(small: Path, tmp_path
 
 
 def test_the_records_say_how_long_stages_took(failed: Path) -> None:
-    for name in ("weights", "graphs", "engines"):
+    for name in ("references", "weights", "graphs", "engines"):
         record = json.loads((failed / f"{name}.json").read_text())["record"]
         assert record["seconds"] > 0
         assert record["files"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.families import FE2E
 from densegeo.models.fe2e import NAMES
-from densegeo.models.loading import Files, load_pipeline, open_streamed, rewritten_form
+from densegeo.models.loading import Files, load_pipeline, open_skeleton, open_streamed, rewritten_form
 from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
@@ -44,13 +44,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
     whole = load_pipeline(files, Size(WIDTH, HEIGHT))
-    streamed, _ = open_streamed(files, Size(WIDTH, HEIGHT))
+    streamed, _ = open_streamed(open_skeleton(files), Size(WIDTH, HEIGHT))
     expected = chain.denoise(whole, latent)
     torch.testing.assert_close(chain.denoise(streamed, latent), expected, rtol=0, atol=0)
     for _, block in streamed.denoiser.blocks():
         assert {tensor.device.type for tensor in block.state_dict().values()} == {"meta"}
     without = Files(files.family, {role: path for role, path in files.paths.items() if role != "lora"})
-    plain, _ = open_streamed(without, Size(WIDTH, HEIGHT))
+    plain, _ = open_streamed(open_skeleton(without), Size(WIDTH, HEIGHT))
     assert not torch.allclose(chain.denoise(plain, latent), expected, rtol=1e-3)  # the LoRA counts
 
 
@@ -63,7 +63,7 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
 ) -> None:
     applied = rewrites.select(fe2e.REWRITES, without)
     whole = cast(rewrites.apply(load_pipeline(files, Size(WIDTH, HEIGHT)), applied), precision)
-    streamed, source = open_streamed(files, Size(WIDTH, HEIGHT))
+    streamed, source = open_streamed(open_skeleton(files), Size(WIDTH, HEIGHT))
     configs = streamed.denoiser.config, streamed.vae.config
     final = rewritten_form(FE2E, configs, streamed.prompt, applied, Size(WIDTH, HEIGHT)).denoiser
     cast_module(final, precision)
@@ -87,7 +87,7 @@ def test_a_file_can_be_filled_from_again(files: Files, tmp_path: Path) -> None:
     applied = fe2e.REWRITES
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
     expected = chain.denoise(load_pipeline(files, Size(WIDTH, HEIGHT)), latent)
-    streamed, source = open_streamed(files, Size(WIDTH, HEIGHT))
+    streamed, source = open_streamed(open_skeleton(files), Size(WIDTH, HEIGHT))
     form = rewritten_form(
         FE2E, (streamed.denoiser.config, streamed.vae.config), streamed.prompt, applied, Size(WIDTH, HEIGHT)
     )

@@ -86,9 +86,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from densegeo.cli import main
-from densegeo.export import stages
+from densegeo.export import graphs
 from tests.support.graphs import remembering
-stages.export_graph = remembering(stages.export_graph, Path(sys.argv[1]))
+graphs.export_graph = remembering(graphs.export_graph, Path(sys.argv[1]))
 main(sys.argv[2:])
 """
 

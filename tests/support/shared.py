@@ -49,13 +49,13 @@ def once(shared_folder: Path) -> Once:
 @pytest.fixture(scope="session")
 def graphs_once(shared_folder: Path) -> Iterator[Path]:
     """Builds in this process trace equal graphs once a run, and keep them in this folder."""
-    from densegeo.export import stages
+    from densegeo.export import graphs
     from tests.support.graphs import remembering, sharing_operators
 
     folder = shared_folder / "graphs"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "export_graph", remembering(stages.export_graph, folder))
+        patch.setattr(graphs, "export_graph", remembering(graphs.export_graph, folder))
         sharing_operators(patch)
         yield folder
 

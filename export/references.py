@@ -1,0 +1,71 @@
+"""The stage "references": what the float32 checkpoint, without rewrites, makes of seeded pictures, and error bounds.
+
+Reads the checkpoint block by block, with a pipeline of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from densegeo.export import checks
+from densegeo.export.display import Bar
+from densegeo.export.stages import Job
+from densegeo.export.state import Bounds, References, State
+from densegeo.models.denoiser import AnyDenoiser, elements
+from densegeo.models.loading import open_streamed
+from densegeo.precision import PRECISIONS
+from densegeo.size import Size
+
+
+@torch.no_grad()
+def make_references(job: Job, state: State) -> References:
+    """Write the verification's pictures and what becomes of them; the bounds are those of plain low precision."""
+    options = job.options
+    precision = PRECISIONS[options.precision]
+    pipeline, _ = open_streamed(job.plan.skeleton, options.sizes[0], allow_unexpected=options.allow_unexpected)
+    pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
+    low_too = not precision.quantized and not precision.exact
+    mean = job.plan.form.vae.decoder.conv_out.out_channels == 1
+    pictures, found, bounds = checks.picture_sizes(options.sizes), dict[Size, list[checks.Outputs]](), Bounds()
+    passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
+    with (
+        job.display.bar("references", passes * elements(pipeline.denoiser)) as bar,
+        counting_blocks(pipeline.denoiser, bar) as rest,
+    ):
+        for size in options.sizes:
+            bar.describe(f"reference {size}")
+            pipeline.denoiser.resize(size)
+            found[size] = []
+            for seed, picture in enumerate(pictures[size]):
+                image = checks.seeded_picture(picture, seed)
+                found[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
+                bar.advance(rest)
+            if precision.exact:
+                bounds[str(size)] = checks.float32_bounds(found[size][0])
+            if low_too:
+                low = checks.cast_copy(pipeline, options.precision)
+                bounds[str(size)] = checks.bounds(low, found[size][0])
+                bar.advance(2 * rest)
+    for name, limits in bounds.items():
+        checks.require_finite(limits, name)
+    checks.write_inputs(state.bundle, found)
+    files = state.describe([state.bundle / checks.INPUTS_FILE])
+    return References(key=state.keys.references, seconds=0.0, files=files, bounds=bounds)
+
+
+@contextmanager
+def counting_blocks(denoiser: AnyDenoiser, bar: Bar) -> Iterator[int]:
+    """Meanwhile the bar advances by each block's elements when it has run; gives how many elements are in none."""
+    rest, handles = elements(denoiser), []
+    for _, block in denoiser.blocks():
+        count = elements(block)
+        handles.append(block.register_forward_hook(lambda *_, count=count: bar.advance(count)))
+        rest -= count
+    try:
+        yield rest
+    finally:
+        for handle in handles:
+            handle.remove()
