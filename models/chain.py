@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densegeo.kernels.normals import normals
-from densegeo.kernels.resize_depth import resize_depth
+from densegeo.kernels.resize_depth import Metres, resize_depth
 from densegeo.kernels.split import split as split_tokens
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode, Maps, Output, into_opencv
@@ -65,21 +65,23 @@ def run(pipeline: Pipeline, rgb: Tensor, size: Size) -> Tensor:
 
 
 @torch.no_grad()
-def assemble(decode: Decode, decoded: Tensor, source: Size, box: Box | None = None) -> Maps[Tensor]:
+def assemble(
+    decode: Decode, decoded: Tensor, source: Size, box: Box | None = None, metres: Metres | None = None
+) -> Maps[Tensor]:
     """One image's decoded pictures (outputs, channels, H, W) -> its maps at the source's size.
 
-    box: where the image lies in them; None: it fills them.
+    box: where the image lies in them; None: it fills them. metres: depth by these in place of the prediction.
     """
     lies = box or (0, 0, decoded.shape[3], decoded.shape[2])
     pairs = zip(decode.outputs, decoded.split(1), strict=True)
-    return Maps(**{row.name: _map(row, picture, lies, source)[0] for row, picture in pairs})
+    return Maps(**{row.name: _map(row, picture, lies, source, metres)[0] for row, picture in pairs})
 
 
-def _map(row: Output, decoded: Tensor, box: Box, size: Size) -> Tensor:
+def _map(row: Output, decoded: Tensor, box: Box, size: Size, metres: Metres | None) -> Tensor:
     """A decoded picture (1, channels, H, W) -> prediction (1, h, w) or normals (1, h, w, 3)."""
     if row.frame is not None:
         return normals(decoded, box, size, matrix=into_opencv(row.frame))
-    return resize_depth(decoded, box, size, clamp=row.clamp)
+    return resize_depth(decoded, box, size, clamp=row.clamp, metres=metres)
 
 
 def relative(ours: Tensor, wanted: Tensor) -> float:

@@ -59,8 +59,8 @@ class Files:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A checkpoint, opened: its prompt, and what headers alone tell: modules on the meta device, which stay there, and of
-    each file its entries and how they are stored.
+    """A checkpoint, opened: its prompt, and what headers alone tell: modules on the meta device, which stay there, and
+    of each file its entries and how they are stored.
     """
 
     files: Files

@@ -17,13 +17,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError, BundleError, ConfigError
+from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.batcher import BatchOptions
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, Color, device_size
+from densegeo.runtime.metric import from_parameters
 from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import choose_bucket, place
@@ -155,7 +157,16 @@ class Estimator:
         """
         return self._service.stream(latest, color, depth)
 
-    def tensors(self, image: Any, color: Color = "rgb") -> tuple[Any, Any]:
+    def tensors(
+        self,
+        image: Any,
+        color: Color = "rgb",
+        *,
+        scale: float | None = None,
+        shift: float | None = None,
+        near: float = 0.0,
+        far: float = math.inf,
+    ) -> tuple[Any, Any]:
         """Prediction (h, w) and unit OpenCV normals (h, w, 3), None for what the model has not, float32, left on the
         backend's device.
 
@@ -164,8 +175,11 @@ class Estimator:
         the torch backend: the current stream). What lies on the device is not copied to the host. The image may be
         overwritten when this returns; a tensor with the torch backend, which is read in place, in the order of the
         current stream. The results have DLPack, and are ready for the caller's current stream. Not counted in
-        `metrics`. Raises ImageError, and BackendError for an image on another device and for a backend that returns
-        host arrays.
+        `metrics`.
+        scale, shift: the line of the depth kind, see `Geometry.to_metric`; with both, depth in metres takes the
+        prediction's place, clipped to [near, far], NaN where the line gives no positive depth.
+        Raises ImageError, CalibrationError for an unusable line, MissingOutputError where there is no depth, and
+        BackendError for an image on another device and for a backend that returns host arrays.
         """
         if not isinstance(self._backend, FrameBackend) or self._authors:
             how = "authors" if self._authors else "densegeo"
@@ -173,9 +187,10 @@ class Estimator:
                 f'{self.backend} with preprocessing="{how}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
+        metres = None if scale is None and shift is None else self._metres(scale, shift, near, far)
         size = device_size(image)
         bucket = choose_bucket(self.manifest.buckets, size)
-        maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color)
+        maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)
         return maps.prediction, maps.normals
 
     def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
@@ -230,6 +245,17 @@ class Estimator:
         """
         if self._service.close(drain):
             self._backend.close()
+
+    def _metres(self, scale: float | None, shift: float | None, near: float, far: float) -> Metres:
+        kind = self.manifest.decode.depth_kind
+        if kind is None:
+            raise MissingOutputError(f"There is no depth in metres: {self.manifest.model} predicts normals alone.")
+        if scale is None or shift is None or kind == "metric":
+            raise CalibrationError("Metres need both scale and shift, of a model whose depth is not metric already.")
+        if not 0 <= near < far:
+            raise CalibrationError(f"near and far must be metres with 0 <= near < far, not {near} and {far}.")
+        line = from_parameters(kind, scale, shift)
+        return Metres(kind, line.scale, line.shift, near, far)
 
     def __enter__(self) -> Estimator:
         return self

@@ -104,7 +104,7 @@ def variant(kind: str, channels: int, clamp: Clamp, space: Space | None = None) 
         },
         grid=GRID,
         aligned=("decoded", "resized"),
-        bundled=space is None,
+        bundled=kind == "fp32",
     )
 
 

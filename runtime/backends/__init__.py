@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from densegeo.backends import BACKENDS, BackendRow
 from densegeo.errors import BackendError, ConfigError
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.images import Color
@@ -59,8 +60,13 @@ class FrameBackend(Backend, Protocol):
         """Pixels (h, w, 3) RGB of one or more images -> the maps of each, at its own size. Raises BackendError."""
         ...
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[Any]:
-        """The same for an array that may lie on the device, uint8 (h, w, 3); the maps stay there."""
+    def keep(
+        self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
+    ) -> Maps[Any]:
+        """The same for an array that may lie on the device, uint8 (h, w, 3); the maps stay there.
+
+        metres: depth by this line in place of the prediction, NaN where it is none.
+        """
         ...
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from densegeo.backends import ENGINES
 from densegeo.errors import BackendError, EngineError
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_input import pixels_of
@@ -117,7 +118,9 @@ class TensorRTBackend:
                     results.append(Maps(**{name: network.download(array) for name, array in found.items()}))
         return results
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[DeviceArray]:
+    def keep(
+        self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
+    ) -> Maps[DeviceArray]:
         """The same for one image, uint8 (h, w, 3) on the device, where it is not copied, or on the host.
 
         It is read behind its producer's stream, and may be overwritten when this returns. The results stay on the
@@ -132,7 +135,7 @@ class TensorRTBackend:
                 network.prepare(0, pixels.address, pixels.strides, placement, color)
             read = self._memory.record()
             network.launch()
-            results = network.outputs(0, placement)
+            results = network.outputs(0, placement, metres)
             ready = self._memory.record()
             for result in results.named().values():
                 result.ready_after(ready)

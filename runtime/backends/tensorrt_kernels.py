@@ -10,13 +10,16 @@ SPLIT = "split.fp32_fp32"
 NORMALS = "normals.fp32"
 
 
-def resize_depth_name(depth: Output, channels: int) -> str:
-    """The kernel that resizes the depth picture of a decoder with so many channels."""
-    return row_name("fp32", channels, depth.clamp)
+def resize_depth_name(depth: Output, channels: int, metres: bool) -> str:
+    """The kernel that resizes the depth picture of a decoder with so many channels, as it is or into metres."""
+    space = depth.space if metres else None
+    assert space != "metric"
+    return row_name("fp32", channels, depth.clamp, space)
 
 
 def launched(decode: Decode, channels: int) -> list[str]:
     """All that a bundle's images need; channels: the decoder's."""
     split = [SPLIT] if decode.packing == "tokens" else []
-    pictures = [NORMALS if row.kind == "normals" else resize_depth_name(row, channels) for row in decode.outputs]
-    return [PREPROCESS, *split, *pictures]
+    depths = [row for row in decode.outputs if row.kind == "depth"]
+    resized = [resize_depth_name(row, channels, metres) for row in depths for metres in (False, True)]
+    return [PREPROCESS, *split, *resized, *([NORMALS] if decode.has("normals") else [])]

@@ -12,6 +12,7 @@ from densegeo.errors import BackendError
 from densegeo.kernels.normals import arguments as normals
 from densegeo.kernels.preprocess import arguments as preprocess
 from densegeo.kernels.resize_depth import arguments as resize_depth
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.kernels.split import arguments as split
 from densegeo.outputs import Maps, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
@@ -122,8 +123,8 @@ class Network:
         """A device array as an array of its own on the host."""
         return self._memory.staging.download(array.address, array.shape)
 
-    def outputs(self, index: int, placement: Placement) -> Maps[DeviceArray]:
-        """The maps of image `index` at its own size, in the memory's stream."""
+    def outputs(self, index: int, placement: Placement, metres: Metres | None = None) -> Maps[DeviceArray]:
+        """The maps of image `index` at its own size, in the memory's stream. metres: see `FrameBackend.keep`."""
         width, height = placement.source
         _, channels, rows, columns = self._shapes["decoded"]
         plane = rows * columns
@@ -133,17 +134,20 @@ class Network:
         found = {}
         for number, row in enumerate(self._decode.outputs):
             decoded = self._address("decoded") + (number * self._bucket.batch + index) * picture
-            found[row.name] = self._map(row, decoded, channels, ends)
+            found[row.name] = self._map(row, decoded, channels, ends, metres)
         return Maps(**found)
 
-    def _map(self, row: Output, decoded: int, channels: int, ends: tuple[int, ...]) -> DeviceArray:
+    def _map(
+        self, row: Output, decoded: int, channels: int, ends: tuple[int, ...], metres: Metres | None
+    ) -> DeviceArray:
         """What an output's row makes of a decoded picture. ends: the picture's strides, its box, width and height."""
         width, height = ends[-2:]
         shape = (height, width) if row.frame is None else (height, width, 3)
         made = self._memory.device_buffer(FLOAT * _count(shape))
         if row.frame is None:
-            name, given = resize_depth_name(row, channels), resize_depth.Arguments(decoded, int(made.handle), *ends)
-            self._kernels.launch(name, self._memory.stream, given)
+            line = (metres.scale, metres.shift, metres.near, metres.far) if metres else ()
+            given = resize_depth.Arguments(decoded, int(made.handle), *ends, *line)
+            self._kernels.launch(resize_depth_name(row, channels, metres is not None), self._memory.stream, given)
         else:
             axes = (value for axis in into_opencv(row.frame) for value in axis)
             self._kernels.launch(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from densegeo.errors import TensorSizeError
 from densegeo.kernels.preprocess import preprocess
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.models import chain
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
@@ -64,9 +65,13 @@ class DeviceNetwork:
         return self._replays[count]
 
     def __call__(
-        self, frames: Sequence[Tensor], placements: Sequence[Placement], color: Color = "rgb"
+        self,
+        frames: Sequence[Tensor],
+        placements: Sequence[Placement],
+        color: Color = "rgb",
+        metres: Metres | None = None,
     ) -> list[Maps[Tensor]]:
-        """frames (h, w, 3) uint8 on the device -> the maps of each, there."""
+        """frames (h, w, 3) uint8 on the device -> the maps of each, there. metres: see `FrameBackend.keep`."""
         results: list[Maps[Tensor]] = []
         with torch.inference_mode():
             while len(results) < len(frames):
@@ -77,7 +82,7 @@ class DeviceNetwork:
                     for frame, placement in zip(frames[part], placements[part], strict=True)
                 ]
                 decoded = replay(torch.cat(rgb))
-                results += [self._finish(decoded[i::count], place) for i, place in enumerate(placements[part])]
+                results += [self._finish(decoded[i::count], place, metres) for i, place in enumerate(placements[part])]
         return results
 
     def _largest(self, count: int) -> tuple[Replay, int]:
@@ -98,10 +103,10 @@ class DeviceNetwork:
                 self._pipeline.decoder_batch = 1
             torch.cuda.empty_cache()  # of all devices; here, where the error no longer holds what was allocated
 
-    def _finish(self, decoded: Tensor, placement: Placement) -> Maps[Tensor]:
+    def _finish(self, decoded: Tensor, placement: Placement, metres: Metres | None) -> Maps[Tensor]:
         """One image's decoded pictures (outputs, channels, 8h, 8w) -> its maps."""
         box = inside(placement.box, decoded.shape[3], decoded.shape[2])
-        return chain.assemble(self._pipeline.decode, decoded, placement.source, box)
+        return chain.assemble(self._pipeline.decode, decoded, placement.source, box, metres)
 
     def _network(self, rgb: Tensor) -> Tensor:
         """rgb (B, 3, H, W) -> decoded (outputs * B, channels, 8h, 8w) float32."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from densegeo.backends import NETWORKS
 from densegeo.errors import BackendError, CheckpointError
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.models import rewrites
 from densegeo.models.config import VAEConfig
 from densegeo.models.denoiser import AnyDenoiser, Denoiser
@@ -123,11 +124,13 @@ class TorchBackend:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
 
-    def keep(self, bucket: Bucket, image: Any, placement: Placement, color: Color) -> Maps[Tensor]:
+    def keep(
+        self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
+    ) -> Maps[Tensor]:
         """`estimate` on an array that may lie on the device; the results stay there. Raises BackendError."""
         network = self._network(bucket)
         try:
-            return self._ring.keep(image, lambda frame: network([frame], [placement], color)[0])
+            return self._ring.keep(image, lambda frame: network([frame], [placement], color, metres)[0])
         except (RuntimeError, BufferError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
 

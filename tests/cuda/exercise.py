@@ -170,6 +170,13 @@ class Checks:
             estimator(self._setup.images[index])  # takes what memory there is
             for reading, want in zip(readings, wanted, strict=True):
                 self._error(f"tensors {index}", reading.wait(), want)
+        self._in_metres(estimator, foreign)
+
+    def _in_metres(self, estimator: Estimator, foreign: Memory) -> None:
+        """Depth by a line, on the device."""
+        pixels, wanted = self._setup.images[0], self._setup.wanted[0]
+        metres, _ = estimator.tensors(pixels, scale=2.0, shift=1.0)
+        self._error("metres", Reading(foreign, metres).wait(), wanted.to_metric(scale=2.0, shift=1.0).depth)
 
     def _expected(self) -> list[list[NDArray[np.float32]]]:
         """What every image gives."""

@@ -13,6 +13,7 @@ from densegeo.kernels.contract import Argument, LaunchContract, programs
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
 from densegeo.kernels.resize_depth import resize_depth
+from densegeo.kernels.resize_depth.arguments import SPACES, Metres
 from densegeo.kernels.split import split
 from densegeo.outputs import Clamp
 from densegeo.runtime.bundle import KERNELS
@@ -72,9 +73,10 @@ class References:
     def _resize_depth(self, v: dict[str, Any], contract: LaunchContract) -> None:
         decoded, box, size = self._decoded(v)
         assert decoded.shape[1] == contract.constants["CHANNELS"]
-        assert contract.constants["SPACE"] == 0
         clamp: Clamp = "before_mean" if contract.constants["BEFORE_MEAN"] else "after_mean"
-        made = resize_depth(decoded, box, size, clamp=clamp)  # type: ignore[arg-type]
+        space = (None, *SPACES)[contract.constants["SPACE"]]
+        metres = Metres(space, *(v[name] for name in ("scale", "shift", "near", "far"))) if space else None
+        made = resize_depth(decoded, box, size, clamp=clamp, metres=metres)  # type: ignore[arg-type]
         self._view(v["resized"], made.shape)[:] = made.numpy()
 
     def _normals(self, v: dict[str, Any], contract: LaunchContract) -> None:

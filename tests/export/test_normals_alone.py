@@ -102,6 +102,8 @@ def test_a_device_keeps_normals_and_no_prediction(bundle: Path, image: np.ndarra
         prediction, normals = estimator.tensors(image)
         assert prediction is None
         assert normals.shape == image.shape
+        with pytest.raises(MissingOutputError):
+            estimator.tensors(image, scale=1.0, shift=0.0)
         first, second = estimator.batch([image, image[::-1].copy()])
         assert first.prediction is second.prediction is None
 

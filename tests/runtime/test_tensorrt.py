@@ -15,11 +15,13 @@ import pytest
 from densegeo.backends import BACKENDS
 from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
+from densegeo.kernels.resize_depth.arguments import SPACES, Metres
+from densegeo.outputs import Decode, Output
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
-from densegeo.runtime.backends.tensorrt_kernels import launched
+from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_name
 from densegeo.runtime.backends.tensorrt_network import Network
-from densegeo.runtime.bundle import STAGES, Bucket, Decode, Graph, TensorSpec, read_manifest
+from densegeo.runtime.bundle import STAGES, Bucket, Graph, TensorSpec, read_manifest
 from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import forget, is_verified, mark_verified
 
@@ -74,7 +76,7 @@ ENGINES = {stage: Namespace(use=lambda workspace: None, launch=lambda *given: No
 
 def toy_bucket(decode: Decode, channels: int) -> Bucket:
     """32x16 pixels."""
-    pictures = decode.pictures
+    pictures = len(decode.outputs)
     shapes = {
         "encoder": ([1, 3, 16, 32], [1, 16, 2, 4]),
         "denoiser": ([1, 16, 2, 4], [1, 4, 64] if decode.packing == "tokens" else [1, 16, 2, 4]),
@@ -121,22 +123,31 @@ def test_a_bundle_without_kernels_for_this_gpu_says_how_to_get_them(tmp_path: Pa
         Kernels(tmp_path, [CONTRACT], 90)
 
 
-DECODES = {
-    Decode(depth_kind="log_affine"): 3,
-    Decode(depth_kind="affine", packing="latent", clip="mean"): 3,
-    Decode(depth_kind="affine", packing="latent", clip="mean", latent_scale=0.5): 1,  # the mean is in the decoder
-}  # what bundles say -> channels of their decoders
+FACING = Output(kind="normals", clamp="before_mean", frame="dsine")
+# What bundles say, and the channels of their decoders: 1 where the mean is in the last convolution.
+DECODES = [
+    (Decode(packing="latent", outputs=(FACING,)), 3),
+    *(
+        (Decode(packing="tokens", outputs=(Output(kind="depth", clamp="before_mean", space=space), FACING)), 3)
+        for space in SPACES
+    ),
+    *(
+        (Decode(packing="latent", outputs=(Output(kind="depth", clamp="after_mean", space=space),)), channels)
+        for space in SPACES
+        for channels in (3, 1)
+    ),
+]
 
 
 def test_every_bundled_kernel_is_launched_and_no_other() -> None:
     pytest.importorskip("triton")
     from densegeo.kernels.table import variants
 
-    needed = {name for decode, channels in DECODES.items() for name in launched(decode, channels)}
+    needed = {name for decode, channels in DECODES for name in launched(decode, channels)}
     assert needed == {row.name for row in variants() if row.bundled}
 
 
-@pytest.mark.parametrize(("decode", "channels"), list(DECODES.items()))
+@pytest.mark.parametrize(("decode", "channels"), DECODES)
 def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
     """All of an image's launches, in order, each with its row's own arguments and what their contract asks for."""
     pytest.importorskip("triton")
@@ -149,9 +160,13 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
     kernels.launches.clear()
     network.prepare(0, 32, (93, 3), Placement((2, 0, 28, 16), (31, 29)), "bgr")
     network._enqueue(None)
-    resized, vectors = network.outputs(0, Placement((2, 0, 28, 16), (31, 29)))
-    assert resized.shape == (29, 31)
-    assert (vectors is None) == (decode.pictures == 1)
+    found = network.outputs(0, Placement((2, 0, 28, 16), (31, 29))).named()
+    assert tuple(found) == decode.names
+    shapes = {"prediction": (29, 31), "normals": (29, 31, 3)}
+    assert {name: array.shape for name, array in found.items()} == {name: shapes[name] for name in found}
+    if decode.depth_kind is not None:
+        metres = Metres(decode.depth_kind, 2.0, 0.5, 1.0, 9.0)  # type: ignore[arg-type]
+        network._map(decode.outputs[0], 64, channels, (3, 1, 1, 1, 0, 0, 4, 4, 4, 4), metres)
     assert sorted(name for name, _ in kernels.launches) == sorted(launched(decode, channels))
     for name, arguments in kernels.launches:
         assert type(arguments) is rows[name].arguments
@@ -160,7 +175,11 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
         assert [getattr(value, "value", value) for value in packed[:-2]] == pytest.approx(list(arguments))
     placed = {name: arguments._asdict() for name, arguments in kernels.launches}
     assert placed["preprocess.u8_fp32"]["red"] == 2
-    depth = placed[launched(decode, channels)[-1 if decode.pictures == 1 else -2]]
+    if decode.depth_kind is None:
+        return
+    depth = placed[resize_depth_name(decode.outputs[0], channels, metres=False)]
+    line = placed[resize_depth_name(decode.outputs[0], channels, metres=True)]
+    assert [line[name] for name in ("scale", "shift", "near", "far")] == [2.0, 0.5, 1.0, 9.0]
     named = ("box_width", "box_height", "width", "height", "channel_stride", "row_stride")
     assert [depth[name] for name in named] == [28, 16, 31, 29, 16 * 32, 32]
 

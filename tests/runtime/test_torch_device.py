@@ -18,8 +18,9 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
 
-from densegeo.errors import BackendError, ImageError, TensorSizeError  # noqa: E402
+from densegeo.errors import BackendError, CalibrationError, ImageError, TensorSizeError  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
+from densegeo.models import chain  # noqa: E402
 from densegeo.outputs import Maps  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_device  # noqa: E402
@@ -246,6 +247,12 @@ def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> 
             for ours, theirs in ((prediction, expected.prediction), (normals, expected.normals)):
                 gap = torch.from_dlpack(ours).cpu().numpy() - theirs
                 assert np.linalg.norm(gap) <= 1e-5 * np.linalg.norm(theirs)
+        metres, _ = estimator.tensors(image, scale=3.4, shift=-0.2, near=0.5, far=20.0)
+        depth = np.clip(np.exp(3.4 * expected.prediction - 0.2), 0.5, 20.0)  # type: ignore[operator]
+        np.testing.assert_allclose(torch.from_dlpack(metres).cpu().numpy(), depth, rtol=1e-4)
+        for line in ({"scale": 1.0}, {"scale": -1.0, "shift": 0.0}, {"scale": 1.0, "shift": 0.0, "near": 3, "far": 2}):
+            with pytest.raises(CalibrationError):
+                estimator.tensors(image, **line)
         for bad in (image[..., :2], image.astype(np.float32), image[:8], [1, 2, 3]):
             with pytest.raises(ImageError):
                 estimator.tensors(bad)
@@ -365,9 +372,9 @@ def test_opening_pays_for_every_size_and_batch(built: dict[str, Path], monkeypat
     """Nothing is made, recorded or launched for the first time in a request."""
     image = np.random.default_rng(6).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     launched: list[str] = []
-    for name in ("preprocess", "resize_depth", "normals"):
-        real = getattr(torch_device, name)
-        monkeypatch.setattr(torch_device, name, partial(noting, launched, name, real))
+    for module, name in ((torch_device, "preprocess"), (chain, "resize_depth"), (chain, "normals")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, partial(noting, launched, name, real))
     with opened_as_on_a_gpu(built["fp32"], max_batch=3) as estimator:
         backend, buckets = estimator._backend, estimator.manifest.buckets
         assert len(buckets) > 1

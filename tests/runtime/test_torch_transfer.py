@@ -27,9 +27,9 @@ class Slots:
         self.cuda.launch("upload")
         return [OnDevice.made(self.cuda)]
 
-    def download(self, results: Any) -> list[tuple[torch.Tensor, ...]]:
+    def download(self, results: Any) -> list[dict[str, torch.Tensor]]:
         self.cuda.launch("download")
-        return [(torch.zeros(1),)]
+        return [{"prediction": torch.zeros(1)}]
 
 
 @pytest.fixture
