@@ -41,6 +41,8 @@ def make_weights(job: Job, state: State) -> Weights:
     cast_module(pipeline.vae, options.base)
     low = replace(pipeline, denoiser=final.denoiser)
     bounds = _emulated_bounds(low, stored, directory, display) if job.quantizer.layers else state.references.bounds
+    for size, limits in bounds.items():
+        checks.require_finite(limits, size)
     for stage in ("encoder", "decoder"):
         write_weights(low.stages()[stage], directory / f"{stage}.safetensors")
     write_prompt(low.prompt, directory / PROMPT_FILE)
@@ -62,7 +64,6 @@ def _emulated_bounds(low: Pipeline, stored: Path, directory: Path, display: Disp
             bar.describe(f"emulating {size}")
             emulated.denoiser.resize(size)
             bounds[str(size)] = checks.bounds(emulated, pictures[0])
-            checks.require_finite(bounds[str(size)], str(size))
             bar.advance(2 * rest)
     return bounds
 

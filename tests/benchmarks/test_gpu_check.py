@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    monkeypatch.setattr(gpu_models, "_compile", lambda pipeline, vae: None)  # takes minutes on a CPU
+    monkeypatch.setattr(gpu_models, "_compile", lambda pipeline: None)  # takes minutes on a CPU
     monkeypatch.setattr(gpu_fiffdepth, "_compiled", lambda pipeline: pipeline)
     command = ["gpu_check.py", "--small", "--device", "cpu", "--output", str(output), *arguments]
     monkeypatch.setattr(sys, "argv", command)
@@ -46,7 +46,7 @@ def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.Monk
     kernels = found["kernels"]["kernels"]
     assert kernels["copy"]["of_copy"] == 1
     # a token's 64 features are read once and written once
-    assert kernels["split"]["bytes"] == 2 * 4 * gpu_check.gpu_models.SMOKE.width * 48 // 256 * 64 * 2
+    assert kernels["split"]["bytes"] == 2 * 4 * gpu_check.gpu_models.SMOKE.size.width * 48 // 256 * 64 * 2
     (size,) = found["models"]["sizes"]
     rows = size["contenders"]
     assert set(rows) >= {"authors, eager", "batch 1, bf16, compiled", "folded, kernels, graph"}

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from densegeo.models.fe2e import NAMES
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.decode import split_velocity
+from densegeo.runtime.decode import latents_of
 from densegeo.runtime.verify import relative_error
+from densegeo.size import Size
 from tests.support.checkpoints import golden_given
 from tests.support.shared import Build
 
@@ -42,7 +43,7 @@ def check(golden: Path, build_once: Build, weights: str, without: tuple[str, ...
         outputs = estimator.replay(np.ascontiguousarray(rgb))
         geometry = estimator(image)
         decode = estimator.manifest.decode
-    unscaled = split_velocity(outputs["denoiser"], height, width, decode)
+    unscaled = latents_of(outputs["denoiser"], Size(width, height), decode)
     latents = (unscaled - decode.latent_shift) * decode.latent_scale
     actual = {
         "rgb_latent": outputs["encoder"],

@@ -94,7 +94,7 @@ def test_overhead_is_itemised(
 ) -> None:
     """The backend's three stages have spans of their own, and so does all that runs between them."""
     seconds = count()  # a clock on which every span takes one second
-    monkeypatch.setattr("densegeo.runtime.estimator.Laps", partial(Laps, lambda: float(next(seconds))))
+    monkeypatch.setattr("densegeo.runtime.runner.Laps", partial(Laps, lambda: float(next(seconds))))
     with Estimator(new_bundle(decoder_batch=decoder_batch), device="cpu") as estimator:
         spans = dict(estimator(picture).timings)
         queued = dict(estimator.submit(picture).result(30).timings)

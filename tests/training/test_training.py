@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from densegeo.models import chain
+from densegeo.models.families import FE2E
 from densegeo.models.layers import attention
 from densegeo.models.loading import Files, load_pipeline
-from densegeo.models.presets import AUTHORS_FILES, PRESETS, TINY_TRANSFORMER
-from densegeo.models.transformer import split
+from densegeo.models.presets import AUTHORS_FILES, PRESETS, TINY_TRANSFORMER, TINY_VAE
 from densegeo.size import Size
 from densegeo.training import autoencoder, diffusion, publish
 from densegeo.training.data import Chunk, pictures
@@ -32,9 +32,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_target_splits_into_the_two_latents() -> None:
     depth, normals = torch.randn(2, 3, 16, 4, 6).unbind()
-    velocity = diffusion.target(depth, normals)
+    velocity, decode = diffusion.target(depth, normals), FE2E.decode(TINY_VAE)
     for index in range(3):
-        latents = split(velocity[index : index + 1], 32, 48)
+        unscaled = chain.split(decode, velocity[index : index + 1], Size(48, 32))
+        latents = (unscaled - decode.latent_shift) * decode.latent_scale
         torch.testing.assert_close(latents[0], depth[index])
         torch.testing.assert_close(latents[1], normals[index])
 
@@ -117,7 +118,7 @@ def test_both_stages_run_and_their_files_load_strictly(tmp_path: Path) -> None:
     prompt = diffusion.prompt(0)
     dit, autoencoder_file, prompt_file = publish.write(transformer, vae, prompt, tmp_path / "out")
     pipeline = load_pipeline(Files.of("fe2e", dit=dit, vae=autoencoder_file, prompt=prompt_file), Size(256, 192))
-    assert pipeline.denoiser.config == TINY_TRANSFORMER
+    assert pipeline.denoiser.config == TINY_TRANSFORMER, TINY_VAE
     # Guidance and merged padding are exact, so the published files give what was trained, but for bf16's rounding.
     rounded = {key: value.bfloat16().float() for key, value in transformer.state_dict().items()}
     transformer.load_state_dict(rounded)
@@ -155,7 +156,7 @@ def test_the_carried_weights_are_small_and_load() -> None:
     for path in (paths["dit"], paths["vae"]):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
     pipeline = load_pipeline(Files.of("fe2e", **paths), Size(256, 192))
-    assert pipeline.denoiser.config == TINY_TRANSFORMER
+    assert pipeline.denoiser.config == TINY_TRANSFORMER, TINY_VAE
     assert pipeline.vae.config == autoencoder.make(0).config
     assert "@" not in (directory / "README.md").read_text()  # every figure of the card is filled in
 
