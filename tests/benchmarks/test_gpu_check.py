@@ -60,6 +60,7 @@ def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert result["commit"] is None or len(result["commit"]) >= 40
 
 
+@pytest.mark.slow
 def test_every_measurement_of_fiffdepth_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "fiffdepth", "profile")
     assert code == 0

@@ -24,7 +24,14 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("graphs_once")]
         # The same products without the attentions, and the same graph with its weights elsewhere.
         pytest.param("fp8", "calibrated", "constant", (89, 120), [["sm_89"], ["sm_120"]], marks=pytest.mark.slow),
         pytest.param("fp8", "attentive", "input", (89,), [["sm_89"]], marks=pytest.mark.slow),
-        ("int8", "calibrated", "constant", (80, 86, 89, 120), [["sm_80", "sm_86", "sm_89", "sm_120"]]),
+        pytest.param(
+            "int8",
+            "calibrated",
+            "constant",
+            (80, 86, 89, 120),
+            [["sm_80", "sm_86", "sm_89", "sm_120"]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_products_are_8_bit(

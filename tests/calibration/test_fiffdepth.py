@@ -80,13 +80,14 @@ def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_p
         assert relative(fused(latent), unet(latent)) <= error
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "architectures", "engines"),
     [
         ("fp8", (89,), [["sm_89"]]),
-        pytest.param("fp8", (89, 120), [["sm_89"], ["sm_120"]], marks=pytest.mark.slow),  # as FE2E's by default
-        pytest.param("int8", (86,), [["sm_86"]], marks=pytest.mark.slow),
+        ("fp8", (89, 120), [["sm_89"], ["sm_120"]]),  # as FE2E's by default
+        ("int8", (86,), [["sm_86"]]),
     ],
 )
 def test_products_of_engines_are_8_bit(

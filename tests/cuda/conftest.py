@@ -75,12 +75,17 @@ def child(standin: Path) -> Child:
 @pytest.fixture(scope="session")
 def with_engines(once: Once, batched_bundle: Build) -> Build:
     """(model, options) -> `batched_bundle`, with stand-in engines and our kernels for the stand-in driver's sm_89."""
+    from densegeo.benchmarks.setups import FULL, SD2_VAE
     from densegeo.export.cubins import write_cubins
     from densegeo.kernels.contract import LaunchContract
+    from densegeo.models.families import FE2E, FIFFDEPTH
+    from densegeo.runtime.backends.tensorrt_kernels import launched
     from tests.cuda import bundles
 
     def compile_kernels(folder: Path) -> None:
-        contracts = write_cubins(folder, (bundles.ARCHITECTURE,))
+        pairs = ((FE2E.decode(FULL.vae), 3), (FIFFDEPTH.decode(SD2_VAE), 1), (FIFFDEPTH.decode(SD2_VAE), 3))
+        names = sorted({name for decode, channels in pairs for name in launched(decode, channels)})
+        contracts = write_cubins(folder, (bundles.ARCHITECTURE,), names)
         (folder / "contracts.json").write_bytes(msgspec.json.encode(contracts))
 
     def build(model: str, **options: object) -> Path:

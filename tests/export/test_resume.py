@@ -30,7 +30,7 @@ from densegeo.export.keys import StageKeys, stage_keys
 from densegeo.export.options import BuildOptions
 from densegeo.export.staging import LOCK, locked, staging_folder
 from densegeo.runtime.bundle import STAGES, Engine, Source, check_files, read_manifest, sha256_file
-from tests.support.checkpoints import PROGRAM, leftovers, options, run_build, write_checkpoint
+from tests.support.checkpoints import leftovers, options, run_build, write_checkpoint
 from tests.support.graphs import command
 
 pytestmark = pytest.mark.timeout(900)
@@ -87,7 +87,7 @@ def one_go(small: Path, tmp_path_factory: pytest.TempPathFactory, graphs_once: P
 
 
 def interrupted(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """What it said until it ended. A library that is just being imported can swallow an interruption: one asks again."""
+    """What it said until it ended. A library that is being imported can swallow an interruption: one asks again."""
     for _ in range(5):
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -100,7 +100,7 @@ def test_a_build_goes_on_without_its_checkpoint(
     number: signal.Signals, small: Path, one_go: Path, tmp_path: Path, graphs_once: Path
 ) -> None:
     output, folder = tmp_path / "bundle", tmp_path / STAGING
-    program = PROGRAM if number == signal.SIGINT else command(graphs_once)  # the latter traces no graph again
+    program = command(graphs_once)  # traces no graph again
     process = run_build(small, output)
     deadline = time.monotonic() + 300
     while not (folder / "weights.json").exists() and time.monotonic() < deadline and process.poll() is None:
