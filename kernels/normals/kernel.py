@@ -9,7 +9,7 @@ import triton.language as tl
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.launch import BOX, kind_of, launch, require_small
 from densegeo.kernels.normals.arguments import Arguments
-from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
+from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, corners, mix
 from densegeo.kernels.table import Variant
 from densegeo.outputs import NORMAL_FLOOR, Matrix
 
@@ -20,12 +20,13 @@ FLOOR = tl.constexpr(NORMAL_FLOOR)
 
 
 @triton.jit
-def _sample(plane, row0, row1, column0, column1, down, right):
-    above = clamp_unit(tl.load(plane + row0 + column0).to(tl.float32)) * (1 - right)
-    above += clamp_unit(tl.load(plane + row0 + column1).to(tl.float32)) * right
-    below = clamp_unit(tl.load(plane + row1 + column0).to(tl.float32)) * (1 - right)
-    below += clamp_unit(tl.load(plane + row1 + column1).to(tl.float32)) * right
-    return above * (1 - down) + below * down
+def _clamped(pixel):
+    return clamp_unit(tl.load(pixel).to(tl.float32))
+
+
+@triton.jit
+def _sample(plane, a, b, c, d, right, down):
+    return mix(_clamped(plane + a), _clamped(plane + b), _clamped(plane + c), _clamped(plane + d), right, down)
 
 
 @triton.jit(do_not_specialize=BOX)
@@ -57,19 +58,13 @@ def normals_kernel(
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     picture = tl.program_id(2)
-    x0, x1, right = taps(x, box_width, width)
-    y0, y1, down = taps(y, box_height, height)
-    right = right[None, :]
-    down = down[:, None]
+    ends = corners(x, y, left, top, box_width, box_height, width, height, row_stride, column_stride)
+    above0, above1, below0, below1, right, down = ends
 
     plane = decoded + picture * batch_stride
-    column0 = (left + x0)[None, :] * column_stride
-    column1 = (left + x1)[None, :] * column_stride
-    row0 = (top + y0)[:, None] * row_stride
-    row1 = (top + y1)[:, None] * row_stride
-    a = _sample(plane, row0, row1, column0, column1, down, right)
-    b = _sample(plane + channel_stride, row0, row1, column0, column1, down, right)
-    c = _sample(plane + 2 * channel_stride, row0, row1, column0, column1, down, right)
+    a = _sample(plane, above0, above1, below0, below1, right, down)
+    b = _sample(plane + channel_stride, above0, above1, below0, below1, right, down)
+    c = _sample(plane + 2 * channel_stride, above0, above1, below0, below1, right, down)
 
     length = tl.sqrt(a * a + b * b + c * c)
     length = tl.where(length < FLOOR, FLOOR, length)  # NaN stays

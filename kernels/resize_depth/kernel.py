@@ -9,7 +9,7 @@ import triton.language as tl
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.launch import BOX, kind_of, launch, require_small
 from densegeo.kernels.resize_depth.arguments import SPACES, Arguments, Metres, Space, row_name
-from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, taps
+from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, corners, mix
 from densegeo.kernels.table import Variant
 from densegeo.outputs import Clamp
 
@@ -60,22 +60,18 @@ def resize_depth_kernel(
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     picture = tl.program_id(2)
-    x0, x1, right = taps(x, box_width, width)
-    y0, y1, down = taps(y, box_height, height)
-    right = right[None, :]
-    down = down[:, None]
+    ends = corners(x, y, left, top, box_width, box_height, width, height, row_stride, column_stride)
+    above0, above1, below0, below1, right, down = ends
 
     origin = decoded + picture * batch_stride
-    column0 = (left + x0)[None, :] * column_stride
-    column1 = (left + x1)[None, :] * column_stride
-    row0 = (top + y0)[:, None] * row_stride
-    row1 = (top + y1)[:, None] * row_stride
-    above = _prediction(origin + row0 + column0, channel_stride, CHANNELS, BEFORE_MEAN) * (1 - right)
-    above += _prediction(origin + row0 + column1, channel_stride, CHANNELS, BEFORE_MEAN) * right
-    below = _prediction(origin + row1 + column0, channel_stride, CHANNELS, BEFORE_MEAN) * (1 - right)
-    below += _prediction(origin + row1 + column1, channel_stride, CHANNELS, BEFORE_MEAN) * right
-    p = above * (1 - down) + below * down
-
+    p = mix(
+        _prediction(origin + above0, channel_stride, CHANNELS, BEFORE_MEAN),
+        _prediction(origin + above1, channel_stride, CHANNELS, BEFORE_MEAN),
+        _prediction(origin + below0, channel_stride, CHANNELS, BEFORE_MEAN),
+        _prediction(origin + below1, channel_stride, CHANNELS, BEFORE_MEAN),
+        right,
+        down,
+    )
     if SPACE > 0:
         p = scale * p + shift
         if SPACE == 1:

@@ -21,6 +21,31 @@ def taps(position, source, target):
 
 
 @triton.jit
+def corners(x, y, left, top, box_width, box_height, width, height, row_stride, column_stride):
+    """Output columns and rows -> offsets of the four pixels that `mix` takes, above before below, and its weights.
+
+    The box (left, top, box_width, box_height) is resized to width x height, plain bilinear.
+    """
+    x0, x1, right = taps(x, box_width, width)
+    y0, y1, down = taps(y, box_height, height)
+    column0 = (left + x0)[None, :] * column_stride
+    column1 = (left + x1)[None, :] * column_stride
+    row0 = (top + y0)[:, None] * row_stride
+    row1 = (top + y1)[:, None] * row_stride
+    return row0 + column0, row0 + column1, row1 + column0, row1 + column1, right[None, :], down[:, None]
+
+
+@triton.jit
+def mix(above0, above1, below0, below1, right, down):
+    """Four neighbours -> what lies between them."""
+    above = above0 * (1 - right)
+    above += above1 * right
+    below = below0 * (1 - right)
+    below += below1 * right
+    return above * (1 - down) + below * down
+
+
+@triton.jit
 def first_tap(position, source, target):
     """Output indices -> first source index whose antialiasing weight may be positive."""
     numerator = (2 * position + 1) * source - 2 * tl.maximum(source, target) + target
