@@ -12,9 +12,8 @@ from densegeo.export import checks, digests, downloads, sources
 from densegeo.export.command_line import flags
 from densegeo.export.display import Display
 from densegeo.export.engine_plan import device_plan
-from densegeo.export.engines import library_version
 from densegeo.export.graphs import make_graphs
-from densegeo.export.keys import RECIPES, digest, onnxruntime_version, stage_keys, versions
+from densegeo.export.keys import onnxruntime_version, stage_keys, versions
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, make_plan
 from densegeo.export.quantization import Quantizer
@@ -99,21 +98,20 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     quantizer, plan = plan_build(options, files)
     inputs = _identify(files, origins, console)
     quantizer.check(inputs, applied)
-    key = build_key(options, inputs, quantizer.digest)
-    if (current := _current(options.output, key)) is not None:
+    keys = stage_keys(options, inputs, quantizer.digest)
+    if (current := _current(options.output, keys.bundle)) is not None:
         remove_published(options.output)
         console.print(
             f"{options.output} is up to date: same inputs, options and builder. Nothing to do.", soft_wrap=True
         )
         recommend(current, console)
         return options.output
-    keys = stage_keys(options, inputs, quantizer.digest)
     with locked(options.output) as staging, Display(console) as display:
         with display.bar("looking at what is finished", folder_bytes(staging)) as bar:
             state = State(staging, keys, bar.advance)
         check_resources(plan, options.output, sum(file.bytes for file in state.files.values()))
         with state.resumable(display.say):
-            manifest = _build_into(state, Job(options, files, quantizer, plan, display), inputs, key)
+            manifest = _build_into(state, Job(options, files, quantizer, plan, display), inputs)
             write_manifest(state.bundle, manifest)
             publish(staging, options.output)
         state.forget()
@@ -129,7 +127,7 @@ def _identify(files: Files, origins: dict[str, str], console: Console) -> list[S
         return digests.inputs(files, origins, bar.advance)
 
 
-def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manifest:
+def _build_into(state: State, job: Job, inputs: list[Source]) -> Manifest:
     """Run the stages that are not finished; returns the manifest."""
     options = job.options
     run_stage(job, state, state.references, make_references)
@@ -138,14 +136,13 @@ def _build_into(state: State, job: Job, inputs: list[Source], key: str) -> Manif
     contracts = run_stage(job, state, state.kernels, make_kernels).contracts if options.architectures else []
     engines = make_engines(job, state, _older(options.output)).engines if options.with_engines else []
     state.prune()  # the files of the records, and no other
-    return make_manifest(job, state, inputs, key, weights, graphs, contracts, engines)
+    return make_manifest(job, state, inputs, weights, graphs, contracts, engines)
 
 
 def make_manifest(
     job: Job,
     state: State,
     inputs: list[Source],
-    key: str,
     weights: Weights,
     graphs: Graphs,
     contracts: list[LaunchContract],
@@ -171,7 +168,7 @@ def make_manifest(
         rewrites=[rewrite.name for rewrite in job.applied],
         files=state.files,
         sources=inputs,
-        build_key=key,
+        build_key=state.keys.bundle,
         versions=versions(),
         target_architectures=[f"sm_{number}" for number in options.architectures],
         kernels=contracts,
@@ -186,30 +183,6 @@ def make_manifest(
         options=flags(options),
         choice=options.choice,
     )
-
-
-def build_key(options: BuildOptions, inputs: list[Source], calibration: str) -> str:
-    """Digest of everything the bundle depends on: input digests, options, versions and recipes."""
-    facts = {
-        "schema": SCHEMA_VERSION,
-        "options": [
-            options.model,
-            options.sizes,
-            options.batches,
-            options.precision,
-            options.base,
-            calibration,
-            options.with_engines,
-            sorted(options.without),
-            options.architectures,
-            options.engines if options.with_engines else None,
-        ],
-        "builder": library_version(options.engines.library) if options.with_engines else "",
-        "inputs": [(source.role, source.bytes, source.sha256) for source in inputs],
-        "versions": versions(),
-        "recipes": RECIPES,
-    }
-    return digest(facts)
 
 
 def _current(output: Path, key: str) -> Manifest | None:

@@ -12,6 +12,7 @@ import msgspec
 
 import densegeo
 from densegeo.errors import ConfigError
+from densegeo.export.engines import library_version
 from densegeo.export.options import BuildOptions
 from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
@@ -57,6 +58,7 @@ class StageKeys:
     graphs: str
     kernels: str
     engines: str  # empty: none are wanted
+    bundle: str  # of everything
 
 
 def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str) -> StageKeys:
@@ -78,7 +80,9 @@ def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str
     graphs = digest([weights, options.batches, RECIPES["graphs"]])
     compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])
-    return StageKeys(references, weights, graphs, kernels, graphs if options.with_engines else "")
+    builder = [options.engines, library_version(options.engines.library)] if options.with_engines else []
+    engines = graphs if options.with_engines else ""
+    return StageKeys(references, weights, graphs, kernels, engines, digest([kernels, builder]))
 
 
 def _version(distribution: str) -> str:
