@@ -23,7 +23,8 @@ def test_a_bundle_holds_its_kernels(checkpoint: Path, tmp_path: Path, monkeypatc
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     assert manifest.target_architectures == ["sm_75", "sm_90"]
-    names = ["preprocess.u8_fp32", "split.fp32_fp32", "resize_depth.before_mean3_fp32", "normals.fp32"]
+    resized = "resize_depth.before_mean3_fp32"
+    names = ["preprocess.u8_fp32", "split.fp32_fp32", resized, f"{resized}_log_affine", "normals.fp32"]
     made = sorted((contract.name, contract.architecture) for contract in manifest.kernels)
     assert made == sorted((name, architecture) for name in names for architecture in (75, 90))
     for contract in manifest.kernels:
@@ -45,7 +46,9 @@ def test_a_compiler_that_fails_leaves_no_bundle_but_its_graphs(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "launched", lambda decode, channels: ["split.fp32_fp32", "layer_norm.fp32"])
-    with pytest.raises(KernelError, match=r"Unknown kernels layer_norm\.fp32[^$]*Finished: weights, graphs\."):
+    with pytest.raises(
+        KernelError, match=r"Unknown kernels layer_norm\.fp32[^$]*Finished: references, weights, graphs\."
+    ):
         build_bundle(options(checkpoint, tmp_path / "bundle", architectures=(90,)))
     assert not (tmp_path / "bundle").exists()
     assert leftovers(tmp_path) == [".bundle.building"]
