@@ -34,7 +34,7 @@ from numpy.typing import NDArray  # noqa: E402
 from densegeo.backends import BACKENDS, ENGINES  # noqa: E402
 from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
-from densegeo.benchmarks.gpu_kernels import bandwidths, seconds_of  # noqa: E402
+from densegeo.benchmarks.gpu_kernels import bandwidths, median_seconds  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
@@ -183,7 +183,7 @@ def transfers(check: Check) -> dict[str, Any]:
             started = time.perf_counter()
             list(pool.map(one, range(count)))
             entry[name] = 1e3 * (time.perf_counter() - started) / count
-    entry["pageable"] = 1e3 * sorted(seconds_of(pageable, check.device, check.runs(5)))[check.runs(5) // 2]
+    entry["pageable"] = 1e3 * median_seconds(pageable, check.device, check.runs(5))
     for group in (2, 4):
         entry[f"batch of {group}"] = _batched(ring, network, [pixels] * group, placement, check.runs(5))
     return entry
@@ -204,7 +204,7 @@ def _batched(
 
     try:
         together()  # records
-        seconds = sorted(seconds_of(together, ring.device, runs))[runs // 2]
+        seconds = median_seconds(together, ring.device, runs)
     except torch.OutOfMemoryError as error:
         return {"failed": str(error)[:300]}
     return {"ms": 1e3 * seconds / len(pixels), "captured": network.recorded(len(pixels)).captured}
@@ -285,7 +285,7 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
             runs = check.runs(7)
             for count in (1, 4, 8):
                 estimator.batch([image] * count)
-                seconds = sorted(seconds_of(partial(estimator.batch, [image] * count), "cpu", runs))[runs // 2]
+                seconds = median_seconds(partial(estimator.batch, [image] * count), "cpu", runs)
                 entry[f"ms an image, {count} at once"] = 1e3 * seconds / count
         return entry
     except DensegeoError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,8 +108,8 @@ def measure(case: Case, device: str, runs: int) -> dict[str, float]:
         for tensors in sets:
             case.run(*tensors)
 
-    alone = sorted(seconds_of(once, device, runs))[runs // 2] / count
-    seconds = alone if device == "cpu" else sorted(seconds_of(_recorded(once), device, runs))[runs // 2] / count
+    alone = median_seconds(once, device, runs) / count
+    seconds = alone if device == "cpu" else median_seconds(_recorded(once), device, runs) / count
     moved = size + written
     return {"us": 1e6 * seconds, "us_launched": 1e6 * alone, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
 
@@ -140,6 +141,11 @@ def seconds_of(work: Callable[[], object], device: str, runs: int, warm_up: int 
         if turn >= warm_up:
             out.append(seconds)
     return out
+
+
+def median_seconds(work: Callable[[], object], device: str, runs: int) -> float:
+    """The median of `seconds_of`."""
+    return statistics.median(seconds_of(work, device, runs))
 
 
 def _tensors(outputs: object) -> list[Tensor]:

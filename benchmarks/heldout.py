@@ -16,13 +16,14 @@ import numpy as np
 from densegeo.benchmarks.environment import write_json
 from densegeo.benchmarks.layouts import Sample, Split
 from densegeo.errors import DatasetError
+from densegeo.size import Size
 
 if TYPE_CHECKING:
     from densegeo.training.render import View
 
 SEED, SPLIT = 0, "test"
 VIEWS = 100
-SIZE = (256, 192)  # width, height
+SIZE = Size(256, 192)
 DEPTH_RANGE = (0.1, 100.0)  # metres
 FROZEN_VIEWS = 8
 STATISTICS = Path(__file__).resolve().with_name("heldout.json")

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from densegeo.files import atomic_write
+from densegeo.size import Size
 from densegeo.training.render import View, view
 
 CHUNK = 250  # views a file
@@ -59,7 +60,7 @@ def _render(job: tuple[int, str, int, int, int]) -> tuple[NDArray[np.uint8], NDA
     return compact(view(*job))
 
 
-def render_chunks(folder: Path, seed: int, split: str, count: int, size: tuple[int, int]) -> list[Path]:
+def render_chunks(folder: Path, seed: int, split: str, count: int, size: Size) -> list[Path]:
     """Render views 0..count-1 of a split into chunk files; those already there are kept. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, CHUNK)

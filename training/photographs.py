@@ -17,8 +17,9 @@ from PIL import Image
 from densegeo.demo import ATTRIBUTION_FILE, PHOTOGRAPHS
 from densegeo.errors import ImageError
 from densegeo.files import atomic_write
+from densegeo.size import Size
 
-SIZE = (512, 384)  # width, height in pixels
+SIZE = Size(512, 384)
 QUALITY = 95  # of the JPEG files, colours at full resolution
 ATTRIBUTION = """\
 hall.jpg, warehouse.jpg and square.jpg are views of the panoramas "St Fagans Interior", "Empty Warehouse 01" and
@@ -55,7 +56,7 @@ def panoramas() -> Path:
     raise ImageError("The panoramas come with viser, which lacks them or is missing: pip install viser")
 
 
-def look(panorama: NDArray[np.uint8], view: View, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
+def look(panorama: NDArray[np.uint8], view: View, size: Size = SIZE) -> NDArray[np.uint8]:
     """What the view's camera sees (h, w, 3) of an equirectangular panorama (H, W, 3), bilinear."""
     width, height = size
     focal = 0.5 * width / math.tan(math.radians(view.field_of_view) / 2)

@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from densegeo.cli import guarded
+from densegeo.size import Size
 from densegeo.training import autoencoder, diffusion, publish
 from densegeo.training.data import CHUNK, read_chunks, render_chunks
 
 SEED = 0
-SIZE = (256, 192)  # width, height in pixels
+SIZE = Size(256, 192)
 VIEWS, AUTOENCODER_VIEWS = 24000, 3000
 MIRRORED = 8000  # of the views, whose mirror images are views too
 
