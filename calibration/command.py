@@ -21,7 +21,6 @@ from densegeo.calibration.inputs import PARTS, LayerInputs, OnnxInputs, TorchInp
 from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
-    Error,
     Judge,
     QuantizationPlan,
     Sensitivity,
@@ -252,27 +251,23 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
     """Each layer's own error as a table with bars, worst first, and what the plan amounts to."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
-    for name in ("MACs a token", "depth", "", "normals", ""):
+    rows = sorted(plan.sensitivity, key=lambda row: -row.error.first)
+    kinds = [kind for kind in ("depth", "normals") if rows and getattr(rows[0].error, kind) is not None]
+    for name in ("MACs a token", *(column for kind in kinds for column in (kind, ""))):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
-    worst = Error(
-        max((row.error.depth for row in plan.sensitivity), default=1.0) or 1.0,
-        max((row.error.normals for row in plan.sensitivity), default=1.0) or 1.0,
-    )
-    for row in sorted(plan.sensitivity, key=lambda row: -row.error.depth):
-        table.add_row(
-            escape(row.layer),
-            f"{row.work:,}",
-            f"{row.error.depth:.5f}",
-            Bar(worst.depth, 0, row.error.depth, width=5),
-            f"{row.error.normals:.3f}°",
-            Bar(worst.normals, 0, row.error.normals, width=5),
-            plan.format if plan.takes(row.layer) else "-",
-        )
+    worst = {kind: max(getattr(row.error, kind) for row in rows) or 1.0 for kind in kinds}
+    form = {"depth": "{:.5f}", "normals": "{:.3f}°"}
+    for row in rows:
+        cells: list[str | Bar] = []
+        for kind in kinds:
+            value = getattr(row.error, kind)
+            cells += [form[kind].format(value), Bar(worst[kind], 0, value, width=5)]
+        table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.format if plan.takes(row.layer) else "-")
     if plan.sensitivity:
         console.print(table)
     for name, why in plan.left.items():
         console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
     console.print(f"{plan.amount} become {plan.format} (ranges by {plan.method})")
     if plan.error is not None:
-        console.print(f"all together: depth {plan.error.depth:.5f}, normals {plan.error.normals:.3f}°")
+        console.print(f"all together: {plan.error.words}")

@@ -12,11 +12,15 @@ PLANNED, LEFT = "#2a6fbb", "#c9c9c9"
 
 def draw(plan: QuantizationPlan) -> str:
     """SVG, the most sensitive layer first; grey bars are those that stay in floating point."""
-    rows = sorted(plan.sensitivity, key=lambda row: -row.error.depth)
-    normals = any(row.error.normals for row in rows)
-    columns = [("depth (root mean square)", [row.error.depth for row in rows], "{:.5f}")]
-    if normals:
-        columns.append(("normals (mean)", [row.error.normals for row in rows], "{:.3f}°"))
+    rows = sorted(plan.sensitivity, key=lambda row: -row.error.first)
+    columns = [
+        (name, [value for value in values if value is not None], form)
+        for name, values, form in (
+            ("depth (root mean square)", [row.error.depth for row in rows], "{:.5f}"),
+            ("normals (mean)", [row.error.normals for row in rows], "{:.3f}°"),
+        )
+        if None not in values
+    ]
     width, height = NAMES + len(columns) * (BAR + GAP), ROW * (len(rows) + 3)
     title = f"{plan.format}: error of each layer quantized alone; planned: {plan.amount}"
     parts = [_text(8, ROW, title, "bold")]

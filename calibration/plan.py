@@ -30,10 +30,21 @@ Float32 = NDArray[np.float32]
 
 
 class Error(msgspec.Struct, frozen=True):
-    """depth: root mean square difference of predictions; normals: mean angle in degrees."""
+    """depth: root mean square difference of predictions; normals: mean angle in degrees; None of what there is not."""
 
-    depth: float
-    normals: float
+    depth: float | None
+    normals: float | None
+
+    @property
+    def words(self) -> str:
+        """ "depth 0.00120, normals 0.310°"."""
+        parts = [] if self.depth is None else [f"depth {self.depth:.5f}"]
+        return ", ".join(parts + ([] if self.normals is None else [f"normals {self.normals:.3f}°"]))
+
+    @property
+    def first(self) -> float:
+        """Of the first kind that there is: what layers are ordered by."""
+        return next((value for value in (self.depth, self.normals) if value is not None), 0.0)
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -45,7 +56,7 @@ class Budget(msgspec.Struct, frozen=True):
     def share(self, error: Error) -> float:
         """The larger share of the budget that an error takes; at most 1 if it fits."""
         pairs = ((error.depth, self.depth), (error.normals, self.normals))
-        return max((found / limit for found, limit in pairs if limit is not None), default=0.0)
+        return max((found / limit for found, limit in pairs if limit is not None and found is not None), default=0.0)
 
 
 class Sensitivity(msgspec.Struct, frozen=True):
@@ -183,7 +194,7 @@ class Judge:
             errors = [self._compare(*pair) for pair in zip(self._latents, self._wanted, strict=True)]
         finally:
             self._pipeline.denoiser = original
-        return Error(*(float(np.mean(values)) for values in zip(*errors, strict=True)))
+        return Error(*(None if None in values else float(np.mean(values)) for values in zip(*errors, strict=True)))
 
     def _outputs(self, latent: Tensor) -> Maps[Tensor]:
         size = Size(8 * latent.shape[3], 8 * latent.shape[2])
@@ -191,9 +202,11 @@ class Judge:
         decoded = chain.decode(self._pipeline, chain.split(self._pipeline.decode, output, size))
         return chain.assemble(self._pipeline.decode, decoded, size)
 
-    def _compare(self, latent: Tensor, wanted: Maps[Tensor]) -> tuple[float, float]:
-        """Depth's and normals' error; 0 of what there is not."""
-        found, depth, normals = self._outputs(latent), 0.0, 0.0
+    def _compare(self, latent: Tensor, wanted: Maps[Tensor]) -> tuple[float | None, float | None]:
+        """Depth's and normals' error."""
+        found = self._outputs(latent)
+        depth: float | None = None
+        normals: float | None = None
         if found.prediction is not None and wanted.prediction is not None:
             depth = float((found.prediction - wanted.prediction).square().mean().sqrt())
         if found.normals is not None and wanted.normals is not None:
@@ -212,7 +225,8 @@ def within_budget(
     """
     order = sorted(sensitivity, key=lambda row: budget.share(row.error) / row.work)
     low, high = 0, len(order)  # `low` keeps to the budget
-    best = Error(0.0, 0.0)
+    best = sensitivity[0].error if sensitivity else Error(0.0, 0.0)  # of no layer: of the same kinds, and zero
+    best = Error(best.depth and 0.0, best.normals and 0.0)
     while low < high:
         middle = (low + high + 1) // 2
         found = measure([row.layer for row in order[:middle]])

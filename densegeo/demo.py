@@ -49,7 +49,8 @@ def run(bundle: Path, results: Path, backend: str = "auto", device: str = "auto"
     console.print(table)
     for file in files:
         console.print(f"wrote {escape(str(file))}", soft_wrap=True)
-    console.print(f"[bold]Look at {escape(str(files[-1]))}[/]: photograph, depth, normals.", soft_wrap=True)
+    kinds = ", ".join(output.kind for output in manifest.decode.outputs)
+    console.print(f"[bold]Look at {escape(str(files[-1]))}[/]: photograph, {kinds}.", soft_wrap=True)
     if manifest.weights_note:
         console.print(f"[bold yellow]Note:[/] {escape(manifest.weights_note)}", soft_wrap=True)
     return files

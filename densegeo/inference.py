@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ def run(options: Options) -> int:
     """
     if options.depth_range and options.scale_shift:
         raise ConfigError("Give either --near and --far or --scale and --shift, not both.")
+    if options.depth_range and not 0 < options.depth_range[0] < options.depth_range[1] < math.inf:
+        raise ConfigError("--near and --far must be metres with 0 < near < far.")
     if not options.formats:
         raise ConfigError("--format names no format; try --format npy,png.")
     images = find_images(options.inputs)

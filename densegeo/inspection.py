@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from densegeo.architectures import AMPERE
+from densegeo.outputs import Output
 from densegeo.runtime.bundle import STAGES, Check, Engine, Graph, Manifest, amount_quantized, check_files
 from densegeo.runtime.engine_log import BuildLog, parse_log, read_log, warnings
 
@@ -62,10 +63,9 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
         "model": manifest.model,
         "precision": _precision(manifest),
         "weights": manifest.weights_note or "from the files below",
-        "depth": f"{decode.depth_kind}, latent scale {decode.latent_scale:g}, shift {decode.latent_shift:g}",
+        "outputs": "; ".join(map(_output, decode.outputs)),
+        "latents": f"{decode.packing}, scale {decode.latent_scale:g}, shift {decode.latent_shift:g}",
         "rewrites": ", ".join(manifest.rewrites) or "none",
-        "on a device": f"recorded: {', '.join(manifest.capture.inside)}; for every image: "
-        f"{', '.join([*manifest.capture.before, *manifest.capture.after])}",
         "compiled for": ", ".join(manifest.target_architectures) or "nothing in particular (plain graphs)",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
     }
@@ -80,9 +80,17 @@ def _precision(manifest: Manifest) -> str:
         return manifest.precision
     amount = amount_quantized(plan.share, len(plan.attentions))
     text = f"{plan.format}: {amount}, ranges by {plan.method}; the rest is {manifest.base}"
-    if plan.depth_error is not None and plan.normal_error is not None:
-        text += f"; when calibrated: depth {plan.depth_error:.5f}, normals {plan.normal_error:.3f}°"
-    return text
+    depth, normals = plan.depth_error, plan.normal_error
+    errors = [] if depth is None else [f"depth {depth:.5f}"]
+    errors += [] if normals is None else [f"normals {normals:.3f}°"]
+    return text + (f"; when calibrated: {', '.join(errors)}" if errors else "")
+
+
+def _output(row: Output) -> str:
+    """ "depth: log_affine, clamped before_mean"."""
+    return f"{row.kind}: {row.space or row.frame}, clamped {row.clamp}" + (
+        f", times {row.factor:g}" if row.factor != 1 else ""
+    )
 
 
 def _graphs(manifest: Manifest) -> Table:

@@ -14,7 +14,9 @@ import msgspec
 Array = TypeVar("Array")
 Matrix = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
-DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]
+Space = Literal["log_affine", "affine", "disparity_affine"]  # in which a prediction is a line of depth, see `metric`
+DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]  # a `Space`, or done with
+SPACES: tuple[Space, ...] = ("log_affine", "affine", "disparity_affine")
 Frame = Literal["opencv", "ros_optical", "opengl", "marigold", "dsine", "ros_body"]
 Clamp = Literal["before_mean", "after_mean"]
 
@@ -50,7 +52,7 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kind: Literal["depth", "normals"]
     clamp: Clamp
     factor: float = 1.0
-    space: DepthKind | None = None
+    space: Space | None = None
     frame: Frame | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         kinds = [output.kind for output in self.outputs]
+        if not self.latent_scale > 0:
+            raise ValueError(f"latent_scale must be above 0, not {self.latent_scale}")
         if not kinds or len(set(kinds)) != len(kinds):
             raise ValueError("a model has depth, or normals, or one of each")
         if self.packing == "tokens" and len(kinds) != 2:
@@ -95,7 +99,7 @@ class Decode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return tuple(output.name for output in self.outputs)
 
     @property
-    def depth_kind(self) -> DepthKind | None:
+    def depth_kind(self) -> Space | None:
         """Of the prediction; None without one."""
         return next((output.space for output in self.outputs if output.kind == "depth"), None)
 

@@ -29,7 +29,6 @@ from densegeo.models.loading import Files
 from densegeo.models.presets import preset
 from densegeo.models.published import PUBLICATIONS
 from densegeo.runtime.bundle import (
-    CAPTURE,
     SCHEMA_VERSION,
     Engine,
     Manifest,
@@ -173,7 +172,6 @@ def make_manifest(
         target_architectures=[f"sm_{number}" for number in options.architectures],
         kernels=contracts,
         engines=engines,
-        capture=CAPTURE,
         verification=Verification(
             checks.INPUTS_FILE,
             checks.served_bounds(weights.bounds.values()),

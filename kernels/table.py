@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, get_type_hints
 import densegeo.kernels
 from densegeo.errors import KernelError
 from densegeo.kernels.contract import Axis
+from densegeo.precision import PRECISIONS
 
-FLOATS = ("fp32", "bf16", "fp16")
 WARPS = 4
 FP_FUSION = False  # no fused multiply-add: the interpreter has none, so the arithmetic tested is the arithmetic run
-NEEDS = {  # type -> first architecture with it, and what to say of earlier ones
-    "*bf16": (80, "no bf16 before sm_80"),
-    "*fp8e4nv": (89, "no fp8 before sm_89"),
+NEEDS = {  # a pointer's type -> first architecture with it, and what to say of earlier ones; 8-bit integers all have
+    f"*{row.triton}": (row.first_architecture, f"no {row.name} before sm_{row.first_architecture}")
+    for row in (PRECISIONS["bf16"], PRECISIONS["fp8"])
 }
 _SCALARS = {int: "i32", float: "fp32"}
 

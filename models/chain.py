@@ -45,8 +45,8 @@ def split(decode: Decode, output: Tensor, size: Size) -> Tensor:
         size.width,
         scale=decode.latent_scale,
         shift=decode.latent_shift,
-        depth_sign=first.factor,
-        normal_sign=second.factor,
+        first_factor=first.factor,
+        second_factor=second.factor,
     )
 
 

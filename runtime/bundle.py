@@ -16,6 +16,8 @@ import msgspec
 from densegeo.errors import BundleError, DigestError, SchemaVersionError
 from densegeo.kernels.contract import LaunchContract
 from densegeo.outputs import Decode
+from densegeo.precision import PRECISIONS
+from densegeo.runtime.ready import FOLDER
 from densegeo.size import Size
 
 SCHEMA_VERSION = 10
@@ -61,8 +63,8 @@ class Bucket(Record, frozen=True):
     many as the model has outputs, or B.
     """
 
-    width: int
-    height: int
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    height: Annotated[int, msgspec.Meta(ge=1)]
     encoder: Graph
     denoiser: Graph
     decoder: Graph
@@ -91,22 +93,6 @@ class Networks(Record, frozen=True):
     denoiser: dict[str, Any]  # fields of models.config.TransformerConfig or UNetConfig
     vae: dict[str, Any]  # fields of models.config.VAEConfig
     prompt: str  # file with the prompt's embedding
-
-
-class Capture(Record, frozen=True):
-    """What a device backend records in one graph a bucket, and what it launches anew for every image around that.
-
-    The launches around take the source's size as arguments, so a camera of another resolution needs no new recording.
-    """
-
-    inside: list[str]  # stages and kernels, in order
-    before: list[str]
-    after: list[str]
-
-
-CAPTURE = Capture(
-    inside=["encoder", "denoiser", "split", "decoder"], before=["preprocess"], after=["resize_depth", "normals"]
-)
 
 
 class Engine(Record, frozen=True, kw_only=True):
@@ -210,10 +196,10 @@ def amount_quantized(share: float, attentions: int) -> str:
 
 class Manifest(Record, frozen=True):
     schema_version: int
-    model: str  # "fe2e", "fe2e-tiny", "fiffdepth"
-    precision: str  # "fp32", "bf16", "fp16", "fp8", "int8"
-    base: str  # the floating-point type: the precision itself, or what fp8 and int8 leave: "bf16", "fp32"
-    quantization: Quantization | None  # of fp8 and int8
+    model: str  # a name of models.presets
+    precision: str  # a name of precision.PRECISIONS
+    base: str  # the floating-point type: the precision itself, or what an 8-bit one leaves
+    quantization: Quantization | None  # of 8-bit precisions
     weights_note: str  # empty, or a plain sentence such as "random weights: the picture is not meaningful"
     buckets: list[Bucket]
     decode: Decode
@@ -226,10 +212,16 @@ class Manifest(Record, frozen=True):
     target_architectures: list[str]  # GPU architectures of compiled parts; empty for plain ONNX
     kernels: list[LaunchContract]  # one a binary in `kernels/`
     engines: list[Engine]
-    capture: Capture
     verification: Verification
     options: dict[str, list[str]]  # of `densegeo build`, that make it again: flag -> values, none for a switch
     choice: Choice | None = None  # None: built from Python, with everything given
+
+    def __post_init__(self) -> None:
+        row = PRECISIONS.get(self.precision)
+        if row is None or self.base not in row.bases:
+            raise ValueError(f"there is no precision {self.precision!r} over {self.base!r}")
+        if row.calibrated != (self.quantization is not None):
+            raise ValueError(f"{self.precision} {'has no' if row.calibrated else 'has a'} plan of what is 8-bit")
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -268,7 +260,7 @@ def read_manifest(directory: Path) -> Manifest:
         if version != SCHEMA_VERSION:
             raise SchemaVersionError(_other_version(directory, raw, version))
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a valid manifest ({error}). Rebuild the bundle.") from error
     if outside := sorted(name for name in _file_names(manifest) if not _stays_inside(name)):
         raise BundleError(
@@ -283,15 +275,16 @@ def _other_version(directory: Path, raw: bytes, version: int) -> str:
     if version > SCHEMA_VERSION:
         return said + "Install the densegeo that built it, or build the bundle again with this one."
     try:
-        options = msgspec.json.decode(raw, type=_Built).options
-    except msgspec.MsgspecError:  # of a version that did not keep them
-        options = {}
-    return said + f"Rebuild it: {rebuild_command(options or {'--model': ['MODEL']}, directory)}"
+        built = msgspec.json.decode(raw, type=_Built)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        built = _Built()
+    return said + f"Rebuild it: {rebuild_command(built.options or {'--model': [built.model]}, directory)}"
 
 
 def rebuild_command(options: dict[str, list[str]], directory: Path) -> str:
     """What to type to make a bundle anew in its place. options: of `densegeo build`, see `Manifest.options`."""
-    given = options | {"--output": [str(directory)]}
+    output = Path(directory.name) if directory.parent == FOLDER else directory  # not into the package
+    given = options | {"--output": [str(output)]}
     words = [word for flag, values in given.items() for word in _typed(flag, values)]
     return shlex.join(["densegeo", "build", *words])
 
@@ -328,6 +321,7 @@ class _Versioned(msgspec.Struct):
 
 
 class _Built(msgspec.Struct):
+    model: str = "MODEL"
     options: dict[str, list[str]] = {}
 
 

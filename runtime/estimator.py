@@ -24,8 +24,8 @@ from densegeo.runtime.batcher import BatchOptions
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.images import MAX_PIXELS, Color, device_size
-from densegeo.runtime.metric import from_parameters
+from densegeo.runtime.images import MAX_PIXELS, Color, check_color, device_size
+from densegeo.runtime.metric import from_parameters, number
 from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import choose_bucket, place
@@ -164,8 +164,8 @@ class Estimator:
         *,
         scale: float | None = None,
         shift: float | None = None,
-        near: float = 0.0,
-        far: float = math.inf,
+        near: float | None = None,
+        far: float | None = None,
     ) -> tuple[Any, Any]:
         """Prediction (h, w) and unit OpenCV normals (h, w, 3), None for what the model has not, float32, left on the
         backend's device.
@@ -187,7 +187,9 @@ class Estimator:
                 f'{self.backend} with preprocessing="{how}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
-        metres = None if scale is None and shift is None else self._metres(scale, shift, near, far)
+        check_color(color)
+        asked = (scale, shift, near, far) != (None, None, None, None)
+        metres = self._metres(scale, shift, near, far) if asked else None
         size = device_size(image)
         bucket = choose_bucket(self.manifest.buckets, size)
         maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)
@@ -246,16 +248,18 @@ class Estimator:
         if self._service.close(drain):
             self._backend.close()
 
-    def _metres(self, scale: float | None, shift: float | None, near: float, far: float) -> Metres:
+    def _metres(self, scale: float | None, shift: float | None, near: float | None, far: float | None) -> Metres:
         kind = self.manifest.decode.depth_kind
         if kind is None:
             raise MissingOutputError(f"There is no depth in metres: {self.manifest.model} predicts normals alone.")
-        if scale is None or shift is None or kind == "metric":
-            raise CalibrationError("Metres need both scale and shift, of a model whose depth is not metric already.")
-        if not 0 <= near < far:
-            raise CalibrationError(f"near and far must be metres with 0 <= near < far, not {near} and {far}.")
+        if scale is None or shift is None:
+            raise CalibrationError("Depth in metres needs both scale and shift; near and far only clip it.")
         line = from_parameters(kind, scale, shift)
-        return Metres(kind, line.scale, line.shift, near, far)
+        lowest = number("near", 0.0 if near is None else near)
+        highest = number("far", math.inf if far is None else far)
+        if not 0 <= lowest < highest:
+            raise CalibrationError(f"near and far must be metres with 0 <= near < far, not {near} and {far}.")
+        return Metres(kind, line.scale, line.shift, lowest, highest)
 
     def __enter__(self) -> Estimator:
         return self

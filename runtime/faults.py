@@ -100,7 +100,7 @@ FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
     },
     "tensorrt": {
         "preprocess": (_LAUNCH, _launching("preprocess", lambda given: given._replace(red=2 - given.red))),
-        "split": (_LAUNCH, _launching("split", lambda given: given._replace(depth_sign=-given.depth_sign))),
+        "split": (_LAUNCH, _launching("split", lambda given: given._replace(first_factor=-given.first_factor))),
         "resize": (_LAUNCH, _launching("resize_depth", _half_as_wide)),
         "normals": (_LAUNCH, _launching("normals", _half_as_wide)),
         "graph": ((f"{_RUNTIME}.backends.tensorrt_network", "Network.launch"), _once),
@@ -115,6 +115,7 @@ def stages(estimator: Estimator) -> dict[str, tuple[tuple[str, str], Change]]:
     lacking = {
         "split": decode.packing != "tokens",
         "normals": not decode.has("normals"),
+        "resize": backend is not None and not decode.has("depth"),  # normals are resized by their own kernel
         "graph": backend is not None and not backend.records,
     }
     return {stage: fault for stage, fault in found.items() if not lacking.get(stage, False)}

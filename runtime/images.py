@@ -49,8 +49,7 @@ def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS)
     ("rgb" or "bgr"); files and PIL images know their own order. EXIF orientation is applied.
     Raises ImageError for anything that is not such an image, ConfigError for another `color`.
     """
-    if color not in ("rgb", "bgr"):
-        raise ConfigError(f'color must be "rgb" or "bgr", not {color!r}.')
+    check_color(color)
     if isinstance(source, (str, os.PathLike)):
         return _from_path(os.fspath(source), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -58,6 +57,12 @@ def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS)
     if isinstance(source, Image.Image):
         return _from_pil(source, "PIL image", max_pixels)
     return _from_array(_as_array(source), color, max_pixels)
+
+
+def check_color(color: str) -> None:
+    """Raises ConfigError for anything but the two channel orders."""
+    if color not in ("rgb", "bgr"):
+        raise ConfigError(f'color must be "rgb" or "bgr", not {color!r}.')
 
 
 def device_size(image: Any) -> Size:

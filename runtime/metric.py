@@ -6,6 +6,7 @@ depth = scale * p + shift, disparity_affine 1/depth = scale * p + shift. `SPACES
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -70,11 +71,25 @@ def metric_depth(prediction: NDArray[np.float32], calibration: Calibration) -> N
 
 def from_parameters(kind: DepthKind, scale: float, shift: float) -> Calibration:
     """Given numbers. Raises CalibrationError unless both are finite and scale is positive."""
+    scale, shift = number("scale", scale), number("shift", shift)
     if not (np.isfinite(scale) and np.isfinite(shift)):
         raise CalibrationError(f"scale and shift must be finite, not {scale} and {shift}.")
     if scale <= 0:
         raise CalibrationError(f"scale must be positive in {SPACES[kind].text}, not {scale:g}.")
-    return Calibration(kind, float(scale), float(shift))
+    return Calibration(kind, scale, shift)
+
+
+def number(name: str, value: object) -> float:
+    """A float whose magnitude float32 holds, or an infinity or NaN. Raises CalibrationError for anything else."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise ValueError
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise CalibrationError(f"{name} must be a number, not {value!r}.") from None
+    if math.isfinite(found) and abs(found) > np.finfo(np.float32).max:
+        raise CalibrationError(f"{name} must be within float32's range, not {value!r}.")
+    return found
 
 
 def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -> Calibration:
@@ -83,6 +98,7 @@ def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -
     The extremes rather than percentiles: so every depth lies in [near, far], and none becomes invalid.
     Raises CalibrationError unless 0 < near < far and the prediction is not flat.
     """
+    near, far = number("near", near), number("far", far)
     if not (np.isfinite(near) and np.isfinite(far) and 0 < near < far):
         raise CalibrationError(f"near and far must be finite metres with 0 < near < far, not {near} and {far}.")
     _percentiles(values)

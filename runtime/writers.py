@@ -109,7 +109,8 @@ def depth_picture(geometry: Geometry) -> NDArray[np.uint8]:
 
 def normals_picture(normals: NDArray[np.float32]) -> NDArray[np.uint8]:
     """(H, W, 3) OpenGL-frame normals -> RGB = (n + 1) / 2."""
-    return np.asarray(np.clip(np.round((normals + 1) * 127.5), 0, 255), dtype=np.uint8)
+    known = np.nan_to_num(normals, nan=-1.0)  # black where there is none
+    return np.asarray(np.clip(np.round((known + 1) * 127.5), 0, 255), dtype=np.uint8)
 
 
 def side_by_side(geometry: Geometry, image: object = None) -> Image.Image:

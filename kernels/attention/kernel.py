@@ -16,7 +16,8 @@ from densegeo.kernels.attention.strategies import Counts, logarithms_of
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.quantize.reference import LIMITS
-from densegeo.kernels.table import FLOATS, WARPS, Variant
+from densegeo.kernels.table import WARPS, Variant
+from densegeo.precision import FLOATS
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`

@@ -3,7 +3,7 @@
 import torch
 
 from densegeo.kernels.quantize.kernel import QUANTIZED, run, variant
-from densegeo.kernels.table import FLOATS
+from densegeo.precision import FLOATS
 
 VARIANTS = tuple(
     variant(source, target, gelu=True)

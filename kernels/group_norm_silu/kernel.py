@@ -12,7 +12,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.table import FLOATS, Variant
+from densegeo.kernels.table import Variant
+from densegeo.precision import FLOATS
 
 TILE = 8192  # values a program holds (measured on an H100, benchmarks/LOG.md)
 RUNS = 256  # runs of pixels a picture is cut into for its statistics: about two for each processor of an H100

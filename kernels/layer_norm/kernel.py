@@ -11,7 +11,8 @@ from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
 from densegeo.kernels.quantize.reference import LIMITS
-from densegeo.kernels.table import FLOATS, Variant
+from densegeo.kernels.table import Variant
+from densegeo.precision import FLOATS
 
 GRID = (Axis("tokens"), Axis("batch"))
 

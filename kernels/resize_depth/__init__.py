@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from densegeo.kernels.dispatch import implementation
-from densegeo.kernels.resize_depth.arguments import Metres, Space
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Clamp
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Metres", "Space", "resize_depth"]
+__all__ = ["Metres", "resize_depth"]
 
 
 def resize_depth(

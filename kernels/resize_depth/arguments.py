@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from densegeo.kernels.contract import Pointer
-from densegeo.outputs import Clamp
-
-Space = Literal["log_affine", "affine", "disparity_affine"]
-SPACES: tuple[Space, ...] = ("log_affine", "affine", "disparity_affine")
+from densegeo.outputs import Clamp, Space
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis
 from densegeo.kernels.launch import BOX, kind_of, launch, require_small
-from densegeo.kernels.resize_depth.arguments import SPACES, Arguments, Metres, Space, row_name
+from densegeo.kernels.resize_depth.arguments import Arguments, Metres, row_name
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, corners, mix
 from densegeo.kernels.table import Variant
-from densegeo.outputs import Clamp
+from densegeo.outputs import SPACES, Clamp, Space
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from densegeo.kernels.resize_depth.arguments import Metres, Space
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.kernels.sampling.reference import Box, plain
-from densegeo.outputs import Clamp
+from densegeo.outputs import Clamp, Space
 
 DEPTH: dict[Space, Callable[[Tensor], Tensor]] = {
     "log_affine": torch.exp,

@@ -17,8 +17,8 @@ def split(
     *,
     scale: float = 0.3611,
     shift: float = 0.1159,
-    depth_sign: float = -1.0,
-    normal_sign: float = 1.0,
+    first_factor: float = -1.0,
+    second_factor: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Velocity (B, 2L, 4C) -> latents (2B, C, height/8, width/8): B depth latents first, then B normal latents.
@@ -28,5 +28,5 @@ def split(
     input's.
     """
     return implementation(__name__, velocity).split(
-        velocity, height, width, scale, shift, depth_sign, normal_sign, dtype or velocity.dtype
+        velocity, height, width, scale, shift, first_factor, second_factor, dtype or velocity.dtype
     )

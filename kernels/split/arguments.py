@@ -20,5 +20,5 @@ class Arguments(NamedTuple):
     token_stride: int
     scale: float
     shift: float
-    depth_sign: float
-    normal_sign: float
+    first_factor: float
+    second_factor: float

@@ -27,15 +27,15 @@ def split_kernel(
     token_stride,
     scale,
     shift,
-    depth_sign,
-    normal_sign,
+    first_factor,
+    second_factor,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,  # features, rounded up to a power of two
 ):
     row = tl.program_id(1)
     picture = tl.program_id(2)
     half = picture // batch
-    sign = tl.where(half == 0, depth_sign, normal_sign)
+    sign = tl.where(half == 0, first_factor, second_factor)
 
     column = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.arange(0, BLOCK_F)
@@ -79,8 +79,8 @@ def split(
     width: int,
     scale: float,
     shift: float,
-    depth_sign: float,
-    normal_sign: float,
+    first_factor: float,
+    second_factor: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `densegeo.kernels.split.split`; a token's features must be adjacent."""
@@ -93,6 +93,6 @@ def split(
     require_small(velocity, latents)
     row = variant(kind_of(velocity.dtype), kind_of(dtype), triton.next_power_of_2(features))
     strides = velocity.stride(0), velocity.stride(1)
-    line = scale, shift, depth_sign, normal_sign
+    line = scale, shift, first_factor, second_factor
     launch(row, Arguments(velocity, latents, batch, rows, columns, features, *strides, *line))
     return latents

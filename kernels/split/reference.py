@@ -12,13 +12,13 @@ def split(
     width: int,
     scale: float,
     shift: float,
-    depth_sign: float,
-    normal_sign: float,
+    first_factor: float,
+    second_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `densegeo.kernels.split.split`."""
     depth, normals = velocity.double().chunk(2, dim=1)
-    tokens = torch.cat([depth_sign * depth, normal_sign * normals])
+    tokens = torch.cat([first_factor * depth, second_factor * normals])
     rows, columns, channels = height // 16, width // 16, velocity.shape[2] // 4
     grid = tokens.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     latents = grid.reshape(-1, channels, 2 * rows, 2 * columns)

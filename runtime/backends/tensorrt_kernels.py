@@ -12,9 +12,7 @@ NORMALS = "normals.fp32"
 
 def resize_depth_name(depth: Output, channels: int, metres: bool) -> str:
     """The kernel that resizes the depth picture of a decoder with so many channels, as it is or into metres."""
-    space = depth.space if metres else None
-    assert space != "metric"
-    return row_name("fp32", channels, depth.clamp, space)
+    return row_name("fp32", channels, depth.clamp, depth.space if metres else None)
 
 
 def launched(decode: Decode, channels: int) -> list[str]:

@@ -185,8 +185,8 @@ class Network:
                 token_stride=features,
                 scale=self._decode.latent_scale,
                 shift=self._decode.latent_shift,
-                depth_sign=self._decode.outputs[0].factor,
-                normal_sign=self._decode.outputs[1].factor,
+                first_factor=self._decode.outputs[0].factor,
+                second_factor=self._decode.outputs[1].factor,
             ),
         )
 

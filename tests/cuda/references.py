@@ -13,9 +13,9 @@ from densegeo.kernels.contract import Argument, LaunchContract, programs
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
 from densegeo.kernels.resize_depth import resize_depth
-from densegeo.kernels.resize_depth.arguments import SPACES, Metres
+from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.kernels.split import split
-from densegeo.outputs import Clamp
+from densegeo.outputs import SPACES, Clamp
 from densegeo.runtime.bundle import KERNELS
 from tests.cuda.standin import Driver
 
@@ -58,7 +58,7 @@ class References:
 
     def _split(self, v: dict[str, Any], contract: LaunchContract) -> None:
         velocity = self._view(v["velocity"], (v["batch"], 2 * v["rows"] * v["columns"], v["features"]))
-        names = ("scale", "shift", "depth_sign", "normal_sign")
+        names = ("scale", "shift", "first_factor", "second_factor")
         size = 16 * v["rows"], 16 * v["columns"]
         made = split(torch.from_numpy(velocity), *size, **{name: v[name] for name in names})
         self._view(v["latents"], made.shape)[:] = made.numpy()

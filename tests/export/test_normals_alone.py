@@ -27,6 +27,7 @@ from densegeo.outputs import Output  # noqa: E402
 from densegeo.runtime import Estimator, Geometry  # noqa: E402
 from densegeo.runtime.backends.torch_modules import TorchBackend  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402
+from densegeo.runtime.faults import NoSuchStageError  # noqa: E402
 from densegeo.runtime.images import load_image  # noqa: E402
 from densegeo.runtime.resample import prepare, whole  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
@@ -88,6 +89,8 @@ def test_both_ways_are_verified_and_would_notice(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest.decode.names == ("normals",)
     assert "channel-mean" in manifest.rewrites  # and changed nothing: normals have no mean
+    with pytest.raises(NoSuchStageError, match="resize"):
+        verify(bundle, "torch", "cpu", frames_on_cpu=True, broken="resize")
     for way in ({"backend": "onnxruntime"}, {"backend": "torch", "frames_on_cpu": True}):
         verdict = verify(bundle, device="cpu", **way)  # type: ignore[arg-type]
         assert verdict.good

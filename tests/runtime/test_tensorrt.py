@@ -15,8 +15,8 @@ import pytest
 from densegeo.backends import BACKENDS
 from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
-from densegeo.kernels.resize_depth.arguments import SPACES, Metres
-from densegeo.outputs import Decode, Output
+from densegeo.kernels.resize_depth.arguments import Metres
+from densegeo.outputs import SPACES, Decode, Output
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_name

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
 
-from densegeo.errors import BackendError, CalibrationError, ImageError, TensorSizeError  # noqa: E402
+from densegeo.errors import BackendError, CalibrationError, ConfigError, ImageError, TensorSizeError  # noqa: E402
 from densegeo.kernels.preprocess import preprocess  # noqa: E402
 from densegeo.models import chain  # noqa: E402
 from densegeo.outputs import Maps  # noqa: E402
@@ -250,9 +250,13 @@ def test_results_may_stay_on_the_device(built: dict[str, Path], device: str) -> 
         metres, _ = estimator.tensors(image, scale=3.4, shift=-0.2, near=0.5, far=20.0)
         depth = np.clip(np.exp(3.4 * expected.prediction - 0.2), 0.5, 20.0)  # type: ignore[operator]
         np.testing.assert_allclose(torch.from_dlpack(metres).cpu().numpy(), depth, rtol=1e-4)
-        for line in ({"scale": 1.0}, {"scale": -1.0, "shift": 0.0}, {"scale": 1.0, "shift": 0.0, "near": 3, "far": 2}):
+        both = {"scale": 1.0, "shift": 0.0}
+        bad_lines: tuple[dict[str, Any], ...] = ({"scale": 1.0}, {"near": 1.0, "far": 2.0}, both | {"scale": -1.0})
+        for line in (*bad_lines, both | {"near": 3, "far": 2}, both | {"far": 1e300}, both | {"scale": "1"}):
             with pytest.raises(CalibrationError):
                 estimator.tensors(image, **line)
+        with pytest.raises(ConfigError, match="color"):
+            estimator.tensors(image, "BGR")  # type: ignore[arg-type]
         for bad in (image[..., :2], image.astype(np.float32), image[:8], [1, 2, 3]):
             with pytest.raises(ImageError):
                 estimator.tensors(bad)

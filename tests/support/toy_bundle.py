@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 
 from densegeo.outputs import Decode, Output
 from densegeo.runtime.bundle import (
-    CAPTURE,
     MANIFEST,
     SCHEMA_VERSION,
     Bucket,
@@ -137,7 +136,6 @@ def toy_manifest(buckets: list[Bucket], precision: str) -> Manifest:
         target_architectures=[],
         kernels=[],
         engines=[],
-        capture=CAPTURE,
         options={"--model": ["toy"]},
         verification=Verification(inputs="", bounds=dict.fromkeys(SERVED, 1e-4), replay_bound=1e-4, checks=[]),
     )
