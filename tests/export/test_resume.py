@@ -285,7 +285,8 @@ def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
     assert keys(architectures=(80,)).graphs == plain.graphs
     assert keys(architectures=(80,)).kernels != plain.kernels
     assert plain.engines == ""
-    assert keys(backend="tensorrt").engines == plain.graphs
+    engines = EngineOptions(library="tensorrt_rtx")
+    assert keys(backend="tensorrt", engines=engines).engines == plain.graphs
     assert keys(digest="1" * 64).references != plain.references
     assert keys(digest="1" * 64).weights != plain.weights
 

@@ -17,7 +17,7 @@ from densegeo.runtime import backends
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends import ort as ort_module
 from densegeo.runtime.backends.ort import ALL_OR_NONE, CPU, CUDA, TENSORRT, choose_provider, engine_cache, open_tensorrt
-from densegeo.runtime.bundle import read_manifest
+from densegeo.runtime.bundle import Quantization, read_manifest
 from densegeo.runtime.verified import mark_verified
 
 NAME = "onnxruntime-tensorrt"
@@ -139,7 +139,17 @@ def test_refusals(
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_it_takes_no_8_bits(library: Library, new_bundle: NewBundle, precision: str) -> None:
     bundle = new_bundle()
-    manifest = msgspec.structs.replace(read_manifest(bundle), precision=precision, base="fp32")
+    plan = Quantization(
+        format=precision,
+        method="mse",
+        smooth=0.0,
+        linears=["a"],
+        attentions=[],
+        share=1.0,
+        depth_error=None,
+        normal_error=None,
+    )
+    manifest = msgspec.structs.replace(read_manifest(bundle), precision=precision, base="fp32", quantization=plan)
     with pytest.raises(BackendError, match=rf"is {precision}, and .*TensorRT provider has no .*--precision fp32"):
         open_tensorrt(bundle, manifest, "auto")
     assert not library.sessions
