@@ -91,13 +91,14 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
         placement = place(SIZE, source, "stretch")
         network.prepare(0, network.upload(image), (3 * source.width, 3), placement, "rgb")
         network.launch()
-        found = network.outputs(0, placement).named()
+        (maps,) = network.results([placement])
+        found = maps.named()
         rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
         wanted = chain.assemble(DECODE, decoded.cpu(), source, placement.box).named()
         pairs = {
             "preprocess": (_buffer(network, "rgb"), rgb),
             "split": (_buffer(network, "latents"), latents),
-            **{name: (torch.from_numpy(network.download(found[name])), wanted[name]) for name in wanted},
+            **{name: (torch.from_numpy(found[name]), wanted[name]) for name in wanted},
         }
         rows[str(source)] = {name: relative(*pair) for name, pair in pairs.items()}
     report: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}
@@ -127,4 +128,4 @@ def _graph(given: tuple[str, list[int]], made: tuple[str, list[int]]) -> Graph:
 
 def _buffer(network: Network, name: str) -> torch.Tensor:
     address, shape = network._address(name), tuple(network._shapes[name])
-    return torch.from_numpy(network._memory.staging.download(address, shape))
+    return torch.from_numpy(network._memory.landing.download([(address, shape)])[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -62,6 +62,9 @@ def current(device: Any) -> Iterator[None]:
         check(driver.cuCtxSetCurrent(before))
 
 
+Piece = tuple[int, tuple[int, ...]]  # a device address, and the shape of what is there
+
+
 class Memory:
     """Buffers of one device, its compute stream, copies in its order, and other streams before and after it.
 
@@ -79,7 +82,7 @@ class Memory:
         self._closed = False
         with self.current():
             self.stream = device.create_stream()
-        self.staging = Staging(self)
+        self.staging, self.landing = Staging(self), Staging(self)  # on the way there, and back
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -108,9 +111,14 @@ class Memory:
         """Copy from a pinned buffer to a device address, asynchronously."""
         check(self._driver.cuMemcpyHtoDAsync(target, int(source.handle), size, self.stream.handle))
 
-    def to_host(self, target: Any, source: int, size: int) -> None:
+    def to_host(self, target: Any, source: int, size: int, offset: int = 0) -> None:
         """Copy from a device address into a pinned buffer, asynchronously."""
-        check(self._driver.cuMemcpyDtoHAsync(int(target.handle), source, size, self.stream.handle))
+        check(self._driver.cuMemcpyDtoHAsync(int(target.handle) + offset, source, size, self.stream.handle))
+
+    def settled(self) -> None:
+        """All that was enqueued has ended: no pinned buffer is being copied."""
+        self.staging.forget()
+        self.landing.forget()
 
     def record(self) -> Any:
         """An event after all that was enqueued so far."""
@@ -189,10 +197,11 @@ class Memory:
 
 
 class Staging:
-    """The pinned buffer between host and device: it grows, and is touched when its last copy has ended."""
+    """A pinned buffer between host and device: it grows, and is touched when its last copy has ended."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory, self._buffer, self._copied = memory, memory.pinned_buffer(1), None
+        self._memory, self._buffer = memory, memory.pinned_buffer(1)
+        self._copied: Any = None
 
     def upload(self, data: NDArray[np.uint8], target: int) -> None:
         """Copy host bytes to a device address; they may be overwritten at once."""
@@ -201,20 +210,34 @@ class Staging:
         self._memory.to_device(target, self._buffer, data.size)
         self._copied = self._memory.record()
 
-    def download(self, source: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """float32 at a device address, as an array of its own on the host."""
-        size = 4 * int(np.prod(shape))
+    def download(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        """float32 at device addresses, as arrays of their own on the host, after all that was enqueued so far.
+
+        The copies are enqueued together and waited for once.
+        """
+        ends = np.cumsum([0, *(4 * int(np.prod(shape)) for _, shape in pieces)]).tolist()
+        self._take(ends[-1])
+        for (source, _), first, last in zip(pieces, ends[:-1], ends[1:], strict=True):
+            self._memory.to_host(self._buffer, source, last - first, first)
+        self._memory.record().sync()
+        self._memory.settled()
+        whole = host_view(self._buffer, ends[-1]).view(np.float32)
+        spans = zip(pieces, ends[:-1], ends[1:], strict=True)
+        return [whole[first // 4 : last // 4].reshape(shape).copy() for (_, shape), first, last in spans]
+
+    def reserve(self, size: int) -> None:
+        """From now on it has room for so many bytes. Raises BackendError."""
         self._take(size)
-        self._memory.to_host(self._buffer, source, size)
-        self._copied = self._memory.record()
-        self.wait()
-        result: NDArray[np.float32] = host_view(self._buffer, size).view(np.float32).reshape(shape).copy()
-        return result
 
     def wait(self) -> None:
         """Until the last copy has ended."""
         if self._copied is not None:
             self._copied.sync()
+            self._copied = None
+
+    def forget(self) -> None:
+        """Its last copy has ended."""
+        self._copied = None
 
     def _take(self, size: int) -> None:
         self.wait()

@@ -106,6 +106,7 @@ class TensorRTBackend:
         """Pixels (h, w, 3) RGB -> the maps of each, in the bundle's batches. Raises BackendError."""
         results: list[Maps[NDArray[np.float32]]] = []
         with self._running():
+            self._memory.reclaim()
             self._network(bucket)
             for fitting, part in in_batches(self._buckets, bucket, len(pixels)):
                 network = self._network(fitting)
@@ -113,9 +114,7 @@ class TensorRTBackend:
                     frame = network.upload(np.ascontiguousarray(image))
                     network.prepare(index, frame, (3 * image.shape[1], 3), placement, "rgb")
                 network.launch()
-                for index, placement in enumerate(placements[part]):
-                    found = network.outputs(index, placement).named()
-                    results.append(Maps(**{name: network.download(array) for name, array in found.items()}))
+                results += network.results(placements[part])
         return results
 
     def keep(

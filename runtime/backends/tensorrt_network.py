@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from densegeo.runtime.backends.tensorrt_context import Stepper
 from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, SPLIT, resize_depth_name
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
 from densegeo.runtime.images import Color
-from densegeo.runtime.resample import Placement, inside
+from densegeo.runtime.resample import Placement, inside, whole
 
 log = logging.getLogger("densegeo")
 FLOAT = 4  # bytes
+ALIGNMENT = 256  # bytes, of what the driver allocates
 # Every stage's input and output among the buffers.
 ENDS: dict[Stage, tuple[str, str]] = {
     "encoder": ("rgb", "latent"),
@@ -66,8 +68,17 @@ class Network:
         self._workspace = workspace
         for stepper in steppers.values():
             stepper.use(workspace)
-        self._frame = memory.device_buffer(1)
+        self._reserve()
         self._graph = self._record()
+
+    def _reserve(self) -> None:
+        """Room for images of the bucket's own size and their maps; larger ones take more when they first come."""
+        bucket, size = self._bucket, self._bucket.size.pixels
+        bytes_each = FLOAT * sum(_count(_shape(row, whole(bucket.size))) for row in self._decode.outputs)
+        self._frame = self._memory.device_buffer(3 * size)
+        self._maps = self._memory.device_buffer(bucket.batch * (bytes_each + ALIGNMENT * len(self._decode.outputs)))
+        self._memory.staging.reserve(3 * size)
+        self._memory.landing.reserve(bucket.batch * bytes_each)
 
     @property
     def recorded(self) -> bool:
@@ -82,7 +93,8 @@ class Network:
             raise BackendError(f"the {stage} at {self._bucket.name} takes {graph.inputs[0].shape}, not {array.shape}")
         self._memory.staging.upload(array.view(np.uint8).ravel(), self._address(source))
         self._launch(stage, self._memory.stream, self._address(source), self._address(target))
-        return self._memory.staging.download(self._address(target), tuple(graph.outputs[0].shape))
+        (made,) = self._memory.landing.download([(self._address(target), tuple(graph.outputs[0].shape))])
+        return made
 
     def upload(self, pixels: NDArray[np.uint8]) -> int:
         """pixels (h, w, 3), contiguous -> their address on the device, good until the next upload is prepared."""
@@ -119,41 +131,50 @@ class Network:
         else:
             self._graph.launch(self._memory.stream)
 
-    def download(self, array: DeviceArray) -> NDArray[np.float32]:
-        """A device array as an array of its own on the host."""
-        return self._memory.staging.download(array.address, array.shape)
-
     def outputs(self, index: int, placement: Placement, metres: Metres | None = None) -> Maps[DeviceArray]:
-        """The maps of image `index` at its own size, in the memory's stream. metres: see `FrameBackend.keep`."""
-        width, height = placement.source
-        _, channels, rows, columns = self._shapes["decoded"]
-        plane = rows * columns
-        picture = FLOAT * channels * plane
-        strides = (channels * plane, plane, columns, 1)
-        ends = (*strides, *inside(placement.box, columns, rows), width, height)
+        """The maps of image `index` at its own size, in the memory's stream. metres: see `FrameBackend.keep`.
+
+        In memory of their own, which lives as long as they are held.
+        """
         found = {}
-        for number, row in enumerate(self._decode.outputs):
-            decoded = self._address("decoded") + (number * self._bucket.batch + index) * picture
-            found[row.name] = self._map(row, decoded, channels, ends, metres)
+        for row in self._decode.outputs:
+            shape = _shape(row, placement)
+            made = self._memory.device_buffer(FLOAT * _count(shape))
+            self._map(row, index, placement, int(made.handle), metres)
+            found[row.name] = DeviceArray(self._memory, made, shape)
         return Maps(**found)
 
-    def _map(
-        self, row: Output, decoded: int, channels: int, ends: tuple[int, ...], metres: Metres | None
-    ) -> DeviceArray:
-        """What an output's row makes of a decoded picture. ends: the picture's strides, its box, width and height."""
-        width, height = ends[-2:]
-        shape = (height, width) if row.frame is None else (height, width, 3)
-        made = self._memory.device_buffer(FLOAT * _count(shape))
+    def results(self, placements: Sequence[Placement]) -> list[Maps[NDArray[np.float32]]]:
+        """The maps of the first images on the host, through memory that stays; waits once, for all of them."""
+        rows = [(index, row) for index in range(len(placements)) for row in self._decode.outputs]
+        shapes = [_shape(row, placements[index]) for index, row in rows]
+        starts = [0, *np.cumsum([-(-FLOAT * _count(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]).tolist()]
+        if self._maps.size < starts[-1]:
+            self._maps = self._memory.device_buffer(starts[-1])
+        addresses = [int(self._maps.handle) + start for start in starts[:-1]]
+        for (index, row), address in zip(rows, addresses, strict=True):
+            self._map(row, index, placements[index], address, None)
+        arrays = self._memory.landing.download([*zip(addresses, shapes, strict=True)])
+        found: list[dict[str, NDArray[np.float32]]] = [{} for _ in placements]
+        for (index, row), array in zip(rows, arrays, strict=True):
+            found[index][row.name] = array
+        return [Maps(**maps) for maps in found]
+
+    def _map(self, row: Output, index: int, placement: Placement, target: int, metres: Metres | None) -> None:
+        """Make an output's map of image `index` at a device address."""
+        _, channels, rows, columns = self._shapes["decoded"]
+        plane = rows * columns
+        number = self._decode.outputs.index(row) * self._bucket.batch + index
+        decoded = self._address("decoded") + number * FLOAT * channels * plane
+        box, size = inside(placement.box, columns, rows), placement.source
+        ends = (decoded, target, channels * plane, plane, columns, 1, *box, *size)
         if row.frame is None:
             line = (metres.scale, metres.shift, metres.near, metres.far) if metres else ()
-            given = resize_depth.Arguments(decoded, int(made.handle), *ends, *line)
-            self._kernels.launch(resize_depth_name(row, channels, metres is not None), self._memory.stream, given)
+            name, depth = resize_depth_name(row, channels, metres is not None), resize_depth.Arguments(*ends, *line)
+            self._kernels.launch(name, self._memory.stream, depth)
         else:
             axes = (value for axis in into_opencv(row.frame) for value in axis)
-            self._kernels.launch(
-                NORMALS, self._memory.stream, normals.Arguments(decoded, int(made.handle), *ends, *axes)
-            )
-        return DeviceArray(self._memory, made, shape)
+            self._kernels.launch(NORMALS, self._memory.stream, normals.Arguments(*ends, *axes))
 
     def _enqueue(self, stream: Any) -> None:
         """What depends on the bucket alone: encoder, denoiser, split, decoder."""
@@ -201,7 +222,7 @@ class Network:
         self._enqueue(stream)  # libraries allocate in their first run
         self._enqueue(stream)
         decoded, shape = self._address("decoded"), tuple(self._shapes["decoded"])
-        eager = staging.download(decoded, shape)
+        (eager,) = self._memory.landing.download([(decoded, shape)])
         try:
             graph = self._memory.graph(self._enqueue)
             graph.upload(stream)
@@ -209,13 +230,20 @@ class Network:
         except Exception as error:  # cuda-core's errors have no common base
             log.warning("%s runs eager: recording failed: %s", self._bucket.name, error)
             return None
-        if not np.array_equal(staging.download(decoded, shape), eager, equal_nan=True):
+        (replayed,) = self._memory.landing.download([(decoded, shape)])
+        if not np.array_equal(replayed, eager, equal_nan=True):
             log.warning("%s runs eager: its recording gave other numbers", self._bucket.name)
             return None
         return graph
 
     def _address(self, name: str) -> int:
         return int(self._buffers[name].handle)
+
+
+def _shape(row: Output, placement: Placement) -> tuple[int, ...]:
+    """Of an output's map at the source's size."""
+    width, height = placement.source
+    return (height, width) if row.frame is None else (height, width, 3)
 
 
 def _count(shape: Any) -> int:

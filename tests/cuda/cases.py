@@ -190,7 +190,7 @@ def cache_that_others_can_write_is_not_read(setup: Setup) -> None:
 @case
 def request_loads_and_records_nothing(setup: Setup) -> None:
     with opened(setup) as estimator:
-        estimator(setup.images[0])  # of the largest size: buffers are as large as they get
+        estimator.batch(setup.images)  # buffers are as large as they get
         before = setup.driver.statistics()
         with patch.object(setup.library, "_deserialize", None), patch.object(Memory, "graph", None):
             for index, geometry in enumerate(estimator.batch(setup.images)):
@@ -349,6 +349,23 @@ def refusing(setup: Setup, what: str, engine: str) -> Iterator[None]:
         yield
     finally:
         setup.library.refusing.clear()
+
+
+@case
+def a_frame_in_the_steady_state_allocates_nothing_and_waits_once(setup: Setup) -> None:
+    """By the driver's counts: no memory allocated, one synchronisation, one copy there and one a map back."""
+    with opened(setup) as estimator:
+        for image in setup.images:
+            estimator(image)
+        for index, image in enumerate(setup.images):
+            before = setup.driver.statistics()
+            geometry = estimator(image)
+            spent = {name: count - before[name] for name, count in setup.driver.statistics().items()}
+            close_to(setup, index, geometry.prediction)
+            assert spent["allocations"] + spent["reuses"] + spent["pinned allocations"] == 0, spent
+            assert spent["synchronisations"] <= 1, spent
+            assert spent["copies"] == 1 + len(estimator.manifest.decode.outputs), spent
+            assert spent["graph launches"] == 1, spent
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_name
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, TensorSpec, read_manifest
-from densegeo.runtime.resample import Placement
+from densegeo.runtime.resample import Placement, whole
 from densegeo.runtime.verified import forget, is_verified, mark_verified
+from densegeo.size import Size
 
 CONTRACT = LaunchContract(
     name="split.test",
@@ -57,7 +58,10 @@ class NoMemory:
     stream = None
 
     def __init__(self) -> None:
-        self.staging = Namespace(upload=lambda *given: None, download=lambda address, shape: np.zeros(shape))
+        self.staging = Namespace(upload=lambda *given: None, reserve=lambda size: None)
+        self.landing = Namespace(
+            download=lambda pieces: [np.zeros(shape) for _, shape in pieces], reserve=lambda size: None
+        )
         self._end = 256
 
     def device_buffer(self, size: int) -> Namespace:
@@ -166,7 +170,7 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
     assert {name: array.shape for name, array in found.items()} == {name: shapes[name] for name in found}
     if decode.depth_kind is not None:
         metres = Metres(decode.depth_kind, 2.0, 0.5, 1.0, 9.0)  # type: ignore[arg-type]
-        network._map(decode.outputs[0], 64, channels, (3, 1, 1, 1, 0, 0, 4, 4, 4, 4), metres)
+        network._map(decode.outputs[0], 0, whole(Size(32, 16)), 64, metres)
     assert sorted(name for name, _ in kernels.launches) == sorted(launched(decode, channels))
     for name, arguments in kernels.launches:
         assert type(arguments) is rows[name].arguments
