@@ -87,7 +87,7 @@ def number(name: str, value: object) -> float:
         found = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise CalibrationError(f"{name} must be a number, not {value!r}.") from None
-    if math.isfinite(found) and abs(found) > np.finfo(np.float32).max:
+    if math.isfinite(found) and abs(found) > float(np.finfo(np.float32).max):
         raise CalibrationError(f"{name} must be within float32's range, not {value!r}.")
     return found
 
