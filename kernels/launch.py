@@ -8,19 +8,14 @@ from typing import Any, NamedTuple
 from densegeo.errors import TensorSizeError
 from densegeo.kernels.contract import programs
 from densegeo.kernels.table import FP_FUSION, Variant
+from densegeo.precision import PRECISIONS
 
 # Arguments of the kernels around the networks that differ from image to image. Where one becomes 1 or a multiple of 16,
 # or stops being so, Triton compiles anew, half a second, unless told not to (`triton.jit`, do_not_specialize).
 BOX = ("left", "top", "box_width", "box_height", "width", "height")
 MAX_OFFSET = 2**31 - 1  # kernels index with 32 bits
-_KINDS = {  # torch's name of a type -> Triton's
-    "torch.float32": "fp32",
-    "torch.bfloat16": "bf16",
-    "torch.float16": "fp16",
-    "torch.float8_e4m3fn": "fp8e4nv",
-    "torch.int8": "i8",
-    "torch.uint8": "u8",
-}
+# torch's name of a type -> Triton's; images are uint8
+_KINDS = {f"torch.{row.torch}": row.triton for row in PRECISIONS.values()} | {"torch.uint8": "u8"}
 
 
 @cache

@@ -17,11 +17,11 @@ from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.quantize.reference import LIMITS
 from densegeo.kernels.table import WARPS, Variant
-from densegeo.precision import FLOATS
+from densegeo.precision import FLOATS, PRECISIONS
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}  # of an element
+BYTES = {row.triton: row.bits // 8 for row in PRECISIONS.values() if row.attention or not row.quantized}
 SCALED = {1: (LIMITS[torch.float8_e4m3fn], 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
 
 

@@ -115,11 +115,6 @@ class Memory:
         """Copy from a device address into a pinned buffer, asynchronously."""
         check(self._driver.cuMemcpyDtoHAsync(int(target.handle) + offset, source, size, self.stream.handle))
 
-    def settled(self) -> None:
-        """All that was enqueued has ended: no pinned buffer is being copied."""
-        self.staging.forget()
-        self.landing.forget()
-
     def record(self) -> Any:
         """An event after all that was enqueued so far."""
         with self.current():
@@ -220,7 +215,7 @@ class Staging:
         for (source, _), first, last in zip(pieces, ends[:-1], ends[1:], strict=True):
             self._memory.to_host(self._buffer, source, last - first, first)
         self._memory.record().sync()
-        self._memory.settled()
+        self._memory.staging.forget()  # uploads before it have ended too
         whole = host_view(self._buffer, ends[-1]).view(np.float32)
         spans = zip(pieces, ends[:-1], ends[1:], strict=True)
         return [whole[first // 4 : last // 4].reshape(shape).copy() for (_, shape), first, last in spans]

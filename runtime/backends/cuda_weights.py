@@ -16,12 +16,17 @@ ALIGNMENT = 256  # bytes; TensorRT's for the address of a tensor (NvInferRuntime
 STAGING = 64 << 20  # bytes of each of the two pinned buffers that weights pass through
 
 
+def aligned(size: int) -> int:
+    """Bytes from the start of one tensor to that of the next."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def layout(tensors: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
     """(offset in the file, bytes) by name -> offset on the device by name, all aligned, and bytes of all."""
     offsets, end = {}, 0
     for name, (_, size) in sorted(tensors.items(), key=lambda item: item[1]):
         offsets[name] = end
-        end += -(-size // ALIGNMENT) * ALIGNMENT
+        end += aligned(size)
     return offsets, end
 
 

@@ -19,6 +19,7 @@ from densegeo.outputs import Maps, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory
+from densegeo.runtime.backends.cuda_weights import aligned
 from densegeo.runtime.backends.tensorrt_context import Stepper
 from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, SPLIT, resize_depth_name
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
@@ -27,7 +28,6 @@ from densegeo.runtime.resample import Placement, inside, whole
 
 log = logging.getLogger("densegeo")
 FLOAT = 4  # bytes
-ALIGNMENT = 256  # bytes, of what the driver allocates
 # Every stage's input and output among the buffers.
 ENDS: dict[Stage, tuple[str, str]] = {
     "encoder": ("rgb", "latent"),
@@ -74,11 +74,11 @@ class Network:
     def _reserve(self) -> None:
         """Room for images of the bucket's own size and their maps; larger ones take more when they first come."""
         bucket, size = self._bucket, self._bucket.size.pixels
-        bytes_each = FLOAT * sum(_count(_shape(row, whole(bucket.size))) for row in self._decode.outputs)
+        maps = [FLOAT * _count(_shape(row, whole(bucket.size))) for row in self._decode.outputs]
         self._frame = self._memory.device_buffer(3 * size)
-        self._maps = self._memory.device_buffer(bucket.batch * (bytes_each + ALIGNMENT * len(self._decode.outputs)))
+        self._maps = self._memory.device_buffer(bucket.batch * sum(map(aligned, maps)))
         self._memory.staging.reserve(3 * size)
-        self._memory.landing.reserve(bucket.batch * bytes_each)
+        self._memory.landing.reserve(bucket.batch * sum(maps))
 
     @property
     def recorded(self) -> bool:
@@ -148,7 +148,7 @@ class Network:
         """The maps of the first images on the host, through memory that stays; waits once, for all of them."""
         rows = [(index, row) for index in range(len(placements)) for row in self._decode.outputs]
         shapes = [_shape(row, placements[index]) for index, row in rows]
-        starts = [0, *np.cumsum([-(-FLOAT * _count(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]).tolist()]
+        starts = [0, *np.cumsum([aligned(FLOAT * _count(shape)) for shape in shapes]).tolist()]
         if self._maps.size < starts[-1]:
             self._maps = self._memory.device_buffer(starts[-1])
         addresses = [int(self._maps.handle) + start for start in starts[:-1]]
