@@ -43,6 +43,8 @@ EXTRAS = (
     Extra("export", (*_TORCH, "huggingface_hub", "ml_dtypes", "onnx", "onnx-ir", "onnxscript"), "build bundles"),
     Extra("text-encoder", ("transformers",), "embed the empty prompt while building"),
     Extra("exr", ("OpenEXR",), "save EXR files"),
+    Extra("heic", ("pillow-heif",), "read HEIC photographs"),
+    Extra("video", ("av",), "films and cameras"),
     Extra("kernels", ("triton",), "compile the GPU kernels"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
 )

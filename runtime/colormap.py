@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 INVALID = (32, 32, 32)  # sRGB of pixels without a value
+_SAMPLED = 200_000  # pixels that the percentiles are taken of, about
 
 # position (0 = near), lightness, chroma, hue in degrees
 _STOPS = np.array(
@@ -47,12 +48,30 @@ def table() -> NDArray[np.uint8]:
     return np.asarray(np.round(255 * srgb), dtype=np.uint8)
 
 
-def colorize(farness: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(H, W) values that grow with distance -> (H, W, 3) sRGB, stretched over the 2nd to 98th percentile."""
-    result = np.full((*farness.shape, 3), INVALID, dtype=np.uint8)
-    if not valid.any():
-        return result
-    low, high = np.percentile(farness[valid], (2, 98))
-    unit = (farness[valid] - low) / max(float(high - low), 1e-12)
-    result[valid] = table()[np.clip(np.round(255 * unit), 0, 255).astype(np.intp)]
+def colorize(
+    farness: NDArray[np.float32], valid: NDArray[np.bool_], ends: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
+    """(H, W) values that grow with distance -> (H, W, 3) sRGB, stretched between `ends`, near and far.
+
+    ends: by default the 2nd and 98th percentile, of every n-th pixel of a large image.
+    """
+    whole = bool(valid.all())
+    if ends is None:
+        step = int(max(1, np.sqrt(farness.size / _SAMPLED)))
+        sample, known = farness[::step, ::step], valid[::step, ::step]
+        sample = sample.ravel() if whole else sample[known]
+        sample = sample if sample.size else farness[valid]
+        if not sample.size:
+            return np.full((*farness.shape, 3), INVALID, dtype=np.uint8)
+        low, high = (float(value) for value in np.percentile(sample, (2, 98)))
+    else:
+        low, high = ends
+    scaled = farness - np.float32(low)
+    scaled *= np.float32(255 / max(high - low, 1e-12))
+    scaled += np.float32(0.5)  # rounds where the cast cuts
+    np.clip(scaled, 0, 255, out=scaled)
+    index = (scaled if whole else np.where(valid, scaled, 0)).astype(np.uint8)
+    result: NDArray[np.uint8] = np.take(table(), index, axis=0)
+    if not whole:
+        result[~valid] = INVALID
     return result

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError, ConfigError, MissingOutputError, NotMetricError
-from densegeo.outputs import FRAMES, DepthKind, Frame
+from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.decode import turned
 from densegeo.runtime.metric import Calibration, from_anchors, from_parameters, from_range, metric_depth
 from densegeo.size import Size
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Float = NDArray[np.float32]
+MILLIMETRES_MAX = 65535  # of 16 bits, REP 118
+
+log = logging.getLogger("densegeo")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Geometry:
     """Dense geometry of one image, at the image's resolution: depth, normals, or both.
 
@@ -59,7 +63,7 @@ class Geometry:
 
         Raises NotMetricError unless `depth_kind` is "metric", MissingOutputError of normals alone.
         """
-        prediction = self._require_metric("depth in metres")
+        prediction = self.require_depth("depth in metres")
         depth = prediction if self.calibration is None else metric_depth(prediction, self.calibration)
         usable = self.valid & np.isfinite(depth) & (depth > 0)
         return np.where(usable, depth, np.float32(np.nan))
@@ -107,11 +111,8 @@ class Geometry:
 
     def normals_in(self, frame: Frame) -> Float | None:
         """Normals (H, W, 3) float32 in another frame of `FRAMES`, or None when the model has none."""
-        if frame not in FRAMES:
-            raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
-        if self.normals is None:
-            return None
-        return turned(self.normals, FRAMES[frame])
+        axes = axes_of(frame)
+        return None if self.normals is None else turned(self.normals, axes)
 
     def points(self, intrinsics: ArrayLike) -> Float:
         """(H, W, 3) float32 metres in the OpenCV camera frame, NaN where invalid.
@@ -124,7 +125,55 @@ class Geometry:
         height, width = depth.shape
         x = (np.arange(width, dtype=np.float32) - np.float32(cx)) / np.float32(fx)
         y = (np.arange(height, dtype=np.float32) - np.float32(cy)) / np.float32(fy)
-        return np.stack([x[None, :] * depth, y[:, None] * depth, depth], axis=-1)
+        points = np.empty((height, width, 3), dtype=np.float32)
+        np.multiply(x[None, :], depth, out=points[..., 0])
+        np.multiply(y[:, None], depth, out=points[..., 1])
+        points[..., 2] = depth
+        return points
+
+    def points_in(self, frame: Frame, intrinsics: ArrayLike) -> Float:
+        """`points` (H, W, 3) in another frame of `FRAMES`, for example "ros_body"; raises what both would."""
+        return turned(self.points(intrinsics), axes_of(frame))
+
+    def millimetres(self) -> NDArray[np.uint16]:
+        """(H, W) uint16 depth in millimetres (REP 118), 0 where it is invalid or beyond 65.535 m.
+
+        Where depth is cut off so, a line in the log says how much. Raises NotMetricError, MissingOutputError.
+        """
+        self.require_depth("depth in millimetres", metres=True)
+        thousandths = np.round(np.nan_to_num(self.depth.astype(np.float64), nan=0.0) * 1000)
+        beyond = thousandths > MILLIMETRES_MAX
+        if count := int(beyond.sum()):
+            log.warning(
+                "%s: %.3g %% of the pixels lie beyond %s m, more than 16 bits of millimetres hold: they are 0. "
+                "npy, npz and exr keep them.",
+                self.model or "depth",
+                100 * count / beyond.size,
+                MILLIMETRES_MAX / 1000,
+            )
+        thousandths[beyond] = 0
+        return thousandths.astype(np.uint16)
+
+    def encode(
+        self,
+        format: str,
+        *,
+        file: str = "",
+        intrinsics: ArrayLike | None = None,
+        image: object = None,
+        color: str = "rgb",
+        dtype: Literal["float32", "float16"] = "float32",
+        source: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """The result as one file of a format of `save`, in memory: `geometry.encode("png16")`.
+
+        file: which one, where the format has several here, such as "normals.png" of "png". The rest as in `save`, which
+        writes the same bytes. Raises NotMetricError, MissingOutputError, ConfigError, ImageError.
+        """
+        from densegeo.runtime.encoders import Extras
+        from densegeo.runtime.writers import encode
+
+        return encode(self, format, file, Extras(intrinsics, image, color, dtype, source))
 
     def save(
         self,
@@ -133,27 +182,66 @@ class Geometry:
         *,
         stem: str = "",
         intrinsics: ArrayLike | None = None,
+        image: object = None,
+        color: str = "rgb",
+        dtype: Literal["float32", "float16"] = "float32",
+        source: Mapping[str, Any] | None = None,
     ) -> list[Path]:
         """Write the result into `directory` (made when missing); returns the files' paths.
 
-        formats: "npy" (arrays and geometry.json), "png" (colour depth and normals), "png16" (millimetres, 0 invalid;
-        metric only), "ply" (points with normals; metric, needs intrinsics), "exr" (needs `densegeo[exr]`).
-        stem: prefix of the names. All files appear, or none. Raises NotMetricError, MissingOutputError, ConfigError,
-        ResourceError.
+        formats: of `densegeo.formats.RESULTS`: "npy" (arrays and geometry.json), "npz", "json", "png" (colour depth and
+        normals), "grey8", "grey16" (depth of any kind), "png16" (millimetres, 0 invalid; metric only), "ply" (points)
+        and "glb" (a mesh; both need depth and intrinsics), "exr" (needs `densegeo[exr]`).
+        stem: prefix of the names. image: the one that this result is of, for the colours of ply and glb; color: channel
+        order of arrays. dtype: of the arrays in npy, npz and exr. source: what goes into geometry.json under this name.
+        All files appear, or none. Raises NotMetricError, MissingOutputError, ConfigError, ImageError, ResourceError.
         """
+        from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import save
 
-        return save(self, Path(directory), formats, stem, intrinsics)
+        return save(self, Path(directory), formats, stem, Extras(intrinsics, image, color, dtype, source))
 
-    def visualize(self, image: object = None) -> Image.Image:
+    def visualize(
+        self, image: object = None, *, color: str = "rgb", span: tuple[float, float] | None = None
+    ) -> Image.Image:
         """A picture (PIL): optional source image, coloured depth (near warm, far cool), normals, side by side; of depth
         and normals what there is.
 
-        image: as the estimator takes it; its size must be `source_size`. Raises ImageError, ConfigError.
+        image: as the estimator takes it; its size must be `source_size`. color: channel order of arrays.
+        span: what the two ends of the colours stand for, in metres where `depth_kind` is "metric", else in the
+        prediction's own values; the same for several results gives them the same colours. By default the 2nd and 98th
+        percentile. Raises ImageError, ConfigError.
         """
-        from densegeo.runtime.writers import side_by_side
+        from densegeo.runtime.pictures import side_by_side
 
-        return side_by_side(self, image)
+        return side_by_side(self, image, color, span)
+
+    def __str__(self) -> str:
+        """Three lines: what it is of, its depth, its normals."""
+        height, width = self.valid.shape
+        source = "" if self.source_size == (width, height) else f" of an image of {Size(*self.source_size)}"
+        title = f"Geometry {width}x{height}{source}" + (f" by {self.model}" if self.model else "")
+        normals = "none" if self.normals is None else "unit vectors, opencv frame (x right, y down, z forward)"
+        return f"{title}\n  depth:   {self._depth_in_words()}\n  normals: {normals}"
+
+    def __repr__(self) -> str:
+        height, width = self.valid.shape
+        return f"<Geometry {width}x{height} depth_kind={self.depth_kind!r} normals={self.normals is not None}>"
+
+    def _depth_in_words(self) -> str:
+        if self.prediction is None:
+            return "none"
+        values = (self.depth if self.has_depth else self.prediction)[self.valid]
+        share = f"{100 * values.size / max(1, self.valid.size):.4g} % valid"
+        span = f"{values.min():.4g} to {values.max():.4g}" if values.size else "nothing"
+        if self.depth_kind == "metric":
+            return f"metric, {span} m, {share}"
+        return f"{self.depth_kind}, prediction {span}, {share}; to_metric(...) makes metres"
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether `depth` can be asked for."""
+        return self.depth_kind == "metric"
 
     def require_prediction(self, wanted: str) -> Float:
         """The prediction; raises MissingOutputError, which says that `wanted` cannot be had, where there is none."""
@@ -163,7 +251,11 @@ class Geometry:
             )
         return self.prediction
 
-    def _require_metric(self, wanted: str) -> Float:
+    def require_depth(self, wanted: str, *, metres: bool = False) -> Float:
+        """The prediction; raises MissingOutputError or NotMetricError, which say that `wanted` cannot be had and why.
+
+        metres: whether it needs metres, and not depth of any unit.
+        """
         prediction = self.require_prediction(wanted)
         if self.depth_kind != "metric":
             raise NotMetricError(
@@ -172,6 +264,13 @@ class Geometry:
                 "to_metric(scale=..., shift=...)."
             )
         return prediction
+
+
+def axes_of(frame: Frame) -> Matrix:
+    """Of `FRAMES`; ConfigError for a name that is none."""
+    if frame not in FRAMES:
+        raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
+    return FRAMES[frame]
 
 
 def parse_intrinsics(intrinsics: ArrayLike) -> tuple[float, float, float, float]:

@@ -43,13 +43,15 @@ class Frame:
 
 
 def load_image(source: object, color: str = "rgb", max_pixels: int = MAX_PIXELS) -> Frame:
-    """Read `source`: a path, encoded bytes, a PIL image, or an array (numpy, DLPack, `__array__`).
+    """Read `source`: a path, encoded bytes, a PIL image, an array (numpy, DLPack, `__array__`), or a Frame as it is.
 
     Arrays are HxWx3, HxW or HxWx4 (alpha dropped), uint8 or float in [0, 1], in the channel order `color`
     ("rgb" or "bgr"); files and PIL images know their own order. EXIF orientation is applied.
     Raises ImageError for anything that is not such an image, ConfigError for another `color`.
     """
     check_color(color)
+    if isinstance(source, Frame):  # read already
+        return source
     if isinstance(source, (str, os.PathLike)):
         return _from_path(os.fspath(source), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):

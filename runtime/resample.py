@@ -57,6 +57,13 @@ def resize_plain(plane: Float, width: int, height: int) -> Float:
     return np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
 
 
+def resize_rgb(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8, antialiased bilinear; the same array where the size is right already."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def whole(size: Size, source: Size | None = None) -> Placement:
     """A source, by default of the bucket's own size, that fills the bucket."""
     return Placement((0, 0, *size), source or size)

@@ -16,9 +16,9 @@ from tests.resolution import normal, project
 from tests.support.project import ROOT, imported
 
 # Folder -> the extras that people install to use it; a backend's library is imported by its backend alone.
-BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr")
+BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic")
 FOLDERS = {
-    "densegeo": ("cpu",),
+    "densegeo": ("cpu", "video"),
     "runtime": BACKENDS,
     "models": ("torch",),
     "kernels": ("torch", "kernels"),
@@ -31,6 +31,8 @@ FOLDERS = {
 # Imported name -> distribution, where they differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
     "tensorrt_rtx": "tensorrt-rtx-cu13",

@@ -160,16 +160,6 @@ def test_ply_needs_intrinsics(metric: Geometry, tmp_path: Path) -> None:
         metric.save(tmp_path, ["ply"])
 
 
-def test_exr(metric: Geometry, tmp_path: Path) -> None:
-    exr = pytest.importorskip("OpenEXR")
-    (path,) = metric.save(tmp_path, ["exr"])
-    with exr.File(str(path), separate_channels=True) as file:
-        assert file.header()["densegeo.depth_units"] == "metres"
-        channels = file.channels()
-        np.testing.assert_array_equal(channels["Z"].pixels, metric.depth)
-        np.testing.assert_array_equal(channels["N.Y"].pixels, metric.normals[..., 1])
-
-
 def test_exr_without_its_extra(metric: Geometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "OpenEXR", None)  # makes the import fail
     with pytest.raises(ConfigError, match=r"densegeo\[exr\]"):
