@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from densegeo.runtime import Estimator, Geometry
+    from densegeo.runtime import Camera, Estimator, Geometry
 
 __version__ = "0.1.0"
-__all__ = ["Estimator", "Geometry", "__version__"]
+__all__ = ["Camera", "Estimator", "Geometry", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: `import densegeo.models` must not pay for the runtime, nor the runtime for anything else.
-    if name in ("Estimator", "Geometry"):
+    if name in __all__:
         return getattr(import_module("densegeo.runtime"), name)
     raise AttributeError(f"module 'densegeo' has no attribute {name!r}")

@@ -47,6 +47,7 @@ EXTRAS = (
     Extra("video", ("av",), "films and cameras"),
     Extra("kernels", ("triton",), "compile the GPU kernels"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
+    Extra("camera", ("pyyaml",), "read a camera's calibration from ROS' YAML"),
 )
 
 

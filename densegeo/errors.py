@@ -55,6 +55,10 @@ class CalibrationError(DensegeoError, ValueError):
     """Metric anchors or parameters that do not determine a depth scale."""
 
 
+class CalibrationWarning(UserWarning):
+    """Intrinsics or anchors that are used as given, and look as if they were of another image or unit."""
+
+
 class NotMetricError(DensegeoError):
     """Metres were asked of a result whose depth kind is not `metric`."""
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from densegeo.errors import ConfigError
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
+from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import MILLIMETRES_MAX, Geometry
 from densegeo.runtime.meshes import glb_part, ply_part
 from densegeo.runtime.pictures import depth_picture, grey_picture, normals_picture, photograph
@@ -43,7 +44,7 @@ class Extras:
     result, as it stands in geometry.json.
     """
 
-    intrinsics: ArrayLike | None = None
+    intrinsics: CameraLike | None = None
     image: object = None
     color: str = "rgb"
     dtype: DType = "float32"

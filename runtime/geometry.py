@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from densegeo.errors import CalibrationError, ConfigError, MissingOutputError, NotMetricError
+from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
 from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
+from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned
 from densegeo.runtime.metric import Calibration, from_anchors, from_parameters, from_range, metric_depth
 from densegeo.size import Size
@@ -114,24 +116,24 @@ class Geometry:
         axes = axes_of(frame)
         return None if self.normals is None else turned(self.normals, axes)
 
-    def points(self, intrinsics: ArrayLike) -> Float:
+    def points(self, intrinsics: CameraLike) -> Float:
         """(H, W, 3) float32 metres in the OpenCV camera frame, NaN where invalid.
 
-        intrinsics: 3x3 matrix or (fx, fy, cx, cy), in pixels of the source image, pixel centres at integers.
+        intrinsics: what `Camera.of` takes, such as a 3x3 matrix, (fx, fy, cx, cy) or a ROS CameraInfo, in pixels of the
+        source image, pixel centres at integers. Those that do not look like this image's give a CalibrationWarning.
         Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
         """
         depth = self.depth
-        fx, fy, cx, cy = parse_intrinsics(intrinsics)
-        height, width = depth.shape
-        x = (np.arange(width, dtype=np.float32) - np.float32(cx)) / np.float32(fx)
-        y = (np.arange(height, dtype=np.float32) - np.float32(cy)) / np.float32(fy)
-        points = np.empty((height, width, 3), dtype=np.float32)
-        np.multiply(x[None, :], depth, out=points[..., 0])
-        np.multiply(y[:, None], depth, out=points[..., 1])
-        points[..., 2] = depth
-        return points
+        return self.camera(intrinsics).rays(self.source_size) * depth[..., None]
 
-    def points_in(self, frame: Frame, intrinsics: ArrayLike) -> Float:
+    def camera(self, intrinsics: CameraLike) -> Camera:
+        """The camera of this image; a CalibrationWarning when it does not look like it. Raises ConfigError."""
+        camera = Camera.of(intrinsics).at(self.source_size)
+        if camera.doubt:
+            warnings.warn(f"Are these this image's intrinsics? {camera.doubt}.", CalibrationWarning, stacklevel=3)
+        return camera
+
+    def points_in(self, frame: Frame, intrinsics: CameraLike) -> Float:
         """`points` (H, W, 3) in another frame of `FRAMES`, for example "ros_body"; raises what both would."""
         return turned(self.points(intrinsics), axes_of(frame))
 
@@ -159,7 +161,7 @@ class Geometry:
         format: str,
         *,
         file: str = "",
-        intrinsics: ArrayLike | None = None,
+        intrinsics: CameraLike | None = None,
         image: object = None,
         color: str = "rgb",
         dtype: Literal["float32", "float16"] = "float32",
@@ -181,7 +183,7 @@ class Geometry:
         formats: Sequence[str] = ("npy", "png"),
         *,
         stem: str = "",
-        intrinsics: ArrayLike | None = None,
+        intrinsics: CameraLike | None = None,
         image: object = None,
         color: str = "rgb",
         dtype: Literal["float32", "float16"] = "float32",
@@ -271,21 +273,3 @@ def axes_of(frame: Frame) -> Matrix:
     if frame not in FRAMES:
         raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
     return FRAMES[frame]
-
-
-def parse_intrinsics(intrinsics: ArrayLike) -> tuple[float, float, float, float]:
-    """3x3 matrix or (fx, fy, cx, cy) -> (fx, fy, cx, cy); ConfigError for anything else."""
-    try:
-        values: NDArray[Any] = np.asarray(intrinsics, dtype=np.float64)
-    except (TypeError, ValueError):
-        values = np.empty(0)
-    if values.shape == (3, 3):
-        if values[0, 1] or values[1, 0] or tuple(values[2]) != (0, 0, 1):
-            raise ConfigError("Intrinsics with skew or a bottom row other than (0, 0, 1) are not supported.")
-        values = values[[0, 1, 0, 1], [0, 1, 2, 2]]
-    if values.shape != (4,):
-        raise ConfigError("Intrinsics must be a 3x3 matrix or (fx, fy, cx, cy), in pixels.")
-    if not np.isfinite(values).all() or values[0] <= 0 or values[1] <= 0:
-        raise ConfigError("Intrinsics must be finite with positive focal lengths, in pixels.")
-    fx, fy, cx, cy = (float(value) for value in values)
-    return fx, fy, cx, cy

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from densegeo.errors import ConfigError
 from densegeo.outputs import FRAMES
+from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.decode import turned
 from densegeo.runtime.geometry import Geometry
 
@@ -22,7 +23,7 @@ _FLOAT, _UINT32, _VERTICES, _INDICES = 5126, 5125, 34962, 34963  # glTF's number
 
 
 def ply_part(
-    geometry: Geometry, intrinsics: ArrayLike | None, colours: NDArray[np.uint8] | None, metadata: dict[str, str]
+    geometry: Geometry, intrinsics: CameraLike | None, colours: NDArray[np.uint8] | None, metadata: dict[str, str]
 ) -> Callable[[BinaryIO], object]:
     """Binary little-endian points of the OpenCV frame. colours: (H, W, 3) RGB of the image, or None for none."""
     points = geometry.points(_given(intrinsics))
@@ -52,7 +53,7 @@ def ply_part(
 
 
 def glb_part(
-    geometry: Geometry, intrinsics: ArrayLike | None, texture: NDArray[np.uint8], metadata: dict[str, str]
+    geometry: Geometry, intrinsics: CameraLike | None, texture: NDArray[np.uint8], metadata: dict[str, str]
 ) -> Callable[[BinaryIO], object]:
     """A mesh over the pixels in glTF's axes (x right, y up, z to the viewer), with a picture (h, w, 3) as its texture.
 
@@ -88,7 +89,7 @@ def grid_faces(depth: NDArray[np.float32]) -> NDArray[np.uint32]:
     return quads.reshape(-1, 3)
 
 
-def _given(intrinsics: ArrayLike | None) -> ArrayLike:
+def _given(intrinsics: CameraLike | None) -> CameraLike:
     assert intrinsics is not None  # checked with the format's row
     return intrinsics
 

@@ -16,7 +16,7 @@ from tests.resolution import normal, project
 from tests.support.project import ROOT, imported
 
 # Folder -> the extras that people install to use it; a backend's library is imported by its backend alone.
-BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic")
+BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic", "camera")
 FOLDERS = {
     "densegeo": ("cpu", "video"),
     "runtime": BACKENDS,

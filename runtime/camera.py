@@ -1,0 +1,210 @@
+"""`Camera`: a lens and the image it belongs to, from whatever form intrinsics come in, and the ray behind each pixel.
+
+Pixel centres are at integers. Rays are in the OpenCV camera frame (x right, y down, z forward) with z = 1. Distortion
+is undone on rays, never on pictures: depth and normals stay at the pixels that the network saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from densegeo.errors import ConfigError
+from densegeo.runtime import camera_info
+from densegeo.runtime.lens import LENSES, Lens, distort, undistort
+from densegeo.size import Size
+
+Float64 = NDArray[np.float64]
+Float = NDArray[np.float32]
+_ASPECT = 0.01  # two sizes are of one picture when their aspect ratios differ by less
+_NARROW, _WIDE = 3.0, 150.0  # degrees; a pinhole outside is more likely a mistake
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera with an optional distortion.
+
+    fx, fy, cx, cy: pixels. size: of the image they belong to; None: of whatever image they are used with. With a size,
+    images of other sizes and the same aspect ratio are taken as resized ones, and the numbers follow.
+    lens, distortion: ROS' distortion models with their coefficients in OpenCV's order: "plumb_bob" (k1 k2 p1 p2 [k3]),
+    "rational_polynomial" (k1 k2 p1 p2 k3 k4 k5 k6), "equidistant" (k1 k2 k3 k4). Empty: none.
+    Raises ConfigError for numbers that cannot be those of a camera.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    size: Size | None = None
+    lens: Lens = "plumb_bob"
+    distortion: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
+        if not all(map(math.isfinite, numbers)) or self.fx <= 0 or self.fy <= 0:
+            raise ConfigError("Intrinsics must be finite with positive focal lengths, in pixels.")
+        if self.lens not in LENSES:
+            raise ConfigError(f"There is no distortion model {self.lens!r}; choose from {', '.join(LENSES)}.")
+        if len(self.distortion) not in LENSES[self.lens]:
+            counts = " or ".join(str(count) for count in LENSES[self.lens] if count)
+            raise ConfigError(f"{self.lens} has {counts} coefficients, not {len(self.distortion)}.")
+
+    @classmethod
+    def of(cls, intrinsics: CameraLike) -> Camera:
+        """Any form of intrinsics: a Camera; (fx, fy, cx, cy); a matrix 3x3, 3x4, or its 9 or 12 numbers; a ROS
+        CameraInfo, a mapping with its fields, or camera_info's YAML as a mapping.
+
+        Raises ConfigError for anything else, for skew, and for a camera without a calibration.
+        """
+        if isinstance(intrinsics, Camera):
+            return intrinsics
+        if isinstance(intrinsics, Mapping) or camera_info.looks_like(intrinsics):
+            return cls.from_camera_info(intrinsics)
+        try:
+            values: Float64 = np.asarray(intrinsics, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.empty(0)
+        if values.shape == (4,):
+            values = np.array([[values[0], 0, values[2]], [0, values[1], values[3]], [0, 0, 1]])
+        return cls(*_pinhole(values))
+
+    @classmethod
+    def from_fov(cls, degrees: float, size: tuple[int, int], axis: Literal["x", "y", "diagonal"] = "x") -> Camera:
+        """Square pixels and a centred axis, from the angle that an image of `size` (width, height) covers along x, y
+        or its diagonal. Raises ConfigError unless 0 < degrees < 180.
+        """
+        if not (isinstance(degrees, (int, float)) and 0 < degrees < 180):
+            raise ConfigError(f"A field of view is in degrees between 0 and 180, not {degrees!r}.")
+        if axis not in ("x", "y", "diagonal"):
+            raise ConfigError(f'axis must be "x", "y" or "diagonal", not {axis!r}.')
+        width, height = size
+        extent = {"x": width, "y": height, "diagonal": math.hypot(width, height)}[axis]
+        focal = 0.5 * extent / math.tan(math.radians(degrees) / 2)
+        return cls(focal, focal, 0.5 * (width - 1), 0.5 * (height - 1), Size(width, height))
+
+    @classmethod
+    def from_camera_info(cls, info: object, rectified: bool = False) -> Camera:
+        """A ROS CameraInfo (ROS 2 or ROS 1, or a mapping with its fields, or camera_info's YAML as a mapping).
+
+        rectified: the image is the rectified one: its camera is P, without distortion; otherwise K with D. Binning and
+        region of interest are applied as image_geometry does: (c - offset) / binning. The rotation R and P's fourth
+        column (a stereo baseline) move a rectified camera and do not change its rays in its own frame.
+        Raises ConfigError for an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
+        """
+        found = camera_info.read(info, rectified)
+        fx, fy, cx, cy = _pinhole(found.matrix)
+        bin_x, bin_y = found.binning
+        x, y = found.offset
+        size = Size(*found.size) if all(found.size) else None
+        return cls(fx / bin_x, fy / bin_y, (cx - x) / bin_x, (cy - y) / bin_y, size, found.lens, found.distortion)
+
+    @classmethod
+    def read(cls, path: str | Path, rectified: bool = False) -> Camera:
+        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON. Raises ConfigError."""
+        return cls.from_camera_info(camera_info.load(Path(path)), rectified)
+
+    def at(self, size: tuple[int, int]) -> Camera:
+        """The camera of the same picture at `size` (width, height). Raises ConfigError when this one's size has
+        another aspect ratio: then the picture was cropped, and only its maker knows where.
+        """
+        wanted = Size(*size)
+        if self.size is None or self.size == wanted:
+            return replace(self, size=wanted)
+        x, y = wanted.width / self.size.width, wanted.height / self.size.height
+        # a side may have been rounded to a whole pixel
+        if abs(x / y - 1) > max(_ASPECT, 1 / min(wanted), 1 / min(self.size)):
+            raise ConfigError(
+                f"The intrinsics belong to an image of {self.size}, this one is {wanted}, another aspect ratio: it was "
+                "cropped. Give the intrinsics of the cropped image: (fx, fy, cx - left, cy - top)."
+            )
+        return replace(
+            self,
+            fx=self.fx * x,
+            fy=self.fy * y,
+            cx=(self.cx + 0.5) * x - 0.5,
+            cy=(self.cy + 0.5) * y - 0.5,
+            size=wanted,
+        )
+
+    def rays(self, size: tuple[int, int]) -> Float:
+        """(H, W, 3) float32 ray of every pixel of an image of `size`, z = 1; NaN where the lens has none in front.
+
+        Computed once for each camera and size; read-only. Raises ConfigError as `at`.
+        """
+        return _rays(self.at(size))
+
+    def rays_at(self, uv: ArrayLike) -> Float64:
+        """(N, 3) rays of pixels uv (N, 2) (column, row) of this camera's own image."""
+        points = np.asarray(uv, dtype=np.float64)
+        x, y = (points[:, 0] - self.cx) / self.fx, (points[:, 1] - self.cy) / self.fy
+        x, y = undistort(x, y, self.lens, self.distortion)
+        return np.stack([x, y, np.ones_like(x)], axis=-1)
+
+    def project(self, points: ArrayLike) -> Float64:
+        """Pixels (N, 2) (column, row) of points (N, 3) in the camera's frame; NaN behind it."""
+        xyz = np.asarray(points, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            z = np.where(xyz[:, 2] > 0, xyz[:, 2], np.nan)
+            x, y = distort(xyz[:, 0] / z, xyz[:, 1] / z, self.lens, self.distortion)
+        return np.stack([x * self.fx + self.cx, y * self.fy + self.cy], axis=-1)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why these intrinsics do not look like those of an image of `size`, or None. For warnings."""
+        if self.size is None:
+            return None
+        width, height = self.size
+        if max(self.fx, self.fy) < 10 and 0 <= self.cx <= 1 and 0 <= self.cy <= 1:
+            return "they look normalised: multiply fx and cx by the image's width, fy and cy by its height"
+        if not (0 <= self.cx < width and 0 <= self.cy < height):
+            other = Size(round(2 * self.cx + 1), round(2 * self.cy + 1))
+            hint = f", as of an image of about {other}: give the Camera its size" if min(other) > 1 else ""
+            return f"the principal point ({self.cx:g}, {self.cy:g}) lies outside the {self.size} image{hint}"
+        if not 0.5 < self.fx / self.fy < 2:
+            return f"the focal lengths {self.fx:g} and {self.fy:g} differ by more than a factor of two"
+        angle = 2 * math.degrees(math.atan2(0.5 * max(width, height), self.fx if width >= height else self.fy))
+        if not _NARROW < angle < _WIDE:
+            return f"they mean a field of view of {angle:.0f} degrees for a {self.size} image"
+        return None
+
+
+CameraLike: TypeAlias = Camera | Mapping[str, Any] | ArrayLike | object  # what `Camera.of` takes
+
+
+def _pinhole(values: Float64) -> tuple[float, float, float, float]:
+    """fx, fy, cx, cy of a 3x3 or 3x4 matrix or its numbers in rows."""
+    if values.shape in ((9,), (12,)):
+        values = values.reshape(3, -1)
+    if values.shape not in ((3, 3), (3, 4)):
+        raise ConfigError(
+            "Intrinsics must be a Camera, (fx, fy, cx, cy), a 3x3 or 3x4 matrix in pixels, or a ROS CameraInfo."
+        )
+    if values[0, 1] or values[1, 0] or tuple(values[2, :3]) != (0, 0, 1):
+        raise ConfigError("Intrinsics with skew or a bottom row other than (0, 0, 1) are not supported.")
+    fx, fy, cx, cy = (float(value) for value in values[[0, 1, 0, 1], [0, 1, 2, 2]])
+    return fx, fy, cx, cy
+
+
+@lru_cache(maxsize=8)
+def _rays(camera: Camera) -> Float:
+    assert camera.size is not None
+    width, height = camera.size
+    x = (np.arange(width) - camera.cx) / camera.fx
+    y = (np.arange(height) - camera.cy) / camera.fy
+    rays = np.ones((height, width, 3), dtype=np.float32)
+    if any(camera.distortion) or camera.lens == "equidistant":
+        grid_x, grid_y = np.broadcast_arrays(x[None, :], y[:, None])
+        straight = undistort(grid_x.ravel(), grid_y.ravel(), camera.lens, camera.distortion)
+        rays[..., 0], rays[..., 1] = (plane.reshape(height, width) for plane in straight)
+        rays[~np.isfinite(rays[..., 0])] = np.nan
+    else:
+        rays[..., 0], rays[..., 1] = x[None, :], y[:, None]
+    rays.flags.writeable = False
+    return rays
