@@ -28,6 +28,7 @@ from densegeo.models import rewrites
 from densegeo.models.loading import Files
 from densegeo.models.presets import preset
 from densegeo.models.published import PUBLICATIONS
+from densegeo.models.weight_file import parts
 from densegeo.runtime.bundle import (
     SCHEMA_VERSION,
     Engine,
@@ -41,15 +42,16 @@ from densegeo.runtime.bundle import (
 )
 
 
-def find_files(options: BuildOptions, console: Console) -> tuple[Files, dict[str, str]]:
+def find_files(options: BuildOptions, console: Console, scratch: Path | None = None) -> tuple[Files, dict[str, str]]:
     """The model's files and where each came from; those that nobody named are fetched from where they are published.
 
-    Raises CheckpointError; see `sources.resolve`.
+    scratch: a folder that is thrown away, for what must be made of the files without leaving anything. Raises
+    CheckpointError; see `sources.resolve`.
     """
     directory, row = options.carried_weights, preset(options.model)
     family = row.family
     if directory is None:
-        return sources.resolve(options.given, family, _published(options, console))
+        return sources.resolve(options.given, family, _published(options, console), scratch)
     without = {role.skip: getattr(options.given, role.name) is None for role in family.roles if role.skip}
     given = msgspec.structs.replace(options.given, checkpoint=str(directory), **without)
     files, origins = sources.resolve(given, family)
@@ -121,7 +123,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
 
 def _identify(files: Files, origins: dict[str, str], console: Console) -> list[Source]:
     """Size and digest of every input file; only those are read that are not known yet."""
-    size = sum(path.stat().st_size for path in files.paths.values())
+    size = sum(part.stat().st_size for path in files.paths.values() for part in parts(path))
     with Display(console) as display, display.bar("reading inputs", size) as bar:
         return digests.inputs(files, origins, bar.advance)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 import typer
@@ -27,11 +28,12 @@ from densegeo.export.plan import (
     stage_flops,
 )
 from densegeo.export.reporting import try_out
-from densegeo.export.sources import Given, unnamed
+from densegeo.export.sources import Given, to_fetch, unnamed
 from densegeo.models.families import FAMILIES
 from densegeo.models.presets import PRESETS, preset
 from densegeo.models.published import PUBLICATIONS
 from densegeo.models.rewrites import select
+from densegeo.models.weight_file import parts
 from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
 from densegeo.runtime.bundle import STAGES
 from densegeo.size import Size
@@ -67,7 +69,11 @@ def build(
         Path | None, typer.Option("--output", "-o", help="The bundle's directory; out/MODEL by default.")
     ] = None,
     checkpoint: Annotated[
-        Text, typer.Option(help="Directory with the authors' file names, or a Hugging Face repository id.")
+        Text,
+        typer.Option(help="Directory with the authors' file names, or organisation/repository[@revision][:folder]."),
+    ] = None,
+    variant: Annotated[
+        Text, typer.Option(help="Of the weights in --checkpoint: fp16 takes NAME.fp16.safetensors.")
     ] = None,
     dit: Annotated[Text, typer.Option(help=f"Step1X-Edit transformer: {_FILE}.")] = None,
     vae: Annotated[Text, typer.Option(help=f"Flux autoencoder: {_FILE}.")] = None,
@@ -206,6 +212,7 @@ def build(
         output=output or Path("out") / model,
         given=Given(
             checkpoint=checkpoint,
+            variant=variant,
             dit=dit,
             vae=vae,
             lora=lora,
@@ -249,10 +256,15 @@ def build(
 
 
 def dry_run_report(options: BuildOptions, console: Console) -> None:
-    """Print what the files hold and what a build would do; raises what would stop the build."""
-    if _not_here(options, console):
+    """Print what the files hold and what a build would do; raises what would stop the build. Leaves nothing behind."""
+    if _not_here(options, console) or _not_fetched(options, console):
         return
-    files, origins = find_files(options, console)
+    with TemporaryDirectory(prefix="densegeo-dry-run-") as scratch:
+        _report_plan(options, Path(scratch), console)
+
+
+def _report_plan(options: BuildOptions, scratch: Path, console: Console) -> None:
+    files, origins = find_files(options, console, scratch)
     _, plan = plan_build(options, files)
     _print_files(plan, options.model, origins, console)
     _print_plan(plan, options, console)
@@ -282,6 +294,24 @@ def _not_here(options: BuildOptions, console: Console) -> bool:
     return True
 
 
+def _not_fetched(options: BuildOptions, console: Console) -> bool:
+    """Whether files of repositories that the user named would have to be fetched first; says which."""
+    if options.carried_weights is not None:
+        return False
+    wanted = to_fetch(options.given, preset(options.model).family)
+    if not wanted:
+        return False
+    table = Table("file", "size", title="to download", title_justify="left")
+    for origin, size in wanted:
+        table.add_row(origin, f"{size:,} bytes" if size else "unknown")
+    console.print(table)
+    console.print(
+        "The plan needs the files' headers, and a dry run fetches nothing: leave --dry-run out.",
+        soft_wrap=True,
+    )
+    return True
+
+
 def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Console) -> None:
     table = Table("file", "keys found", "missing", "unexpected", "wrong shape", "dtypes", "bytes", title="inputs")
     roles = preset(model).family.weights
@@ -293,7 +323,7 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
             origins[role],
             *(str(n) for n in (report.found, len(report.missing), len(report.unexpected), len(report.misshapen))),
             ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items())),
-            f"{report.path.stat().st_size:,}",
+            f"{sum(part.stat().st_size for part in parts(report.path)):,}",
         )
     console.print(table)
     if not any(role.merged_into for role in preset(model).family.roles):

@@ -33,10 +33,21 @@ class Known(msgspec.Struct, frozen=True):
 
 
 def inputs(files: Files, origins: Mapping[str, str], progress: Progress = lambda count: None) -> list[Source]:
-    """Size and SHA-256 of every input file. `progress` gets the number of bytes each time."""
-    return [
-        Source(role, origins[role], path.stat().st_size, sha256(path, progress)) for role, path in files.paths.items()
-    ]
+    """Size and SHA-256 of every input file, of shards each. `progress` gets the number of bytes each time."""
+    from densegeo.models.weight_file import parts
+
+    found = []
+    for role, path in files.paths.items():
+        for part in parts(path):
+            origin = origins[role] if part == path else _beside(origins[role], path.name, part.name)
+            name = role if part == path else f"{role} {part.name}"
+            found.append(Source(name, origin, part.stat().st_size, sha256(part, progress)))
+    return found
+
+
+def _beside(origin: str, index: str, shard: str) -> str:
+    """Where a shard came from, of an index that came from `origin`."""
+    return origin.removesuffix(index) + shard if origin.endswith(index) else f"{origin}: {shard}"
 
 
 def sha256(path: Path, progress: Progress = lambda count: None) -> str:

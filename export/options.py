@@ -12,7 +12,7 @@ from densegeo.export import quantization, sources
 from densegeo.export.cubins import check_architectures
 from densegeo.export.engines import EngineOptions, target_groups
 from densegeo.models import rewrites
-from densegeo.models.presets import preset
+from densegeo.models.presets import PRESETS, preset
 from densegeo.precision import precision_row
 from densegeo.runtime.bundle import Choice
 from densegeo.size import Size
@@ -43,6 +43,12 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
         row = preset(self.model)
+        if row.weights is not None and (named := sources.named(self.given, row.family)):
+            others = [name for name, other in PRESETS.items() if other.family is row.family and other.weights is None]
+            raise ConfigError(
+                f"{', '.join(f'--{name}' for name in named)}: {self.model} has weights that come with densegeo. "
+                f"To build others of its architecture, say --model {' or '.join(others)}"
+            )
         precision_row(self.precision)
         base = quantization.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in NAMES:
@@ -80,10 +86,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def carried_weights(self) -> Path | None:
-        """The directory of the weights that come with the code, unless the user named others."""
-        row = preset(self.model)
-        own = self.given.checkpoint or getattr(self.given, row.family.weights[0], None)
-        return None if own else row.weights
+        """The directory of the weights that come with the code, for a model whose weights do."""
+        return preset(self.model).weights
 
 
 def _check_size(size: Size, multiple: int) -> None:

@@ -19,6 +19,7 @@ from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read
 from densegeo.models.denoiser import elements
 from densegeo.models.loading import Files, Skeleton, open_skeleton, rewritten_form
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.models.weight_file import parts
 from densegeo.precision import PRECISIONS
 from densegeo.size import Size
 
@@ -78,7 +79,7 @@ def make_plan(
     block = max((elements(module) for _, module in denoiser.blocks()), default=0)
     # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
     activations = 3 * len(form.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
-    lora = files.lora.stat().st_size if files.lora else 0
+    lora = sum(part.stat().st_size for part in parts(files.lora)) if files.lora else 0
     copies = 1 if PRECISIONS[base].exact else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
     # handed over, and ONNX Runtime's own.

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from densegeo.errors import CheckpointError
+from densegeo.models.known_layouts import layout, quantized
+from densegeo.models.weight_file import Entry, opened, read_entries
 from densegeo.precision import FLOATS, PRECISIONS
 
 FLOAT_DTYPES = {PRECISIONS[name].safetensors for name in FLOATS}
-_PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 # A module's tensor, by name and shape -> its name and shape in a file; the elements are in the same order.
 Stored = Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
 
@@ -24,42 +22,6 @@ Stored = Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
 def as_is(key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The file has the module's own names and shapes."""
     return key, shape
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as the file's header describes it."""
-
-    shape: tuple[int, ...]
-    dtype: str  # safetensors name: F32, BF16, F16, F8_E4M3, ...
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise CheckpointError(
-            f"{path} is a pickle file, which can run any code when it is loaded, so densegeo reads safetensors only. "
-            "Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"the checkpoint {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): it is truncated or another format"
-        ) from error
-
-
-def read_entries(path: Path) -> dict[str, Entry]:
-    """Names, shapes and dtypes of a safetensors file, from its header alone.
-
-    Raises CheckpointError when it is missing, unreadable, or a pickle file.
-    """
-    with _opened(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        return {key: Entry(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
 
 
 @dataclass
@@ -72,19 +34,30 @@ class KeyReport:
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)  # "key: (2, 3), expected (3, 3)"
     wrong_dtype: list[str] = field(default_factory=list)
+    hint: str = ""  # what the file seems to be, where it is another one
+
+    @property
+    def is_another(self) -> bool:
+        """Whether so little fits that listing the rest would say nothing."""
+        return len(self.missing) > 10 * self.found
 
     def problems(self, *, allow_unexpected: bool) -> list[str]:
         """Lines that say what is wrong; empty when the file fits."""
+        if self.is_another:
+            wanted = len(self.missing) + self.found
+            return [f"{self.found} of the {wanted} tensors that are wanted ({self.missing[0]} ...); {self.hint}"]
         groups = [("missing", self.missing), ("wrong shape", self.misshapen), ("wrong dtype", self.wrong_dtype)]
         if not allow_unexpected:
             groups.append(("unexpected", self.unexpected))
-        return [f"{len(keys)} {what}: " + "; ".join(keys) for what, keys in groups if keys]
+        lines = [f"{len(keys)} {what}: " + "; ".join(keys) for what, keys in groups if keys]
+        return [*lines, self.hint] if lines and self.hint else lines
 
 
 def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module, stored: Stored = as_is) -> KeyReport:
     """Compare a file's entries with the tensors `module` (on any device) wants."""
     wanted = dict(stored(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items())
-    report = KeyReport(path, missing=sorted(set(wanted) - set(entries)), unexpected=sorted(set(entries) - set(wanted)))
+    missing, unexpected = (sorted(names) for names in (set(wanted) - set(entries), set(entries) - set(wanted)))
+    report = KeyReport(path, missing=missing, unexpected=unexpected)
     for key in sorted(set(wanted) & set(entries)):
         entry = entries[key]
         report.found += 1
@@ -92,6 +65,13 @@ def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module, store
             report.misshapen.append(f"{key}: {entry.shape}, expected {wanted[key]}")
         if entry.dtype not in FLOAT_DTYPES:
             report.wrong_dtype.append(f"{key}: {entry.dtype}, expected one of {', '.join(sorted(FLOAT_DTYPES))}")
+    if quantized(entries, [entry.dtype for entry in entries.values()]):
+        report.hint = (
+            "these weights are quantized already: take the file in full precision (float32, bf16 or fp16) that they "
+            "were made from; --precision fp8 or int8 makes 8-bit weights of it"
+        )
+    elif report.is_another:
+        report.hint = layout(entries)
     return report
 
 
@@ -103,18 +83,20 @@ def load_weights(
     allow_unexpected: bool = False,
     progress: Callable[[int], object] | None = None,
     stored: Stored = as_is,
+    computed: tuple[str, ...] = (),
 ) -> None:
     """Fill `module` (made on the meta device) with a file's tensors in float32, LoRA merged.
 
-    `progress` is called with each tensor's element count. Raises CheckpointError that lists every key in the way.
+    `progress` is called with each tensor's element count. computed: ends of names that the file may hold and nobody
+    reads. Raises CheckpointError that lists every key in the way.
     """
-    check_keys(module, path, allow_unexpected=allow_unexpected, stored=stored)
+    check_keys(module, path, allow_unexpected=allow_unexpected, stored=stored, computed=computed)
     updates = read_lora(lora, module) if lora else {}
     state: dict[str, Tensor] = {}
-    with _opened(path) as file:
+    with opened(path) as file:
         for key, wanted in module.state_dict().items():
             name, _ = stored(key, tuple(wanted.shape))
-            tensor = file.get_tensor(name).float().reshape(wanted.shape)
+            tensor = file.finite(name).float().reshape(wanted.shape)
             if key in updates:
                 tensor = updates[key].merge(tensor)
             state[key] = tensor
@@ -124,9 +106,17 @@ def load_weights(
     module.requires_grad_(False)
 
 
-def check_keys(module: nn.Module, path: Path, *, allow_unexpected: bool = False, stored: Stored = as_is) -> None:
-    """Raise CheckpointError that lists every key of a file in the way of filling `module`."""
-    report = compare_keys(path, read_entries(path), module, stored)
+def check_keys(
+    module: nn.Module,
+    path: Path,
+    *,
+    allow_unexpected: bool = False,
+    stored: Stored = as_is,
+    computed: tuple[str, ...] = (),
+) -> None:
+    """Raise CheckpointError that lists every key of a file in the way of filling `module`; see `load_weights`."""
+    entries = {name: entry for name, entry in read_entries(path).items() if not name.endswith(computed)}
+    report = compare_keys(path, entries, module, stored)
     if problems := report.problems(allow_unexpected=allow_unexpected):
         hint = ""
         if report.unexpected and not (report.missing or report.misshapen or report.wrong_dtype):
@@ -172,7 +162,7 @@ def read_lora(path: Path, module: nn.Module) -> dict[str, LoraUpdate]:
     }
     tensors: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    with _opened(path) as file:
+    with opened(path) as file:
         for key in file.keys():  # noqa: SIM118
             match = _LORA_KEY.fullmatch(key)
             if not match:
@@ -182,7 +172,7 @@ def read_lora(path: Path, module: nn.Module) -> dict[str, LoraUpdate]:
             elif match.group(1) not in linears:
                 problems.append(f"{key}: the model has no such module")
             else:
-                tensors.setdefault(match.group(1), {})[match.group(2)] = file.get_tensor(key)
+                tensors.setdefault(match.group(1), {})[match.group(2)] = file.finite(key)
     updates: dict[str, LoraUpdate] = {}
     for name, parts in sorted(tensors.items()):
         weight_key, layer = linears[name]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from densegeo.errors import CheckpointError, ConfigError
+from densegeo.models.known_layouts import layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -117,9 +118,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _dim(shapes: Shapes, key: str, axis: int, what: str) -> int:
     if key not in shapes or len(shapes[key]) <= axis:
-        raise CheckpointError(
-            f"this is no {what}: it lacks {key!r}. Keys look like: {', '.join(sorted(shapes)[:4]) or '(none)'}"
-        )
+        raise CheckpointError(f"this is no {what}: it lacks {key!r}; {layout(shapes)}")
     return shapes[key][axis]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from densegeo.errors import ConfigError
+from densegeo.errors import CheckpointError, ConfigError
 from densegeo.models import fe2e, fiffdepth
-from densegeo.models.checkpoint import Entry, Stored, as_is
+from densegeo.models.checkpoint import Stored, as_is
 from densegeo.models.config import (
     TransformerConfig,
     UNetConfig,
@@ -25,6 +26,7 @@ from densegeo.models.rewrites import Rewrite
 from densegeo.models.roles import FE2E_ROLES, FIFFDEPTH_ROLES, Role
 from densegeo.models.transformer import Transformer
 from densegeo.models.unet import UNet
+from densegeo.models.weight_file import Entry
 from densegeo.outputs import Decode, Output
 
 Shapes = dict[str, tuple[int, ...]]
@@ -85,8 +87,20 @@ def _shapes(entries: Entries) -> Shapes:
 def _fe2e(paths: dict[str, Path], dit: Entries, vae: Entries) -> Architecture:
     """From the tensors' shapes; the file "config" holds what they do not tell."""
     given: dict[str, Any] = read_config_file(paths["config"]) if "config" in paths else {}
-    configs = transformer_config(_shapes(dit), given), vae_config(_shapes(vae), given.get("vae"))
-    return Architecture(*configs, (as_is, as_is))
+    with _of(paths["dit"]):
+        transformer = transformer_config(_shapes(dit), given)
+    with _of(paths["vae"]):
+        autoencoder = vae_config(_shapes(vae), given.get("vae"))
+    return Architecture(transformer, autoencoder, (as_is, as_is))
+
+
+@contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """Errors meanwhile name the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _fiffdepth(paths: dict[str, Path], unet: Entries, vae: Entries) -> Architecture:

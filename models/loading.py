@@ -15,7 +15,7 @@ from torch import nn
 
 from densegeo.errors import CheckpointError
 from densegeo.models import rewrites
-from densegeo.models.checkpoint import Entry, Stored, check_keys, load_weights, read_entries
+from densegeo.models.checkpoint import Stored, check_keys, load_weights
 from densegeo.models.config import VAEConfig
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.families import FAMILIES, Family
@@ -23,6 +23,7 @@ from densegeo.models.prompt import Prompt, load_prompt
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.streaming import BlockFile
 from densegeo.models.vae import VAE
+from densegeo.models.weight_file import Entry, read_entries
 from densegeo.size import Size
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Role:
-    """One file of a model. files: the names under which the authors publish it, in order of preference.
+    """One file of a model. files: the names under which the authors publish it, in order of preference; safetensors may
+    be in shards and variants too, see `export.sources`.
 
     flag: whether an option of its name takes another file. optional: whether it may be missing. skip: the switch that
     leaves it out on purpose. merged_into: the role of the weights that it changes (a LoRA). made_from: the folder of a
@@ -27,7 +28,7 @@ class Role:
 
 _STEP1X = "published as stepfun-ai/Step1X-Edit on the Hugging Face Hub"
 _DIFFUSERS = "in a diffusers directory, as FiffDepth's authors publish it"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 FE2E_ROLES = (
     Role(
@@ -56,9 +57,9 @@ FE2E_ROLES = (
     Role("config", (), "what the tensors do not tell, as JSON", optional=True),
 )
 FIFFDEPTH_ROLES = (
-    Role("unet", tuple(f"unet/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
+    Role("unet", (f"unet/{_WEIGHTS}",), _DIFFUSERS, flag=False),
     Role("unet_config", ("unet/config.json",), _DIFFUSERS, flag=False),
-    Role("vae", tuple(f"vae/{name}" for name in _WEIGHTS), _DIFFUSERS, flag=False),
+    Role("vae", (f"vae/{_WEIGHTS}",), _DIFFUSERS, flag=False),
     Role("vae_config", ("vae/config.json",), _DIFFUSERS, flag=False),
     Role(
         "prompt",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from densegeo.models import rewrites
@@ -22,6 +21,7 @@ from densegeo.models.checkpoint import LoraUpdate, Stored, as_is, read_lora
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline, Rewrite
+from densegeo.models.weight_file import opened
 from densegeo.precision import PRECISIONS
 
 _NAMES: dict[torch.dtype, str] = {getattr(torch, row.torch): row.safetensors for row in PRECISIONS.values()}
@@ -29,7 +29,7 @@ Progress = Callable[[int], object]
 
 
 class BlockFile:
-    """A safetensors file that modules on the meta device are filled from, LoRA merged in float32."""
+    """A file of weights that modules on the meta device are filled from, LoRA merged in float32."""
 
     def __init__(
         self, path: Path, lora: Path | None = None, module: nn.Module | None = None, stored: Stored = as_is
@@ -37,16 +37,19 @@ class BlockFile:
         """module: the whole model, whose linears the LoRA names. Raises CheckpointError."""
         self._path, self._stored = path, stored
         self._updates: dict[str, LoraUpdate] = read_lora(lora, module) if lora and module is not None else {}
+        self._read: set[str] = set()  # tensors that were looked through
 
     def fill(self, module: nn.Module, prefix: str, keys: Iterable[str] | None = None) -> None:
         """Give the module's tensors (or those named) their values, in the dtype that they have there."""
         wanted = module.state_dict()
         state = {}
-        with safe_open(self._path, framework="pt") as file:
+        with opened(self._path) as file:
             for key in wanted if keys is None else keys:
                 name = f"{prefix}.{key}" if prefix else key
                 where, _ = self._stored(name, tuple(wanted[key].shape))
-                tensor = file.get_tensor(where).float().reshape(wanted[key].shape)
+                tensor = file.tensor(where) if name in self._read else file.finite(where)
+                tensor = tensor.float().reshape(wanted[key].shape)
+                self._read.add(name)
                 if name in self._updates:
                     tensor = self._updates[name].merge(tensor)
                 state[key] = tensor.to(wanted[key].dtype)

@@ -103,7 +103,7 @@ def test_a_repository_is_downloaded_at_a_pinned_commit(hub, graphs_once, tmp_pat
 def test_an_unknown_repository_is_one_clear_line(hub, graphs_once, tmp_path):
     result, output = build_from_hub(hub[0], graphs_once, tmp_path, "acme/nothing")
     assert result.returncode == 1
-    assert "cannot download dit from acme/nothing" in result.stderr.replace("\n", " ")
+    assert "cannot download acme/nothing" in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert not output.exists()
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from densegeo.benchmarks.synthetic import fill
 from densegeo.errors import CheckpointError, ConfigError
-from densegeo.models.checkpoint import load_weights, lora_ranks, read_entries
+from densegeo.models.checkpoint import load_weights, lora_ranks
 from densegeo.models.config import TransformerConfig, VAEConfig, read_config_file, transformer_config, vae_config
 from densegeo.models.prompt import load_prompt
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.models.weight_file import read_entries
 
 CONFIG = TransformerConfig(
     hidden_size=64,

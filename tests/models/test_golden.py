@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from densegeo.models import chain, fe2e, rewrites
-from densegeo.models.checkpoint import load_weights, read_entries
+from densegeo.models.checkpoint import load_weights
 from densegeo.models.config import read_config_file, transformer_config, vae_config
 from densegeo.models.families import FE2E
 from densegeo.models.loading import bound
@@ -20,6 +20,7 @@ from densegeo.models.prompt import load_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
+from densegeo.models.weight_file import read_entries
 from densegeo.size import Size
 
 pytestmark = pytest.mark.integration
