@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -348,6 +349,8 @@ def _deadline_error() -> DeadlineError:
 
 
 _OPEN: WeakSet[Batcher[Any, Any]] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_OPEN.clear)  # their workers stayed in the parent
 
 
 @atexit.register

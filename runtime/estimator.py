@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,13 +22,14 @@ from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigE
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.batcher import BatchOptions
-from densegeo.runtime.bundle import Manifest, check_files, read_manifest
+from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manifest
 from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.guard import Original, Process, keep_in_children
 from densegeo.runtime.images import MAX_PIXELS, Color, check_color, device_size
 from densegeo.runtime.metric import from_parameters, number
 from densegeo.runtime.metrics import Metrics
-from densegeo.runtime.ready import find_bundle
+from densegeo.runtime.ready import FOLDER, find_bundle
 from densegeo.runtime.resample import choose_bucket, place
 from densegeo.runtime.runner import Runner
 from densegeo.runtime.service import Service
@@ -58,6 +60,10 @@ class Estimator:
 
     metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
     and end with `close`, which `with` calls.
+
+    When another bundle takes this one's place, the next call raises BundleError. In a process that was forked after
+    this was made, calls raise BackendError. Pickled (for a process that is spawned, a DataLoader's worker) it is its
+    bundle's path and its options, and opens anew there.
     """
 
     manifest: Manifest
@@ -86,11 +92,29 @@ class Estimator:
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
         options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
         directory = find_bundle(bundle)
+        original = Original(directory / MANIFEST)
         manifest = read_manifest(directory)
         if not manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")
         check_files(directory, manifest, digests=check_digests)
         opened = open_backend(backend, directory, manifest, device)
+        original.require(there=True)
+        self._original: Original | None = original
+        again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
+        self._again: Callable[[], Estimator] | None = partial(
+            type(self),
+            again,
+            backend,
+            device,
+            fit=fit,
+            preprocessing=preprocessing,
+            check_digests=check_digests,
+            max_pixels=max_pixels,
+            max_batch=max_batch,
+            max_wait_ms=max_wait_ms,
+            max_queue=max_queue,
+            timeout_s=timeout_s,
+        )
         self._start(opened, manifest, options, fit, preprocessing, max_pixels)
 
     @classmethod
@@ -99,6 +123,7 @@ class Estimator:
     ) -> Estimator:
         """An estimator over a backend that is open already, other options at their defaults. It closes the backend."""
         estimator = cls.__new__(cls)
+        estimator._original = estimator._again = None
         estimator._start(backend, manifest, BatchOptions(max_batch), fit, "densegeo", MAX_PIXELS)
         return estimator
 
@@ -112,6 +137,8 @@ class Estimator:
         max_pixels: int,
     ) -> None:
         self._backend, self.manifest, self.metrics = backend, manifest, Metrics()
+        self._process = Process()
+        keep_in_children(backend)
         self._fit, self._authors = fit, preprocessing == "authors"
         host: Way = AuthorsWay(backend, manifest) if self._authors else HostWay(backend, manifest, fit)
         ways, together = [host], min(options.max_batch, host.together)
@@ -124,7 +151,7 @@ class Estimator:
             if not self._authors:
                 ways.insert(0, DeviceWay(self._frames, manifest, fit))
         self._runner = Runner(manifest, ways, self.metrics, together, max_pixels)
-        self._service = Service(self._runner, dataclasses.replace(options, together=together))
+        self._service = Service(self._runner, dataclasses.replace(options, together=together), self._require)
 
     def __call__(self, image: object, color: Color = "rgb") -> Geometry:
         """Depth and normals of one image, at the image's own (upright) resolution.
@@ -132,6 +159,7 @@ class Estimator:
         image: path, encoded bytes, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
         uint8 or float in [0, 1]. color: channel order of arrays. Raises ImageError and BackendError.
         """
+        self._require()
         return self._runner.run_counted([self._runner.prepare(image, color)])[0]
 
     def submit(self, image: object, color: Color = "rgb", *, deadline_ms: float | None = None) -> Future[Geometry]:
@@ -181,6 +209,7 @@ class Estimator:
         Raises ImageError, CalibrationError for an unusable line, MissingOutputError where there is no depth, and
         BackendError for an image on another device and for a backend that returns host arrays.
         """
+        self._require()
         if not isinstance(self._backend, FrameBackend) or self._authors:
             how = "authors" if self._authors else "densegeo"
             raise BackendError(
@@ -201,6 +230,7 @@ class Estimator:
         Where several run at once (torch on a GPU, a bundle built with `--batch`), images of one bucket that follow each
         other are run together, at most `max_batch`. Raises what a call with the first bad image raises.
         """
+        self._require()
         return self._runner.run_all(images, color)
 
     def replay(self, rgb: Float) -> dict[str, Float]:
@@ -209,6 +239,7 @@ class Estimator:
         Returns float32 "encoder", "denoiser", "decoder" (see `Activations`), "prediction" (B, H, W) and, where there
         are any, "normals" (B, H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
         """
+        self._require()
         shape = tuple(rgb.shape)
         for bucket in self.manifest.buckets:
             if shape == (bucket.batch, 3, bucket.height, bucket.width):
@@ -244,8 +275,9 @@ class Estimator:
 
         drain: finish accepted requests first; otherwise those not yet started end with ShutdownError. Waits for the
         request that is being run; while the backend hangs only `timeout_s` ends that wait, and the graphs are kept.
+        After a fork the child has nothing to close.
         """
-        if self._service.close(drain):
+        if self._process.is_here and self._service.close(drain):
             self._backend.close()
 
     def _metres(self, scale: float | None, shift: float | None, near: float | None, far: float | None) -> Metres:
@@ -260,6 +292,18 @@ class Estimator:
         if not 0 <= lowest < highest:
             raise CalibrationError(f"near and far must be metres with 0 <= near < far, not {near} and {far}.")
         return Metres(kind, line.scale, line.shift, lowest, highest)
+
+    def _require(self) -> None:
+        """Raise BackendError after a fork, BundleError when the bundle was replaced."""
+        self._process.require()
+        if self._original is not None:
+            self._original.require()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, a pickle and an argument of another process are the bundle opened anew, with the same options."""
+        if self._again is None:
+            raise TypeError("An estimator over a backend that was open already cannot be copied or pickled.")
+        return self._again, ()
 
     def __enter__(self) -> Estimator:
         return self

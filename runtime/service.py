@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from weakref import WeakSet
 
@@ -19,8 +20,9 @@ from densegeo.runtime.ways import Job
 class Service:
     """Images are read and fitted in the submitter's thread, and run in the batcher's."""
 
-    def __init__(self, runner: Runner, options: BatchOptions) -> None:
-        self._runner, self._options = runner, options
+    def __init__(self, runner: Runner, options: BatchOptions, require: Callable[[], None]) -> None:
+        """require: raises what keeps every request from being taken on."""
+        self._runner, self._options, self._require = runner, options, require
         self._lock = threading.Lock()  # guards what follows
         self._batcher: Batcher[Job, Geometry] | None = None
         self._streams: WeakSet[Stream] = WeakSet()
@@ -30,6 +32,7 @@ class Service:
         self, image: object, color: Color, deadline_ms: float = math.inf, *, wait: bool = False
     ) -> Future[Geometry]:
         """Queue one image. wait: for room in the queue, instead of raising. See `Estimator.submit`."""
+        self._require()
         with self._lock:
             self._require_open()
             if self._batcher is None:
@@ -41,6 +44,7 @@ class Service:
 
     def stream(self, latest: bool, color: Color, depth: int) -> Stream:
         """See `Estimator.stream`."""
+        self._require()
         with self._lock:
             self._require_open()
             stream = Stream(

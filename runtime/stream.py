@@ -11,6 +11,7 @@ from types import TracebackType
 
 from densegeo.errors import ConfigError, ImageError, ShutdownError
 from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.guard import Process
 from densegeo.runtime.metrics import Metrics
 
 
@@ -61,6 +62,7 @@ class Stream:
         if not isinstance(depth, int) or depth < 1:
             raise ConfigError(f"depth must be a whole number above 0, not {depth!r}.")
         self._submit, self._metrics, self._latest, self._depth = submit, metrics, latest, depth
+        self._process = Process()
         self._producer = threading.Lock()  # one `put` at a time keeps the order when latest=False
         self._changed = threading.Condition()  # guards what follows
         self._frames: deque[_Frame] = deque()
@@ -79,8 +81,9 @@ class Stream:
 
         With latest=True the image is read later: do not overwrite an array after handing it in.
         Raises ShutdownError when the stream or its estimator is closed, BackendTimeoutError after a hang (with
-        latest=True the frame's result carries it).
+        latest=True the frame's result carries it), BackendError in a process that was forked since.
         """
+        self._process.require()
         if self._latest:
             with self._changed:
                 frame = self._number(image, stamp, frame_id)
@@ -103,6 +106,8 @@ class Stream:
 
     def close(self, drain: bool = True) -> None:
         """Take no more frames. drain: those already put are still read; otherwise they are dropped and counted."""
+        if not self._process.is_here:  # the locks and the frames stayed in the parent
+            return
         with self._changed:
             self._closed = True
             if not drain:
@@ -113,6 +118,7 @@ class Stream:
         return self
 
     def __next__(self) -> FrameResult:
+        self._process.require()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._frames)
             if not self._frames:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import BackendError, BundleError
-from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.runtime.bundle import MANIFEST, STAGES, Bucket, Graph, Manifest, Stage
+from densegeo.runtime.guard import Original
 
 
 class GraphBackend(ABC):
@@ -21,7 +22,10 @@ class GraphBackend(ABC):
     device: str
 
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
-        """Run one graph; `array` is cast to what it takes, the output to float32. Raises BackendError."""
+        """Run one graph; `array` is cast to what it takes, the output to float32.
+
+        Raises BackendError, and BundleError where the graph must be loaded and is not there, or another bundle's.
+        """
         graph: Graph = getattr(bucket, stage)
         spec = graph.inputs[0]
         if list(array.shape) != spec.shape:
@@ -35,7 +39,7 @@ class GraphBackend(ABC):
             self._graphs.clear()
 
     def _start(self, directory: Path, manifest: Manifest) -> None:
-        self._directory = directory
+        self._directory, self._original = directory, Original(directory / MANIFEST)
         self._graphs: dict[str, Any] = {}  # by file
         self._lock = threading.Lock()
         self._closed = False
@@ -56,7 +60,9 @@ class GraphBackend(ABC):
                     raise BundleError(
                         f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle."
                     )
-                self._graphs[graph.file] = self._load(path)
+                loaded = self._load(path)
+                self._original.require(there=True)  # it may be another bundle's
+                self._graphs[graph.file] = loaded
             return self._graphs[graph.file]
 
     @abstractmethod

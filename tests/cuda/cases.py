@@ -5,6 +5,7 @@ python -m tests.cuda.cases BUNDLE prints, as JSON, what went wrong in which; LD_
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -185,6 +186,20 @@ def cache_that_others_can_write_is_not_read(setup: Setup) -> None:
     with opened(setup):
         pass
     assert len(setup.library.compiled) == 1
+
+
+@case
+def forked_process_is_told(setup: Setup) -> None:
+    """The driver's threads are the parent's: a child neither waits for them nor takes anything down when it ends."""
+    from tests.support.processes import forked
+
+    with opened(setup) as estimator:
+        estimator(setup.images[0])
+        for answer in (forked(lambda: estimator(setup.images[0])), forked(lambda: estimator.tensors(setup.images[0]))):
+            assert answer["said"].startswith("BackendError: This estimator was made before a fork"), answer
+        for answer in (forked(estimator.close), forked(lambda: None, ctypes.CDLL(None).exit)):
+            assert (answer["said"], answer["status"]) == ("returned", 7), answer
+        close_to(setup, 0, estimator(setup.images[0]).prediction)
 
 
 @case

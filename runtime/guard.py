@@ -1,0 +1,103 @@
+"""What an open estimator depends on and may lose: the process that it was made in, and its bundle's files.
+
+A fork copies a process without its threads: whatever waits for one, or for a lock that one held, waits for ever. So
+what was made before a fork is refused in the child; and nothing of it is taken down there, because libraries wait for
+their threads even then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from densegeo.errors import BackendError, BundleError
+
+
+class Process:
+    """The process that something was made in."""
+
+    def __init__(self) -> None:
+        self._id = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        return os.getpid() == self._id
+
+    def require(self) -> None:
+        """Raise BackendError in any other process."""
+        if not self.is_here:
+            raise BackendError(
+                "This estimator was made before a fork, and its threads and its libraries' locks stayed in the parent. "
+                "Make it in the child (with a DataLoader: at the first use in a worker), or start processes by "
+                '"spawn" (multiprocessing_context="spawn"), which opens it anew by itself.'
+            )
+
+
+class Original:
+    """A bundle as it was when it was opened, known by its manifest, which holds every file's digest."""
+
+    def __init__(self, manifest: Path) -> None:
+        """A manifest that is not there is for who reads it to refuse."""
+        self._manifest, self._content = manifest, b""
+        self._facts: tuple[int, ...] = ()
+        with suppress(OSError):
+            self._facts, self._content = _facts(manifest), manifest.read_bytes()
+
+    def require(self, *, there: bool = False) -> None:
+        """Raise BundleError when another bundle has taken its place.
+
+        there: also when it is gone, or is being replaced: its files are needed. Else what is in memory will do.
+        """
+        try:
+            facts = _facts(self._manifest)
+            if facts == self._facts:
+                return
+            same = self._manifest.read_bytes() == self._content
+        except OSError as error:
+            if there:
+                raise BundleError(
+                    f"{self._manifest.parent} is no bundle any more ({error}): make a new Estimator."
+                ) from error
+            return
+        if not same:
+            raise BundleError(
+                f"{self._manifest.parent} was replaced by another bundle after this estimator opened it: make a new "
+                "Estimator. (To change bundles under a running one, give each a directory of its own.)"
+            )
+        self._facts = facts  # copied again, or touched
+
+
+_NATIVE: WeakSet[Any] = WeakSet()
+
+
+def keep_in_children(native: object) -> None:
+    """Never take `native` down in forked children: its libraries would wait for threads that are not there."""
+    _NATIVE.add(native)
+
+
+def _in_child() -> None:
+    """No work at a child's end: neither Python's, for what is open, nor that of C++ libraries, whose static objects
+    wait for threads too (ONNX Runtime's do so for ever).
+    """
+    if not _NATIVE:
+        return
+    for native in list(_NATIVE):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))  # for ever
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):  # glibc's; what is registered last runs first, and gets the exit status
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)  # before it: C's own buffers are written
+
+
+if hasattr(os, "register_at_fork"):  # systems that fork
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _facts(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
