@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from densegeo.backends import BACKENDS, NAMES
-from densegeo.errors import ConfigError, DensegeoError
+from densegeo.arguments import Backend, Bundle, Device, find_bundle
+from densegeo.backends import BACKENDS
+from densegeo.errors import DensegeoError
+from densegeo.infer_command import infer
 from densegeo.precision import CALIBRATED
 
 _EXPORT_LIBRARIES = frozenset(
@@ -47,31 +49,8 @@ app = typer.Typer(
 )
 
 
-def _find_bundle(given: str) -> Path:
-    from densegeo.runtime.ready import find_bundle
-
-    return find_bundle(given)
-
-
-Bundle = Annotated[
-    Path,
-    typer.Argument(
-        parser=_find_bundle,
-        metavar="BUNDLE",
-        help="The bundle's directory, or the name of one that comes with densegeo: fe2e-tiny.",
-        show_default=False,
-    ),
-]
-Backend = Annotated[
-    str, typer.Option(help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the best one that can.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-# `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
-Number = Optional[float]  # noqa: UP045
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
     guarded(lambda: app(args=None if arguments is None else list(arguments)))
     sys.exit(0)
 
@@ -135,74 +114,13 @@ def _calibrate_stand_in() -> None:
     raise AssertionError("replaced by _Group before it can be called")
 
 
-@app.command()
-def infer(
-    bundle: Bundle,
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders (searched recursively), globs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out"),
-    formats: Annotated[
-        str, typer.Option("--format", "-f", help="Comma-separated: npy, png, png16, ply, exr.")
-    ] = "npy,png",
-    fit: Annotated[str, typer.Option(help="How an image meets a bucket: stretch or pad.")] = "stretch",
-    preprocessing: Annotated[
-        str, typer.Option(help="Resizing: densegeo (antialiased) or authors (as in the released code).")
-    ] = "densegeo",
-    near: Annotated[Number, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = None,
-    far: Annotated[Number, typer.Option(help="Depth in metres of the farthest point.")] = None,
-    scale: Annotated[Number, typer.Option(help="Known scale s of the prediction; goes with --shift.")] = None,
-    shift: Annotated[Number, typer.Option(help="Known shift t of the prediction.")] = None,
-    fx: Annotated[Number, typer.Option(help="Focal length in pixels; point clouds need fx, fy, cx, cy.")] = None,
-    fy: Annotated[Number, typer.Option(help="Focal length in pixels.")] = None,
-    cx: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
-    cy: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
-    backend: Backend = "auto",
-    device: Device = "auto",
-) -> None:
-    """Depth and normals of images, saved to a folder."""
-    from densegeo.inference import Options, run
-
-    failures = run(
-        Options(
-            bundle=bundle,
-            inputs=inputs,
-            output=output,
-            formats=tuple(part.strip() for part in formats.split(",") if part.strip()),
-            fit=fit,
-            preprocessing=preprocessing,
-            depth_range=_together("near", near, "far", far),
-            scale_shift=_together("scale", scale, "shift", shift),
-            intrinsics=_intrinsics(fx, fy, cx, cy),
-            backend=backend,
-            device=device,
-        )
-    )
-    if failures:
-        raise typer.Exit(1)
-
-
-def _together(name_a: str, a: float | None, name_b: str, b: float | None) -> tuple[float, float] | None:
-    """Two options that only make sense together."""
-    if a is None and b is None:
-        return None
-    if a is None or b is None:
-        raise ConfigError(f"--{name_a} and --{name_b} go together: give both or neither.")
-    return a, b
-
-
-def _intrinsics(
-    fx: float | None, fy: float | None, cx: float | None, cy: float | None
-) -> tuple[float, float, float, float] | None:
-    if fx is None and fy is None and cx is None and cy is None:
-        return None
-    if fx is None or fy is None or cx is None or cy is None:
-        raise ConfigError("--fx, --fy, --cx and --cy go together: give all four or none.")
-    return fx, fy, cx, cy
+app.command()(infer)
 
 
 @app.command()
 def demo(
     bundle: Annotated[
-        Path, typer.Argument(parser=_find_bundle, metavar="[BUNDLE]", help="As in the other commands.")
+        Path, typer.Argument(parser=find_bundle, metavar="[BUNDLE]", help="As in the other commands.")
     ] = Path("fe2e-tiny"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/demo"),
     backend: Backend = "auto",

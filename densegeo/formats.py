@@ -1,6 +1,7 @@
-"""What results are written as: one row a format. `--help`, early checks and names of files follow from the rows.
+"""What results are written as, and what images are read from: one row a format.
 
-Imports neither numpy nor Pillow; how a row's bytes are made stands in `runtime.encoders`.
+`--help`, early checks and names of files follow from the rows. How a row's bytes are made stands in `runtime.encoders`.
+Imports neither numpy nor Pillow.
 """
 
 from __future__ import annotations
@@ -93,3 +94,36 @@ RESULTS: Mapping[str, ResultFormat] = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What images are read from. name: Pillow's. module, extra: what reads it where Pillow alone does not."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    module: str = ""
+    extra: str = ""
+
+
+# An explicit list keeps plugins of Pillow that start programs (EPS) or read URLs out.
+IMAGES = (
+    ImageFormat("PNG", (".png", ".apng")),
+    ImageFormat("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")),
+    ImageFormat("WEBP", (".webp",)),
+    ImageFormat("TIFF", (".tif", ".tiff")),
+    ImageFormat("BMP", (".bmp", ".dib")),
+    ImageFormat("PPM", (".ppm", ".pgm", ".pbm", ".pnm")),
+    ImageFormat("GIF", (".gif",)),
+    ImageFormat("JPEG2000", (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc")),
+    ImageFormat("AVIF", (".avif",)),
+    ImageFormat("HEIF", (".heic", ".heif", ".hif"), module="pillow_heif", extra="heic"),
+)
+IMAGE_SUFFIXES: Mapping[str, ImageFormat] = {suffix: row for row in IMAGES for suffix in row.suffixes}
+FILM_SUFFIXES = frozenset(
+    {".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
+)
+FILM_MODULE, FILM_EXTRA = "av", "video"
+SIDE_BY_SIDE = "side_by_side.mp4"  # what a film becomes
+# What results' names end in: such files are not taken for images.
+RESULT_ENDINGS = tuple(file for row in RESULTS.values() for file in row.files)

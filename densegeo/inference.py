@@ -1,86 +1,156 @@
-"""`densegeo infer`: many images through one estimator; images that cannot be read are reported, the rest goes on."""
+"""`densegeo infer` on images: workers read, run and save, each one image at a time; what fails is counted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from densegeo.errors import CalibrationError, ConfigError, ImageError, ResourceError
-from densegeo.inputs import find_images, unique_stems
+from densegeo.errors import BackendTimeoutError, BundleError, DensegeoError, ResourceError, ShutdownError
+from densegeo.inputs import Input
+from densegeo.records import Results, source_record
 from densegeo.runtime import Estimator, Geometry
+from densegeo.runtime.images import load_image
+from densegeo.signals import told
+
+# What would hit every further image alike: the run ends.
+FATAL = (BackendTimeoutError, BundleError, ShutdownError)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asked for; see `densegeo infer --help`."""
+class Making:
+    """How a result is made of what the estimator returns. Numbers as in `Geometry.to_metric` and `save`."""
 
-    bundle: Path
-    inputs: Sequence[str]
-    output: Path
     formats: tuple[str, ...]
-    fit: Any
-    preprocessing: Any
-    depth_range: tuple[float, float] | None  # metres: near, far
-    scale_shift: tuple[float, float] | None
-    intrinsics: tuple[float, float, float, float] | None  # pixels: fx, fy, cx, cy
-    backend: str
-    device: str
+    depth_range: tuple[float, float] | None = None  # metres: near, far
+    scale_shift: tuple[float, float] | None = None
+    intrinsics: tuple[float, float, float, float] | None = None  # pixels: fx, fy, cx, cy
+    dtype: Any = "float32"
+
+    def calibrated(self, geometry: Geometry) -> Geometry:
+        """In metres when the command line says how, else as it is."""
+        if self.depth_range:
+            near, far = self.depth_range
+            return geometry.to_metric(near=near, far=far)
+        if self.scale_shift:
+            scale, shift = self.scale_shift
+            return geometry.to_metric(scale=scale, shift=shift)
+        return geometry
 
 
-def run(options: Options) -> int:
-    """Work through all images and print a summary; returns how many failed.
+@dataclass
+class Tally:
+    """How a run went. stopped_by: the signal that ended it early, by name, or empty."""
 
-    Raises other densegeo errors at once: they would hit every image alike.
+    done: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)  # path, reason
+    skipped: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    stopped_by: str = ""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    item: Input
+    files: tuple[str, ...] = ()
+    error: str = ""
+
+
+def run_images(
+    estimator: Estimator,
+    items: Sequence[Input],
+    making: Making,
+    results: Results,
+    tally: Tally,
+    workers: int,
+    advance: Callable[[], None],
+) -> None:
+    """Work through images; `tally` and the journal say how each went, also when this is interrupted.
+
+    On KeyboardInterrupt the images that are being worked on are finished, and then it is raised again. Raises what
+    would hit every image alike, and ResourceError when the journal cannot be written.
     """
-    if options.depth_range and options.scale_shift:
-        raise ConfigError("Give either --near and --far or --scale and --shift, not both.")
-    if options.depth_range and not 0 < options.depth_range[0] < options.depth_range[1] < math.inf:
-        raise ConfigError("--near and --far must be metres with 0 < near < far.")
-    if not options.formats:
-        raise ConfigError("--format names no format; try --format npy,png.")
-    images = find_images(options.inputs)
-    failures: list[tuple[Path, str]] = []
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        with Estimator(
-            options.bundle, options.backend, options.device, fit=options.fit, preprocessing=options.preprocessing
-        ) as estimator:
-            _work(estimator, images, options, failures)
-    except OSError as error:
-        raise ResourceError(f"Cannot write to {options.output}: {error.strerror or error}.") from error
-    done = len(images) - len(failures)
-    console = Console(stderr=True)
-    console.print(f"{done} of {len(images)} images done, results in {escape(str(options.output))}", soft_wrap=True)
-    for image, reason in failures:
-        console.print(f"[red]failed[/] {escape(str(image))}: {escape(reason)}", soft_wrap=True, highlight=False)
-    return len(failures)
+    todo, stop = _Shared(items), threading.Event()
+    ended: SimpleQueue[_Outcome | BaseException | None] = SimpleQueue()
 
+    def work() -> None:
+        try:
+            for item in todo:
+                if stop.is_set():
+                    break
+                ended.put(_one(estimator, item, making, results))
+        except BaseException as error:  # carried to the caller's thread
+            ended.put(error)
+        finally:
+            ended.put(None)
 
-def _work(estimator: Estimator, images: list[Path], options: Options, failures: list[tuple[Path, str]]) -> None:
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for image, stem in progress.track(list(zip(images, unique_stems(images), strict=True))):
-            try:
-                geometry = _calibrated(estimator(image), options)
-            except (ImageError, CalibrationError) as error:
-                failures.append((image, str(error)))
+    threads = [threading.Thread(target=work, name=f"densegeo-infer-{index}") for index in range(workers)]
+    running, fault = len(threads), None
+    with told(ended.put):  # a signal waits in the line of outcomes, so that none of them is lost
+        for thread in threads:
+            thread.start()
+        while running:
+            outcome = ended.get()
+            if outcome is None:
+                running -= 1
                 continue
-            geometry.save(options.output, options.formats, stem=stem, intrinsics=options.intrinsics)
+            try:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                _take(outcome, results, tally)
+                advance()
+            except BaseException as error:
+                fault = fault or error
+                stop.set()
+    if isinstance(fault, OSError):
+        raise ResourceError(f"Cannot write to {results.folder}: {fault.strerror or fault}.") from fault
+    if fault is not None:
+        raise fault
 
 
-def _calibrated(geometry: Geometry, options: Options) -> Geometry:
-    """In metres when the command line says how, else as it is."""
-    if options.depth_range:
-        near, far = options.depth_range
-        return geometry.to_metric(near=near, far=far)
-    if options.scale_shift:
-        scale, shift = options.scale_shift
-        return geometry.to_metric(scale=scale, shift=shift)
-    return geometry
+def _take(outcome: _Outcome, results: Results, tally: Tally) -> None:
+    if outcome.error:
+        tally.failures.append((outcome.item.path, outcome.error))
+        results.note(outcome.item, "failed", error=outcome.error)
+    else:
+        tally.done += 1
+        results.note(outcome.item, "done", files=outcome.files)
+
+
+def _one(estimator: Estimator, item: Input, making: Making, results: Results) -> _Outcome:
+    """One image from its file to its results'."""
+    try:
+        frame = load_image(item.path)
+        source = source_record(item.path, results.maker)
+        together = estimator.images_together > 1
+        geometry = estimator.submit(frame).result() if together else estimator(frame)
+        folder, stem = results.where(item)
+        paths = making.calibrated(geometry).save(
+            folder,
+            (*making.formats, "json"),
+            stem=stem,
+            intrinsics=making.intrinsics,
+            image=frame,
+            dtype=making.dtype,
+            source=source,
+        )
+        results.clear(item, paths)
+    except FATAL:
+        raise
+    except (DensegeoError, OSError, MemoryError) as error:
+        return _Outcome(item, error=str(error) or "not enough memory")
+    return _Outcome(item, tuple(path.relative_to(results.folder).as_posix() for path in paths))
+
+
+class _Shared(Iterator[Input]):
+    """One iterator for several threads."""
+
+    def __init__(self, items: Sequence[Input]) -> None:
+        self._items, self._lock = iter(items), threading.Lock()
+
+    def __next__(self) -> Input:
+        with self._lock:
+            return next(self._items)

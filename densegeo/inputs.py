@@ -1,69 +1,212 @@
-"""Which images `densegeo infer` works on, and under which names their results are saved."""
+"""Which images `densegeo infer` works on, what it leaves out and why, and under which names results are saved."""
 
 from __future__ import annotations
 
 import glob
+import os
+import stat
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from densegeo.backends import installed
 from densegeo.errors import ImageError
+from densegeo.formats import FILM_SUFFIXES, IMAGE_SUFFIXES, RESULT_ENDINGS, SIDECAR
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+_HEADER = 4096  # bytes of a PNG file in which densegeo's own text stands
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something to work on. path: a file, or the address of a camera. name: of its results under the output folder,
+    folders included, separated by "/".
+    """
+
+    path: str
+    name: str
+    film: bool = False
+
+
+@dataclass
+class Found:
+    """What there is to do, and how much was left out, by reason."""
+
+    inputs: list[Input] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def in_words(skipped: Counter[str]) -> str:
+    """How much was left out, by reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
+
+
+def find_inputs(arguments: Sequence[str], output: Path) -> Found:
+    """Files named, images in folders (recursively), matches of globs, addresses of cameras; each once, in order.
+
+    In folders, hidden files and folders, the output folder, earlier results, films and what is no image are left out
+    and counted; a file named outright is taken whatever it is called, unless it is an earlier result. Results are named
+    by the place of their images under the folder that all arguments share.
+    Raises ImageError for an argument that gives nothing.
+    """
+    found = Found()
+    files: dict[str, str] = {}  # absolute path -> the folder that it was found under
+    streams: list[str] = []
+    for argument in arguments:
+        if is_stream(argument):
+            streams.append(argument)
+            continue
+        before, left = len(files), found.skipped.total()
+        for root, path in _expand(argument, output, found.skipped):
+            files.setdefault(path, root)
+        if len(files) == before and found.skipped.total() == left and not _known(argument, files):
+            raise ImageError(f"{argument} matches no image: it is neither a file, a folder with images, nor a glob.")
+    if not files and not streams:
+        raise ImageError(
+            f"There is no image to work on in {', '.join(arguments)}; left out: {in_words(found.skipped)}."
+        )
+    root = os.path.commonpath([*files.values()]) if files else ""
+    names = unique_names([(os.path.relpath(path, root), path) for path in files])
+    for path, name in zip(files, names, strict=True):
+        found.inputs.append(Input(path, name, is_film(path)))
+    found.inputs += [Input(stream, f"camera_{index}", film=True) for index, stream in enumerate(streams, start=1)]
+    return found
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """Files named, images in folders (recursively) and matches of globs; each once, in a stable order.
+    """The images of `find_inputs`, without films and cameras."""
+    return [Path(found.path) for found in find_inputs(arguments, Path(os.devnull)).inputs if not found.film]
 
-    A file named outright is taken whatever its suffix. Raises ImageError for an argument that gives nothing.
+
+def read_list(name: str) -> list[str]:
+    """The paths in a list file, or on standard input for "-": one a line, or separated by NUL as `find -print0` does.
+
+    Raises ImageError where it cannot be read.
     """
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        images = list(_expand(argument))
-        if not images:
-            raise ImageError(f"{argument} matches no image: it is neither a file, a folder with images, nor a glob.")
-        found.update(dict.fromkeys(images))
-    return list(found)
+    try:
+        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ImageError(f"The list {name} cannot be read: {error.strerror or error}.") from error
+    parts = text.split(b"\0") if b"\0" in text else text.splitlines()
+    return [os.fsdecode(part) for part in (raw.strip(b"\r\n") for raw in parts) if part.strip()]
 
 
-def _expand(argument: str) -> Iterable[Path]:
-    path = Path(argument)
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if path.exists():
-        return [path]  # also a name that looks like a glob
-    matches = (Path(match) for match in sorted(glob.glob(argument, recursive=True)))
-    return [p for p in matches if p.is_file()]
+def is_stream(argument: str) -> bool:
+    """Whether it is the address of a camera or of a stream (rtsp://, http://), or a video device."""
+    if "://" in argument:
+        return True
+    try:
+        return stat.S_ISCHR(os.stat(argument).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
-def unique_stems(images: Sequence[Path]) -> list[str]:
-    """A file stem for each image; equal ones are told apart by their folders, and at last by a number.
+def is_film(path: str) -> bool:
+    """By its suffix."""
+    return os.path.splitext(path)[1].lower() in FILM_SUFFIXES
 
-    Compared without case, so that nothing is overwritten on file systems that ignore it.
-    """
-    stems = [image.stem for image in images]
-    counts = Counter(stem.lower() for stem in stems)
-    taken = {stem.lower() for stem in stems if counts[stem.lower()] == 1}
-    result = []
-    for image, stem in zip(images, stems, strict=True):
-        if counts[stem.lower()] == 1:
-            result.append(stem)
+
+def is_result(path: str) -> bool:
+    """Whether a file is an earlier result: named like one, and beside its geometry.json or with our words in it."""
+    name = os.path.basename(path)
+    ending = next((end for end in RESULT_ENDINGS if name == end or name.endswith(f"_{end}")), None)
+    if ending is None:
+        return False
+    if os.path.exists(f"{path.removesuffix(ending)}{SIDECAR}"):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return b"densegeo." in stream.read(_HEADER)
+    except OSError:
+        return False
+
+
+def _expand(argument: str, output: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+    """(folder it was found under, absolute path) of each image."""
+    if os.path.isdir(argument):
+        root = os.path.abspath(argument)
+        yield from ((root, path) for path in _walk(root, output, skipped))
+        return
+    # a name that exists is not taken for a glob
+    matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+    for match in matches:
+        path = os.path.abspath(match)
+        if os.path.isdir(path):
             continue
-        candidates = _candidates(image)
-        name = next(candidate for candidate in candidates if candidate.lower() not in taken)
-        taken.add(name.lower())
-        result.append(name)
-    return result
+        if is_result(path):
+            skipped["earlier results"] += 1
+        else:
+            yield os.path.dirname(path), path
 
 
-def _candidates(image: Path) -> Iterable[str]:
-    """folder_stem, then with the suffix (`a.jpg` beside `a.png`), with more folders, numbered."""
-    folders = [part for part in image.resolve().parent.parts if part != image.anchor and part.strip("/\\")]
-    if folders:
-        yield f"{folders[-1]}_{image.stem}"
-        yield f"{folders[-1]}_{image.stem}_{image.suffix[1:]}"
-    yield from ("_".join([*folders[-n:], image.stem]) for n in range(2, len(folders) + 1))
-    number = 1
-    while True:
-        number += 1
-        yield f"{image.stem}_{number}"
+def _walk(root: str, output: Path, skipped: Counter[str]) -> Iterator[str]:
+    """The images below a folder, in order; links are followed, each folder once."""
+    own = os.path.realpath(output)
+    visited: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        skipped["folders that cannot be read"] += 1
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        if real in visited or (real == own and folder != root):
+            skipped["output folder" if real == own else "folders seen before, through a link"] += 1
+            folders.clear()
+            continue
+        visited.add(real)
+        if hidden := sum(name.startswith(".") for name in (*folders, *names)):
+            skipped["hidden"] += hidden
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            path = os.path.join(folder, name)
+            reason = _against(path)
+            if reason is None:
+                yield path
+            else:
+                skipped[reason] += 1
+
+
+def _against(path: str) -> str | None:
+    """Why a file of a folder is no input, or None."""
+    suffix = os.path.splitext(path)[1].lower()
+    row = IMAGE_SUFFIXES.get(suffix)
+    if is_result(path):
+        return "earlier results"
+    if suffix in FILM_SUFFIXES:
+        return "films (name them one by one)"
+    if row is None:
+        return f"{suffix or 'without suffix'} (no images)"
+    if row.module and not installed(row.module):
+        return f'{suffix} (pip install "densegeo[{row.extra}]" reads them)'
+    return None if os.path.isfile(path) else "broken links and devices"
+
+
+def _known(argument: str, files: dict[str, str]) -> bool:
+    """Whether an argument gave only what another gave before."""
+    path = os.path.abspath(argument)
+    return path in files or any(root == path or root.startswith(path + os.sep) for root in files.values())
+
+
+def unique_names(images: Sequence[tuple[str, str]]) -> list[str]:
+    """(relative path, absolute path) -> the name of each one's results: the relative path without suffix.
+
+    Where several would have one name (a.jpg beside a.png), they keep their suffixes, and at last get numbers. Compared
+    without case, so that nothing is overwritten on file systems that ignore it.
+    """
+    plain = [os.path.splitext(relative)[0].replace(os.sep, "/") for relative, _ in images]
+    counts = Counter(name.lower() for name in plain)
+    taken = {name for name, count in counts.items() if count == 1}
+    names = []
+    for (relative, _), name in zip(images, plain, strict=True):
+        if counts[name.lower()] > 1:
+            full = relative.replace(os.sep, "/")
+            number, name = 1, full
+            while name.lower() in taken:
+                number += 1
+                name = f"{full}_{number}"
+            taken.add(name.lower())
+        names.append(name)
+    return names

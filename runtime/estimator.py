@@ -48,6 +48,10 @@ class Estimator:
     preprocessing: "densegeo" (nearest aspect ratio, antialiased) or "authors" (their sizes and filters).
     check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
     are refused before decoding.
+    threads: of the CPU, that the networks may use (None: the backend's library decides, often by the machine's cores
+    and not by a container's share of them; with torch it holds for the whole process). resolution: "image" gives
+    results at the image's size, "network" as the network made them, without resizing them up (always by way of the
+    host); intrinsics, anchors and pictures are of the image all the same.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
     how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
     `--batch`);
@@ -83,7 +87,13 @@ class Estimator:
         max_wait_ms: float = 0.0,
         max_queue: int = 64,
         timeout_s: float | None = None,
+        threads: int | None = None,
+        resolution: Literal["image", "network"] = "image",
     ) -> None:
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads must be a whole number above 0, or None, not {threads!r}.")
+        if resolution not in ("image", "network"):
+            raise ConfigError(f'resolution must be "image" or "network", not {resolution!r}.')
         if fit not in ("stretch", "pad"):
             raise ConfigError(f'fit must be "stretch" or "pad", not {fit!r}.')
         if preprocessing not in ("densegeo", "authors"):
@@ -97,7 +107,7 @@ class Estimator:
         if not manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")
         check_files(directory, manifest, digests=check_digests)
-        opened = open_backend(backend, directory, manifest, device)
+        opened = open_backend(backend, directory, manifest, device, threads)
         original.require(there=True)
         self._original: Original | None = original
         again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
@@ -114,8 +124,10 @@ class Estimator:
             max_wait_ms=max_wait_ms,
             max_queue=max_queue,
             timeout_s=timeout_s,
+            threads=threads,
+            resolution=resolution,
         )
-        self._start(opened, manifest, options, fit, preprocessing, max_pixels)
+        self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution)
 
     @classmethod
     def from_backend(
@@ -135,12 +147,14 @@ class Estimator:
         fit: str,
         preprocessing: str,
         max_pixels: int,
+        resolution: str = "image",
     ) -> None:
         self._backend, self.manifest, self.metrics = backend, manifest, Metrics()
         self._process = Process()
         keep_in_children(backend)
         self._fit, self._authors = fit, preprocessing == "authors"
-        host: Way = AuthorsWay(backend, manifest) if self._authors else HostWay(backend, manifest, fit)
+        own = resolution == "network"
+        host: Way = AuthorsWay(backend, manifest, own) if self._authors else HostWay(backend, manifest, fit, own)
         ways, together = [host], min(options.max_batch, host.together)
         self._frames: FrameBackend | None = None
         if isinstance(backend, FrameBackend) and backend.takes_frames:
@@ -148,7 +162,7 @@ class Estimator:
             self._frames.warm_up(min(options.max_batch, self._frames.frames_at_once))
             together = min(options.max_batch, self._frames.frames_at_once)
             options = dataclasses.replace(options, lanes=2)
-            if not self._authors:
+            if not self._authors and not own:
                 ways.insert(0, DeviceWay(self._frames, manifest, fit))
         self._runner = Runner(manifest, ways, self.metrics, together, max_pixels)
         self._service = Service(self._runner, dataclasses.replace(options, together=together), self._require)

@@ -6,6 +6,7 @@ import io
 import os
 import threading
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from densegeo.errors import ConfigError, ImageError
+from densegeo.formats import IMAGES
 from densegeo.size import Size
 
 Color = Literal["rgb", "bgr"]
 
 MIN_SIDE = 16  # pixels: one transformer token covers 16x16
 MAX_PIXELS = 100_000_000
-# Formats tried on encoded data; an explicit list keeps plugins that start programs (EPS) or read URLs out.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "JPEG2000", "AVIF")
+# The first frame's brands of files that Pillow reads with a library of an extra (ISO/IEC 23008-12, annex B).
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _FLOAT_SLACK = 1e-3  # rounding that float images may carry beyond [0, 1]; clipped
 _PIL_LOAD = threading.Lock()  # Pillow loads lazily: two threads must not load one image object together
 
@@ -115,7 +117,9 @@ def _open(stream: Any, name: str) -> Image.Image:
     # Image.open would apply Pillow's own, process-wide pixel limit before ours can be looked at.
     Image.init()
     prefix = stream.read(16)
-    for kind in FORMATS:
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
+        _register_heif(name)
+    for kind in (row.name for row in IMAGES):
         factory, accept = Image.OPEN.get(kind, (None, None))
         if factory is None:
             continue
@@ -130,9 +134,20 @@ def _open(stream: Any, name: str) -> Image.Image:
         except Exception:  # a plugin that misjudged the prefix raises whatever it likes
             continue
     raise ImageError(
-        f"{name} is not an image that can be read: it is damaged, or none of {', '.join(FORMATS)}. "
+        f"{name} is not an image that can be read: it is damaged, or none of {', '.join(row.name for row in IMAGES)}. "
         "Convert it to PNG or JPEG."
     )
+
+
+def _register_heif(name: str) -> None:
+    """Makes Pillow read HEIC; without the library of the extra, an ImageError that says so."""
+    row = next(row for row in IMAGES if row.module)
+    try:
+        import_module(row.module).register_heif_opener()
+    except ImportError:
+        raise ImageError(
+            f'{name} is a HEIC image. Install what reads it: pip install "densegeo[{row.extra}]".'
+        ) from None
 
 
 def _from_pil(image: Image.Image, name: str, max_pixels: int) -> Frame:

@@ -38,6 +38,10 @@ class Placement:
     box: tuple[int, int, int, int]
     source: Size
 
+    def unscaled(self) -> Placement:
+        """The same box, of a source as large as it."""
+        return Placement(self.box, Size(*self.box[2:]))
+
 
 def resize_antialiased(plane: Float, width: int, height: int) -> Float:
     """Antialiased bilinear resize of one (H, W) float32 plane."""

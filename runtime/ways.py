@@ -70,10 +70,13 @@ class Way(Protocol):
 
 
 class HostWay:
-    """Resized by numpy and Pillow, the networks one by one, assembled by numpy. fit: "stretch" or "pad"."""
+    """Resized by numpy and Pillow, the networks one by one, assembled by numpy.
 
-    def __init__(self, backend: Backend, manifest: Manifest, fit: str = "stretch") -> None:
-        self._backend, self._manifest, self._fit = backend, manifest, fit
+    fit: "stretch" or "pad". own_size: results stay as large as the image was in the network.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest, fit: str = "stretch", own_size: bool = False) -> None:
+        self._backend, self._manifest, self._fit, self._own_size = backend, manifest, fit, own_size
         self.together = max(bucket.batch for bucket in manifest.buckets)
 
     def takes(self, frame: Frame) -> bool:
@@ -103,11 +106,15 @@ class HostWay:
         decode, rgb = self._manifest.decode, [job.array for job in jobs]
         chain = Chain(self._backend, decode, bucket, lap)
         decoded = chain(rgb[0] if len(rgb) == 1 else np.concatenate(rgb)).decoded
-        return [assemble(decoded[i :: len(jobs)], job.placement, decode) for i, job in enumerate(jobs)]
+        places = [job.placement.unscaled() if self._own_size else job.placement for job in jobs]
+        return [assemble(decoded[i :: len(jobs)], where, decode) for i, where in enumerate(places)]
 
 
 class AuthorsWay(HostWay):
     """The same with the authors' sizes and filters."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, own_size: bool = False) -> None:
+        super().__init__(backend, manifest, own_size=own_size)
 
     def fit(self, frame: Frame) -> tuple[Bucket, Float, Placement]:
         """Raises BundleError for a size that the bundle lacks."""

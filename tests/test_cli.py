@@ -1,24 +1,18 @@
-"""The command line on a toy bundle: commands, exit codes, bad input, name collisions."""
+"""The command line on a toy bundle: commands, exit codes, bad input. `infer` is in test_infer.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from PIL import Image
 
 from densegeo import cli
-from densegeo.errors import ImageError
-from densegeo.inputs import find_images, unique_stems
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import Measured, advice, remember
 from tests.support.toy_bundle import make_toy_bundle
@@ -35,17 +29,6 @@ def bundle(toy_bundle: Path) -> Path:
 def copy(bundle: Path, tmp_path: Path) -> Path:
     """A bundle that a test may damage."""
     return make_toy_bundle(tmp_path / "bundle", references=1.0)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "deep").mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    for name in ("a.png", "b.jpg", "deep/a.png", "deep/c.webp"):
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("not an image")
-    return folder
 
 
 def run(*arguments: object) -> int:
@@ -77,67 +60,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_command_is_a_usage_error() -> None:
     assert run("fly") == 2
-
-
-def test_infer_folder_with_equal_names(bundle: Path, photos: Path, tmp_path: Path) -> None:
-    assert run("infer", bundle, photos, "--output", tmp_path / "out", "--format", "npy,png") == 0
-    written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    for stem in ("photos_a", "deep_a", "b", "c"):
-        assert any(name.startswith(stem) and name.endswith(".npy") for name in written), written
-        assert any(name.startswith(stem) and name.endswith(".png") for name in written), written
-
-
-def test_infer_goes_on_after_a_broken_image(
-    bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:50])
-    (photos / "empty.jpg").write_bytes(b"")
-    assert run("infer", bundle, photos, "-o", tmp_path / "out") == 1
-    errors = capsys.readouterr().err
-    assert "4 of 6 images done" in errors
-    assert "broken.png" in errors
-    assert "empty.jpg" in errors
-    assert any((tmp_path / "out").glob("c*.npy"))
-
-
-def test_infer_in_metres_with_points(bundle: Path, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ("infer", bundle, photos / "b.jpg", "-o", out, "--format", "png16,ply", "--near", 1, "--far", 20)
-    assert run(*arguments, "--fx", 50, "--fy", 50, "--cx", 30, "--cy", 20) == 0
-    assert list(out.glob("b*.ply"))
-    assert list(out.glob("b*.png"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such-file-*.png"], "matches no image"),
-        (["{photos}", "--near", "1"], "go together"),
-        (["{photos}", "--fx", "1"], "go together"),
-        (["{photos}", "--near", "1", "--far", "2", "--scale", "1", "--shift", "0"], "not both"),
-        (["{photos}", "--format", "gif"], "gif"),
-        (["{photos}", "--format", "png16"], "Calibrate"),
-        (["{photos}", "--fit", "squash"], "stretch"),
-        (["{photos}", "--backend", "abacus"], "abacus"),
-        (["{photos}", "--device", "toaster"], "toaster"),
-    ],
-)
-def test_infer_errors_are_one_line(
-    bundle: Path, photos: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    filled = [argument.replace("{photos}", str(photos)) for argument in arguments]
-    assert run("infer", bundle, *filled, "-o", tmp_path / "out") == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error:")
-    assert message in error
-
-
-def test_infer_into_a_file_is_an_error(
-    bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").write_text("in the way")
-    assert run("infer", bundle, photos, "-o", tmp_path / "out") == 1
-    assert "Cannot write" in capsys.readouterr().err
 
 
 def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,22 +189,6 @@ def test_missing_extra_is_explained(
     assert 'pip install "densegeo[export]"' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_interrupt_exits_130(bundle: Path, photos: Path, tmp_path: Path) -> None:
-    image = photos / "b.jpg"
-    for number in range(3000):
-        os.link(image, photos / f"{number}.jpg")
-    command = [sys.executable, "-m", "densegeo", "infer", str(bundle), str(photos), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not any((tmp_path / "out").glob("*.npy")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-
-
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor") == 0
     assert "onnxruntime" in capsys.readouterr().out
@@ -293,27 +199,3 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     backends = {backend["name"].partition(" ")[0]: backend for backend in report["backends"]}
     assert {"onnxruntime", "openvino", "tensorrt", "torch"} <= set(backends)
     assert backends["tensorrt"]["usable"] != "yes"  # never executed on a GPU
-
-
-def test_find_images(photos: Path) -> None:
-    names = [path.relative_to(photos).as_posix() for path in find_images([str(photos)])]
-    assert names == ["a.png", "b.jpg", "deep/a.png", "deep/c.webp"]
-    assert len(find_images([str(photos / "*.png"), str(photos / "a.png")])) == 1
-    assert len(find_images([str(photos / "**" / "*.png")])) == 2
-    assert find_images([str(photos / "notes.txt")])  # named outright: the image reader judges it
-    odd = photos / "x[1].png"
-    (photos / "a.png").rename(odd)
-    assert find_images([str(odd)]) == [odd]
-    with pytest.raises(ImageError, match="nothing"):
-        find_images([str(photos), "nothing-*"])
-
-
-def test_unique_stems() -> None:
-    paths = [
-        Path(p) for p in ("/x/one/a.png", "/x/two/a.png", "/x/two/A.jpg", "/y/two/a.jpg", "/z/b.png", "/z/two_a.png")
-    ]
-    stems = unique_stems(paths)
-    assert len({stem.lower() for stem in stems}) == len(paths)
-    assert stems[0] == "one_a"
-    assert stems[4:] == ["b", "two_a"]
-    assert unique_stems([Path("/a.png"), Path("/a.jpg")]) == ["a_2", "a_3"]

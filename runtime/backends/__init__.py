@@ -70,12 +70,13 @@ class FrameBackend(Backend, Protocol):
         ...
 
 
-def open_backend(name: str, directory: Path, manifest: Manifest, device: str) -> Backend:
+def open_backend(name: str, directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> Backend:
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
-    Where both are "auto" and NVIDIA's driver is here, any that runs on the GPU comes before all on the CPU. Raises
-    ConfigError for an unknown name, BackendError when it is not installed or cannot run this bundle ("auto": when none
-    can; the message names every reason).
+    threads: of the CPU, that the networks may use; None leaves that to the library. Where both are "auto" and NVIDIA's
+    driver is here, any that runs on the GPU comes before all on the CPU. Raises ConfigError for an unknown name,
+    BackendError when it is not installed or cannot run this bundle ("auto": when none can; the message names every
+    reason).
     """
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
@@ -90,7 +91,8 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str) ->
         if reason is None:
             try:
                 module, _, function = row.opens.partition(":")
-                backend: Backend = getattr(import_module(module), function)(directory, manifest, where)
+                given = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
+                backend: Backend = getattr(import_module(module), function)(directory, manifest, where, **given)
             except BackendError as error:
                 if name != "auto":
                     raise

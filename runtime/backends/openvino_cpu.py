@@ -24,9 +24,9 @@ _HINT = "f32"
 _ROW = backend_row("openvino")
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str) -> OpenVinoBackend:
+def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> OpenVinoBackend:
     """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
-    return OpenVinoBackend(directory, manifest, device)
+    return OpenVinoBackend(directory, manifest, device, threads)
 
 
 class OpenVinoBackend(GraphBackend):
@@ -35,7 +35,10 @@ class OpenVinoBackend(GraphBackend):
     name = _ROW.name
     device = "cpu"
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> None:
+        self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINT}
+        if threads is not None:
+            self._options["INFERENCE_NUM_THREADS"] = threads
         _require_cpu(device)
         try:
             self._openvino = _import_openvino()
@@ -61,7 +64,7 @@ class OpenVinoBackend(GraphBackend):
             # numpy has no bf16: such outputs would come back as arrays of another type
             steps.input(0).tensor().set_element_type(self._openvino.Type.f32)
             steps.output(0).tensor().set_element_type(self._openvino.Type.f32)
-            return self._core.compile_model(steps.build(), "CPU", {"INFERENCE_PRECISION_HINT": _HINT})
+            return self._core.compile_model(steps.build(), "CPU", self._options)
         except Exception as error:
             raise BackendError(f"OpenVINO cannot load {path}: {error}") from error
 

@@ -46,9 +46,9 @@ class Provider(NamedTuple):
     needs: str = ""
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
+def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> OrtBackend:
     """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
-    return OrtBackend(directory, manifest, device)
+    return OrtBackend(directory, manifest, device, threads=threads)
 
 
 def open_tensorrt(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
@@ -62,8 +62,11 @@ def open_tensorrt(directory: Path, manifest: Manifest, device: str) -> OrtBacken
 class OrtBackend(GraphBackend):
     """Sessions over a bundle's graphs on one execution provider."""
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, row: BackendRow = _ROW) -> None:
-        """row: of the table, whose providers are tried."""
+    def __init__(
+        self, directory: Path, manifest: Manifest, device: str, row: BackendRow = _ROW, threads: int | None = None
+    ) -> None:
+        """row: of the table, whose providers are tried. threads: of each session's pool."""
+        self._threads = threads
         self.name = row.name
         try:
             self._ort: Any = import_module("onnxruntime")
@@ -90,6 +93,8 @@ class OrtBackend(GraphBackend):
     def _load(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
         if self._as_they_are:
             options.add_session_config_entry(*AS_THEY_ARE)
         if self._row.alone:

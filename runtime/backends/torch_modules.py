@@ -46,8 +46,13 @@ from densegeo.size import Size
 log = logging.getLogger("densegeo")
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str) -> TorchBackend:
-    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError."""
+def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> TorchBackend:
+    """The backend of `densegeo.backends`' table. threads: of torch in this whole process.
+
+    Raises BackendError, ConfigError.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     return TorchBackend(directory, manifest, device)
 
 

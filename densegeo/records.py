@@ -1,0 +1,134 @@
+"""What a folder of results says about itself: each result's source in its geometry.json, and all in results.jsonl.
+
+Where a geometry.json is, its result is whole: it is the last file that a result gets. In results.jsonl the last line of
+a name counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from densegeo.errors import ResourceError
+from densegeo.formats import RESULT_ENDINGS, RESULTS, SIDECAR
+from densegeo.inputs import Input
+from densegeo.runtime.bundle import MANIFEST, Manifest, sha256_file
+
+JOURNAL = "results.jsonl"
+# Of an image's result: none; all formats, of this image by this bundle with these options; the same, but incomplete or
+# of another content of the file; of another file, by another bundle or with other options.
+State = Literal["absent", "whole", "stale", "foreign"]
+
+
+def bundle_record(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """Which bundle made a result. sha256: of its manifest, which has the digests of all its files."""
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    path = os.path.abspath(directory)
+    return {"path": path, "model": manifest.model, "precision": manifest.precision, "sha256": digest}
+
+
+def source_record(path: str, maker: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image was when it was read, and what made its result: the bundle, options, formats. Raises OSError."""
+    facts = os.stat(path)
+    digest = sha256_file(Path(path))
+    return {"path": path, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest, **maker}
+
+
+class Results:
+    """The output folder: which results are there, and the journal of this run and of those before."""
+
+    def __init__(self, folder: Path, maker: Mapping[str, Any]) -> None:
+        """maker: "bundle", "options" and "formats" of this run, as they go into every result's `source`."""
+        self.folder, self.maker = folder, maker
+        self._listed: dict[Path, frozenset[str]] = {}
+        self._journal: Any = None
+
+    def where(self, item: Input) -> tuple[Path, str]:
+        """The folder and the stem of an image's results."""
+        *parents, stem = item.name.split("/")
+        return self.folder.joinpath(*parents), stem
+
+    def existing(self, item: Input) -> list[str]:
+        """Names of those of an image's results, in this run's formats, that are there already."""
+        folder, stem = self.where(item)
+        possible = [file for name in self.maker["formats"] for file in RESULTS[name].files]
+        there = self._names(folder)
+        return [file for file in dict.fromkeys(f"{stem}_{file}" for file in (*possible, SIDECAR)) if file in there]
+
+    def state(self, item: Input) -> State:
+        """What is there of an image's result. An image of the size and time of change that were recorded is taken for
+        the same; else its digest decides.
+        """
+        folder, stem = self.where(item)
+        if f"{stem}_{SIDECAR}" not in self._names(folder):
+            return "stale" if self.existing(item) else "absent"
+        try:
+            record = json.loads((folder / f"{stem}_{SIDECAR}").read_bytes())["source"]
+            facts = os.stat(item.path)
+            same = (record["path"], record["bytes"], record["modified_ns"]) == (
+                item.path,
+                facts.st_size,
+                facts.st_mtime_ns,
+            )
+            same = same or record["sha256"] == sha256_file(Path(item.path))
+            ours = record["bundle"]["sha256"] == self.maker["bundle"]["sha256"]
+            ours = ours and record["options"] == self.maker["options"]
+            if not ours or not (same or record["path"] == item.path):
+                return "foreign"
+            formats = set(self.maker["formats"]) <= set(record["formats"])
+            rows = [RESULTS[name] for name in self.maker["formats"]]
+            files = all(any(f"{stem}_{file}" in self._names(folder) for file in row.files) for row in rows)
+            return "whole" if same and formats and files else "stale"
+        except (OSError, ValueError, KeyError, TypeError):  # not made by this command, or damaged
+            return "foreign"
+
+    def clear(self, item: Input, kept: Iterable[Path]) -> None:
+        """Remove what an earlier result had in other formats, so that all files of a name are of one result."""
+        folder, stem = self.where(item)
+        names = {f"{stem}_{file}" for file in RESULT_ENDINGS} & self._names(folder)
+        for name in names - {path.name for path in kept}:
+            (folder / name).unlink(missing_ok=True)
+
+    def open_journal(self) -> set[str]:
+        """Begin to write; the names that earlier runs finished. Raises ResourceError."""
+        path = self.folder / JOURNAL
+        done: set[str] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            old = path.read_bytes() if path.exists() else b""
+            for line in old.splitlines():
+                try:
+                    record = json.loads(line)
+                    (done.add if record["status"] == "done" else done.discard)(record["name"])
+                except (ValueError, KeyError, TypeError):  # cut off by a crash
+                    continue
+            self._journal = open(path, "ab")  # noqa: SIM115
+            if old and not old.endswith(b"\n"):
+                self._journal.write(b"\n")
+        except OSError as error:
+            raise ResourceError(f"Cannot write to {self.folder}: {error.strerror or error}.") from error
+        return done
+
+    def note(self, item: Input, status: str, **facts: Any) -> None:
+        """One more line of the journal. Raises OSError."""
+        line = json.dumps({"name": item.name, "status": status, "source": item.path, **facts})
+        self._journal.write(line.encode() + b"\n")
+        self._journal.flush()
+
+    def close(self) -> None:
+        """End the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _names(self, folder: Path) -> frozenset[str]:
+        """What lay in a folder when it was first asked about."""
+        if folder not in self._listed:
+            try:
+                self._listed[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._listed[folder] = frozenset()
+        return self._listed[folder]

@@ -1,0 +1,61 @@
+"""SIGTERM, as `docker stop`, systemd and batch systems send it, ends a command the way Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated` as Ctrl-C raises KeyboardInterrupt."""
+
+    def end(error: KeyboardInterrupt) -> None:
+        raise error
+
+    with _handled({signal.SIGTERM: Terminated}, end):
+        yield
+
+
+@contextmanager
+def told(notice: Callable[[KeyboardInterrupt], object]) -> Iterator[None]:
+    """Inside, the first Ctrl-C or SIGTERM is handed to `notice`, which the main thread calls between two of its steps;
+    further ones raise.
+    """
+    first = True
+
+    def tell(error: KeyboardInterrupt) -> None:
+        nonlocal first
+        if not first:
+            raise error
+        first = False
+        notice(error)
+
+    with _handled({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}, tell):
+        yield
+
+
+@contextmanager
+def _handled(
+    kinds: dict[signal.Signals, type[KeyboardInterrupt]], act: Callable[[KeyboardInterrupt], None]
+) -> Iterator[None]:
+    """In another thread than the main one, which signals do not reach, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        act(kinds[signal.Signals(number)]())
+
+    before = {number: signal.signal(number, handle) for number in kinds}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
