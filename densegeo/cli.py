@@ -18,6 +18,7 @@ from densegeo.backends import BACKENDS
 from densegeo.errors import DensegeoError
 from densegeo.infer_command import infer
 from densegeo.precision import CALIBRATED
+from densegeo.signals import Terminated, terminable
 
 _EXPORT_LIBRARIES = frozenset(
     {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "typing_extensions"}
@@ -56,9 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def guarded(call: Callable[[], object]) -> None:
-    """Call, and turn densegeo's own errors into one line on standard error and exit code 1."""
+    """Call, and turn densegeo's own errors into one line on standard error and exit code 1, signals into 128 + theirs.
+
+    SIGTERM ends a command as Ctrl-C does: what is half-written is removed, what is finished stays.
+    """
     try:
-        call()
+        with terminable():
+            call()
     except DensegeoError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -68,6 +73,9 @@ def guarded(call: Callable[[], object]) -> None:
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
+    except Terminated as error:
+        Console(stderr=True).print("terminated")
+        sys.exit(error.status)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)

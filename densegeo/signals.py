@@ -9,17 +9,30 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM came, or the terminal went away (SIGHUP). status: what the process is to end with."""
+
+    status = 128 + signal.SIGTERM
+
+
+class HungUp(Terminated):
+    """The terminal went away."""
+
+    status = 128 + getattr(signal, "SIGHUP", 1)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated` as Ctrl-C raises KeyboardInterrupt."""
+    """Inside, SIGTERM, and SIGHUP where nobody ignores it (nohup does), raise `Terminated` as Ctrl-C raises
+    KeyboardInterrupt.
+    """
 
     def end(error: KeyboardInterrupt) -> None:
         raise error
 
-    with _handled({signal.SIGTERM: Terminated}, end):
+    kinds: dict[signal.Signals, type[KeyboardInterrupt]] = {signal.SIGTERM: Terminated}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        kinds[signal.SIGHUP] = HungUp
+    with _handled(kinds, end):
         yield
 
 

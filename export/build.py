@@ -20,7 +20,7 @@ from densegeo.export.quantization import Quantizer
 from densegeo.export.references import make_references
 from densegeo.export.reporting import recommend, report
 from densegeo.export.stages import PROMPT_FILE, Job, make_engines, make_kernels, run_stage
-from densegeo.export.staging import folder_bytes, locked, publish, remove_published
+from densegeo.export.staging import finish_publishing, folder_bytes, locked, publish, remove_published
 from densegeo.export.state import Graphs, State, Weights
 from densegeo.export.weights import make_weights
 from densegeo.kernels.contract import LaunchContract
@@ -100,6 +100,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     inputs = _identify(files, origins, console)
     quantizer.check(inputs, applied)
     keys = stage_keys(options, inputs, quantizer.digest)
+    finish_publishing(options.output)
     if (current := _current(options.output, keys.bundle)) is not None:
         remove_published(options.output)
         console.print(

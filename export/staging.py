@@ -1,12 +1,17 @@
-"""A bundle is built in a hidden folder beside it and put in place by renaming: whole, or not there.
+"""A bundle is built in a hidden folder beside it and put in place by renaming: whole, or not there. Where no folder can
+be renamed over the output (a link's target, a mount point), it is built in a hidden folder inside, and its files are
+moved, the manifest last: until then the output is no bundle.
 
-The folder `.NAME.building` has a fixed name, so that an interrupted build is found again (see `export.state`). A lock
-keeps a second build of the same output out of it. It holds `bundle/`, what will be renamed, and the stages' records.
+The folder (`.NAME.building`, or `.building` inside) has a fixed name, so that an interrupted build is found again (see
+`export.state`). A lock keeps a second build of the same output out of it. It holds `bundle/`, what will be put in place,
+and the stages' records.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -15,9 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from densegeo.errors import ResourceError
+from densegeo.errors import BundleError, ResourceError
 from densegeo.files import existing_parent
-from densegeo.runtime.bundle import MANIFEST
+from densegeo.runtime.bundle import MANIFEST, read_manifest, stays_inside
 
 LOCK = ".densegeo-build"  # by this file the folder is known as ours
 BUNDLE = "bundle"
@@ -27,7 +32,32 @@ RECORDS = "*.json"
 def staging_folder(output: Path) -> Path:
     """Where `output` is built."""
     output = output.absolute()
+    if fills_in_place(output):
+        return output.resolve() / ".building"
     return output.with_name(f".{output.name}.building")
+
+
+def fills_in_place(output: Path) -> bool:
+    """Whether nothing can be renamed over `output`: a link, whose target it is, a mount point, the working directory,
+    or a folder in one that cannot be written. Then files are moved into it one by one.
+    """
+    if output.is_symlink():
+        return True
+    if not output.is_dir():
+        return False
+    return _is_mount(output) or output.resolve() == Path.cwd() or not os.access(output.absolute().parent, os.W_OK)
+
+
+def _is_mount(folder: Path) -> bool:
+    """Bind mounts of the same file system are known by the system's list alone."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    points = (re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines)
+    return str(folder.resolve()) in points
 
 
 @contextmanager
@@ -37,9 +67,9 @@ def locked(output: Path) -> Iterator[Path]:
     It is removed when the block ends, unless it holds the record of a finished stage. Raises ResourceError when
     another build has it, or something else is in its place or in that of `output`.
     """
-    if output.exists() and not (output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))):
-        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
     folder = staging_folder(output)
+    if output.exists() and not (output.is_dir() and _may_be_filled(output, folder)):
+        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _open_locked(folder, output)
@@ -51,6 +81,13 @@ def locked(output: Path) -> Iterator[Path]:
         _release(folder, lock)
 
 
+def _may_be_filled(output: Path, folder: Path) -> bool:
+    """Whether a folder is a bundle, empty, or one that a build of ours was killed in."""
+    if (output / MANIFEST).is_file() or (folder.parent == output.resolve() and (folder / LOCK).is_file()):
+        return True
+    return all(entry.name == "lost+found" for entry in output.iterdir())
+
+
 def remove_published(output: Path) -> None:
     """Remove what a build left that was killed after its bundle was in place; an interrupted build is kept."""
     folder = staging_folder(output)
@@ -58,6 +95,14 @@ def remove_published(output: Path) -> None:
         with suppress(ResourceError), locked(output):
             for record in folder.glob(RECORDS):
                 record.unlink()
+
+
+def finish_publishing(output: Path) -> None:
+    """Go on where a build was killed while it moved its files into place. Raises ResourceError."""
+    folder = staging_folder(output)
+    if fills_in_place(output) and (folder / BUNDLE / MANIFEST).is_file():
+        with locked(output):
+            publish(folder, output)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -78,11 +123,17 @@ def clear(folder: Path, keep: set[Path]) -> None:
 
 
 def publish(staging: Path, output: Path) -> None:
-    """Put the finished bundle in place by renaming; an older one there is replaced."""
+    """Put the finished bundle in place, by renaming where that can be; an older one there is replaced."""
     bundle = staging / BUNDLE
     bundle.chmod(0o755)
     for path in bundle.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
+    if fills_in_place(output):
+        try:
+            _fill(bundle, output.resolve(), staging / "replaced.json")
+        except OSError as error:
+            raise ResourceError(f"cannot move the bundle's files into {output}: {error}") from error
+        return
     if not output.exists():
         bundle.rename(output)
         return
@@ -93,7 +144,32 @@ def publish(staging: Path, output: Path) -> None:
     except OSError:
         old.rename(output)
         raise
-    shutil.rmtree(old) if not old.is_symlink() else old.unlink()
+    shutil.rmtree(old)
+
+
+def _fill(bundle: Path, output: Path, old: Path) -> None:
+    """Move a bundle's files into a folder: its old manifest away first, the new one in at last.
+
+    In between it is no bundle, and what is not moved yet lies in `bundle`, from where `finish_publishing` goes on.
+    old: where the old manifest waits.
+    """
+    if (output / MANIFEST).is_file():
+        os.replace(output / MANIFEST, old)
+    new = sorted(path.relative_to(bundle) for path in bundle.rglob("*") if path.is_file())
+    for name in new:
+        if name.as_posix() != MANIFEST:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(bundle / name, output / name)
+    kept = set(read_manifest(bundle).files)
+    with suppress(OSError, BundleError, ValueError):  # one that cannot be read names nothing to remove
+        for stale in set(json.loads(old.read_bytes())["files"]) - kept:
+            if stays_inside(stale):
+                (output / stale).unlink(missing_ok=True)
+                with suppress(OSError):  # of folders that hold more
+                    (output / stale).parent.rmdir()
+    os.replace(bundle / MANIFEST, output / MANIFEST)
+    old.unlink(missing_ok=True)
+    shutil.rmtree(bundle)
 
 
 def _open_locked(folder: Path, output: Path) -> BinaryIO:

@@ -20,7 +20,7 @@ from densegeo.export.keys import StageKeys
 from densegeo.export.staging import BUNDLE, RECORDS, clear
 from densegeo.files import atomic_write
 from densegeo.kernels.contract import LaunchContract
-from densegeo.runtime.bundle import Bucket, Check, Engine, FileDigest, Record, sha256_file
+from densegeo.runtime.bundle import MANIFEST, Bucket, Check, Engine, FileDigest, Record, sha256_file
 
 Progress = Callable[[int], object]
 Bounds = dict[str, dict[str, float]]  # size, as "1024x768" -> output -> what a graph's may be off
@@ -135,7 +135,8 @@ class State:
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            self.prune()
+            if not (self.bundle / MANIFEST).is_file():  # else it is whole: `staging.finish_publishing` goes on
+                self.prune()
             if self.records:
                 say(self._hint())
             raise

@@ -262,7 +262,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a valid manifest ({error}). Rebuild the bundle.") from error
-    if outside := sorted(name for name in _file_names(manifest) if not _stays_inside(name)):
+    if outside := sorted(name for name in _file_names(manifest) if not stays_inside(name)):
         raise BundleError(
             f"{path} names a file outside the bundle: {outside[0]!r}. It was tampered with; do not use this bundle."
         )
@@ -310,7 +310,7 @@ def _file_names(manifest: Manifest) -> set[str]:
     return {*manifest.files, *graphs, *built, *kernels, *others} - {""}
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
     """Whether a name is a plain path below the bundle's directory, on every system."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":", "\0"}
