@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("models", "calibration", "export", "runtime", "kernels", "training", "benchmarks")
+FOLDERS = ("models", "calibration", "export", "runtime", "serving", "kernels", "training", "benchmarks")
 # Of the benchmarks, what `densegeo bench` and `densegeo compare` are made of; the rest is run from a checkout.
 BENCHMARKS = ("__init__", "compare", "environment", "latency")
 

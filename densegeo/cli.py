@@ -23,15 +23,17 @@ from densegeo.signals import Terminated, terminable
 _EXPORT_LIBRARIES = frozenset(
     {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "typing_extensions"}
 )
+_SERVE_LIBRARIES = frozenset({"starlette", "uvicorn", "python_multipart", "prometheus_client", "anyio"})
 _HEAVY = {
     "build": "densegeo.export.command",
     "fetch": "densegeo.export.fetch_command",
     "calibrate": "densegeo.calibration.command",
+    "serve": "densegeo.serving.command",
 }
 
 
 class _Group(TyperGroup):
-    """Replaces a listed stand-in by the real command, which needs the export extra, when it is called."""
+    """Replaces a listed stand-in by the real command, which needs an extra, when it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in _HEAVY:
@@ -70,6 +72,8 @@ def guarded(call: Callable[[], object]) -> None:
         library = (error.name or "").partition(".")[0]
         if library in _EXPORT_LIBRARIES:
             _fail(f'Building needs {library}, which is not installed: pip install "densegeo[export]"')
+        if library in _SERVE_LIBRARIES:
+            _fail(f'Serving needs {library}, which is not installed: pip install "densegeo[serve]"')
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
@@ -119,6 +123,12 @@ def _fetch_stand_in() -> None:
     "calibrate", help=f"Measure what {' or '.join(CALIBRATED)} would change, and plan it (needs the export extra)."
 )
 def _calibrate_stand_in() -> None:
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("serve")
+def _serve_stand_in() -> None:
+    """Answer over HTTP: the KServe v2 protocol, a plain route, a page (needs the serve extra)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

@@ -18,7 +18,7 @@ import msgspec
 from densegeo.architectures import ARCHITECTURES
 from densegeo.backends import BACKENDS, ENGINES, BackendRow
 
-_FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime")
+_FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime", "serving")
 # CPU flags (as Linux names them) that decide how fast low precision is.
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
@@ -48,6 +48,7 @@ EXTRAS = (
     Extra("kernels", ("triton",), "compile the GPU kernels"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
     Extra("camera", ("pyyaml",), "read a camera's calibration from ROS' YAML"),
+    Extra("serve", ("prometheus-client", "python-multipart", "starlette", "uvicorn"), "answer over HTTP, with a page"),
 )
 
 

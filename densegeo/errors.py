@@ -11,6 +11,14 @@ class ImageError(DensegeoError, ValueError):
     """An image that cannot be read or used: empty, truncated, too large, too small, NaN, wrong channels."""
 
 
+class ImageTooLargeError(ImageError):
+    """An image of more pixels than `max_pixels`; it was not decoded."""
+
+
+class ImageFormatError(ImageError):
+    """Encoded data in none of the formats that are read."""
+
+
 class BundleError(DensegeoError):
     """A directory that is no bundle, or a bundle with a missing or unusable part."""
 
@@ -49,6 +57,42 @@ class ShutdownError(BackendError):
 
 class BackendTimeoutError(BackendError):
     """A backend that did not return within `timeout_s`: the request it was running, or one behind it."""
+
+
+class RequestError(DensegeoError, ValueError):
+    """A request over HTTP that says something impossible: an unknown tensor, a shape that its data have not ..."""
+
+
+class BodyTooLargeError(RequestError):
+    """A request's body, or what it unpacks to, beyond the server's limit."""
+
+
+class MediaTypeError(RequestError):
+    """A body of a type or an encoding that the server does not read, or an answer asked for that it cannot write."""
+
+
+class SlowRequestError(RequestError):
+    """A request whose body did not arrive within the server's time."""
+
+
+class UnauthorizedError(RequestError):
+    """A request without the server's token, or with another one."""
+
+
+class ForbiddenError(RequestError):
+    """A request from a page of another origin, or to a host that this server is not."""
+
+
+class NotFoundError(RequestError):
+    """An address, model or version that the server does not have."""
+
+
+class BusyError(DensegeoError):
+    """A request that was not read because too many are being answered."""
+
+
+class NotReadyError(DensegeoError):
+    """A request for a model that is not loaded."""
 
 
 class CalibrationError(DensegeoError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,3 +40,20 @@ def cache_directory() -> Path:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)
     return path
+
+
+def writable_by_others(path: Path) -> str | None:
+    """Why others than this user and root can write a file or directory, and what to do; None where they cannot.
+
+    A group that may write counts as others unless it is the user's own primary group. Raises OSError.
+    """
+    if not hasattr(os, "geteuid"):
+        return None  # no such owners on this system
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user (uid {status.st_uid}): copy the bundle"
+    if status.st_mode & stat.S_IWOTH:
+        return f"can be written by everybody: say `chmod -R o-w {path}`"
+    if status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid():
+        return f"can be written by a group (gid {status.st_gid}): say `chmod -R g-w {path}`"
+    return None

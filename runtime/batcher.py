@@ -215,6 +215,8 @@ class Batcher(Generic[T, R]):
         """Run a group; False when the watchdog has ended it meanwhile."""
         now = self._clock()
         live = [entry for entry in group if not entry.expired(now)]
+        if live:
+            self._metrics.count_group(len(live))
         outcomes = _attempt(self._run, [entry.item.payload for entry in live])
         with self._lock:
             if self._running.pop(lane, None) is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 import msgspec
@@ -15,6 +14,7 @@ import msgspec
 from densegeo.architectures import AMPERE, RTX_TARGETS, names
 from densegeo.backends import ENGINE_LIBRARIES, ENGINES
 from densegeo.errors import EngineError
+from densegeo.files import writable_by_others
 from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, rebuild_command, sha256_file
 
 FOLDER = "engines"
@@ -149,20 +149,13 @@ def read_engine(directory: Path, manifest: Manifest, engine: Engine, *, trust: b
 def check_owner(path: Path) -> None:
     """Raise EngineError when others than this user and root could have written the file or directory."""
     try:
-        status = path.stat()
+        reason = writable_by_others(path)
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error}") from error
-    if not hasattr(os, "geteuid"):
-        return  # no such owners on this system
-    if status.st_uid not in (os.geteuid(), 0):
-        reason, remedy = f"belongs to another user (uid {status.st_uid})", "copy the bundle"
-    elif status.st_mode & stat.S_IWOTH:
-        reason, remedy = "can be written by everybody", f"say `chmod -R o-w {path}`"
-    else:
-        return
-    raise EngineError(
-        f"{path} {reason}, and an engine runs as code: {remedy}, or set DENSEGEO_TRUST_ENGINES=1 if you know it is good"
-    )
+    if reason is not None:
+        raise EngineError(
+            f"{path} {reason}, or set DENSEGEO_TRUST_ENGINES=1 if you know it is good: an engine runs as code"
+        )
 
 
 def trusted() -> bool:

@@ -284,6 +284,11 @@ class Estimator:
         """The most images of one bucket that are run together, in `batch` and from the queue."""
         return self._runner.together
 
+    @property
+    def max_queue(self) -> int:
+        """How many submitted images may wait."""
+        return self._service.max_queue
+
     def close(self, drain: bool = True) -> None:
         """Release the graphs; later calls raise BackendError, its kind ShutdownError for `submit` and `stream`.
 

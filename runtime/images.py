@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from densegeo.errors import ConfigError, ImageError
+from densegeo.errors import ConfigError, ImageError, ImageFormatError, ImageTooLargeError
 from densegeo.formats import IMAGES
 from densegeo.size import Size
 
@@ -133,7 +133,7 @@ def _open(stream: Any, name: str) -> Image.Image:
             raise
         except Exception:  # a plugin that misjudged the prefix raises whatever it likes
             continue
-    raise ImageError(
+    raise ImageFormatError(
         f"{name} is not an image that can be read: it is damaged, or none of {', '.join(row.name for row in IMAGES)}. "
         "Convert it to PNG or JPEG."
     )
@@ -244,7 +244,7 @@ def _checked_float(array: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"{name} is {width}x{height} = {width * height / 1e6:.0f} million pixels, more than the limit of "
             f"{max_pixels / 1e6:g} million. Downscale it, or raise max_pixels if you trust it."
         )

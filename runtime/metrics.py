@@ -81,10 +81,13 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All numbers at one moment. counters: by the names of `COUNTERS`; histograms: seconds, by those of `STAGES`."""
+    """All numbers at one moment. counters: by the names of `COUNTERS`; histograms: seconds, by those of `STAGES`;
+    together: how many groups of n queued images were run at once, by n.
+    """
 
     counters: Mapping[str, int]
     histograms: Mapping[str, Histogram]
+    together: Mapping[int, int]
 
 
 class Metrics:
@@ -95,11 +98,17 @@ class Metrics:
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._counts = {stage: [0] * (len(BOUNDS) + 1) for stage in STAGES}
         self._sums = dict.fromkeys(STAGES, 0.0)
+        self._together: dict[int, int] = {}
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of `COUNTERS`."""
         with self._lock:
             self._counters[name] += by
+
+    def count_group(self, images: int) -> None:
+        """Count a group of queued images that are run at once."""
+        with self._lock:
+            self._together[images] = self._together.get(images, 0) + 1
 
     def observe(self, timings: Mapping[str, float]) -> None:
         """Add one request's spans (milliseconds, as in `Geometry.timings`); stages it did not pass are left out."""
@@ -115,7 +124,7 @@ class Metrics:
         """A consistent copy."""
         with self._lock:
             histograms = {stage: Histogram(tuple(self._counts[stage]), self._sums[stage]) for stage in STAGES}
-            return Snapshot(dict(self._counters), histograms)
+            return Snapshot(dict(self._counters), histograms, dict(self._together))
 
     def exposition(self) -> str:
         """The numbers in Prometheus' text format. Raises ConfigError when prometheus-client is not installed."""
@@ -151,6 +160,12 @@ class Collector:
         whole = family("densegeo_request_seconds", "Time of a request, end to end.")
         whole.add_metric([], **_samples(snapshot.histograms["end_to_end"]))
         yield whole
+        groups = self._core.CounterMetricFamily(
+            "densegeo_groups", "Groups of queued images that were run at once, by their size.", labels=["images"]
+        )
+        for images, count in sorted(snapshot.together.items()):
+            groups.add_metric([str(images)], count)
+        yield groups
 
 
 def _samples(histogram: Histogram) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Service:
         self._streams: WeakSet[Stream] = WeakSet()
         self._closed = False
 
+    @property
+    def max_queue(self) -> int:
+        """How many requests may wait."""
+        return self._options.max_queue
+
     def submit(
         self, image: object, color: Color, deadline_ms: float = math.inf, *, wait: bool = False
     ) -> Future[Geometry]:

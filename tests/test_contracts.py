@@ -14,7 +14,9 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [
-    name for name in ("models", "calibration", "export", "runtime", "kernels", "benchmarks") if (ROOT / name).is_dir()
+    name
+    for name in ("models", "calibration", "export", "runtime", "serving", "kernels", "benchmarks")
+    if (ROOT / name).is_dir()
 ]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "scipy", "sklearn", "matplotlib", "pydantic")
 

@@ -20,6 +20,7 @@ BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metr
 FOLDERS = {
     "densegeo": ("cpu", "video"),
     "runtime": BACKENDS,
+    "serving": ("serve",),
     "models": ("torch",),
     "kernels": ("torch", "kernels"),
     "calibration": ("export", "cpu"),
@@ -38,7 +39,7 @@ DISTRIBUTIONS = {
     "tensorrt_rtx": "tensorrt-rtx-cu13",
 }
 CUDA = {"core": "cuda-core", "bindings": "cuda-bindings"}
-FOREIGN = {"tensorrt", "pynvml"}  # TensorRT itself is a machine's own; pynvml is asked for and done without
+FOREIGN = {"tensorrt", "pynvml", "opentelemetry"}  # a machine's own; the last two are asked for and done without
 
 
 def declared(extras: tuple[str, ...]) -> set[str]:

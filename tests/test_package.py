@@ -22,7 +22,7 @@ import pytest
 
 from tests.support.project import ROOT, imported
 
-FOLDERS = ("models", "calibration", "export", "runtime", "kernels", "training", "benchmarks")
+FOLDERS = ("models", "calibration", "export", "runtime", "serving", "kernels", "training", "benchmarks")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "out"
 )
@@ -108,6 +108,9 @@ def test_wheel_holds_what_commands_need(built: Built) -> None:
     weights = "densegeo/models/weights/fe2e-tiny"
     assert {f"{weights}/{name}" for name in ("step1x-edit-i1258.safetensors", "vae.safetensors")} <= built.names
     assert "densegeo/py.typed" in built.names
+    page = {f"densegeo/serving/page/{path.name}" for path in (ROOT / "serving" / "page").iterdir()}
+    assert "densegeo/serving/page/index.html" in page
+    assert page <= built.names
     assert built.wheel.stat().st_size < 40 * MIB
 
 

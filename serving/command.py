@@ -1,0 +1,122 @@
+"""`densegeo serve`: bundles over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from densegeo.backends import NAMES
+from densegeo.runtime import Estimator
+from densegeo.runtime.ready import find_bundle
+from densegeo.serving.logs import FIELDS, start_logging
+from densegeo.serving.models import Open, open_models
+from densegeo.serving.options import MAX_PIXELS, MIB, Options, read_token
+from densegeo.serving.routes import application
+from densegeo.serving.server import EXIT_HUNG, Server, listen
+from densegeo.serving.service import Service
+
+log = logging.getLogger("densegeo.serving")
+
+
+# `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
+def serve(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=find_bundle, metavar="BUNDLE...", help="Directories, each served under its own name; or fe2e-tiny."
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone can connect.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 takes a free one, which the log says.")] = 8000,
+    backend: Annotated[str, typer.Option(help=f"What runs the bundles: {', '.join(NAMES)}.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_batch: Annotated[int, typer.Option(help="Waiting images of one size that are run together.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(help="How long the first of them waits for company.")] = 0.0,
+    max_queue: Annotated[int, typer.Option(help="Images that may wait; more are answered with 503.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(help=f"Seconds for one run; a backend that takes longer ends the process with {EXIT_HUNG}.")
+    ] = 60.0,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request, unpacked.")] = 64 * MIB,
+    max_pixels: Annotated[int, typer.Option(help="Of a picture; larger ones are not decoded.")] = MAX_PIXELS,
+    max_requests: Annotated[int, typer.Option(help="Answered at once; more get 503.")] = 128,
+    body_timeout: Annotated[float, typer.Option(help="Seconds in which a request's body must arrive.")] = 30.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds after SIGTERM in which requests are still taken while `ready` says no.")
+    ] = 1.0,
+    token_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A file with the token that requests must carry: `Authorization: Bearer TOKEN`."),
+    ] = None,
+    tls_certificate: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="PEM file of the certificate chain; goes with --tls-key."),
+    ] = None,
+    tls_key: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="PEM file of the certificate's key."),
+    ] = None,
+    allow_origin: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="An origin whose pages may ask, such as https://example.org; repeat it."),
+    ] = None,
+    allow_host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A further name by which this machine is called on a loopback address; repeat it."),
+    ] = None,
+) -> None:
+    """Answer over HTTP: the KServe v2 protocol, POST /v1/geometry, and a page at /."""
+    options = Options(
+        host=host,
+        port=port,
+        token=None if token_file is None else read_token(token_file),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        origins=frozenset(allow_origin or ()),
+        hosts=frozenset(name.lower() for name in allow_host or ()),
+        max_body=max_body,
+        max_pixels=max_pixels,
+        max_requests=max_requests,
+        body_s=body_timeout,
+        drain_s=drain,
+    )
+    opens = partial(
+        Estimator,
+        backend=backend,
+        device=device,
+        max_pixels=max_pixels,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        timeout_s=timeout,
+    )
+    start_logging()
+    sys.exit(run(bundles, opens, options))
+
+
+def run(bundles: list[Path], opens: Open, options: Options) -> int:
+    """Serve until told to end; the code that the process should end with. Raises ConfigError, BundleError ..."""
+    service = Service(open_models(bundles, opens))
+    bound = listen(options.host, options.port)
+    server = Server(application(service, options), service, options)
+    for model in service.models.values():
+        model.load()
+        log.info("loaded", extra={FIELDS: {"model": model.name, "version": model.version}})
+    scheme = "http" if options.tls_certificate is None else "https"
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"{scheme}://{name}:{bound.getsockname()[1]}"
+    log.info("serving", extra={FIELDS: {"url": url, "models": list(service.models)}})
+    server.run([bound])
+    if service.hung:  # its thread cannot be stopped, and must not meet the interpreter's end
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
+    service.close()
+    log.info("ended", extra={FIELDS: {"exit_code": server.exit_code}})
+    return server.exit_code

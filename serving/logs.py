@@ -1,0 +1,43 @@
+"""Logs as one JSON object a line on standard error, and the ids that tell requests apart in them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import sys
+from datetime import datetime, timezone
+
+import msgspec
+
+FIELDS = "densegeo_fields"  # the attribute of a log record that holds further fields
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class JsonLines(logging.Formatter):
+    """time (UTC), level, logger, message; the record's fields; and the traceback, if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, FIELDS, {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def start_logging() -> None:
+    """Everything of densegeo, and warnings of the libraries, as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("densegeo").setLevel(logging.INFO)
+
+
+def request_id(given: str | None) -> str:
+    """The client's own X-Request-ID where it is printable and short, else a new one."""
+    return given if given and _ID.fullmatch(given) else secrets.token_hex(8)

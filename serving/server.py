@@ -1,0 +1,156 @@
+"""The process around the application: sockets, connections that stall, signals, and the code it ends with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from densegeo.errors import ConfigError
+from densegeo.serving.logs import FIELDS
+from densegeo.serving.options import Options
+from densegeo.serving.service import Service
+
+log = logging.getLogger("densegeo.serving")
+
+EXIT_HUNG = 70  # a backend did not return in time; start a new process
+EXIT_INTERRUPTED = 130
+HUNG_GRACE_S = 1.0  # how long `ready` says no before the process ends, so that answers go out and a probe sees it
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError where that cannot be had."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, number)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
+        ) from error
+    return bound
+
+
+class Server(uvicorn.Server):
+    """Ends on SIGTERM and SIGINT after what was accepted is answered, at the second signal at once.
+
+    sockets: those to take connections from. exit_code: what the process should end with.
+    """
+
+    def __init__(self, app: Any, service: Service, options: Options) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_protocol(options),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=max(1, round(options.idle_s)),
+            limit_concurrency=options.max_connections,
+            backlog=2048,
+            ssl_certfile=options.tls_certificate,
+            ssl_keyfile=options.tls_key,
+        )
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"The TLS certificate or key cannot be used: {error}.") from error
+        super().__init__(config)
+        self.exit_code = 0
+        self._service, self._drain_s = service, options.drain_s
+        service.on_hang = self._hung
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would end the process by the signal itself."""
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.remove_signal_handler(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Say no to `ready`, go on for `drain_s`, take no more connections, finish, end. Called again: end now."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        log.info("ending: finishing what was accepted", extra={FIELDS: {"signal": signal.Signals(number).name}})
+        if number == signal.SIGINT:
+            self.exit_code = EXIT_INTERRUPTED
+        assert self._loop is not None
+        self._loop.call_later(self._drain_s, self._end)
+
+    def _hung(self) -> None:
+        """Called in a backend's thread."""
+        log.error("a backend did not return in time: this process ends", extra={FIELDS: {"exit_code": EXIT_HUNG}})
+        self.exit_code = EXIT_HUNG
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, HUNG_GRACE_S, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def _protocol(options: Options) -> type[H11Protocol]:
+    """HTTP/1.1 connections that are closed when their client stalls."""
+
+    class Connection(H11Protocol):
+        """uvicorn's, with a time for a request's head and a time for the client to take an answer."""
+
+        _head: asyncio.TimerHandle | None = None
+        _write: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._head = self.loop.call_later(options.header_s, self._stalled)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering and self._head is not None:
+                self._head.cancel()
+                self._head = None
+            elif not answering and self._head is None:
+                self._head = self.loop.call_later(options.header_s, self._stalled)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._write = self.loop.call_later(options.write_s, self._stalled)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._write is not None:
+                self._write.cancel()
+                self._write = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            for timer in (self._head, self._write):
+                if timer is not None:
+                    timer.cancel()
+
+        def _stalled(self) -> None:
+            self.transport.abort()
+
+    return Connection
