@@ -13,6 +13,7 @@ from starlette.routing import Route, Router
 
 from densegeo import __version__
 from densegeo.errors import NotFoundError, RequestError
+from densegeo.runtime import colormap
 from densegeo.serving import plain, v2
 from densegeo.serving.answers import json_response
 from densegeo.serving.body import read_body, unless_gone
@@ -26,9 +27,16 @@ from densegeo.serving.tracing import Tracing
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MODEL = "/v2/models/{model}"
 VERSIONED = MODEL + "/versions/{version}"
-# The page's files, by name: no other name is looked for.
-PAGE = {path.name: path for path in (resources.files("densegeo.serving") / "page").iterdir() if "." in path.name}
-_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_KINDS = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "json": "application/json",
+    "svg": "image/svg+xml",
+}
+# The page's files by name: no other name is looked for. The colours are those of `Geometry.visualize`.
+PAGE = {path.name: path.read_bytes() for path in (resources.files("densegeo.serving") / "page").iterdir()}
+PAGE["colors.json"] = msgspec.json.encode(colormap.table().tolist())
 # Nothing from elsewhere is loaded or asked, and no other page may put this one into a frame.
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 
@@ -280,11 +288,11 @@ class Handlers:
 
 
 def _file(name: str) -> Response:
-    path = PAGE.get(name)
-    if path is None:
+    content = PAGE.get(name)
+    if content is None:
         raise NotFoundError(f"The page has no file {name[:60]!r}.")
     headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
-    return Response(path.read_bytes(), 200, headers, _KINDS[name.rpartition(".")[2]])
+    return Response(content, 200, headers, _KINDS[name.rpartition(".")[2]])
 
 
 def _coding(accepted: str | None) -> str | None:

@@ -24,6 +24,7 @@ log = logging.getLogger("densegeo.serving")
 
 EXIT_HUNG = 70  # a backend did not return in time; start a new process
 EXIT_INTERRUPTED = 130
+LINGER_S = 0.5  # how long an unused connection is kept at the end: a request may be on its way
 HUNG_GRACE_S = 1.0  # how long `ready` says no before the process ends, so that answers go out and a probe sees it
 
 
@@ -101,6 +102,27 @@ class Server(uvicorn.Server):
         assert self._loop is not None
         self._loop.call_later(self._drain_s, self._end)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the connections that the system has made already, then no more; finish."""
+        loop, made = asyncio.get_running_loop(), []
+        for listener in sockets or []:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    made.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        for connection in made:
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # its client has gone
+                await loop.connect_accepted_socket(self._connection, connection, ssl=self.config.ssl)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
+            config=self.config, server_state=self.server_state, app_state={}
+        )
+        return made
+
     def _hung(self) -> None:
         """Called in a backend's thread."""
         log.error("a backend did not return in time: this process ends", extra={FIELDS: {"exit_code": EXIT_HUNG}})
@@ -121,18 +143,32 @@ def _protocol(options: Options) -> type[H11Protocol]:
         _head: asyncio.TimerHandle | None = None
         _write: asyncio.TimerHandle | None = None
 
+        @property
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._head = self.loop.call_later(options.header_s, self._stalled)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            answering = self.cycle is not None and not self.cycle.response_complete
-            if answering and self._head is not None:
+            if self._answering and self._head is not None:
                 self._head.cancel()
                 self._head = None
-            elif not answering and self._head is None:
+            elif not self._answering and self._head is None:
                 self._head = self.loop.call_later(options.header_s, self._stalled)
+
+        def shutdown(self) -> None:
+            """The server ends: what is being answered is finished, and who may be about to ask is waited for."""
+            if self._answering:
+                super().shutdown()
+            else:
+                self.loop.call_later(LINGER_S, self._leave)
+
+        def _leave(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
 
         def pause_writing(self) -> None:
             super().pause_writing()
