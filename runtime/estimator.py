@@ -65,7 +65,8 @@ class Estimator:
     metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
     and end with `close`, which `with` calls.
 
-    When another bundle takes this one's place, the next call raises BundleError. In a process that was forked after
+    When another bundle takes this one's place, the next call raises BundleError, or with keep_replaced goes on with
+    what is in memory (a size that is not, raises it then). In a process that was forked after
     this was made, calls raise BackendError. Pickled (for a process that is spawned, a DataLoader's worker) it is its
     bundle's path and its options, and opens anew there.
     """
@@ -89,6 +90,7 @@ class Estimator:
         timeout_s: float | None = None,
         threads: int | None = None,
         resolution: Literal["image", "network"] = "image",
+        keep_replaced: bool = False,
     ) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be a whole number above 0, or None, not {threads!r}.")
@@ -109,7 +111,7 @@ class Estimator:
         check_files(directory, manifest, digests=check_digests)
         opened = open_backend(backend, directory, manifest, device, threads)
         original.require(there=True)
-        self._original: Original | None = original
+        self._original: Original | None = None if keep_replaced else original
         again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
         self._again: Callable[[], Estimator] | None = partial(
             type(self),
@@ -126,6 +128,7 @@ class Estimator:
             timeout_s=timeout_s,
             threads=threads,
             resolution=resolution,
+            keep_replaced=keep_replaced,
         )
         self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution)
 

@@ -39,7 +39,7 @@ FAILURES: tuple[tuple[type[e.DensegeoError], Failure], ...] = (
     (e.NotMetricError, Failure(400, "bad_request")),
     (e.MissingOutputError, Failure(400, "bad_request")),
     (e.ConfigError, Failure(400, "bad_request")),
-    (e.BundleError, Failure(400, "bad_request")),  # of a bundle that was to be loaded
+    (e.BundleError, Failure(503, "not_ready")),  # replaced, and a part was needed that is not in memory
     (e.DensegeoError, Failure(500, None)),
 )
 

@@ -96,6 +96,7 @@ def serve(
         max_wait_ms=max_wait_ms,
         max_queue=max_queue,
         timeout_s=timeout,
+        keep_replaced=True,
     )
     start_logging()
     sys.exit(run(bundles, opens, options))

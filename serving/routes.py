@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from densegeo import __version__
-from densegeo.errors import NotFoundError, RequestError
+from densegeo.errors import BackendError, BundleError, NotFoundError, RequestError
 from densegeo.runtime import colormap
 from densegeo.serving import plain, v2
-from densegeo.serving.answers import json_response
+from densegeo.serving.answers import error_response, json_response
 from densegeo.serving.body import read_body, unless_gone
 from densegeo.serving.front import Front
 from densegeo.serving.metrics import ServingMetrics
@@ -228,7 +228,11 @@ class Handlers:
     async def load(self, request: Request) -> Response:
         model = self._named(request)
         await self._without_parameters(request)
-        await self._service.run(model.load)
+        try:
+            await self._service.run(model.load)
+        except (BundleError, BackendError) as error:  # the old one stays
+            self._note(request, model, error=type(error).__name__, text=str(error)[:500])
+            return error_response(400, str(error), type(error).__name__)
         return Response(status_code=200)
 
     async def unload(self, request: Request) -> Response:

@@ -183,7 +183,7 @@ def test_a_replaced_bundle_is_loaded_and_old_requests_end_on_the_old_one(toy_bun
     gate, opened = Gate(), []
 
     def opens(directory: Path) -> Estimator:
-        opened.append(held(gate)(directory))
+        opened.append(held(gate, keep_replaced=True)(directory))
         return opened[-1]
 
     def version(answer: httpx.Response) -> str:
