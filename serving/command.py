@@ -41,6 +41,10 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Waiting images of one size that are run together.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(help="How long the first of them waits for company.")] = 0.0,
     max_queue: Annotated[int, typer.Option(help="Images that may wait; more are answered with 503.")] = 64,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of the CPU, for the networks; by default the backend's library decides."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(help=f"Seconds for one run; a backend that takes longer ends the process with {EXIT_HUNG}.")
     ] = 60.0,
@@ -96,6 +100,7 @@ def serve(
         max_wait_ms=max_wait_ms,
         max_queue=max_queue,
         timeout_s=timeout,
+        threads=threads,
         keep_replaced=True,
     )
     start_logging()
