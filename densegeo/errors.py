@@ -19,6 +19,10 @@ class ImageFormatError(ImageError):
     """Encoded data in none of the formats that are read."""
 
 
+class ImageWarning(UserWarning):
+    """An image whose values look like those of another range than its type's."""
+
+
 class BundleError(DensegeoError):
     """A directory that is no bundle, or a bundle with a missing or unusable part."""
 

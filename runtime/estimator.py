@@ -27,6 +27,7 @@ from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Original, Process, keep_in_children
 from densegeo.runtime.images import MAX_PIXELS, Color, check_color, device_size
+from densegeo.runtime.levels import Range
 from densegeo.runtime.metric import from_parameters, number
 from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.ready import FOLDER, find_bundle
@@ -52,6 +53,7 @@ class Estimator:
     and not by a container's share of them; with torch it holds for the whole process). resolution: "image" gives
     results at the image's size, "network" as the network made them, without resizing them up (always by way of the
     host); intrinsics, anchors and pictures are of the image all the same.
+    truncated: take JPEGs without their last bytes, as some cameras send them; what is missing is grey.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
     how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
     `--batch`);
@@ -91,6 +93,7 @@ class Estimator:
         threads: int | None = None,
         resolution: Literal["image", "network"] = "image",
         keep_replaced: bool = False,
+        truncated: bool = False,
     ) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be a whole number above 0, or None, not {threads!r}.")
@@ -129,8 +132,9 @@ class Estimator:
             threads=threads,
             resolution=resolution,
             keep_replaced=keep_replaced,
+            truncated=truncated,
         )
-        self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution)
+        self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution, truncated=truncated)
 
     @classmethod
     def from_backend(
@@ -151,6 +155,8 @@ class Estimator:
         preprocessing: str,
         max_pixels: int,
         resolution: str = "image",
+        *,
+        truncated: bool = False,
     ) -> None:
         self._backend, self.manifest, self.metrics = backend, manifest, Metrics()
         self._process = Process()
@@ -167,20 +173,29 @@ class Estimator:
             options = dataclasses.replace(options, lanes=2)
             if not self._authors and not own:
                 ways.insert(0, DeviceWay(self._frames, manifest, fit))
-        self._runner = Runner(manifest, ways, self.metrics, together, max_pixels)
+        self._runner = Runner(manifest, ways, self.metrics, together, max_pixels, truncated=truncated)
         self._service = Service(self._runner, dataclasses.replace(options, together=together), self._require)
 
-    def __call__(self, image: object, color: Color = "rgb") -> Geometry:
+    def __call__(self, image: object, color: Color = "rgb", *, value_range: Range | None = None) -> Geometry:
         """Depth and normals of one image, at the image's own (upright) resolution.
 
-        image: path, encoded bytes, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
-        uint8 or float in [0, 1]. color: channel order of arrays. Raises ImageError and BackendError.
+        image: path, encoded bytes, open file, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
+        uint8 or float in [0, 1]. color: channel order of arrays. value_range: the values of black and white, where they
+        are others: (0, 1023) for 10 bits in uint16 arrays and in grey files of 16 bits. An ImageWarning says when
+        values look like those of another range. Raises ImageError, ConfigError and BackendError.
         """
         self._require()
-        return self._runner.run_counted([self._runner.prepare(image, color)])[0]
+        return self._runner.run_counted([self._runner.prepare(image, color, value_range)])[0]
 
-    def submit(self, image: object, color: Color = "rgb", *, deadline_ms: float | None = None) -> Future[Geometry]:
-        """Queue one image; a future of what `estimator(image)` gives, with a span "queue" in `timings`.
+    def submit(
+        self,
+        image: object,
+        color: Color = "rgb",
+        *,
+        value_range: Range | None = None,
+        deadline_ms: float | None = None,
+    ) -> Future[Geometry]:
+        """Queue one image; a future of what a call with the same arguments gives, with a span "queue" in `timings`.
 
         The image is read and resized here, in the caller's thread, so it may be overwritten afterwards. Images of one
         bucket are run in the order of submission. The future may be cancelled until it runs. Its callbacks are called
@@ -192,15 +207,18 @@ class Estimator:
         """
         if deadline_ms is not None and not deadline_ms > 0:
             raise ConfigError(f"deadline_ms must be milliseconds above 0, not {deadline_ms!r}.")
-        return self._service.submit(image, color, math.inf if deadline_ms is None else deadline_ms)
+        return self._service.submit(image, color, value_range, math.inf if deadline_ms is None else deadline_ms)
 
-    def stream(self, latest: bool = True, color: Color = "rgb", depth: int = 4) -> Stream:
+    def stream(
+        self, latest: bool = True, color: Color = "rgb", depth: int = 4, *, value_range: Range | None = None
+    ) -> Stream:
         """A `Stream` for a camera: frames are `put` in, and results with their stamps and ids are iterated over.
 
         latest: only the newest frame waits, older ones are dropped and counted. Otherwise every frame is run, and
-        `put` waits while `depth` frames wait to be read. Raises ShutdownError, ConfigError.
+        `put` waits while `depth` frames wait to be read. color, value_range: of all frames, as in a call. Raises
+        ShutdownError, ConfigError.
         """
-        return self._service.stream(latest, color, depth)
+        return self._service.stream(latest, color, depth, value_range)
 
     def tensors(
         self,
@@ -241,14 +259,16 @@ class Estimator:
         maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)
         return maps.prediction, maps.normals
 
-    def batch(self, images: Iterable[object], color: Color = "rgb") -> list[Geometry]:
-        """One Geometry an image, in order. Images may differ in size.
+    def batch(
+        self, images: Iterable[object], color: Color = "rgb", *, value_range: Range | None = None
+    ) -> list[Geometry]:
+        """One Geometry an image, in order. Images may differ in size; color and value_range are those of a call.
 
         Where several run at once (torch on a GPU, a bundle built with `--batch`), images of one bucket that follow each
         other are run together, at most `max_batch`. Raises what a call with the first bad image raises.
         """
         self._require()
-        return self._runner.run_all(images, color)
+        return self._runner.run_all(images, color, value_range)
 
     def replay(self, rgb: Float) -> dict[str, Float]:
         """Run a bucket's graphs on a ready input: rgb (B, 3, H, W) in [-1, 1] of one bucket's batch and size.

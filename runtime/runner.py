@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Manifest
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.images import MAX_PIXELS, Color, load_image
+from densegeo.runtime.images import MAX_PIXELS, Color, load_image, require_several
+from densegeo.runtime.levels import Range
 from densegeo.runtime.metrics import Laps, Metrics
 from densegeo.runtime.ways import Float, Job, Way
 
@@ -18,23 +19,31 @@ from densegeo.runtime.ways import Float, Job, Way
 class Runner:
     """ways: in order of preference; the last takes every image. together: the most images that it runs at once.
 
-    max_pixels: larger images are refused before decoding. metrics: what is counted and timed goes there.
+    max_pixels: larger images are refused before decoding. truncated: JPEGs without an end are taken. metrics: what is
+    counted and timed goes there.
     """
 
     def __init__(
-        self, manifest: Manifest, ways: Sequence[Way], metrics: Metrics, together: int, max_pixels: int = MAX_PIXELS
+        self,
+        manifest: Manifest,
+        ways: Sequence[Way],
+        metrics: Metrics,
+        together: int,
+        max_pixels: int = MAX_PIXELS,
+        *,
+        truncated: bool = False,
     ) -> None:
-        self._manifest, self._ways, self._max_pixels = manifest, ways, max_pixels
+        self._manifest, self._ways, self._max_pixels, self._truncated = manifest, ways, max_pixels, truncated
         self.metrics, self.together = metrics, together
 
-    def prepare(self, image: object, color: Color, *, keep: bool = False) -> Job:
+    def prepare(self, image: object, color: Color, value_range: Range | None = None, *, keep: bool = False) -> Job:
         """An image read and fitted. keep: the caller may overwrite the image before it is run.
 
         Raises ImageError, and what the way's `fit` raises.
         """
         laps = Laps()
         try:
-            frame = load_image(image, color, self._max_pixels)
+            frame = load_image(image, color, self._max_pixels, value_range, truncated=self._truncated)
             laps.lap("load")
             way = next(way for way in self._ways if way.takes(frame))
             bucket, array, placement = way.fit(frame)
@@ -62,12 +71,13 @@ class Runner:
         self.metrics.count("completed", len(jobs))
         return geometries
 
-    def run_all(self, images: Iterable[object], color: Color) -> list[Geometry]:
+    def run_all(self, images: Iterable[object], color: Color, value_range: Range | None = None) -> list[Geometry]:
         """One result an image, in order; those of one key that follow each other run together."""
+        require_several(images)
         results: list[Geometry] = []
         group: list[Job] = []
         for image in images:
-            job = self.prepare(image, color)
+            job = self.prepare(image, color, value_range)
             if group and (len(group) == self.together or job.key != group[0].key):
                 results += self.run_counted(group)
                 group = []

@@ -12,6 +12,7 @@ from densegeo.errors import ShutdownError
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import Color
+from densegeo.runtime.levels import Range
 from densegeo.runtime.runner import Runner
 from densegeo.runtime.stream import Stream
 from densegeo.runtime.ways import Job
@@ -34,7 +35,13 @@ class Service:
         return self._options.max_queue
 
     def submit(
-        self, image: object, color: Color, deadline_ms: float = math.inf, *, wait: bool = False
+        self,
+        image: object,
+        color: Color,
+        value_range: Range | None = None,
+        deadline_ms: float = math.inf,
+        *,
+        wait: bool = False,
     ) -> Future[Geometry]:
         """Queue one image. wait: for room in the queue, instead of raising. See `Estimator.submit`."""
         self._require()
@@ -44,16 +51,19 @@ class Service:
                 self._batcher = Batcher(self._run, self._options, self._runner.metrics)
             batcher = self._batcher
         batcher.admit(wait)
-        job = self._runner.prepare(image, color, keep=True)
+        job = self._runner.prepare(image, color, value_range, keep=True)
         return batcher.submit(job, job.key, (deadline_ms - job.laps.total) / 1e3, wait)
 
-    def stream(self, latest: bool, color: Color, depth: int) -> Stream:
+    def stream(self, latest: bool, color: Color, depth: int, value_range: Range | None = None) -> Stream:
         """See `Estimator.stream`."""
         self._require()
         with self._lock:
             self._require_open()
             stream = Stream(
-                lambda image: self.submit(image, color, wait=True), self._runner.metrics, latest=latest, depth=depth
+                lambda image: self.submit(image, color, value_range, wait=True),
+                self._runner.metrics,
+                latest=latest,
+                depth=depth,
             )
             self._streams.add(stream)
         return stream
