@@ -126,4 +126,4 @@ FILM_SUFFIXES = frozenset(
 FILM_MODULE, FILM_EXTRA = "av", "video"
 SIDE_BY_SIDE = "side_by_side.mp4"  # what a film becomes
 # What results' names end in: such files are not taken for images.
-RESULT_ENDINGS = tuple(file for row in RESULTS.values() for file in row.files)
+RESULT_ENDINGS = (*(file for row in RESULTS.values() for file in row.files), SIDE_BY_SIDE)

@@ -38,6 +38,8 @@ class Run:
     overwrite: bool
     quiet: bool
     as_json: bool
+    frames: bool = False
+    max_frames: int | None = None
 
 
 def infer(
@@ -76,6 +78,10 @@ def infer(
     workers: Annotated[
         int, typer.Option(min=1, max=64, help="Images read, run and saved at once; each needs an image's memory.")
     ] = 3,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Of films and cameras, save each frame's results too.")
+    ] = False,
+    max_frames: Annotated[Whole, typer.Option(min=1, help="Frames to take of each film or camera.")] = None,
     threads: Annotated[
         Whole, typer.Option(min=1, help="Of the CPU, for the networks; by default the backend decides.")
     ] = None,
@@ -116,7 +122,7 @@ def infer(
     _choice("--resolution", resolution, ("image", "network"))
     options: dict[str, Any] = {"backend": backend, "device": device, "fit": fit, "preprocessing": preprocessing}
     options |= {"threads": threads, "resolution": resolution}
-    asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json)
+    asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames)
     code = run(asked, making, _inputs(inputs or [], list_file, output))
     if code:
         raise typer.Exit(code)
@@ -151,6 +157,7 @@ def run(asked: Run, making: Making, found: Found) -> int:
 def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally) -> int:
     import time
 
+    from densegeo.film_inference import FilmOptions, run_films
     from densegeo.inference import run_images
     from densegeo.progress import progress
     from densegeo.runtime import Estimator
@@ -161,16 +168,22 @@ def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally
     try:
         with terminable():
             if todo:
-                shown = progress("images", len(todo), console, quiet=asked.quiet)
-                with Estimator(asked.bundle, **asked.estimator) as estimator, shown as advance:
-                    run_images(estimator, todo, making, results, tally, asked.workers, advance)
+                images, films = ([item for item in todo if item.film == film] for film in (False, True))
+                with Estimator(asked.bundle, **asked.estimator) as estimator:
+                    if images:
+                        with progress("images", len(images), console, quiet=asked.quiet) as advance:
+                            run_images(estimator, images, making, results, tally, asked.workers, advance)
+                    if films:
+                        with progress("frames", None, console, quiet=asked.quiet) as advance:
+                            options = FilmOptions(asked.frames, asked.max_frames, asked.workers)
+                            run_films(estimator, films, making, results, tally, options, advance)
     except Terminated:
         tally.stopped_by, code = "SIGTERM", 143
     except KeyboardInterrupt:
         tally.stopped_by, code = "Ctrl-C", 130
     finally:
         tally.seconds = time.monotonic() - started
-        _summary(asked, tally, len(todo), console)
+        _summary(asked, tally, todo, console)
     return code or (1 if tally.failures else 0)
 
 
@@ -210,9 +223,10 @@ def _paths(results: Results, item: Input) -> list[str]:
     return [os.path.abspath(folder / name) for name in results.existing(item)]
 
 
-def _summary(asked: Run, tally: Tally, count: int, console: Console) -> None:
+def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> None:
     from densegeo.inputs import in_words
 
+    count, films = len(todo), any(item.film for item in todo)
     if asked.as_json:
         import msgspec
 
@@ -229,7 +243,8 @@ def _summary(asked: Run, tally: Tally, count: int, console: Console) -> None:
     if not asked.quiet:
         stopped = f"stopped by {tally.stopped_by}: " if tally.stopped_by else ""
         speed = f", {tally.done / tally.seconds:.3g} a second" if tally.done and tally.seconds else ""
-        line = f"{stopped}{tally.done} of {count} images done{speed}, results in {asked.output}"
+        what = "images" if not films else "images, films and cameras"
+        line = f"{stopped}{tally.done} of {count} {what} done{speed}, results in {asked.output}"
         console.print(escape(line), soft_wrap=True, highlight=False)
         if tally.skipped:
             left_out = in_words(tally.skipped)

@@ -102,6 +102,11 @@ def is_stream(argument: str) -> bool:
         return False
 
 
+def is_live(path: str) -> bool:
+    """Whether it is a camera, whose frames come at their own pace; not a film at an address."""
+    return is_stream(path) and not is_film(path.partition("?")[0])
+
+
 def is_film(path: str) -> bool:
     """By its suffix."""
     return os.path.splitext(path)[1].lower() in FILM_SUFFIXES

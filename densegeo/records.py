@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from densegeo.errors import ResourceError
-from densegeo.formats import RESULT_ENDINGS, RESULTS, SIDECAR
-from densegeo.inputs import Input
+from densegeo.formats import RESULT_ENDINGS, RESULTS, SIDE_BY_SIDE, SIDECAR
+from densegeo.inputs import Input, is_stream
 from densegeo.runtime.bundle import MANIFEST, Manifest, sha256_file
 
 JOURNAL = "results.jsonl"
@@ -33,6 +33,8 @@ def bundle_record(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 def source_record(path: str, maker: Mapping[str, Any]) -> dict[str, Any]:
     """What an image was when it was read, and what made its result: the bundle, options, formats. Raises OSError."""
+    if is_stream(path):
+        return {"path": path, **maker}
     facts = os.stat(path)
     digest = sha256_file(Path(path))
     return {"path": path, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest, **maker}
@@ -55,7 +57,7 @@ class Results:
     def existing(self, item: Input) -> list[str]:
         """Names of those of an image's results, in this run's formats, that are there already."""
         folder, stem = self.where(item)
-        possible = [file for name in self.maker["formats"] for file in RESULTS[name].files]
+        possible = [file for files in self._wanted(item) for file in files]
         there = self._names(folder)
         return [file for file in dict.fromkeys(f"{stem}_{file}" for file in (*possible, SIDECAR)) if file in there]
 
@@ -80,8 +82,8 @@ class Results:
             if not ours or not (same or record["path"] == item.path):
                 return "foreign"
             formats = set(self.maker["formats"]) <= set(record["formats"])
-            rows = [RESULTS[name] for name in self.maker["formats"]]
-            files = all(any(f"{stem}_{file}" in self._names(folder) for file in row.files) for row in rows)
+            there = self._names(folder)
+            files = all(any(f"{stem}_{file}" in there for file in group) for group in self._wanted(item))
             return "whole" if same and formats and files else "stale"
         except (OSError, ValueError, KeyError, TypeError):  # not made by this command, or damaged
             return "foreign"
@@ -123,6 +125,10 @@ class Results:
         """End the journal."""
         if self._journal is not None:
             self._journal.close()
+
+    def _wanted(self, item: Input) -> list[Sequence[str]]:
+        """Groups of files, of each of which a whole result has some."""
+        return [(SIDE_BY_SIDE,)] if item.film else [[*RESULTS[name].files] for name in self.maker["formats"]]
 
     def _names(self, folder: Path) -> frozenset[str]:
         """What lay in a folder when it was first asked about."""

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from densegeo.errors import BackendError
 from densegeo.outputs import Decode, Maps, Output, into_opencv
 from densegeo.runtime.bundle import Bucket, Stage
-from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, turned, unit_normals
-from densegeo.runtime.resample import Placement, restore, whole
+from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, make_unit, turned
+from densegeo.runtime.resample import Placement, cropped, plain_strips, restore, whole
 
 Float = NDArray[np.float32]
 
@@ -88,6 +88,10 @@ def _restored(picture: Float, row: Output, placement: Placement) -> Float:
     """A decoded picture (channels, H, W) -> the prediction (h, w), or unit OpenCV normals (h, w, 3)."""
     if row.frame is None:
         return restore(depth_prediction(picture, row.clamp), placement)
-    clamped = clamped_normals(picture)
-    resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
-    return turned(unit_normals(resized), into_opencv(row.frame))
+    # turned first: axes change places and signs alone, and the small picture is cheaper
+    clamped = turned(clamped_normals(cropped(picture, placement)), into_opencv(row.frame))
+    width, height = placement.source
+    normals = np.empty((height, width, 3), dtype=np.float32)
+    for rows, strip in plain_strips(np.ascontiguousarray(clamped.transpose(2, 0, 1)), width, height):
+        make_unit(strip, normals[rows])
+    return normals

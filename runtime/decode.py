@@ -54,11 +54,15 @@ def clamped_normals(decoded: Float) -> Float:
     return np.ascontiguousarray(np.clip(decoded, -1.0, 1.0).transpose(1, 2, 0))
 
 
-def unit_normals(normals: Float) -> Float:
-    """(H, W, 3) of any length -> unit length, same axes; a zero vector stays zero."""
-    length = np.sqrt(np.einsum("...c,...c->...", normals, normals))[..., None]  # much faster than a sum over 3
-    unit: Float = normals / np.maximum(length, np.float32(NORMAL_FLOOR))
-    return unit
+def make_unit(planes: Float, unit: Float) -> None:
+    """Planes (3, H, W) of vectors of any length -> unit length, into `unit` (H, W, 3); a zero vector stays zero."""
+    length = planes[0] * planes[0]
+    for plane in planes[1:]:
+        length += plane * plane
+    np.sqrt(length, out=length)
+    np.maximum(length, np.float32(NORMAL_FLOOR), out=length)
+    for axis, plane in enumerate(planes):
+        np.divide(plane, length, out=unit[..., axis])
 
 
 def turned(normals: Float, matrix: Matrix) -> Float:

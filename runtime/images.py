@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from densegeo.errors import ConfigError, ImageError, ImageFormatError, ImageTooLargeError
 from densegeo.formats import IMAGES
@@ -228,7 +228,9 @@ def _from_pil(image: Image.Image, name: str, read: _Reading) -> Frame:
     try:
         with _PIL_LOAD:
             image.load()
-        pixels = _pil_pixels(ImageOps.exif_transpose(image), name, read.value_range, cut=cut)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image
+        pixels = _pil_pixels(upright, name, read.value_range, cut=cut)
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's decoders raise many types for damaged data

@@ -2,7 +2,8 @@
 
 Two bilinear filters, both with half-pixel centres: `resize_antialiased` (support grows when shrinking; equals
 torch's `interpolate(antialias=True)`) for our input, `resize_plain` (2x2 taps always; equals torch's default)
-for outputs and for the authors' array inputs. Both run in Pillow's C code, one float plane at a time.
+for outputs and for the authors' array inputs. Large images are worked on a few rows at a time, which stay in the
+processor's cache: no array of an image's size is made but the result.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from densegeo.runtime.images import Frame
 from densegeo.size import Size
 
 Float = NDArray[np.float32]
+
+_CACHED = 1 << 17  # floats that are worked on at a time
+_ROWS = 8  # of a shrunk image that are made at a time
 
 # largest source -> what it is stretched to: the released evaluation's fixed sizes
 AUTHORS_SIZES = (
@@ -50,15 +54,55 @@ def resize_antialiased(plane: Float, width: int, height: int) -> Float:
 
 def resize_plain(plane: Float, width: int, height: int) -> Float:
     """Bilinear resize of one (H, W) float32 plane without antialiasing, edges clamped."""
-    rows, columns = plane.shape
-    if (columns, rows) == (width, height):
+    if plane.shape == (height, width):
         return plane
-    if width >= columns and height >= rows:  # enlarging, both filters have the same taps, and this one is faster
-        return resize_antialiased(np.ascontiguousarray(plane), width, height)
-    # Pillow maps output pixel centres (x + 0.5) through the matrix, so a pure scale has half-pixel centres.
-    matrix = (columns / width, 0.0, 0.0, 0.0, rows / height, 0.0)
-    image = Image.fromarray(np.ascontiguousarray(plane))
-    return np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+    resized = np.empty((height, width), dtype=np.float32)
+    for rows, strip in plain_strips(plane[None], width, height):
+        resized[rows] = strip[0]
+    return resized
+
+
+def plain_strips(planes: Float, width: int, height: int) -> Iterator[tuple[slice, Float]]:
+    """`resize_plain` of planes (C, H, W), some rows at a time: (rows of the result, (C, rows, width)). A strip may be
+    overwritten by its taker.
+    """
+    left, right, across = _taps(planes.shape[2], width)
+    wide = planes[:, :, left]
+    wide += (planes[:, :, right] - wide) * across
+    top, bottom, down = _taps(planes.shape[1], height)
+    step = max(1, _CACHED // (len(planes) * width))
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        strip, below = wide[:, top[rows]], wide[:, bottom[rows]]
+        below -= strip
+        below *= down[rows, None]
+        strip += below
+        yield rows, strip
+
+
+def _taps(size: int, wanted: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float]:
+    """Of each wanted pixel the two that it lies between, and how far it is from the first."""
+    place = np.clip((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0, size - 1)
+    first = np.minimum(place.astype(np.intp), max(0, size - 2))
+    return first, np.minimum(first + 1, size - 1), (place - first).astype(np.float32)
+
+
+def shrink_rows(pixels: NDArray[Any], height: int) -> Float:
+    """(H, W, 3) in [0, 255] or [0, 1] -> (height, W, 3) float32 in [0, 1], antialiased bilinear as Pillow's, for a
+    height below H: products with the few rows that each row of the result is made of.
+    """
+    size, width, channels = pixels.shape
+    scale = size / height
+    unit = np.float32(255.0 if pixels.dtype == np.uint8 else 1.0)
+    shrunk = np.empty((height, width * channels), dtype=np.float32)
+    for first in range(0, height, _ROWS):
+        centres = (np.arange(first, min(first + _ROWS, height)) + 0.5) * scale
+        low, high = max(0, int(centres[0] - scale + 0.5)), min(size, int(centres[-1] + scale + 0.5))
+        weights = np.maximum(0, 1 - np.abs(np.arange(low, high) + 0.5 - centres[:, None]) / scale)
+        weights /= weights.sum(axis=1, keepdims=True) * unit
+        rows = pixels[low:high].reshape(high - low, -1).astype(np.float32)
+        np.matmul(weights.astype(np.float32), rows, out=shrunk[first : first + _ROWS])
+    return shrunk.reshape(height, width, channels)
 
 
 def resize_rgb(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
@@ -149,7 +193,9 @@ def prepare(frame: Frame, bucket: Size, placement: Placement) -> Float:
     Outside the box the edge pixels repeat.
     """
     left, top, width, height = placement.box
-    rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_antialiased(plane, width, height))
+    tall = frame.pixels.shape[0] > height
+    pixels = shrink_rows(frame.pixels, height) if tall else _unit_float(frame.pixels)
+    rgb = _planes(pixels, lambda plane: resize_antialiased(plane, width, height))
     if (width, height) != bucket:
         right, bottom = bucket.width - width - left, bucket.height - height - top
         rgb = np.pad(rgb, ((0, 0), (top, bottom), (left, right)), mode="edge")
@@ -174,8 +220,13 @@ def prepare_authors(frame: Frame, bucket: Size) -> Float:
 
 def restore(plane: Float, placement: Placement) -> Float:
     """One (H, W) output plane of a bucket -> the source's (height, width): crop the box, plain bilinear."""
+    return resize_plain(cropped(plane, placement), *placement.source)
+
+
+def cropped(picture: Float, placement: Placement) -> Float:
+    """Of a picture (..., H, W) of a bucket, what lies in the placement's box."""
     left, top, width, height = placement.box
-    return resize_plain(plane[top : top + height, left : left + width], *placement.source)
+    return picture[..., top : top + height, left : left + width]
 
 
 def inside(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
@@ -198,5 +249,6 @@ def _planes(pixels: Float, change: Callable[[Float], Float]) -> Float:
 
 
 def _network_range(rgb: Float) -> Float:
-    scaled: Float = (rgb * np.float32(2.0) - np.float32(1.0))[None]
-    return scaled
+    rgb *= np.float32(2.0)
+    rgb -= np.float32(1.0)
+    return rgb[None]

@@ -58,6 +58,22 @@ def test_large_plain_resize_equals_torch() -> None:
     np.testing.assert_allclose(resize_plain(plane, 1920, 1080), expected, atol=BOUND, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+@pytest.mark.parametrize(("source", "bucket"), [((640, 853), (64, 96)), ((49, 30), (48, 80)), ((333, 64), (32, 64))])
+def test_tall_images_are_shrunk_as_torch_does(kind: type, source: tuple[int, int], bucket: tuple[int, int]) -> None:
+    """Rows by products, columns by Pillow; sources and buckets are (height, width)."""
+    pixels = np.random.default_rng(3).random((*source, 3), dtype=np.float32)
+    pixels = np.round(255 * pixels).astype(np.uint8) if kind is np.uint8 else pixels
+    size = Size(bucket[1], bucket[0])
+    frame = Frame(pixels, encoded=False)
+    rgb = prepare(frame, size, place(size, frame.size, "stretch"))
+    unit = pixels.astype(np.float64) / (255 if kind is np.uint8 else 1)
+    for channel in range(3):
+        plane = np.ascontiguousarray(unit[..., channel])
+        wanted = 2 * torch_resize(plane, size.width, size.height, antialias=True) - 1
+        np.testing.assert_allclose(rgb[0, channel], wanted, atol=BOUND, rtol=0)
+
+
 def test_nearest_aspect_ratio() -> None:
     choices = buckets((1024, 768), (768, 1024), (1216, 352))
     assert choose_bucket(choices, Size(800, 600)).width == 1024
