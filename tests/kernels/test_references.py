@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from densegeo.outputs import into_opencv
+from densegeo.outputs import Decode, Output
 from densegeo.runtime import decode
+from densegeo.runtime.chain import assemble
 from densegeo.runtime.images import load_image
 from densegeo.runtime.metric import SPACES, Calibration, metric_depth
 from densegeo.runtime.resample import Placement, place, prepare, restore
@@ -30,6 +31,7 @@ PLACEMENTS = [
     Placement((3, 0, 33, 32), (81, 77)),
     Placement((0, 4, 40, 24), (17, 9)),
 ]
+NORMALS = Decode(packing="latent", outputs=(Output(kind="normals", clamp="before_mean", frame="dsine"),))
 
 
 def noise(*shape: int) -> Any:
@@ -96,9 +98,7 @@ def test_normals_equal_the_runtime(placement: Placement) -> None:
     decoded = noise(2, 3, 32, 40)
     ours = normals(torch.from_numpy(decoded), placement.box, placement.source).numpy()
     for picture in range(2):
-        clamped = decode.clamped_normals(decoded[picture])
-        resized = np.stack([restore(clamped[..., axis], placement) for axis in range(3)], axis=-1)
-        expected = decode.turned(decode.unit_normals(resized), into_opencv("dsine"))
+        expected = assemble(decoded[picture][None], placement, NORMALS).normals
         np.testing.assert_allclose(ours[picture], expected, atol=2 * BOUND)  # the resized ones are float32, and short
 
 
