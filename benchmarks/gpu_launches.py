@@ -89,7 +89,7 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
             0, 256, (source.height, source.width, 3), dtype=np.uint8
         )
         placement = place(SIZE, source, "stretch")
-        network.prepare(0, network.upload(image), (3 * source.width, 3), placement, "rgb")
+        network.prepare(0, network.upload(image), placement, "rgb")
         network.launch()
         (maps,) = network.results([placement])
         found = maps.named()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.colors import Color
 from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
@@ -26,7 +27,7 @@ from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manife
 from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Original, Process, keep_in_children
-from densegeo.runtime.images import MAX_PIXELS, Color, check_color, device_size
+from densegeo.runtime.images import MAX_PIXELS, device_size
 from densegeo.runtime.levels import Range
 from densegeo.runtime.metric import from_parameters, number
 from densegeo.runtime.metrics import Metrics
@@ -180,9 +181,11 @@ class Estimator:
         """Depth and normals of one image, at the image's own (upright) resolution.
 
         image: path, encoded bytes, open file, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
-        uint8 or float in [0, 1]. color: channel order of arrays. value_range: the values of black and white, where they
-        are others: (0, 1023) for 10 bits in uint16 arrays and in grey files of 16 bits. An ImageWarning says when
-        values look like those of another range. Raises ImageError, ConfigError and BackendError.
+        uint8 or float in [0, 1]. color: channel order of arrays, or the layout of a camera's YCbCr bytes (uint8): nv12,
+        (3 H / 2, W), yuyv or uyvy, (H, W, 2), with the suffixes -bt709 (else BT.601) and -full (else video range).
+        value_range: the values of black and white, where they are others: (0, 1023) for 10 bits in uint16 arrays and in
+        grey files of 16 bits. An ImageWarning says when values look like those of another range. Raises ImageError,
+        ConfigError and BackendError.
         """
         self._require()
         return self._runner.run_counted([self._runner.prepare(image, color, value_range)])[0]
@@ -233,9 +236,9 @@ class Estimator:
         """Prediction (h, w) and unit OpenCV normals (h, w, 3), None for what the model has not, float32, left on the
         backend's device.
 
-        image: uint8 (h, w, 3) with DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA, numpy ...), on the host
-        or on that device. It is read after what its producer's stream was given so far (of a tensor with
-        the torch backend: the current stream). What lies on the device is not copied to the host. The image may be
+        image: uint8 (h, w, 3), or YCbCr as `color` says, with DLPack or `__cuda_array_interface__` (PyTorch, CuPy,
+        PyCUDA, numpy ...), on the host or on that device. It is read after what its producer's stream was given so far
+        (of a tensor with the torch backend: the current stream). What lies on the device is not copied to the host. The image may be
         overwritten when this returns; a tensor with the torch backend, which is read in place, in the order of the
         current stream. The results have DLPack, and are ready for the caller's current stream. Not counted in
         `metrics`.
@@ -251,10 +254,9 @@ class Estimator:
                 f'{self.backend} with preprocessing="{how}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
-        check_color(color)
         asked = (scale, shift, near, far) != (None, None, None, None)
         metres = self._metres(scale, shift, near, far) if asked else None
-        size = device_size(image)
+        size = device_size(image, color)
         bucket = choose_bucket(self.manifest.buckets, size)
         maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)
         return maps.prediction, maps.normals

@@ -9,18 +9,18 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from densegeo.colors import COLORS, Color, ColorRow, color_row
 from densegeo.errors import ConfigError, ImageError, ImageFormatError, ImageTooLargeError
 from densegeo.formats import IMAGES
 from densegeo.runtime.levels import Range, check_range, to_unit, warn_of_small_range
+from densegeo.runtime.ycbcr import from_ycbcr
 from densegeo.size import Size
-
-Color = Literal["rgb", "bgr"]
 
 MIN_SIDE = 16  # pixels: one transformer token covers 16x16
 MAX_PIXELS = 100_000_000
@@ -35,17 +35,27 @@ _PIL_LOAD = threading.Lock()  # Pillow loads lazily: two threads must not load o
 class Frame:
     """One image, upright and checked.
 
-    pixels: (H, W, 3) RGB, uint8 in [0, 255] or float32 in [0, 1]; may alias the caller's array, never written.
+    pixels: (H, W, 3) RGB, uint8 in [0, 255] or float32 in [0, 1], or a camera's YCbCr bytes as `color` says; may alias
+    the caller's array, never written.
     encoded: True for files, bytes and PIL images, False for arrays (the authors' preprocessing differs).
+    color: "rgb", or the layout of YCbCr bytes.
     """
 
     pixels: NDArray[Any]
     encoded: bool
+    color: Color = "rgb"
 
     @property
     def size(self) -> Size:
         """Upright."""
-        return Size(self.pixels.shape[1], self.pixels.shape[0])
+        ycbcr = COLORS[self.color].ycbcr
+        return Size(self.pixels.shape[1], self.pixels.shape[0]) if ycbcr is None else ycbcr.size(self.pixels.shape)
+
+    @property
+    def rgb(self) -> NDArray[Any]:
+        """(H, W, 3) RGB: the pixels, or float32 in [0, 1] made of YCbCr."""
+        ycbcr = COLORS[self.color].ycbcr
+        return self.pixels if ycbcr is None else from_ycbcr(self.pixels, ycbcr)
 
 
 def load_image(
@@ -60,12 +70,13 @@ def load_image(
     Frame as it is.
 
     Arrays are HxWx3, HxW or HxWx4 (alpha dropped), uint8 or float in [0, 1], in the channel order `color`
-    ("rgb" or "bgr"); files and PIL images know their own order. EXIF orientation is applied.
+    ("rgb" or "bgr"), or a camera's YCbCr bytes, `color` one of `colors.COLORS`; files and PIL images know their own
+    order. EXIF orientation is applied.
     value_range: the values of black and white, of any type of array and of grey files of 16 bits and more (without it
     their white is 65535): (0, 1023) for 10 bits. truncated: take JPEGs that lack their end; what is missing is grey.
     Raises ImageError for anything that is not such an image, ConfigError for another `color`.
     """
-    check_color(color)
+    row = color_row(color)
     check_range(value_range)
     read = _Reading(max_pixels, value_range, truncated)
     if isinstance(source, Frame):  # read already
@@ -78,6 +89,8 @@ def load_image(
         return _from_pil(source, "PIL image", read)
     if callable(getattr(source, "read", None)):
         return _from_file(source, read)
+    if row.ycbcr is not None:
+        return _from_camera(_as_array(source), row, read)
     return _from_array(_as_array(source), color, read)
 
 
@@ -87,12 +100,6 @@ class _Reading(NamedTuple):
     max_pixels: int
     value_range: Range | None
     truncated: bool
-
-
-def check_color(color: str) -> None:
-    """Raises ConfigError for anything but the two channel orders."""
-    if color not in ("rgb", "bgr"):
-        raise ConfigError(f'color must be "rgb" or "bgr", not {color!r}.')
 
 
 def require_several(images: object) -> None:
@@ -105,19 +112,23 @@ def require_several(images: object) -> None:
         )
 
 
-def device_size(image: Any) -> Size:
-    """Of a uint8 (h, w, 3) array that may lie on a device; only its shape and type are looked at.
+def device_size(image: Any, color: Color = "rgb") -> Size:
+    """Of the image in a uint8 array that may lie on a device; only its shape and type are looked at.
 
     Raises ImageError.
     """
+    ycbcr = color_row(color).ycbcr
     described = getattr(image, "__cuda_array_interface__", None)
     shape: tuple[int, ...] = tuple(described["shape"] if described else getattr(image, "shape", ()))
     kind = described["typestr"] if described else str(getattr(image, "dtype", type(image).__name__))
-    if kind.removeprefix("torch.") not in ("uint8", "|u1") or len(shape) != 3 or shape[2] != 3:
-        raise ImageError(f"On a device an image must be uint8 of shape (height, width, 3), not {kind} {shape}.")
-    if min(shape[:2]) < MIN_SIDE:
-        raise ImageError(f"The image is {shape[1]}x{shape[0]}; each side must have at least {MIN_SIDE} pixels.")
-    return Size(int(shape[1]), int(shape[0]))
+    right = kind.removeprefix("torch.") in ("uint8", "|u1")
+    if not right or (ycbcr is None and (len(shape) != 3 or shape[2] != 3)):
+        wanted = "" if ycbcr else " of shape (height, width, 3)"
+        raise ImageError(f"On a device an image must be uint8{wanted}, not {kind} {shape}.")
+    size = Size(int(shape[1]), int(shape[0])) if ycbcr is None else ycbcr.size(shape)
+    if min(size) < MIN_SIDE:
+        raise ImageError(f"The image is {size}; each side must have at least {MIN_SIDE} pixels.")
+    return size
 
 
 def _from_path(path: Any, read: _Reading) -> Frame:
@@ -332,6 +343,17 @@ def _from_array(array: NDArray[Any], color: str, read: _Reading) -> Frame:
     else:
         pixels = array[..., 2::-1] if color == "bgr" else array[..., :3]
     return Frame(np.ascontiguousarray(pixels), encoded=False)
+
+
+def _from_camera(array: NDArray[Any], row: ColorRow, read: _Reading) -> Frame:
+    """YCbCr as it lies; whoever needs RGB converts it."""
+    assert row.ycbcr is not None
+    if read.value_range is not None:
+        raise ConfigError(f"{row.name} says itself what black and white are: give no value_range with it.")
+    if array.dtype != np.uint8:
+        raise ImageError(f"{row.name} is uint8, and the array is {array.dtype}. Give the camera's bytes as they are.")
+    _check_size(*row.ycbcr.size(array.shape), "The array", read.max_pixels)
+    return Frame(np.ascontiguousarray(array), encoded=False, color=row.name)
 
 
 def _three(grey: NDArray[Any]) -> NDArray[Any]:

@@ -81,7 +81,7 @@ def photograph(geometry: Geometry, image: object, color: str) -> NDArray[np.uint
     frame = load_image(image, color)
     if frame.size != geometry.source_size:
         raise ConfigError(f"The image is {frame.size}, the result is of {geometry.source_size} (width, height).")
-    pixels = frame.pixels
+    pixels = frame.rgb
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * pixels).astype(np.uint8)
     height, width = geometry.valid.shape

@@ -193,8 +193,8 @@ def prepare(frame: Frame, bucket: Size, placement: Placement) -> Float:
     Outside the box the edge pixels repeat.
     """
     left, top, width, height = placement.box
-    tall = frame.pixels.shape[0] > height
-    pixels = shrink_rows(frame.pixels, height) if tall else _unit_float(frame.pixels)
+    source = frame.rgb
+    pixels = shrink_rows(source, height) if len(source) > height else _unit_float(source)
     rgb = _planes(pixels, lambda plane: resize_antialiased(plane, width, height))
     if (width, height) != bucket:
         right, bottom = bucket.width - width - left, bucket.height - height - top
@@ -214,7 +214,7 @@ def prepare_authors(frame: Frame, bucket: Size) -> Float:
     elif frame.encoded:  # 16-bit and float files
         rgb = _planes(frame.pixels, lambda plane: _bicubic(plane, width, height))
     else:
-        rgb = _planes(_unit_float(frame.pixels), lambda plane: resize_plain(plane, width, height))
+        rgb = _planes(_unit_float(frame.rgb), lambda plane: resize_plain(plane, width, height))
     return _network_range(np.clip(rgb, 0.0, 1.0))
 
 

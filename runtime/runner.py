@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.colors import Color
 from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Manifest
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.images import MAX_PIXELS, Color, load_image, require_several
+from densegeo.runtime.images import MAX_PIXELS, load_image, require_several
 from densegeo.runtime.levels import Range
 from densegeo.runtime.metrics import Laps, Metrics
 from densegeo.runtime.ways import Float, Job, Way
@@ -53,7 +54,7 @@ class Runner:
             self.metrics.count("rejected")
             raise
         laps.lap("prepare")
-        return Job(way, bucket, array, placement, laps)
+        return Job(way, bucket, array, placement, laps, frame.color)
 
     def run(self, jobs: Sequence[Job]) -> list[Geometry]:
         """Jobs of one key -> their results. Raises BackendError."""

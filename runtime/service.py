@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from weakref import WeakSet
 
+from densegeo.colors import Color
 from densegeo.errors import ShutdownError
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.images import Color
 from densegeo.runtime.levels import Range
 from densegeo.runtime.runner import Runner
 from densegeo.runtime.stream import Stream

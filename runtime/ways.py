@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.colors import Color
 from densegeo.outputs import Maps
 from densegeo.runtime.backends import Backend, FrameBackend
 from densegeo.runtime.bundle import Bucket, Manifest
@@ -36,7 +37,7 @@ Float = NDArray[np.float32]
 class Job:
     """An image made ready for its bucket and its way, and where its time went so far.
 
-    array: what the way's `fit` made of it. placement: where the image lies in its bucket.
+    array: what the way's `fit` made of it. placement: where the image lies in its bucket. color: the image's layout.
     """
 
     way: Way
@@ -44,11 +45,12 @@ class Job:
     array: NDArray[Any]
     placement: Placement
     laps: Laps
+    color: Color = "rgb"
 
     @property
-    def key(self) -> tuple[Way, str]:
+    def key(self) -> tuple[Way, str, Color]:
         """Jobs of one key may run together."""
-        return self.way, self.bucket.name
+        return self.way, self.bucket.name, self.color
 
 
 class Way(Protocol):
@@ -134,13 +136,14 @@ class DeviceWay:
         return frame.pixels.dtype == np.uint8
 
     def fit(self, frame: Frame) -> tuple[Bucket, NDArray[np.uint8], Placement]:
-        """uint8 pixels (h, w, 3)."""
+        """The bytes as they lie: RGB (h, w, 3), or YCbCr."""
         bucket = choose_bucket(self._manifest.buckets, frame.size)
         return bucket, frame.pixels, place(bucket.size, frame.size, self._fit)
 
     def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
         """All at once, as far as the device has room."""
-        found = self._backend.estimate(jobs[0].bucket, [job.array for job in jobs], [job.placement for job in jobs])
+        pixels, placements = [job.array for job in jobs], [job.placement for job in jobs]
+        found = self._backend.estimate(jobs[0].bucket, pixels, placements, jobs[0].color)
         for job in jobs:
             job.laps.lap("device")
         return found

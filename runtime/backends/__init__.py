@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.backends import BACKENDS, BackendRow
+from densegeo.colors import Color
 from densegeo.errors import BackendError, ConfigError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
-from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import is_verified
 
@@ -55,15 +55,22 @@ class FrameBackend(Backend, Protocol):
         ...
 
     def estimate(
-        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+        self,
+        bucket: Bucket,
+        pixels: Sequence[NDArray[np.uint8]],
+        placements: Sequence[Placement],
+        color: Color = "rgb",
     ) -> list[Maps[NDArray[np.float32]]]:
-        """Pixels (h, w, 3) RGB of one or more images -> the maps of each, at its own size. Raises BackendError."""
+        """Pixels (h, w, 3), or YCbCr, of one or more images -> the maps of each, at its own size. Raises BackendError.
+
+        color: how they all lie.
+        """
         ...
 
     def keep(
         self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
     ) -> Maps[Any]:
-        """The same for an array that may lie on the device, uint8 (h, w, 3); the maps stay there.
+        """The same for an array that may lie on the device, uint8 (h, w, 3) or YCbCr; the maps stay there.
 
         metres: depth by this line in place of the prediction, NaN where it is none.
         """

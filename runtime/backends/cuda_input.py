@@ -13,7 +13,7 @@ from densegeo.runtime.backends.cuda_memory import Memory, check
 
 
 class Pixels(NamedTuple):
-    """uint8 (h, w, 3) on the device, channels adjacent; owner: keeps it there."""
+    """uint8 (h, w, 3) on the device, channels adjacent, or a layout of `colors.Ycbcr`; owner: keeps it there."""
 
     address: int
     strides: tuple[int, int]  # bytes between rows, and between pixels
@@ -23,7 +23,7 @@ class Pixels(NamedTuple):
 def pixels_of(image: Any, memory: Memory) -> Pixels | NDArray[np.uint8]:
     """The image on the memory's device, behind the work of its producer's stream; or the array on the host.
 
-    image: uint8 (h, w, 3), anything with DLPack, `__cuda_array_interface__` or `__array__`. Raises BackendError.
+    image: uint8 (h, w, 3) or YCbCr, with DLPack, `__cuda_array_interface__` or `__array__`. Raises BackendError.
     """
     if isinstance(image, np.ndarray):
         return np.ascontiguousarray(image)
@@ -65,8 +65,9 @@ def _from_interface(image: Any, memory: Memory) -> Pixels:
 
 
 def _adjacent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> tuple[int, int]:
-    """Strides of rows and pixels. Raises BackendError unless a pixel's channels are adjacent."""
-    row, pixel, channel = strides or (3 * shape[1], 3, 1)
-    if channel != 1 or min(row, pixel) < 0:
-        raise BackendError("Images on the device must be uint8 (h, w, 3) with adjacent channels: make it contiguous.")
+    """Strides of rows and pixels. Raises BackendError unless the bytes of a pixel, or of a plane, are adjacent."""
+    pixel_bytes = shape[2] if len(shape) == 3 else 1
+    row, pixel, *channel = strides or (shape[1] * pixel_bytes, pixel_bytes, 1)[: len(shape)]
+    if (channel or [pixel]) != [1] or min(row, pixel) < 0:
+        raise BackendError("The bytes of a pixel of an image on the device must be adjacent: make it contiguous.")
     return row, pixel

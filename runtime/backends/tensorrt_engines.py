@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.backends import ENGINES
+from densegeo.colors import Color
 from densegeo.errors import BackendError, EngineError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
@@ -29,7 +30,6 @@ from densegeo.runtime.backends.tensorrt_context import Stepper, make_context, st
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 from densegeo.runtime.engines import read_engine, rebuild_with_engines, select_engine, trusted
-from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement, in_batches
 from densegeo.runtime.tensorfile import tensor_offsets
 
@@ -101,9 +101,13 @@ class TensorRTBackend:
             return self._network(bucket).run(stage, np.ascontiguousarray(array, dtype=np.float32))
 
     def estimate(
-        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+        self,
+        bucket: Bucket,
+        pixels: Sequence[NDArray[np.uint8]],
+        placements: Sequence[Placement],
+        color: Color = "rgb",
     ) -> list[Maps[NDArray[np.float32]]]:
-        """Pixels (h, w, 3) RGB -> the maps of each, in the bundle's batches. Raises BackendError."""
+        """Pixels (h, w, 3) or YCbCr -> the maps of each, in the bundle's batches. Raises BackendError."""
         results: list[Maps[NDArray[np.float32]]] = []
         with self._running():
             self._memory.reclaim()
@@ -111,8 +115,7 @@ class TensorRTBackend:
             for fitting, part in in_batches(self._buckets, bucket, len(pixels)):
                 network = self._network(fitting)
                 for index, (image, placement) in enumerate(zip(pixels[part], placements[part], strict=True)):
-                    frame = network.upload(np.ascontiguousarray(image))
-                    network.prepare(index, frame, (3 * image.shape[1], 3), placement, "rgb")
+                    network.prepare(index, network.upload(np.ascontiguousarray(image)), placement, color)
                 network.launch()
                 results += network.results(placements[part])
         return results
@@ -120,7 +123,7 @@ class TensorRTBackend:
     def keep(
         self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
     ) -> Maps[DeviceArray]:
-        """The same for one image, uint8 (h, w, 3) on the device, where it is not copied, or on the host.
+        """The same for one image, uint8 (h, w, 3) or YCbCr on the device, where it is not copied, or on the host.
 
         It is read behind its producer's stream, and may be overwritten when this returns. The results stay on the
         device, ready for whichever stream takes them. Raises BackendError.
@@ -129,9 +132,8 @@ class TensorRTBackend:
             network = self._network(bucket)
             pixels = pixels_of(image, self._memory)
             if isinstance(pixels, np.ndarray):
-                network.prepare(0, network.upload(pixels), (3 * pixels.shape[1], 3), placement, color)
-            else:
-                network.prepare(0, pixels.address, pixels.strides, placement, color)
+                pixels = network.upload(pixels)
+            network.prepare(0, pixels, placement, color)
             read = self._memory.record()
             network.launch()
             results = network.outputs(0, placement, metres)

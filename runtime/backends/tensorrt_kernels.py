@@ -5,7 +5,7 @@ from __future__ import annotations
 from densegeo.kernels.resize_depth.arguments import row_name
 from densegeo.outputs import Decode, Output
 
-PREPROCESS = "preprocess.u8_fp32"
+PREPROCESS, PREPROCESS_YCBCR = "preprocess.u8_fp32", "preprocess.ycbcr_fp32"
 SPLIT = "split.fp32_fp32"
 NORMALS = "normals.fp32"
 
@@ -20,4 +20,4 @@ def launched(decode: Decode, channels: int) -> list[str]:
     split = [SPLIT] if decode.packing == "tokens" else []
     depths = [row for row in decode.outputs if row.kind == "depth"]
     resized = [resize_depth_name(row, channels, metres) for row in depths for metres in (False, True)]
-    return [PREPROCESS, *split, *resized, *([NORMALS] if decode.has("normals") else [])]
+    return [PREPROCESS, PREPROCESS_YCBCR, *split, *resized, *([NORMALS] if decode.has("normals") else [])]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.colors import COLORS, Color
 from densegeo.errors import BackendError
 from densegeo.kernels.normals import arguments as normals
 from densegeo.kernels.preprocess import arguments as preprocess
@@ -17,13 +18,13 @@ from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.kernels.split import arguments as split
 from densegeo.outputs import Maps, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
+from densegeo.runtime.backends.cuda_input import Pixels
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory
 from densegeo.runtime.backends.cuda_weights import aligned
 from densegeo.runtime.backends.tensorrt_context import Stepper
-from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, SPLIT, resize_depth_name
+from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, PREPROCESS_YCBCR, SPLIT, resize_depth_name
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
-from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement, inside, whole
 
 log = logging.getLogger("densegeo")
@@ -96,31 +97,22 @@ class Network:
         (made,) = self._memory.landing.download([(self._address(target), tuple(graph.outputs[0].shape))])
         return made
 
-    def upload(self, pixels: NDArray[np.uint8]) -> int:
-        """pixels (h, w, 3), contiguous -> their address on the device, good until the next upload is prepared."""
+    def upload(self, pixels: NDArray[np.uint8]) -> Pixels:
+        """pixels, contiguous -> the same on the device, good until the next upload is prepared."""
         if self._frame.size < pixels.size:
             self._frame = self._memory.device_buffer(pixels.size)
         self._memory.staging.upload(pixels.ravel(), int(self._frame.handle))
-        return int(self._frame.handle)
+        return Pixels(int(self._frame.handle), (pixels.strides[0], pixels.strides[1]), self._frame)
 
-    def prepare(self, index: int, address: int, strides: tuple[int, int], placement: Placement, color: Color) -> None:
-        """uint8 pixels at a device address (row and pixel strides in bytes) become image `index` of the next launch."""
-        bucket, (width, height), box = self._bucket, placement.source, placement.box
+    def prepare(self, index: int, pixels: Pixels, placement: Placement, color: Color) -> None:
+        """Pixels on the device become image `index` of the next launch."""
+        row = COLORS[color]
+        rgb = self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:])
         self._kernels.launch(
-            PREPROCESS,
+            PREPROCESS if row.ycbcr is None else PREPROCESS_YCBCR,
             self._memory.stream,
-            preprocess.Arguments(
-                address,
-                self._address("rgb") + index * FLOAT * _count(self._shapes["rgb"][1:]),
-                width,
-                height,
-                *strides,
-                2 if color == "bgr" else 0,
-                *box,
-                bucket.width,
-                bucket.height,
-                preprocess.tap_count(width, box[2]),
-                preprocess.tap_count(height, box[3]),
+            preprocess.arguments(
+                row, pixels.address, rgb, placement.source, pixels.strides, placement.box, self._bucket.size
             ),
         )
 

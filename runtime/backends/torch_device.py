@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from densegeo.colors import Color
 from densegeo.errors import TensorSizeError
 from densegeo.kernels.preprocess import preprocess
 from densegeo.kernels.resize_depth.arguments import Metres
@@ -20,7 +21,6 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.torch_capture import Recorder, Replay
 from densegeo.runtime.bundle import Bucket
-from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement, inside, whole
 
 MOST = 8  # images in one recording
@@ -71,7 +71,7 @@ class DeviceNetwork:
         color: Color = "rgb",
         metres: Metres | None = None,
     ) -> list[Maps[Tensor]]:
-        """frames (h, w, 3) uint8 on the device -> the maps of each, there. metres: see `FrameBackend.keep`."""
+        """frames (h, w, 3) or YCbCr, uint8, on the device -> each one's maps, there. metres: see `FrameBackend.keep`."""
         results: list[Maps[Tensor]] = []
         with torch.inference_mode():
             while len(results) < len(frames):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from densegeo.backends import NETWORKS
+from densegeo.colors import Color
 from densegeo.errors import BackendError, CheckpointError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.models import rewrites
@@ -39,7 +40,6 @@ from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
-from densegeo.runtime.images import Color
 from densegeo.runtime.resample import Placement
 from densegeo.size import Size
 
@@ -116,16 +116,20 @@ class TorchBackend:
         return result
 
     def estimate(
-        self, bucket: Bucket, pixels: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+        self,
+        bucket: Bucket,
+        pixels: Sequence[NDArray[np.uint8]],
+        placements: Sequence[Placement],
+        color: Color = "rgb",
     ) -> list[Maps[NDArray[np.float32]]]:
-        """Pixels (h, w, 3) RGB -> the maps of each, see `DeviceNetwork`.
+        """Pixels (h, w, 3) or YCbCr -> the maps of each, see `DeviceNetwork`.
 
         Threads may call together: the copies of one group of images then overlap the networks of another. Raises
         BackendError.
         """
         network = self._network(bucket)
         try:
-            return self._ring.run(pixels, lambda frames: network(frames, placements))
+            return self._ring.run(pixels, lambda frames: network(frames, placements, color))
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed on {self.device}: {error}") from error
 

@@ -24,12 +24,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from densegeo.colors import COLORS
 from densegeo.errors import BackendError, EngineError
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_memory import Memory, check, host_view
 from densegeo.runtime.backends.cuda_weights import ALIGNMENT
 from densegeo.runtime.backends.tensorrt_network import Network
+from densegeo.runtime.images import from_ycbcr
 from densegeo.runtime.tensorfile import tensor_offsets
 from densegeo.runtime.verify import relative_error
 from tests.cuda.engines import WORKSPACE
@@ -59,6 +61,23 @@ def foreign() -> Memory:
     from cuda.core import Device
 
     return Memory(Device(DEVICE))
+
+
+@case
+def cameras_bytes_are_read_as_they_lie(setup: Setup) -> None:
+    """Three layouts, on the host and on the device, rows apart: what the same image gives as RGB in float32."""
+    random = np.random.default_rng(1)
+    for color, shape in (("nv12-bt709", (96, 86)), ("yuyv", (61, 90, 2)), ("uyvy-full", (60, 86, 2))):
+        pixels = random.integers(0, 256, shape, dtype=np.uint8)
+        ycbcr = COLORS[color].ycbcr
+        assert ycbcr is not None
+        with opened(setup) as estimator:
+            wanted = estimator(from_ycbcr(pixels, ycbcr)).prediction
+            ways, other = [estimator(pixels, color).prediction], foreign()
+            for image in (pixels, Image(other, pixels), InterfaceImage(Image(other, pixels), named=True)):
+                ways.append(Reading(other, estimator.tensors(image, color)[0]).wait())
+        for found in ways:
+            assert relative_error(found, wanted) <= BOUND
 
 
 @case

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from densegeo.colors import COLORS
 from densegeo.kernels.contract import Argument, LaunchContract, programs
 from densegeo.kernels.normals import normals
 from densegeo.kernels.preprocess import preprocess
@@ -46,13 +48,17 @@ class References:
 
     def _preprocess(self, v: dict[str, Any], contract: LaunchContract) -> None:
         rows, columns, strides = v["source_height"], v["source_width"], (v["row_stride"], v["pixel_stride"], 1)
-        raw = self._view(v["frame"], ((rows - 1) * strides[0] + (columns - 1) * strides[1] + 3,), np.uint8)
-        frame = np.lib.stride_tricks.as_strided(raw, (rows, columns, 3), strides).copy()
+        color, channels = "bgr" if v.get("red") else "rgb", 3
+        if "chroma" in v:
+            color, channels = ycbcr_color(v), strides[1]
+            rows = rows * 3 // 2 if color.startswith("nv12") else rows
+        raw = self._view(v["frame"], ((rows - 1) * strides[0] + (columns - 1) * strides[1] + channels,), np.uint8)
+        frame = np.lib.stride_tricks.as_strided(raw, (rows, columns, channels), strides).copy()
         made = preprocess(
-            torch.from_numpy(frame),
+            torch.from_numpy(frame[..., 0] if channels == 1 else frame),
             (v["width"], v["height"]),
             box=(v["left"], v["top"], v["box_width"], v["box_height"]),
-            color="bgr" if v["red"] else "rgb",
+            color=color,  # type: ignore[arg-type]
         )
         self._view(v["rgb"], made.shape)[:] = made.numpy()
 
@@ -84,6 +90,19 @@ class References:
         matrix = tuple(tuple(v[f"m{row}{column}"] for column in range(3)) for row in range(3))
         made = normals(decoded, box, size, matrix=matrix)  # type: ignore[arg-type]
         self._view(v["normals"], made.shape)[:] = made.numpy()
+
+
+def ycbcr_color(v: dict[str, Any]) -> str:
+    """The one color whose places and conversion a launch was given."""
+    places = (v["luma"], v["chroma"], v["rows_shared"])
+    (found,) = (
+        row.name
+        for row in COLORS.values()
+        if row.ycbcr is not None
+        and places == (row.ycbcr.luma, row.ycbcr.chroma(v["source_height"], v["row_stride"]), row.ycbcr.rows_shared)
+        and all(np.float32(value) == np.float32(v[name]) for name, value in asdict(row.ycbcr.conversion).items())
+    )
+    return found
 
 
 def decode(contract: LaunchContract, arguments: int, layout: list[tuple[int, int]]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def test_a_bundle_holds_its_kernels(checkpoint: Path, tmp_path: Path, monkeypatc
     check_files(bundle, manifest)
     assert manifest.target_architectures == ["sm_75", "sm_90"]
     resized = "resize_depth.before_mean3_fp32"
-    names = ["preprocess.u8_fp32", "split.fp32_fp32", resized, f"{resized}_log_affine", "normals.fp32"]
+    depths = [resized, f"{resized}_log_affine"]
+    names = ["preprocess.u8_fp32", "preprocess.ycbcr_fp32", "split.fp32_fp32", *depths, "normals.fp32"]
     made = sorted((contract.name, contract.architecture) for contract in manifest.kernels)
     assert made == sorted((name, architecture) for name in names for architecture in (75, 90))
     for contract in manifest.kernels:

@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from densegeo.colors import COLORS  # noqa: E402
 from densegeo.kernels.resize_depth import Metres  # noqa: E402
 from tests.support.interpreter import operation  # noqa: E402
 from tests.support.kernels import BOUND, FLOATS, LOW, assert_as_good, error, noise, spread  # noqa: E402
@@ -181,29 +182,57 @@ def test_preprocess(device: str, source: tuple[int, int], size: tuple[int, int],
     kernel, reference = operation("preprocess")
     picture = frame(*source, device, padding=5)
     box = (0, 0, *size)
-    rgb = kernel.preprocess(picture, size, box, bgr, torch.float32)
+    color = COLORS["bgr" if bgr else "rgb"]
+    rgb = kernel.preprocess(picture, size, box, color, torch.float32)
     assert rgb.shape == (1, 3, size[1], size[0])
-    expected = reference.preprocess(picture, size, box, bgr, torch.float64)
+    expected = reference.preprocess(picture, size, box, color, torch.float64)
     torch.testing.assert_close(rgb.double(), expected, rtol=BOUND, atol=BOUND)
 
 
 def test_preprocess_repeats_edges_around_a_box_and_skips_a_fourth_channel(device: str) -> None:
     kernel, reference = operation("preprocess")
     rgba = torch.cat([frame(20, 40, device), torch.full((20, 40, 1), 9, dtype=torch.uint8, device=device)], dim=2)
-    arguments = (rgba[..., :3], (37, 9), (4, 3, 32, 5), False)
+    arguments = (rgba[..., :3], (37, 9), (4, 3, 32, 5), COLORS["rgb"])
     ours = kernel.preprocess(*arguments, torch.float32)
     torch.testing.assert_close(ours, reference.preprocess(*arguments, torch.float32), rtol=BOUND, atol=BOUND)
     assert torch.equal(ours[:, :, 0], ours[:, :, 3])
     assert torch.equal(ours[..., 36], ours[..., 35])
 
 
+@pytest.mark.parametrize(
+    ("color", "source", "size", "box"),
+    [
+        ("nv12", (54, 70), (30, 7), (0, 0, 30, 7)),
+        ("nv12-bt709-full", (6, 22), (150, 9), (3, 2, 131, 6)),
+        ("yuyv", (31, 46), (48, 5), (0, 0, 48, 5)),
+        ("yuyv-full", (1, 2), (5, 3), (0, 0, 5, 3)),
+        ("uyvy-bt709", (16, 32), (32, 16), (0, 0, 32, 16)),
+    ],
+)
+def test_preprocess_ycbcr(device: str, color: str, source: tuple[int, int], size: tuple[int, int], box: Any) -> None:
+    """Of rows that lie apart, too."""
+    kernel, reference = operation("preprocess")
+    picture = camera(color, *source, device=device, padding=6)
+    rgb = kernel.preprocess(picture, size, box, COLORS[color], torch.float32)
+    assert rgb.shape == (1, 3, size[1], size[0])
+    expected = reference.preprocess(picture, size, box, COLORS[color], torch.float64)
+    torch.testing.assert_close(rgb.double(), expected, rtol=BOUND, atol=BOUND)
+
+
+def camera(color: str, height: int, width: int, device: str, padding: int) -> Any:
+    """Random bytes of a YCbCr image, every row longer than it need be."""
+    generator = torch.Generator().manual_seed(height)
+    shape = (height * 3 // 2, width + padding) if color.startswith("nv12") else (height, width + padding, 2)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)[:, :width]
+
+
 @pytest.mark.parametrize("dtype", LOW)
 def test_preprocess_low_precision(device: str, dtype: Any) -> None:
     kernel, reference = operation("preprocess")
     picture = frame(41, 67, device)
-    rgb = kernel.preprocess(picture, (32, 8), (0, 0, 32, 8), False, dtype)
+    rgb = kernel.preprocess(picture, (32, 8), (0, 0, 32, 8), COLORS["rgb"], dtype)
     assert rgb.dtype == dtype
-    exact = reference.preprocess(picture, (32, 8), (0, 0, 32, 8), False, torch.float64)
+    exact = reference.preprocess(picture, (32, 8), (0, 0, 32, 8), COLORS["rgb"], torch.float64)
     rows, columns = (reference.antialiased_weights(*sides).to(device, dtype) for sides in ((41, 8), (67, 32)))
     plain = (rows @ (picture.permute(2, 0, 1).to(dtype) / 255) @ columns.mT) * 2 - 1
     assert_as_good(rgb, plain[None], exact)
@@ -232,7 +261,7 @@ def test_public_functions_pick_by_device(device: str) -> None:
         (normals(decoded, box, size), operation("normals")[side].normals(decoded, box, size, OPENCV)),
         (
             preprocess(picture, size, color="bgr"),
-            operation("preprocess")[side].preprocess(picture, size, (0, 0, 7, 5), True, torch.float32),
+            operation("preprocess")[side].preprocess(picture, size, (0, 0, 7, 5), COLORS["bgr"], torch.float32),
         ),
     ]
     for public, direct in pairs:
@@ -249,7 +278,7 @@ def test_wrappers_refuse_wrong_layouts(device: str) -> None:
         lambda: split(noise(1, 13, 64, device=device), 32, 48, *SPLIT, torch.float32),
         lambda: resize_depth(picture, (1, 0, 8, 8), (8, 8), "before_mean"),
         lambda: normals(picture[:, :2], (0, 0, 8, 8), (8, 8), OPENCV),
-        lambda: preprocess(picture[0], (8, 8), (0, 0, 8, 8), False, torch.float32),
+        lambda: preprocess(picture[0], (8, 8), (0, 0, 8, 8), COLORS["rgb"], torch.float32),
     ]
     for call in wrong:
         with pytest.raises(AssertionError):

@@ -18,6 +18,7 @@ from densegeo.kernels.contract import Argument, Axis, LaunchContract
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import SPACES, Decode, Output
 from densegeo.runtime.backends import open_backend
+from densegeo.runtime.backends.cuda_input import Pixels
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_name
 from densegeo.runtime.backends.tensorrt_network import Network
@@ -162,7 +163,8 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
     kernels = Noted()
     network = Network(NoMemory(), kernels, Namespace(decode=decode), toy_bucket(decode, channels), ENGINES, None)  # type: ignore[arg-type]
     kernels.launches.clear()
-    network.prepare(0, 32, (93, 3), Placement((2, 0, 28, 16), (31, 29)), "bgr")
+    network.prepare(0, Pixels(32, (93, 3), None), Placement((2, 0, 28, 16), (31, 29)), "bgr")
+    network.prepare(0, Pixels(32, (40, 1), None), Placement((2, 0, 28, 16), (30, 28)), "nv12")
     network._enqueue(None)
     found = network.outputs(0, Placement((2, 0, 28, 16), (31, 29))).named()
     assert tuple(found) == decode.names
@@ -179,6 +181,7 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
         assert [getattr(value, "value", value) for value in packed[:-2]] == pytest.approx(list(arguments))
     placed = {name: arguments._asdict() for name, arguments in kernels.launches}
     assert placed["preprocess.u8_fp32"]["red"] == 2
+    assert placed["preprocess.ycbcr_fp32"]["chroma"] == 28 * 40
     if decode.depth_kind is None:
         return
     depth = placed[resize_depth_name(decode.outputs[0], channels, metres=False)]
