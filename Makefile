@@ -8,13 +8,16 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-slow lint constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-unit test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
 	@echo "make test-unit       the quick tests (a minute)"
 	@echo "make test            the test suite (ten to twenty minutes on two cores)"
 	@echo "make test-slow       the tests that take minutes each"
+	@echo "make ros-test        the tests of the ROS 2 node (two minutes, and 360 MB once for an environment with rclpy)"
+	@echo "make soak            the node under ten times its rate for ten minutes"
+	@echo "make ros-lock        pin that environment anew in ros2/test-requirements.txt"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
 	@echo "make constraints     pin every dependency anew in constraints.txt (UPGRADE=--upgrade takes newer versions)"
@@ -61,10 +64,20 @@ test-unit: $(STAMP)
 	$(PYTEST) -m unit
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not ros"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+ros-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ros
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.ros2.soak --seconds 600
+
+ros-lock: $(STAMP)
+	$(BIN)/uv --no-config pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  $(UPGRADE) --output-file ros2/test-requirements.txt ros2/test-requirements.in
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

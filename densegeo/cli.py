@@ -24,11 +24,13 @@ _EXPORT_LIBRARIES = frozenset(
     {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "typing_extensions"}
 )
 _SERVE_LIBRARIES = frozenset({"starlette", "uvicorn", "python_multipart", "prometheus_client", "anyio"})
+_BAG_LIBRARIES = frozenset({"mcap", "rosbags"})
 _HEAVY = {
     "build": "densegeo.export.command",
     "fetch": "densegeo.export.fetch_command",
     "calibrate": "densegeo.calibration.command",
     "serve": "densegeo.serving.command",
+    "bag": "densegeo.ros.command",
 }
 
 
@@ -74,6 +76,8 @@ def guarded(call: Callable[[], object]) -> None:
             _fail(f'Building needs {library}, which is not installed: pip install "densegeo[export]"')
         if library in _SERVE_LIBRARIES:
             _fail(f'Serving needs {library}, which is not installed: pip install "densegeo[serve]"')
+        if library in _BAG_LIBRARIES:
+            _fail(f'Bags need {library}, which is not installed: pip install "densegeo[bags]"')
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
@@ -129,6 +133,12 @@ def _calibrate_stand_in() -> None:
 @app.command("serve")
 def _serve_stand_in() -> None:
     """Answer over HTTP: the KServe v2 protocol, a plain route, a page (needs the serve extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("bag")
+def _bag_stand_in() -> None:
+    """The images of a ROS 2 bag, as another bag (needs the bags extra; no ROS)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

@@ -139,5 +139,9 @@ class DatasetError(DensegeoError):
     """Evaluation data that is missing, incomplete or damaged."""
 
 
+class BagError(DensegeoError):
+    """A ROS bag that cannot be read, or that lacks a topic, a camera or a transform that was asked for."""
+
+
 class KernelError(DensegeoError):
     """A GPU kernel that cannot be compiled, spills registers, or exceeds what its architecture has."""

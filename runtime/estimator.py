@@ -238,10 +238,10 @@ class Estimator:
 
         image: uint8 (h, w, 3), or YCbCr as `color` says, with DLPack or `__cuda_array_interface__` (PyTorch, CuPy,
         PyCUDA, numpy ...), on the host or on that device. It is read after what its producer's stream was given so far
-        (of a tensor with the torch backend: the current stream). What lies on the device is not copied to the host. The image may be
-        overwritten when this returns; a tensor with the torch backend, which is read in place, in the order of the
-        current stream. The results have DLPack, and are ready for the caller's current stream. Not counted in
-        `metrics`.
+        (of a tensor with the torch backend: the current stream). What lies on the device is not copied to the host. The
+        image may be overwritten when this returns; a tensor with the torch backend, which is read in place, in the
+        order of the current stream. The results have DLPack, and are ready for the caller's current stream. Not counted
+        in `metrics`.
         scale, shift: the line of the depth kind, see `Geometry.to_metric`; with both, depth in metres takes the
         prediction's place, clipped to [near, far], NaN where the line gives no positive depth.
         Raises ImageError, CalibrationError for an unusable line, MissingOutputError where there is no depth, and

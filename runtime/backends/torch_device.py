@@ -71,7 +71,7 @@ class DeviceNetwork:
         color: Color = "rgb",
         metres: Metres | None = None,
     ) -> list[Maps[Tensor]]:
-        """frames (h, w, 3) or YCbCr, uint8, on the device -> each one's maps, there. metres: see `FrameBackend.keep`."""
+        """frames (h, w, 3) or YCbCr, uint8, on the device -> each one's maps there. metres: see `FrameBackend.keep`."""
         results: list[Maps[Tensor]] = []
         with torch.inference_mode():
             while len(results) < len(frames):

@@ -81,6 +81,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from densegeo.colors import COLORS
 from densegeo.kernels.normals import kernel as normals
 from densegeo.kernels.preprocess import kernel as preprocess
 from densegeo.kernels.resize_depth import Metres
@@ -93,19 +94,24 @@ def watch(kernel):
     noted = keys.setdefault(kernel.fn.__name__, set())
     kernel.run = lambda *given, grid, warmup, **named: noted.add(str(bind(*given, **named)[1]))
 
-for kernel in (preprocess.preprocess_kernel, resize_depth.resize_depth_kernel, normals.normals_kernel):
+around = (preprocess.preprocess_kernel, preprocess.preprocess_ycbcr_kernel, resize_depth.resize_depth_kernel)
+for kernel in (*around, normals.normals_kernel):
     watch(kernel)
 decoded = torch.zeros(2, 3, 48, 64)
 images = (640, 480, 0, (0, 0, 64, 48)), (641, 479, 3, (1, 0, 63, 48)), (16, 1, 16, (0, 16, 1, 32))
 for width, height, offset, box in images:
     frame = torch.zeros(offset + 3 * width * height, dtype=torch.uint8)[offset:].view(height, width, 3)
-    preprocess.preprocess(frame, (64, 48), box, offset > 0, torch.float32)
+    preprocess.preprocess(frame, (64, 48), box, COLORS["bgr" if offset else "rgb"], torch.float32)
+    camera = torch.zeros(offset + 2 * height * (width + 1), dtype=torch.uint8)[offset:].view(height, width + 1, 2)
+    even, uyvy = camera[:, : width // 2 * 2], COLORS["uyvy-full" if offset else "yuyv"]
+    preprocess.preprocess(even, (64, 48), box, uyvy, torch.float32)
     resize_depth.resize_depth(decoded, box, (width, height), "before_mean", Metres("affine", 1.0, 1.0))
     normals.normals(decoded, box, (width, height), ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 print({name: len(noted) for name, noted in keys.items()})
 """
     done = run("-c", code)
-    assert done.stdout.strip() == "{'preprocess_kernel': 1, 'resize_depth_kernel': 1, 'normals_kernel': 1}", done.stderr
+    kernels = ("preprocess_kernel", "preprocess_ycbcr_kernel", "resize_depth_kernel", "normals_kernel")
+    assert done.stdout.strip() == str(dict.fromkeys(kernels, 1)), done.stderr
 
 
 def test_a_spill_is_an_error() -> None:

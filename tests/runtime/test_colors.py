@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from densegeo.colors import COLORS
 from densegeo.errors import ImageError
 from densegeo.runtime import Estimator
-from densegeo.runtime.images import MIN_SIDE, device_size, from_ycbcr, load_image
+from densegeo.runtime.images import MIN_SIDE, device_size, load_image
+from densegeo.runtime.ycbcr import from_ycbcr
 from tests.support.ycbcr import YCBCR, camera_bytes, rgb64
 
 

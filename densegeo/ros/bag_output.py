@@ -1,0 +1,106 @@
+"""A bag being written: an mcap file under a hidden name until it is whole, which an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mcap.records import Channel, Message, Metadata, Schema
+from mcap.stream_reader import StreamReader
+from mcap.writer import Writer
+
+from densegeo import __version__
+from densegeo.ros.bag_input import STORE
+
+NOTE = "densegeo"  # the metadata record that says what a file is made from
+CHUNK = 4 << 20  # bytes: the most that a killed run does again
+
+
+class Written(NamedTuple):
+    """A message, and the number of the image that it was made from: its mcap sequence number."""
+
+    topic: str
+    kind: str
+    data: bytes
+    time: int
+    image: int
+
+
+class Output:
+    """path: where the bag will be. note: what it is made from; a partial file with another note starts anew."""
+
+    def __init__(self, path: Path, note: Mapping[str, str]) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self._note = dict(note)
+        self._channels: dict[str, int] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """Gives how many images are done already. The file takes its name when the block ends; when that raises, it
+        stays under its hidden one.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        with open(fresh, "wb") as stream:
+            self._writer = Writer(stream, chunk_size=CHUNK)
+            self._writer.start(profile="ros2", library=f"densegeo {__version__}")
+            self._writer.add_metadata(NOTE, self._note)
+            done = self._take_over()
+            os.replace(fresh, self.partial)
+            try:
+                yield done
+            finally:
+                self._writer.finish()
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(self.partial, self.path)
+
+    def write(self, topic: str, kind: str, message: Any, time: int, image: int) -> None:
+        """One message, of a type of `STORE`. image: its number, from 0, in the order in which images are written."""
+        self._add(Written(topic, kind, bytes(STORE.serialize_cdr(message, kind)), time, image))
+
+    def _add(self, made: Written) -> None:
+        if made.topic not in self._channels:
+            text = STORE.generate_msgdef(made.kind, ros_version=2)[0]
+            schema = self._writer.register_schema(made.kind, "ros2msg", text.encode())
+            self._channels[made.topic] = self._writer.register_channel(made.topic, "cdr", schema)
+        self._writer.add_message(self._channels[made.topic], made.time, made.data, made.time, made.image)
+
+    def _take_over(self) -> int:
+        """What an interrupted run wrote, without its last image, of which messages may be missing."""
+        group: list[Written] = []
+        done = 0
+        for made in self._earlier():
+            if group and group[0].image != made.image:
+                for whole in group:
+                    self._add(whole)
+                group = []
+                done = made.image
+            group.append(made)
+        return done
+
+    def _earlier(self) -> Iterator[Written]:
+        """The messages of the partial file as far as it can be read; none of one with another note."""
+        if not self.partial.exists():
+            return
+        schemas: dict[int, Schema] = {}
+        channels: dict[int, Channel] = {}
+        noted = False
+        with open(self.partial, "rb") as stream:
+            try:
+                for record in StreamReader(stream, validate_crcs=True).records:
+                    if isinstance(record, Metadata) and record.name == NOTE:
+                        noted = record.metadata == self._note
+                    elif isinstance(record, Schema):
+                        schemas[record.id] = record
+                    elif isinstance(record, Channel):
+                        channels[record.id] = record
+                    elif isinstance(record, Message) and noted:
+                        channel = channels[record.channel_id]
+                        kind = schemas[channel.schema_id].name
+                        yield Written(channel.topic, kind, record.data, record.log_time, record.sequence)
+            except Exception:  # where it was cut; what is raised then is of many types
+                return

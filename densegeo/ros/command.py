@@ -1,0 +1,75 @@
+"""The command `densegeo bag`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from densegeo.arguments import Backend, Bundle, Device
+from densegeo.errors import ConfigError
+from densegeo.ros import outputs
+from densegeo.ros.bag import Options, run
+
+
+def bag(
+    bundle: Bundle,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A ROS 2 bag: a folder, a .mcap or a .db3 file.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new bag, a .mcap file.")],
+    image_topic: Annotated[
+        list[str], typer.Option(help="An image topic; again for more. Default: all that have a camera_info.")
+    ] = [],  # noqa: B006  typer copies it
+    anchors_topic: Annotated[
+        str, typer.Option(help="Measured ranges that make depth metric: PointCloud2, LaserScan or Range.")
+    ] = "",
+    anchors_transform: Annotated[
+        str, typer.Option(help='"x y z qx qy qz qw" of their frame in the camera\'s. Default: from /tf_static.')
+    ] = "",
+    anchors_max_age: Annotated[float, typer.Option(help="Seconds between an image and its ranges at most.")] = 0.2,
+    near: Annotated[float, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = 0.0,
+    far: Annotated[float, typer.Option(help="Depth in metres of the farthest point.")] = 0.0,
+    depth_encoding: Annotated[str, typer.Option(help="Metres: 32FC1, or millimetres in 16 bits: 16UC1.")] = "32FC1",
+    points_stride: Annotated[int, typer.Option(help="Every n-th pixel along both sides becomes a point.")] = 4,
+    ycbcr: Annotated[str, typer.Option(help="How nv12, yuyv, uyvy become RGB: bt709, full, bt709-full.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    backend: Backend = "auto",
+    device: Device = "auto",
+) -> None:
+    """The images of a ROS 2 bag -> another bag with depth, normals, points and camera_info, no ROS needed.
+
+    Results lie beside each image topic under TOPIC/densegeo/, with the images' stamps and frames: depth (metres) or
+    relative_depth (no unit), normals, points (with metres and a camera_info), camera_info. An interrupted run goes on
+    where it ended when the same command is given again.
+    """
+    failures = run(
+        Options(
+            bundle=bundle,
+            source=source,
+            output=output,
+            image_topics=tuple(image_topic),
+            anchors_topic=anchors_topic,
+            anchors_transform=_numbers(anchors_transform),
+            anchors_max_age=anchors_max_age,
+            near=near,
+            far=far,
+            ycbcr=ycbcr,
+            results=outputs.Options(_any(depth_encoding), points_stride),
+            overwrite=overwrite,
+            backend=backend,
+            device=device,
+        )
+    )
+    if failures:
+        raise typer.Exit(1)
+
+
+def _any(value: Any) -> Any:
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        raise ConfigError(f"--anchors-transform is seven numbers, x y z qx qy qz qw, not {text!r}.") from None

@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+. /opt/ros/humble/setup.bash
+exec "$@"

@@ -1,0 +1,30 @@
+"""The ROS 2 node without a launch file: configured and activated from Python, in a process of your own.
+
+python examples/node.py --ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info -p far:=10.0 -p near:=0.5
+"""
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
+
+from densegeo_ros.node import GeometryNode
+
+
+def main() -> None:
+    rclpy.init()
+    node = GeometryNode()
+    for step in (node.trigger_configure, node.trigger_activate):
+        if step() != TransitionCallbackReturn.SUCCESS:
+            raise SystemExit(f"{step.__name__} failed: see the log, and /diagnostics")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        node.trigger_shutdown()
+
+
+if __name__ == "__main__":
+    main()

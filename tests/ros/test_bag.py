@@ -1,0 +1,290 @@
+"""`densegeo bag`: bags that rosbags writes go in, and what comes out is read by mcap-ros2-support."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rosbags")
+pytest.importorskip("mcap_ros2")
+
+from mcap.reader import make_reader
+from mcap.writer import Writer as McapWriter
+from mcap_ros2.decoder import DecoderFactory
+from rosbags.rosbag2 import StoragePlugin, Writer
+
+from densegeo.cli import main
+from densegeo.errors import BagError, ConfigError
+from densegeo.ros.bag import Options, run
+from densegeo.ros.bag_input import Bag
+from densegeo.ros.ranges import Transform
+from densegeo.runtime import Camera, Estimator
+from tests.support.ros import STORE, camera_info, cloud, image, transform
+
+WIDTH, HEIGHT = 96, 64
+MOUNTED = [0.0, -0.2, 0.0, 0.5, -0.5, 0.5, 0.5]  # a lidar above the camera: x forward, y left, z up
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    return [np.random.default_rng(n).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8) for n in range(count)]
+
+
+def write_bag(path: Path, messages: list[tuple[str, float, Any]], plugin: StoragePlugin = StoragePlugin.MCAP) -> Path:
+    """(topic, seconds, message) each; a folder as `ros2 bag record` makes it."""
+    with Writer(path, version=9, storage_plugin=plugin) as writer:
+        made: dict[str, Any] = {}
+        for topic, seconds, message in messages:
+            kind = message.__msgtype__
+            if topic not in made:
+                made[topic] = writer.add_connection(topic, kind, typestore=STORE)
+            writer.write(made[topic], round(seconds * 1e9), bytes(STORE.serialize_cdr(message, kind)))
+    return path
+
+
+def camera_messages(
+    topic: str = "/camera/image_raw", count: int = 4, info: bool = True
+) -> list[tuple[str, float, Any]]:
+    """Images at 1, 2, ... seconds; the first image comes before the first camera_info."""
+    found = []
+    for number, picture in enumerate(pictures(count)):
+        at = 1.0 + number
+        found.append((topic, at, image(picture, "rgb8", at=at)))
+        if info:
+            found.append((f"{topic.rpartition('/')[0]}/camera_info", at + 0.01, camera_info(WIDTH, HEIGHT, at=at)))
+    return found
+
+
+def read(path: Path) -> dict[str, list[Any]]:
+    found = defaultdict(list)
+    for topic, _, message in read_in_order(path):
+        found[topic].append(message)
+    return dict(found)
+
+
+def read_in_order(path: Path) -> list[tuple[str, int, Any]]:
+    """(topic, nanoseconds, message) of all."""
+    with path.open("rb") as stream:
+        decoded = make_reader(stream, decoder_factories=[DecoderFactory()]).iter_decoded_messages()
+        return [(channel.topic, message.log_time, ours) for _, channel, message, ours in decoded]
+
+
+def array(message: Any) -> np.ndarray:
+    return np.frombuffer(message.data, "<f4").reshape(message.height, message.width, -1)
+
+
+@pytest.mark.parametrize("plugin", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
+def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plugin: StoragePlugin) -> None:
+    folder = write_bag(tmp_path / "in", camera_messages(), plugin)
+    (file,) = (path for path in folder.iterdir() if path.suffix in (".mcap", ".db3"))
+    with Estimator(bundle, device="cpu") as estimator:
+        wanted = [estimator(picture).to_metric(near=0.5, far=10.0) for picture in pictures(4)]
+    for source in (folder, file):
+        output = tmp_path / f"{source.name}.out.mcap"
+        assert run(Options(bundle, source, output, near=0.5, far=10.0)) == 0
+        found = read(output)
+        base = "/camera/image_raw/densegeo"
+        assert set(found) == {f"{base}/{name}" for name in ("depth", "normals", "points", "camera_info")}
+        for topic, messages in found.items():
+            assert [message.header.stamp.sec for message in messages] == [1, 2, 3, 4], topic
+            assert {message.header.frame_id for message in messages} == {"camera_optical"}
+        for number, geometry in enumerate(wanted):
+            np.testing.assert_array_equal(array(found[f"{base}/depth"][number])[..., 0], geometry.depth)
+            np.testing.assert_array_equal(array(found[f"{base}/normals"][number]), geometry.normals)
+            cloud_ = found[f"{base}/points"][number]
+            rows = np.frombuffer(cloud_.data, "<f4").reshape(-1, 7)
+            points = geometry.points(Camera.of(camera_info(WIDTH, HEIGHT)))[2::4, 2::4].reshape(-1, 3)
+            np.testing.assert_array_equal(rows[:, :3], points)
+            np.testing.assert_array_equal(rows[:, 4:], geometry.normals[2::4, 2::4].reshape(-1, 3))  # type: ignore[index]
+            np.testing.assert_array_equal(
+                np.ascontiguousarray(rows[:, 3]).view("<u4"),
+                (pictures(4)[number][2::4, 2::4].astype(np.uint32) @ [1 << 16, 1 << 8, 1]).ravel(),
+            )
+        assert found[f"{base}/camera_info"][0].k[0] == 100.0
+
+
+def test_metres_from_a_lidar_in_the_bag(bundle: Path, tmp_path: Path) -> None:
+    """Its place from /tf_static, over a frame between, and from the command line."""
+    messages = camera_messages(count=2)
+    with Estimator(bundle, device="cpu") as estimator:
+        true = [estimator(picture).to_metric(scale=2.0, shift=0.5) for picture in pictures(2)]
+    into = Transform.of(MOUNTED).inverse()
+    for number, geometry in enumerate(true):
+        points = geometry.points(Camera.of(camera_info(WIDTH, HEIGHT)))[4::8, 4::8].reshape(-1, 3)
+        at = 0.95 + number
+        messages.append(("/lidar", at, cloud(into(points.astype(np.float64)).astype(np.float32), at=at)))
+    lifted = transform([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], "base", "lidar")
+    x, y, z = np.add(into.translation, [0.0, 0.0, 1.0]).tolist()  # the camera in the base's frame
+    mount = transform([x, y, z, -0.5, 0.5, -0.5, 0.5], "base", "camera_optical")
+    everything = [("/tf_static", 0.5, lifted), ("/tf_static", 0.6, mount), *messages]
+    source = write_bag(tmp_path / "in", sorted(everything, key=lambda one: one[1]))
+    given = tuple(MOUNTED)
+    for name, options in (("tf", {}), ("given", {"anchors_transform": given})):
+        output = tmp_path / f"{name}.mcap"
+        assert run(Options(bundle, source, output, anchors_topic="/lidar", **options)) == 0  # type: ignore[arg-type]
+        depths = read(output)["/camera/image_raw/densegeo/depth"]
+        for message, geometry in zip(depths, true, strict=True):
+            np.testing.assert_allclose(array(message)[..., 0], geometry.depth, rtol=1e-3)
+    bare = write_bag(tmp_path / "bare", sorted(messages, key=lambda one: one[1]))
+    with pytest.raises(BagError, match=r"/tf_static does not say how 'lidar' lies to 'camera_optical'"):
+        run(Options(bundle, bare, tmp_path / "none.mcap", anchors_topic="/lidar"))
+    assert not (tmp_path / "none.mcap").exists()
+
+
+def test_all_cameras_and_no_depth_images(bundle: Path, tmp_path: Path) -> None:
+    depth = np.ones((HEIGHT, WIDTH), np.uint16)
+    messages = [
+        *camera_messages("/left/image_raw", 2),
+        *camera_messages("/right/image_rect", 2),
+        ("/depth/camera_info", 1.0, camera_info(WIDTH, HEIGHT)),
+        ("/depth/image_raw", 1.0, image(depth, "16UC1")),
+        ("/other/image", 1.0, image(pictures(1)[0], "rgb8")),  # without a camera_info
+    ]
+    messages[-2][2].encoding = "32FC1"
+    source = write_bag(tmp_path / "in", sorted(messages, key=lambda one: one[1]))
+    assert run(Options(bundle, source, tmp_path / "out.mcap")) == 0
+    found = read(tmp_path / "out.mcap")
+    assert {topic.split("/densegeo")[0] for topic in found} == {"/left/image_raw", "/right/image_rect"}
+    assert run(Options(bundle, source, tmp_path / "one.mcap", image_topics=("/other/image",))) == 0
+    assert set(read(tmp_path / "one.mcap")) == {f"/other/image/densegeo/{n}" for n in ("relative_depth", "normals")}
+
+
+def test_a_bag_that_was_cut_off_gives_what_it_holds(bundle: Path, tmp_path: Path, capfd: Any) -> None:
+    folder = write_bag(tmp_path / "in", camera_messages(count=6))
+    (whole,) = folder.glob("*.mcap")
+    cut = tmp_path / "cut.mcap"
+    with whole.open("rb") as stream, cut.open("wb") as target:  # small chunks, as a long recording has many
+        writer = McapWriter(target, chunk_size=20_000)
+        writer.start(profile="ros2")
+        channels: dict[str, int] = {}
+        for schema, channel, message in make_reader(stream).iter_messages():
+            if channel.topic not in channels:
+                number = writer.register_schema(schema.name, schema.encoding, schema.data)  # type: ignore[union-attr]
+                channels[channel.topic] = writer.register_channel(channel.topic, channel.message_encoding, number)
+            writer.add_message(channels[channel.topic], message.log_time, message.data, message.publish_time)
+        writer.finish()
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    opened = Bag.open(cut)
+    assert opened.cut
+    assert 0 < opened.counts["/camera/image_raw"] < 6
+    assert run(Options(bundle, cut, tmp_path / "out.mcap")) == 1
+    assert "it was cut off" in capfd.readouterr().err
+    stamps = [one.header.stamp.sec for one in read(tmp_path / "out.mcap")["/camera/image_raw/densegeo/normals"]]
+    assert stamps == [*range(1, 1 + opened.counts["/camera/image_raw"])]
+
+
+def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_path: Path, capfd: Any) -> None:
+    messages = camera_messages()
+    messages[2][2].step = 3
+    source = write_bag(tmp_path / "in", messages)
+    assert run(Options(bundle, source, tmp_path / "out.mcap")) == 1
+    said = capfd.readouterr().err
+    assert "3 of 4 images done" in said
+    assert "3 bytes a row" in said
+    assert len(read(tmp_path / "out.mcap")["/camera/image_raw/densegeo/normals"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (
+            {"image_topics": ("/camera/image",)},
+            BagError,
+            r"no topic /camera/image; it has /camera/camera_info, /camera",
+        ),
+        ({"image_topics": ("/camera/camera_info",)}, BagError, "is of type sensor_msgs/msg/CameraInfo, not"),
+        ({"anchors_topic": "/scan"}, BagError, "no topic /scan"),
+        ({"anchors_topic": "/camera/camera_info"}, BagError, "anchors are one of sensor_msgs/msg/PointCloud2"),
+        ({"near": 2.0}, ConfigError, "belong together"),
+        ({"anchors_transform": (1.0, 2.0)}, ConfigError, "seven numbers"),
+        ({"output": Path("x.bag")}, ConfigError, r"name it x\.mcap"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_runs(
+    bundle: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    source = write_bag(tmp_path / "in", camera_messages(count=1))
+    with pytest.raises(error, match=says):
+        run(Options(**{"bundle": bundle, "source": source, "output": tmp_path / "out.mcap", **options}))  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_what_is_no_bag_is_refused(bundle: Path, tmp_path: Path) -> None:
+    def refused(source: Path) -> str:
+        with pytest.raises(BagError) as raised:
+            run(Options(bundle, source, tmp_path / "out.mcap"))
+        return str(raised.value)
+
+    assert "does not exist" in refused(tmp_path / "none")
+    (tmp_path / "text.mcap").write_text("no bag")
+    assert "holds no messages" in refused(tmp_path / "text.mcap")
+    (tmp_path / "text.db3").write_text("no bag")
+    assert "cannot be read as a ROS 2 bag" in refused(tmp_path / "text.db3")
+    folder = write_bag(tmp_path / "in", camera_messages(count=1))
+    (folder / "metadata.yaml").unlink()
+    assert "no metadata.yaml, so it is no complete bag. It holds in.mcap" in refused(folder)
+    assert "No image topic" in refused(write_bag(tmp_path / "bare", camera_messages(count=1, info=False)))
+    info = [("/camera_info", 1.0, camera_info(8, 8))]
+    assert "has no image topic; it has /camera_info" in refused(write_bag(tmp_path / "info", info))
+
+
+def test_an_existing_output_stays(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    source, output = write_bag(tmp_path / "in", camera_messages(count=1)), tmp_path / "out.mcap"
+    output.write_bytes(b"mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["bag", str(bundle), str(source), str(output)])
+    assert ended.value.code == 1
+    assert "exists. Choose another name, or say --overwrite" in capsys.readouterr().err
+    assert output.read_bytes() == b"mine"
+    with pytest.raises(SystemExit) as ended:
+        main(["bag", str(bundle), str(source), str(output), "--overwrite", "--points-stride", "8"])
+    assert ended.value.code == 0
+    assert read(output)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int) -> None:
+    """Killed at any moment, and started again, to the same file as a run that was not."""
+    source = write_bag(tmp_path / "in", camera_messages(count=60))
+    code = """
+import sys, time
+from pathlib import Path
+from densegeo.ros import bag, bag_output
+bag_output.CHUNK = 200_000
+finish = bag._Work._finish
+bag._Work._finish = lambda *given: (finish(*given), time.sleep(0.02))
+print(bag.run(bag.Options(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))), flush=True)
+"""
+    command = [sys.executable, "-c", code, str(bundle), str(source)]
+    output = tmp_path / "out.mcap"
+    partial = tmp_path / ".out.mcap.partial"
+    process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not partial.exists() or partial.stat().st_size < 20_000:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    assert process.wait(30) != 0
+    assert not output.exists()
+    before = partial.stat().st_size
+    assert before
+    done = subprocess.run([*command, str(output)], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
+    assert "60 of 60 images done" in done.stderr
+    assert not partial.exists()
+    assert run(Options(bundle, source, tmp_path / "whole.mcap")) == 0
+    resumed, whole = read_in_order(output), read_in_order(tmp_path / "whole.mcap")
+    assert [one[:2] for one in resumed] == [one[:2] for one in whole]
+    for (topic, _, ours), (_, _, theirs) in zip(resumed, whole, strict=True):
+        if not topic.endswith("camera_info"):
+            assert bytes(ours.data) == bytes(theirs.data), topic

@@ -1,0 +1,28 @@
+"""The node under ten times its rate for as long as asked: `python -m tests.ros2.soak --seconds 600`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.ros2.environment import run
+from tests.support.toy_bundle import make_toy_bundle
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    seconds = parser.parse_args().seconds
+    os.environ["DENSEGEO_SOAK_S"] = str(seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = make_toy_bundle(Path(folder) / "toy")
+        done = run("tests.ros2.cases", str(bundle), "a_publisher_at_ten_times_the_rate", timeout=seconds + 300)
+    print(done.stderr)
+    return 0 if '"problem": ""' in done.stdout else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

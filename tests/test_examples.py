@@ -1,0 +1,48 @@
+"""The examples run as they are, on made-up data; examples/node.py runs with the node's tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from densegeo.ros.ranges import Transform
+from tests.support.project import ROOT
+
+pytestmark = pytest.mark.integration
+
+
+def example(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_camera_and_a_lidar(tmp_path: Path) -> None:
+    """The lidar sees a slanted wall, 3 to 5 m away."""
+    photograph = files("densegeo").joinpath("photographs/hall.jpg").read_bytes()
+    into = Transform.of([0.0, -0.2, 0.0, 0.5, -0.5, 0.5, 0.5]).inverse()
+    u, v = np.meshgrid(np.arange(20, 500, 40), np.arange(20, 380, 40))
+    depth = 3 + u / 256
+    wall = np.stack([(u - 255.5) / 300 * depth, (v - 191.5) / 300 * depth, depth], axis=-1).reshape(-1, 3)
+    for number in range(3):
+        (tmp_path / f"{number:03}.jpg").write_bytes(photograph)
+        np.save(tmp_path / f"{number:03}.npy", into(wall))
+    said = example("camera_and_lidar.py", tmp_path).splitlines()
+    assert said[-1].startswith("002.jpg: "), said  # the newest is never dropped
+    assert " m, " in said[-1] or "anchors" in said[-1]
+
+
+def test_a_bag_replayed(tmp_path: Path) -> None:
+    pytest.importorskip("rosbags")
+    from tests.ros.test_bag import camera_messages, write_bag
+
+    source = write_bag(tmp_path / "in", camera_messages(count=3))
+    said = example("bag_replay.py", source, "/camera/image_raw").splitlines()
+    assert said[-1].startswith(("3 of 3 images; 0 were", "2 of 3 images; 1 were"))
+    assert said[0].startswith("1.000: ")
