@@ -46,6 +46,7 @@ EXTRAS = (
     Extra("heic", ("pillow-heif",), "read HEIC photographs"),
     Extra("video", ("av",), "films and cameras"),
     Extra("kernels", ("triton",), "compile the GPU kernels"),
+    Extra("bags", ("mcap", "rosbags"), "ROS 2 bags, without ROS"),
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
     Extra("camera", ("pyyaml",), "read a camera's calibration from ROS' YAML"),
     Extra("serve", ("prometheus-client", "python-multipart", "starlette", "uvicorn"), "answer over HTTP, with a page"),

@@ -1,13 +1,12 @@
 """The ROS 2 node without a launch file: configured and activated from Python, in a process of your own.
 
-python examples/node.py --ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info -p far:=10.0 -p near:=0.5
+python examples/node.py --ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info
 """
 
 import rclpy
+from densegeo_ros.node import GeometryNode
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
-
-from densegeo_ros.node import GeometryNode
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import xml.etree.ElementTree as ElementTree
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.support.project import ROOT, imported
 BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic", "camera")
 FOLDERS = {
     "densegeo": ("cpu", "video"),
+    "densegeo/ros": ("bags",),
     "runtime": BACKENDS,
     "serving": ("serve",),
     "models": ("torch",),
@@ -38,6 +40,7 @@ DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
 }
+NODE_TESTS = ROOT / "tests" / "ros2"  # they run in an environment of their own
 CUDA = {"core": "cuda-core", "bindings": "cuda-bindings"}
 FOREIGN = {"tensorrt", "pynvml", "opentelemetry"}  # a machine's own; the last two are asked for and done without
 
@@ -65,13 +68,37 @@ def distribution(module: str) -> str:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_are_declared(folder: str) -> None:
     allowed = declared(FOLDERS[folder])
-    paths = [path for path in (ROOT / folder).rglob("*.py") if folder != "densegeo" or path.parent == ROOT / folder]
+    nested = [path for path in (ROOT / folder).rglob("*.py") if NODE_TESTS not in path.parents]
+    paths = [path for path in nested if folder != "densegeo" or path.parent == ROOT / folder]
     assert paths
     for path in paths:
         for module in imported(ast.parse(path.read_text())):
             first = module.partition(".")[0]
             if first not in {"densegeo", "tests", *FOREIGN, *sys.stdlib_module_names}:
                 assert distribution(module) in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_the_node_declares_what_it_imports() -> None:
+    """Those of ROS in package.xml, densegeo's own apart."""
+    node = ROOT / "ros2" / "densegeo_ros"
+    listed = {tag.text for tag in ElementTree.parse(node / "package.xml").iter("exec_depend")}
+    found = {module.partition(".")[0] for path in node.rglob("*.py") for module in imported(ast.parse(path.read_text()))}
+    own = {"densegeo", "densegeo_ros", "numpy", "setuptools", *sys.stdlib_module_names}
+    assert found - own == listed
+
+
+def test_the_nodes_tests_declare_what_they_import() -> None:
+    wanted = (ROOT / "ros2" / "test-requirements.in").read_text().splitlines()
+    names = {line for line in wanted if line and not line.startswith("#")}
+    of_rclpy = {"rcl_interfaces"}  # what rclpy itself needs
+    for path in NODE_TESTS.glob("*.py"):
+        for module in imported(ast.parse(path.read_text())):
+            first = module.partition(".")[0]
+            known = {distribution(module), f"ros-kilted-{normal(first)}"} & names
+            if path.name in ("test_node.py", "environment.py", "soak.py"):  # they start that environment
+                continue
+            own = {"densegeo", "densegeo_ros", "tests", *of_rclpy, *sys.stdlib_module_names}
+            assert known or first in own, f"{path.name} imports {module}"
 
 
 def test_doctor_knows_every_extra() -> None:

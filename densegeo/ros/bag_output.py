@@ -36,6 +36,7 @@ class Output:
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
         self._note = dict(note)
         self._channels: dict[str, int] = {}
+        self._writer: Any = None  # while open; mcap's types are incomplete
 
     @contextmanager
     def open(self) -> Iterator[int]:

@@ -117,4 +117,5 @@ def _rows(message: Any, encoding: Encoding, name: str) -> NDArray[Any]:
     shape, strides = [rows, width], [step, encoding.channels * item]
     if encoding.channels > 1:
         shape, strides = [*shape, encoding.channels], [*strides, item]
-    return np.ndarray(shape, kind, data, strides=strides)
+    view: NDArray[Any] = np.ndarray(shape, kind, data, strides=strides)
+    return view

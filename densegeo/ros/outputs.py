@@ -79,8 +79,8 @@ def messages(
 
 
 def relative_depth(geometry: Geometry) -> Float:
-    """(h, w) without a unit: depth up to scale where there is such, else the network's own prediction."""
-    return geometry.depth if geometry.depth_kind == "up_to_scale" else geometry.require_prediction("relative depth")
+    """(h, w) without a unit: the network's own prediction."""
+    return geometry.require_prediction("relative depth")
 
 
 def depth_image(depth: Float, encoding: DepthEncoding = "32FC1") -> Fields:
