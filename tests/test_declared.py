@@ -82,7 +82,9 @@ def test_the_node_declares_what_it_imports() -> None:
     """Those of ROS in package.xml, densegeo's own apart."""
     node = ROOT / "ros2" / "densegeo_ros"
     listed = {tag.text for tag in ElementTree.parse(node / "package.xml").iter("exec_depend")}
-    found = {module.partition(".")[0] for path in node.rglob("*.py") for module in imported(ast.parse(path.read_text()))}
+    found = {
+        module.partition(".")[0] for path in node.rglob("*.py") for module in imported(ast.parse(path.read_text()))
+    }
     own = {"densegeo", "densegeo_ros", "numpy", "setuptools", *sys.stdlib_module_names}
     assert found - own == listed
 

@@ -61,8 +61,7 @@ class Transform:
 
     def __call__(self, points: Float64) -> Float64:
         """(N, 3) -> (N, 3)."""
-        moved: Float64 = points @ self.rotation.T + self.translation
-        return moved
+        return np.asarray(points @ self.rotation.T + self.translation)
 
 
 IDENTITY = Transform(np.eye(3), np.zeros(3))
