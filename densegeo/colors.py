@@ -106,7 +106,9 @@ _ROWS = [
     ColorRow("rgb"),
     ColorRow("bgr", red=2),
     *(
-        ColorRow(cast(Color, f"{layout}{matrix}{'-full' if full else ''}"), ycbcr=Ycbcr(layout, _conversion(*weights, full)))
+        ColorRow(
+            cast(Color, f"{layout}{matrix}{'-full' if full else ''}"), ycbcr=Ycbcr(layout, _conversion(*weights, full))
+        )
         for layout in _LAYOUTS
         for matrix, weights in _WEIGHTS.items()
         for full in (False, True)

@@ -35,6 +35,7 @@ FOLDERS = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "mcap_ros2": "mcap-ros2-support",
     "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",

@@ -31,9 +31,9 @@ from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_memory import Memory, check, host_view
 from densegeo.runtime.backends.cuda_weights import ALIGNMENT
 from densegeo.runtime.backends.tensorrt_network import Network
-from densegeo.runtime.ycbcr import from_ycbcr
 from densegeo.runtime.tensorfile import tensor_offsets
 from densegeo.runtime.verify import relative_error
+from densegeo.runtime.ycbcr import from_ycbcr
 from tests.cuda.engines import WORKSPACE
 from tests.cuda.exercise import BOUND, DEVICE, Setup, staged
 from tests.cuda.foreign import Image, InterfaceImage, Reading
