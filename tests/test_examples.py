@@ -40,7 +40,7 @@ def test_a_camera_and_a_lidar(tmp_path: Path) -> None:
 
 def test_a_bag_replayed(tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
-    from tests.ros.test_bag import camera_messages, write_bag
+    from tests.support.bags import camera_messages, write_bag
 
     source = write_bag(tmp_path / "in", camera_messages(count=3))
     said = example("bag_replay.py", source, "/camera/image_raw").splitlines()
