@@ -242,12 +242,19 @@ def test_sigterm_under_load_loses_nothing(toy_bundle: Path) -> None:
 
 
 @pytest.mark.integration
+def test_a_hang_ends_the_process() -> None:
+    """No run of real networks is over within a hundredth of a second, so that to the server each hangs."""
+    with started("fe2e-tiny", "--timeout", "0.01") as server:
+        answer = infer(server, 0.5, "fe2e-tiny")
+        assert (answer.status_code, answer.json()["type"]) == (503, "BackendTimeoutError")
+        assert server.wait() == EXIT_HUNG
+        assert any(line.get("exit_code") == EXIT_HUNG for line in server.log)
+
+
+@pytest.mark.integration
 def test_interrupted_and_wrong(toy_bundle: Path, tmp_path: Path) -> None:
     with started(toy_bundle, "--drain", "0") as server:
         assert server.end(signal.SIGINT) == EXIT_INTERRUPTED
-    from tests.support.project import ROOT
-
-    assert (ROOT / "serving" / "server.py").is_file()
     token = tmp_path / "token"
     token.write_text("short")
     with pytest.raises(AssertionError, match="openssl rand"):
