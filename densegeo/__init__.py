@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from densegeo.runtime import Camera, Estimator, Geometry
+    from densegeo.runtime import Camera, Estimator, Geometry, ScaleTracker
 
 __version__ = "0.1.0"
-__all__ = ["Camera", "Estimator", "Geometry", "__version__"]
+__all__ = ["Camera", "Estimator", "Geometry", "ScaleTracker", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

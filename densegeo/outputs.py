@@ -15,7 +15,7 @@ Array = TypeVar("Array")
 Matrix = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
 Space = Literal["log_affine", "affine", "disparity_affine"]  # in which a prediction is a line of depth, see `metric`
-DepthKind = Literal["metric", "log_affine", "affine", "disparity_affine"]  # a `Space`, or done with
+DepthKind = Literal["metric", "up_to_scale", "log_affine", "affine", "disparity_affine"]  # a `Space`, or done with
 SPACES: tuple[Space, ...] = ("log_affine", "affine", "disparity_affine")
 Frame = Literal["opencv", "ros_optical", "opengl", "marigold", "dsine", "ros_body"]
 Clamp = Literal["before_mean", "after_mean"]

@@ -3,5 +3,6 @@
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.estimator import Estimator
 from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.tracker import ScaleTracker
 
-__all__ = ["Camera", "Estimator", "Geometry"]
+__all__ = ["Camera", "Estimator", "Geometry", "ScaleTracker"]

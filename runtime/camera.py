@@ -124,13 +124,20 @@ class Camera:
                 f"The intrinsics belong to an image of {self.size}, this one is {wanted}, another aspect ratio: it was "
                 "cropped. Give the intrinsics of the cropped image: (fx, fy, cx - left, cy - top)."
             )
+        return self.stretched(wanted)
+
+    def stretched(self, size: tuple[int, int]) -> Camera:
+        """The camera of the same picture at `size`, whatever its aspect ratio. Raises ConfigError without a size."""
+        if self.size is None:
+            raise ConfigError("Only the camera of an image of known size can be stretched to another.")
+        x, y = size[0] / self.size.width, size[1] / self.size.height
         return replace(
             self,
             fx=self.fx * x,
             fy=self.fy * y,
             cx=(self.cx + 0.5) * x - 0.5,
             cy=(self.cy + 0.5) * y - 0.5,
-            size=wanted,
+            size=Size(*size),
         )
 
     def rays(self, size: tuple[int, int]) -> Float:

@@ -89,11 +89,11 @@ def parts(geometry: Geometry, name: str, extras: Extras) -> Parts:
 
 def metadata(geometry: Geometry) -> dict[str, str]:
     """Units, frame, kind and provenance as text, for a file's header."""
-    metric = geometry.depth_kind == "metric"
+    units = {"metric": "metres", "up_to_scale": "unknown (up to scale; the median is 1)", None: "none"}
     data = {
         "densegeo.model": geometry.model,
         "densegeo.depth_kind": geometry.depth_kind or "none",
-        "densegeo.depth_units": "metres" if metric else "none (not metric)" if geometry.depth_kind else "none",
+        "densegeo.depth_units": units.get(geometry.depth_kind, "none (not metric)"),
         "densegeo.depth_meaning": _meaning(geometry),
         "densegeo.normals_frame": NORMALS_FRAME if geometry.normals is not None else "none",
         "densegeo.source_size": f"{geometry.source_size[0]}x{geometry.source_size[1]}",

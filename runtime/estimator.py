@@ -218,8 +218,9 @@ class Estimator:
         """A `Stream` for a camera: frames are `put` in, and results with their stamps and ids are iterated over.
 
         latest: only the newest frame waits, older ones are dropped and counted. Otherwise every frame is run, and
-        `put` waits while `depth` frames wait to be read. color, value_range: of all frames, as in a call. Raises
-        ShutdownError, ConfigError.
+        `put` waits while `depth` frames wait to be read. Frames that are put with intrinsics, anchors or the camera's
+        height come back in metres or up to scale, steady over time (`ScaleTracker`). color, value_range: of all frames,
+        as in a call. Raises ShutdownError, ConfigError.
         """
         return self._service.stream(latest, color, depth, value_range)
 

@@ -18,11 +18,14 @@ from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, M
 from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned
-from densegeo.runtime.metric import Calibration, from_anchors, from_parameters, from_range, metric_depth
+from densegeo.runtime.edges import flying_pixels
+from densegeo.runtime.metric import Calibration, from_parameters, from_range, metric_depth
 from densegeo.size import Size
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from densegeo.runtime.anchors import Method
 
 Float = NDArray[np.float32]
 MILLIMETRES_MAX = 65535  # of 16 bits, REP 118
@@ -35,8 +38,8 @@ class Geometry:
     """Dense geometry of one image, at the image's resolution: depth, normals, or both.
 
     prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres), or None when
-    the model has normals alone. depth_kind: "metric", or "log_affine", "affine", "disparity_affine" (see `metric`), or
-    None with it.
+    the model has normals alone. depth_kind: "metric", "up_to_scale", or "log_affine", "affine", "disparity_affine" (see
+    `metric`), or None with it.
     normals: (H, W, 3) float32 unit vectors towards the camera, OpenCV frame (x right, y down, z forward; a wall
     that faces the camera is (0, 0, -1)), or None when the model has depth alone.
     valid: (H, W) bool, where there is a depth; of normals alone, where there is a normal. source_size: (width, height).
@@ -61,77 +64,121 @@ class Geometry:
 
     @cached_property
     def depth(self) -> Float:
-        """(H, W) float32 z-depth along the optical axis in metres, NaN where invalid.
+        """(H, W) float32 z-depth along the optical axis, NaN where invalid: in metres, or, of a result
+        "up_to_scale", in an unknown unit in which the median is 1.
 
-        Raises NotMetricError unless `depth_kind` is "metric", MissingOutputError of normals alone.
+        Raises NotMetricError for other kinds, MissingOutputError of normals alone.
         """
-        prediction = self.require_depth("depth in metres")
+        prediction = self.require_depth("depth")
         depth = prediction if self.calibration is None else metric_depth(prediction, self.calibration)
         usable = self.valid & np.isfinite(depth) & (depth > 0)
         return np.where(usable, depth, np.float32(np.nan))
 
+    def to_scale(self, intrinsics: CameraLike) -> Geometry:
+        """A copy of kind "up_to_scale": true shape in an unknown unit, from normals and the camera alone.
+
+        intrinsics: as in `points`. `calibration` holds the scale and its uncertainty. For log-affine depth.
+        Raises CalibrationError, with the reason, where normals do not tell, and MissingOutputError without them.
+        """
+        from densegeo.runtime.calibrate import up_to_scale
+
+        return self.calibrated(up_to_scale(self, self.camera(intrinsics)), "up_to_scale")
+
     def to_metric(
         self,
+        intrinsics: CameraLike | None = None,
         *,
         scale: float | None = None,
         shift: float | None = None,
         near: float | None = None,
         far: float | None = None,
         anchors: tuple[ArrayLike, ArrayLike] | None = None,
+        camera_height: float | None = None,
+        up: ArrayLike | None = None,
+        size: tuple[ArrayLike, float] | None = None,
+        method: Method = "robust",
+        prior: Calibration | None = None,
     ) -> Geometry:
-        """A metric copy, from exactly one of: `scale` and `shift`; `near` and `far`; `anchors`.
+        """A metric copy, from `scale` and `shift`; from `near` and `far`; or from any of `anchors`, `camera_height`,
+        `size` and `prior`, which are weighed together with what normals tell where `intrinsics` are given.
 
         scale, shift: the line of the depth kind, for example ln(depth) = scale * prediction + shift.
         near, far: metres of the nearest and the farthest valid pixel.
+        intrinsics: as in `points`. With them, log-affine depth with normals needs one more fact, without three anchors.
         anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) with pixel centres at integers, metres (N,)
-        measured z-depths, N >= 3; a robust fit whose residual and inlier count are in `calibration`.
+        measured z-depths. method: "robust" (almost half may be wrong) or "least_squares".
+        camera_height: metres over the floor. up: (3,) against gravity in the camera's OpenCV frame; by default the
+        floor's own normals, for a camera that is level within 35 degrees.
+        size: (uv, metres), two pixels (2, 2) and their distance.
+        prior: the `calibration` of a result whose line this one's should be near, such as the last frame's.
+        `calibration` says what it rests on, how well anchors are met, and how uncertain it is.
         Raises CalibrationError when these do not determine a positive scale, or the result is metric already, and
-        MissingOutputError of normals alone.
+        MissingOutputError of normals alone; a CalibrationWarning where anchors or intrinsics look wrong.
         """
-        prediction, kind = self.require_prediction("depth"), self.depth_kind
-        assert kind is not None
-        if kind == "metric":
-            raise CalibrationError("This result is metric already; calibrate the one the estimator returned.")
+        from densegeo.runtime.calibrate import Facts, in_metres
+
+        kind, prediction = self.space, self.require_prediction("depth")
+        facts = Facts(anchors, camera_height, up, size, method, prior)
         given = [name for name, pair in (("scale", (scale, shift)), ("near", (near, far))) if pair != (None, None)]
-        given += ["anchors"] if anchors is not None else []
+        given += ["facts"] if facts.any else []
         if len(given) != 1:
-            raise CalibrationError("Give exactly one of: scale and shift; near and far; anchors=(uv, metres).")
-        if anchors is not None:
-            try:
-                uv, metres = anchors
-            except (TypeError, ValueError):
-                raise CalibrationError("anchors must be a pair (uv, metres): uv (N, 2), metres (N,).") from None
-            calibration = from_anchors(kind, prediction, self.valid, uv, metres)
+            raise CalibrationError(
+                "Give exactly one of: scale and shift; near and far; facts (anchors=(uv, metres), camera_height, size)."
+            )
+        if facts.any:
+            calibration = in_metres(self, None if intrinsics is None else self.camera(intrinsics), facts)
         elif scale is not None and shift is not None:
             calibration = from_parameters(kind, scale, shift)
         elif near is not None and far is not None:
             calibration = from_range(kind, prediction[self.valid], near, far)
         else:
             raise CalibrationError("Two numbers are needed: give scale with shift, or near with far.")
-        valid = self.valid & np.isfinite(metric_depth(prediction, calibration))
-        return replace(self, depth_kind="metric", valid=valid, calibration=calibration)
+        return self.calibrated(calibration, "metric")
+
+    @property
+    def space(self) -> DepthKind:
+        """The kind in which the prediction is a line of depth. Raises CalibrationError for a metric result."""
+        self.require_prediction("depth")
+        assert self.depth_kind is not None
+        if self.depth_kind == "metric":
+            raise CalibrationError("This result is metric already; calibrate the one the estimator returned.")
+        return self.calibration.kind if self.calibration is not None else self.depth_kind
+
+    def calibrated(self, calibration: Calibration, kind: Literal["metric", "up_to_scale"]) -> Geometry:
+        """A copy of that kind, by a line in the prediction's own space."""
+        valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
+        return replace(self, depth_kind=kind, valid=valid, calibration=calibration)
 
     def normals_in(self, frame: Frame) -> Float | None:
         """Normals (H, W, 3) float32 in another frame of `FRAMES`, or None when the model has none."""
         axes = axes_of(frame)
         return None if self.normals is None else turned(self.normals, axes)
 
-    def points(self, intrinsics: CameraLike) -> Float:
-        """(H, W, 3) float32 metres in the OpenCV camera frame, NaN where invalid.
+    def points(self, intrinsics: CameraLike, *, drop_flying: bool = False) -> Float:
+        """(H, W, 3) float32 in the OpenCV camera frame, in metres (of a result "up_to_scale" in its unknown unit), NaN
+        where invalid.
 
         intrinsics: what `Camera.of` takes, such as a 3x3 matrix, (fx, fy, cx, cy) or a ROS CameraInfo, in pixels of the
         source image, pixel centres at integers. Those that do not look like this image's give a CalibrationWarning.
+        drop_flying: leave out pixels in the air between two surfaces, where depth and normals disagree.
         Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
         """
-        depth = self.depth
-        return self.camera(intrinsics).rays(self.source_size) * depth[..., None]
+        depth, camera = self.depth, self.camera(intrinsics)
+        assert camera.size is not None
+        points = camera.rays(camera.size) * depth[..., None]
+        if drop_flying:
+            points[flying_pixels(self.require_prediction("depth"), self.normals, points)] = np.nan
+        return points
 
     def camera(self, intrinsics: CameraLike) -> Camera:
-        """The camera of this image; a CalibrationWarning when it does not look like it. Raises ConfigError."""
+        """The camera of this result's pixels, from the source image's; a CalibrationWarning when it does not look like
+        it. Raises ConfigError.
+        """
         camera = Camera.of(intrinsics).at(self.source_size)
         if camera.doubt:
             warnings.warn(f"Are these this image's intrinsics? {camera.doubt}.", CalibrationWarning, stacklevel=3)
-        return camera
+        height, width = self.valid.shape
+        return camera.stretched((width, height))
 
     def points_in(self, frame: Frame, intrinsics: CameraLike) -> Float:
         """`points` (H, W, 3) in another frame of `FRAMES`, for example "ros_body"; raises what both would."""
@@ -238,12 +285,14 @@ class Geometry:
         span = f"{values.min():.4g} to {values.max():.4g}" if values.size else "nothing"
         if self.depth_kind == "metric":
             return f"metric, {span} m, {share}"
+        if self.depth_kind == "up_to_scale":
+            return f"up to scale, {span}, unit unknown, {share}; to_metric(...) makes metres"
         return f"{self.depth_kind}, prediction {span}, {share}; to_metric(...) makes metres"
 
     @property
     def has_depth(self) -> bool:
         """Whether `depth` can be asked for."""
-        return self.depth_kind == "metric"
+        return self.depth_kind in ("metric", "up_to_scale")
 
     def require_prediction(self, wanted: str) -> Float:
         """The prediction; raises MissingOutputError, which says that `wanted` cannot be had, where there is none."""
@@ -259,11 +308,16 @@ class Geometry:
         metres: whether it needs metres, and not depth of any unit.
         """
         prediction = self.require_prediction(wanted)
-        if self.depth_kind != "metric":
+        if self.depth_kind == "up_to_scale" and metres:
+            raise NotMetricError(
+                f"There is no {wanted}: this result is up to scale, its unit is unknown. Calibrate the one the "
+                "estimator returned with to_metric(intrinsics, ...) and a fact: an anchor, the camera's height, a size."
+            )
+        if not self.has_depth:
             raise NotMetricError(
                 f"There is no {wanted}: this result is {self.depth_kind}, known only up to a scale and a shift. "
                 "Calibrate it first with to_metric(near=..., far=...), to_metric(anchors=(uv, metres)) or "
-                "to_metric(scale=..., shift=...)."
+                "to_metric(scale=..., shift=...), or, without measurements, to_scale(intrinsics)."
             )
         return prediction
 

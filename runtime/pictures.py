@@ -56,7 +56,8 @@ def grey_picture(geometry: Geometry, bits: int) -> tuple[NDArray[Any], dict[str,
         scaled = np.round((values - np.float32(far)) * np.float32(steps)) + 1
     picture = np.where(valid, np.clip(scaled, 1, most), 0).astype(np.uint8 if bits == 8 else np.uint16)
     sign = -1 if geometry.depth_kind == "disparity_affine" else 1
-    of = {"metric": "ln(depth in metres)"}.get(geometry.depth_kind or "", f"prediction, {geometry.depth_kind}")
+    logarithms = {"metric": "ln(depth in metres)", "up_to_scale": "ln(depth), unit unknown"}
+    of = logarithms.get(geometry.depth_kind or "", f"prediction, {geometry.depth_kind}")
     meaning = {
         "densegeo.grey": f"near is bright; 0 is invalid, 1 is far, {most} is near, and between them it is linear",
         "densegeo.grey_quantity": of,

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-from densegeo.errors import ConfigError, ImageError, ShutdownError
+from numpy.typing import ArrayLike
+
+from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
+from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Process
 from densegeo.runtime.metrics import Metrics
+from densegeo.runtime.tracker import ScaleTracker, checked_motion
+
+log = logging.getLogger("densegeo")
+_STANDING = ("intrinsics", "camera_height")  # facts that hold for later frames too
+_POLL = 0.1  # seconds
 
 
 @dataclass(frozen=True, eq=False)
 class FrameResult:
-    """What became of one frame. frame_id and stamp: as given to `put`; error: why there is no geometry, or None."""
+    """What became of one frame. frame_id and stamp: as given to `put`; error: why there is no geometry, or None.
+
+    refusal: why its depth is neither metric nor up to scale although `put` was told intrinsics or anchors, or None.
+    """
 
     frame_id: object
     stamp: object
     outcome: Geometry | Exception
+    refusal: CalibrationError | None = None
 
     @property
     def error(self) -> Exception | None:
@@ -42,6 +58,7 @@ class _Frame:
     stamp: object
     image: object
     future: Future[Geometry] | None  # None: not submitted yet
+    facts: dict[str, Any]  # what `ScaleTracker.update` takes
 
 
 class Stream:
@@ -51,6 +68,9 @@ class Stream:
     `dropped`. A frame is taken when the consumer asks for the next result, so no result lies waiting and gets old.
     latest=False: every frame is queued by `put`, which waits while `depth` frames have not been read. Results come in
     the order of `put`, and frames are run while the consumer is busy.
+
+    Results are taken with `for` or `async for`, with `get`, or by a callback (`subscribe`).
+    Frames that `put` is told intrinsics or anchors of come back with depth, by one `ScaleTracker` a stream.
 
     Iteration ends after `close`, when the remaining frames were read. A frame that failed does not end it: it comes
     as a `FrameResult` with an error. Leaving a `with` block closes the stream and drops what was not read.
@@ -69,6 +89,11 @@ class Stream:
         self._count = 0
         self._dropped = 0
         self._closed = False
+        self._consumer = threading.Lock()  # one result at a time, in order; guards what follows
+        self._taken: _Frame | None = None  # submitted, and not delivered yet
+        self._tracker = ScaleTracker()
+        self._standing: dict[str, Any] = {}  # facts that hold until others are given
+        self._lost: Any = None  # the motion up to a frame that failed
 
     @property
     def dropped(self) -> int:
@@ -76,17 +101,38 @@ class Stream:
         with self._changed:
             return self._dropped
 
-    def put(self, image: object, *, stamp: object = None, frame_id: object = None) -> object:
+    def put(
+        self,
+        image: object,
+        *,
+        stamp: object = None,
+        frame_id: object = None,
+        intrinsics: CameraLike | None = None,
+        anchors: Any = None,
+        up: ArrayLike | None = None,
+        camera_height: float | None = None,
+        motion: ArrayLike | None = None,
+    ) -> object:
         """Hand in a frame; returns its id (by default its number, from 0). stamp: anything, comes back as it is.
 
+        intrinsics, camera_height: hold for later frames too. anchors, up: this frame's. See `Geometry.to_metric`.
+        motion: (4, 4), points of the camera at the last `put` into the camera now.
         With latest=True the image is read later: do not overwrite an array after handing it in.
         Raises ShutdownError when the stream or its estimator is closed, BackendTimeoutError after a hang (with
         latest=True the frame's result carries it), BackendError in a process that was forked since.
         """
         self._process.require()
+        given = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
+        facts = {name: value for name, value in given.items() if value is not None}
+        facts["motion"] = None if motion is None else checked_motion(motion)
+        if intrinsics is not None:
+            facts["intrinsics"] = Camera.of(intrinsics)
         if self._latest:
             with self._changed:
-                frame = self._number(image, stamp, frame_id)
+                frame = self._number(image, stamp, frame_id, facts)
+                for passed in self._frames:  # what held from it on still does
+                    facts["motion"] = _after(passed.facts["motion"], facts["motion"])
+                    frame.facts.update({k: v for k, v in passed.facts.items() if k in _STANDING and k not in facts})
                 self._drop_all()
                 self._frames.append(frame)
                 self._changed.notify()
@@ -94,13 +140,13 @@ class Stream:
         with self._producer:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or len(self._frames) < self._depth)
-                frame = self._number(None, stamp, frame_id)
+                frame = self._number(None, stamp, frame_id, facts)
             future = self._start(image)
             with self._changed:
                 if self._closed:
                     future.cancel()
                     self._require_open()
-                self._frames.append(_Frame(frame.frame_id, stamp, None, future))
+                self._frames.append(_Frame(frame.frame_id, stamp, None, future, facts))
                 self._changed.notify_all()
         return frame.frame_id
 
@@ -114,24 +160,125 @@ class Stream:
                 self._drop_all()
             self._changed.notify_all()
 
+    def get(self, timeout: float | None = None) -> FrameResult:
+        """The next result, waited for at most `timeout` seconds (None: as long as it takes).
+
+        Raises DeadlineError (a TimeoutError) when there is none by then, which leaves it for the next call, and
+        ShutdownError when the stream is closed and all was read.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        found = self._next(end)
+        if found is None:
+            self._require_open()
+            raise DeadlineError(f"No result within {timeout:g} s. It comes with a later call.")
+        return found
+
+    def subscribe(self, callback: Callable[[FrameResult], object]) -> threading.Thread:
+        """Call `callback` with every result, in a thread of its own that ends when the stream does; returns it.
+
+        What the callback raises is logged, and the next result comes all the same.
+        """
+
+        def deliver() -> None:
+            for result in self:
+                try:
+                    callback(result)
+                except Exception:
+                    log.exception("A stream's callback failed on frame %s", result.frame_id)
+
+        thread = threading.Thread(target=deliver, name="densegeo-stream", daemon=True)
+        thread.start()
+        return thread
+
     def __iter__(self) -> Iterator[FrameResult]:
         return self
 
     def __next__(self) -> FrameResult:
+        found = self._next(None)
+        if found is None:
+            raise StopIteration
+        return found
+
+    def __aiter__(self) -> AsyncIterator[FrameResult]:
+        return self
+
+    async def __anext__(self) -> FrameResult:
+        import asyncio
+
+        while True:
+            # short waits in a thread: a cancelled task leaves none behind, and no result is lost
+            ready = await asyncio.get_running_loop().run_in_executor(None, self._ready, time.monotonic() + _POLL)
+            if ready:
+                found = self._next(time.monotonic())
+                if found is not None:
+                    return found
+                with self._changed:
+                    if self._closed and not self._frames and self._taken is None:
+                        raise StopAsyncIteration
+
+    def _ready(self, end: float | None) -> bool:
+        """Whether a result can be delivered at once, or the stream is over, by `end`."""
         self._process.require()
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._frames)
-            if not self._frames:
-                raise StopIteration
-            frame = self._frames.popleft()
-            self._changed.notify_all()
-        outcome: Geometry | Exception
+        if not self._consumer.acquire(timeout=-1 if end is None else max(0.0, end - time.monotonic())):
+            return False
         try:
-            future = self._start(frame.image) if frame.future is None else frame.future
-            outcome = future.result()
-        except Exception as error:
-            outcome = error
-        return FrameResult(frame.frame_id, frame.stamp, outcome)
+            return self._wait(end)
+        finally:
+            self._consumer.release()
+
+    def _next(self, end: float | None) -> FrameResult | None:
+        """The next result; None when there is none by `end`, or none any more."""
+        self._process.require()
+        if not self._consumer.acquire(timeout=-1 if end is None else max(0.0, end - time.monotonic())):
+            return None
+        try:
+            if not self._wait(end) or self._taken is None:
+                return None
+            frame, self._taken = self._taken, None
+            assert frame.future is not None
+            try:
+                return self._tracked(frame, frame.future.result())
+            except Exception as error:
+                self._lost = (
+                    _after(self._lost, frame.facts["motion"]) if self._lost is not None else frame.facts["motion"]
+                )
+                return FrameResult(frame.frame_id, frame.stamp, error)
+        finally:
+            self._consumer.release()
+
+    def _wait(self, end: float | None) -> bool:
+        """Take a frame and wait until it was run; False when that takes longer. The consumer's lock is held."""
+        if self._taken is None:
+            with self._changed:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                if not self._changed.wait_for(lambda: self._closed or self._frames, left):
+                    return False
+                if not self._frames:
+                    return True
+                frame = self._frames.popleft()
+                self._changed.notify_all()
+            try:
+                future = self._start(frame.image) if frame.future is None else frame.future
+            except Exception as error:
+                future = Future()
+                future.set_exception(error)
+            self._taken = dataclasses.replace(frame, image=None, future=future)
+        assert self._taken.future is not None
+        left = None if end is None else max(0.0, end - time.monotonic())
+        return bool(wait([self._taken.future], left).done)
+
+    def _tracked(self, frame: _Frame, geometry: Geometry) -> FrameResult:
+        """With depth, where anything was said of the camera or the scene."""
+        facts = dict(frame.facts)
+        self._standing.update({name: facts[name] for name in _STANDING if name in facts})
+        if self._lost is not None:
+            facts["motion"], self._lost = _after(self._lost, facts["motion"]), None
+        if geometry.prediction is None or not (self._standing or "anchors" in facts):
+            return FrameResult(frame.frame_id, frame.stamp, geometry)
+        try:
+            return FrameResult(frame.frame_id, frame.stamp, self._tracker.update(geometry, **(self._standing | facts)))
+        except CalibrationError as error:
+            return FrameResult(frame.frame_id, frame.stamp, geometry, error)
 
     def __enter__(self) -> Stream:
         return self
@@ -150,11 +297,11 @@ class Stream:
             failed.set_exception(error)
             return failed
 
-    def _number(self, image: object, stamp: object, frame_id: object) -> _Frame:
+    def _number(self, image: object, stamp: object, frame_id: object, facts: dict[str, Any]) -> _Frame:
         """A frame with its id; the lock is held."""
         self._require_open()
         number, self._count = self._count, self._count + 1
-        return _Frame(number if frame_id is None else frame_id, stamp, image, None)
+        return _Frame(number if frame_id is None else frame_id, stamp, image, None, facts)
 
     def _drop_all(self) -> None:
         """Drop and count the frames that nobody took; the lock is held."""
@@ -168,3 +315,8 @@ class Stream:
     def _require_open(self) -> None:
         if self._closed:
             raise ShutdownError("This stream is closed. Make a new one with Estimator.stream().")
+
+
+def _after(first: Any, second: Any) -> Any:
+    """Both motions, one after the other; None, unknown, when either is."""
+    return None if first is None or second is None else second @ first

@@ -1,6 +1,6 @@
 """Procedural scenes: rooms, corridors, streets and open ground, drawn from a seed.
 
-The camera stands at x = z = 0, `height` metres above the floor y = 0, and looks roughly along +z.
+The camera stands at x = z = 0 unless it is moved, `height` metres above the floor y = 0, and looks roughly along +z.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Scene:
     haze: float = math.inf  # metres after which contrast has fallen by e
     things: list[Thing] = field(default_factory=list)
     lights: list[Light] = field(default_factory=list)
+    place: tuple[float, float] = (0.0, 0.0)  # x and z of the camera
 
     @property
     def camera(self) -> Array:
-        return vector(0, -self.height, 0)
+        return vector(self.place[0], -self.height, self.place[1])
 
     def add(self, shape: Shape, surface: Material) -> bool:
         """Put a thing there unless it would swallow the camera."""

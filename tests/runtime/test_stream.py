@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, ImageError, ShutdownError
+from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DeadlineError, ImageError, ShutdownError
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage
-from densegeo.runtime.stream import Stream
+from densegeo.runtime.stream import FrameResult, Stream
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -247,3 +248,71 @@ def test_bad_depth(bundle: Path) -> None:
         for depth in (0, 1.5):
             with pytest.raises(ConfigError, match="depth"):
                 estimator.stream(latest=False, depth=depth)
+
+
+CAMERA = (50.0, 50.0, 23.5, 15.5)
+
+
+def test_a_result_within_a_time(estimator: Estimator, gate: Gate) -> None:
+    with estimator.stream() as stream:
+        with pytest.raises(DeadlineError, match=r"0\.05 s"):
+            stream.get(timeout=0.05)  # nothing was put
+        stream.put(constant_image(0.5), stamp="a")
+        with pytest.raises(DeadlineError):
+            stream.get(timeout=0.2)  # the gate is shut: the frame is running
+        gate.open()
+        assert stream.get(timeout=T).stamp == "a"  # the same frame, and not lost
+        stream.close()
+        with pytest.raises(ShutdownError):
+            stream.get(timeout=T)
+
+
+def test_results_by_callback(estimator: Estimator, gate: Gate) -> None:
+    gate.open()
+    stamps: list[object] = []
+
+    def callback(result: FrameResult) -> None:
+        stamps.append(result.stamp)
+        if result.stamp == 1:
+            raise RuntimeError("a callback's own mistake")
+
+    stream = estimator.stream(latest=False)
+    thread = stream.subscribe(callback)
+    for number in range(4):
+        stream.put(constant_image(0.5), stamp=number)
+    stream.close()
+    thread.join(T)
+    assert not thread.is_alive()
+    assert stamps == [0, 1, 2, 3]
+
+
+def test_results_by_async_iteration(estimator: Estimator, gate: Gate) -> None:
+    gate.open()
+    stream = estimator.stream(latest=False)
+
+    async def consume() -> list[object]:
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.15)
+        first.cancel()  # nothing was put: cancelling takes nothing away
+        for number in range(3):
+            stream.put(constant_image(0.5), stamp=number)
+        stream.close()
+        return [result.stamp async for result in stream]
+
+    assert asyncio.run(asyncio.wait_for(consume(), T)) == [0, 1, 2]
+
+
+def test_frames_come_in_metres(estimator: Estimator, gate: Gate) -> None:
+    """A flat prediction without normals that tell: the refusal comes with the frame; nonsense is refused at once."""
+    gate.open()
+    with estimator.stream(latest=False) as stream:
+        stream.put(constant_image(0.5), intrinsics=CAMERA)
+        result = next(stream)
+        assert result.error is None
+        assert result.refusal is not None
+        stream.put(constant_image(0.5))
+        assert next(stream).refusal is not None  # the camera holds for later frames
+        with pytest.raises(ConfigError, match="ntrinsics"):
+            stream.put(constant_image(0.5), intrinsics=(1, 2))
+        with pytest.raises(ConfigError, match="motion"):
+            stream.put(constant_image(0.5), motion=np.eye(3))

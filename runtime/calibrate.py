@@ -1,0 +1,169 @@
+"""From a prediction to depth: what is known is gathered as `Evidence` of a line, which becomes a `Calibration`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.errors import CalibrationError, MissingOutputError
+from densegeo.outputs import DepthKind
+from densegeo.runtime.anchors import LOCAL_ERROR, AnchorFit, Method, check_inside, fit_anchors, sample
+from densegeo.runtime.camera import Camera
+from densegeo.runtime.edges import flying_pixels
+from densegeo.runtime.evidence import Evidence
+from densegeo.runtime.floor import floor_evidence
+from densegeo.runtime.metric import SPACES, Calibration, percentiles
+from densegeo.runtime.normals_scale import scale_from_normals
+
+if TYPE_CHECKING:
+    from densegeo.runtime.geometry import Geometry
+
+_SIZE_ERROR = 0.05  # of a size that is measured between two pixels, relative
+_SIZE_FORM = "size must be a pair (uv, metres): uv (2, 2), two pixels; metres, their distance."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caller knows of an image beside its intrinsics; see `Geometry.to_metric`."""
+
+    anchors: Any = None
+    camera_height: float | None = None
+    up: Any = None
+    size: Any = None
+    method: Method = "robust"
+    prior: Calibration | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one that knows of metres."""
+        return not (self.anchors is None and self.camera_height is None and self.size is None and self.prior is None)
+
+
+def normals_evidence(geometry: Geometry, camera: Camera) -> Evidence:
+    """Of the scale. Raises CalibrationError with the reason where normals do not tell, MissingOutputError without."""
+    prediction, kind = geometry.require_prediction("depth"), geometry.space
+    if geometry.normals is None:
+        raise MissingOutputError(
+            f"{geometry.model or 'This model'} has no normals to take the scale from. Give three anchors or more, or "
+            "near and far."
+        )
+    if kind != "log_affine":
+        raise CalibrationError(
+            f"Normals give the scale of log depth alone, and this result is {kind}. Give three anchors or more, or "
+            "near and far."
+        )
+    found = scale_from_normals(prediction, geometry.normals, geometry.valid, camera)
+    return Evidence.of(1.0, 0.0, found.value, found.sigma, "normals")
+
+
+def up_to_scale(geometry: Geometry, camera: Camera) -> Calibration:
+    """From normals alone; the median depth is 1."""
+    evidence = normals_evidence(geometry, camera)
+    scale, _ = evidence.line
+    middle = float(np.median(geometry.require_prediction("depth")[geometry.valid]))
+    variance = 1 / float(evidence.information[0, 0])
+    spread = (variance, variance * middle**2, -variance * middle)
+    return Calibration("log_affine", scale, -scale * middle, sources=evidence.sources, variance=spread)
+
+
+def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibration:
+    """From facts, and from normals where the camera is known. Raises CalibrationError when they do not suffice."""
+    kind = geometry.space
+    evidence, reason = gather(geometry, camera, facts)
+    fit: AnchorFit | None = None
+    if facts.anchors is not None:
+        trusted = geometry.valid & ~flying_pixels(geometry.require_prediction("depth"))
+        fit = fit_anchors(
+            kind, geometry.require_prediction("depth"), trusted, facts.anchors, facts.method, evidence, reason
+        )
+        evidence = fit.evidence
+    if evidence.rank < 2:
+        raise reason or CalibrationError(
+            "This is one number, and depth has two: a scale and a shift. Give intrinsics too (normals then tell the "
+            "scale), three anchors or more, or near and far."
+        )
+    return finished(kind, evidence, fit)
+
+
+def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None) -> Calibration:
+    """The line that evidence of rank 2 gives. Raises CalibrationError for a scale that is not positive."""
+    (scale, shift), covariance = evidence.line, evidence.covariance
+    if not (scale > 0 and math.isfinite(shift)):
+        raise CalibrationError(
+            f"What is known gives the scale {scale:.3g} in {SPACES[kind].text}: it must be positive."
+        )
+    variance = (float(covariance[0, 0]), float(covariance[1, 1]), float(covariance[0, 1]))
+    found = (fit.residual, fit.inliers, fit.count) if fit else (float("nan"), 0, 0)
+    return Calibration(kind, scale, shift, *found, sources=evidence.sources, variance=variance)
+
+
+def gather(
+    geometry: Geometry, camera: Camera | None, facts: Facts, before: Evidence | None = None
+) -> tuple[Evidence, CalibrationError | None]:
+    """All evidence but the anchors', and why normals gave none. before: known already, and not returned."""
+    kind, prediction = geometry.space, geometry.require_prediction("depth")
+    percentiles(prediction[geometry.valid])
+    evidence, reason = Evidence.nothing(), None
+    if facts.prior is not None:
+        if facts.prior.kind != kind:
+            raise CalibrationError(f"The prior is of {facts.prior.kind} depth, this result is {kind}.")
+        evidence += facts.prior.evidence
+    if camera is not None and kind == "log_affine" and geometry.normals is not None:
+        try:
+            evidence += normals_evidence(geometry, camera)
+        except CalibrationError as error:
+            reason = error
+    known = evidence + (before or Evidence.nothing())
+    if facts.camera_height is not None:
+        evidence += floor_evidence(geometry, _needed(camera, "camera_height"), known, facts.camera_height, facts.up)
+    if facts.size is not None:
+        evidence += _size_evidence(kind, prediction, _needed(camera, "size"), known, facts.size, reason)
+    return evidence, reason
+
+
+def _needed(camera: Camera | None, what: str) -> Camera:
+    if camera is None:
+        raise CalibrationError(f"{what} needs intrinsics: give them too.")
+    return camera
+
+
+def _size_evidence(
+    kind: DepthKind,
+    prediction: NDArray[np.float32],
+    camera: Camera,
+    known: Evidence,
+    size: Any,
+    reason: CalibrationError | None,
+) -> Evidence:
+    """Of two pixels that are so many metres apart: with the scale known, of the shift."""
+    try:
+        uv, metres = size
+        points, metres = np.asarray(uv, dtype=np.float64), float(metres)
+    except (TypeError, ValueError):
+        raise CalibrationError(
+            "size must be a pair (uv, metres): uv (2, 2), two pixels; metres, their distance."
+        ) from None
+    if points.shape != (2, 2) or not (np.isfinite(points).all() and math.isfinite(metres) and metres > 0):
+        raise CalibrationError(_SIZE_FORM)
+    check_inside(prediction.shape[1], prediction.shape[0], points, "pixels of size")
+    if kind != "log_affine":
+        raise CalibrationError(f"A size gives one number, and {kind} depth has two unknown ones. Give three anchors.")
+    if not known.information[0, 0] > 0:
+        raise reason or CalibrationError("A size needs the scale, which normals or the last frame tell.")
+    rays, p = camera.rays_at(points), sample(prediction, points)
+    if not (np.isfinite(p).all() and np.isfinite(rays).all()):
+        raise CalibrationError("The pixels of size lie on invalid depth.")
+    scale, _ = known.line
+
+    def apart(s: float) -> float:
+        return math.log(float(np.linalg.norm(np.exp(s * p[1]) * rays[1] - np.exp(s * p[0]) * rays[0])))
+
+    slope = (apart(scale * 1.01) - apart(scale / 1.01)) / (scale * (1.01 - 1 / 1.01))
+    # t = ln(metres) - apart(s), linear near the scale that is known
+    gap = math.log(metres) - apart(scale) + slope * scale
+    error = math.hypot(_SIZE_ERROR, LOCAL_ERROR)
+    return Evidence.of(slope, 1.0, gap, error, "a size")
