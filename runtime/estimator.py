@@ -53,7 +53,7 @@ class Estimator:
     threads: of the CPU, that the networks may use (None: the backend's library decides, often by the machine's cores
     and not by a container's share of them; with torch it holds for the whole process). resolution: "image" gives
     results at the image's size, "network" as the network made them, without resizing them up (always by way of the
-    host); intrinsics, anchors and pictures are of the image all the same.
+    host); intrinsics and pictures are of the image all the same, anchors of the result.
     truncated: take JPEGs without their last bytes, as some cameras send them; what is missing is grey.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
     how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
