@@ -56,6 +56,11 @@ def test_results_at_the_network_s_size(toy_bundle: Path, fit: str, size: tuple[i
     assert small.source_size == large.source_size == (200, 100)
     assert small.visualize(image).size == (3 * size[1], size[0])
     assert "of an image of 200x100" in str(small)
+    camera = (120.0, 120.0, 99.5, 49.5)
+    points, reference = (result.to_metric(scale=1, shift=0).points(camera) for result in (small, large))
+    rays, fine = points / points[..., 2:], reference / reference[..., 2:]
+    np.testing.assert_allclose(rays.mean(axis=(0, 1)), fine.mean(axis=(0, 1)), atol=1e-3)  # the same field of view
+    np.testing.assert_allclose(np.ptp(rays[..., 0]) / np.ptp(fine[..., 0]), 1, atol=0.03)
     from densegeo.runtime.resample import resize_plain
 
     np.testing.assert_array_equal(resize_plain(small.prediction, 200, 100), large.prediction)
