@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy train clean
+.PHONY: help demo test test-unit test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
@@ -30,6 +30,7 @@ help:
 	@echo "make quantization    calibrate fe2e-tiny to fp8 and int8, and score every precision (15 minutes)"
 	@echo "make bench-rewrites  what each exact rewrite saves, measured here"
 	@echo "make accuracy        score fe2e-tiny on held-out synthetic scenes"
+	@echo "make acceptance CHECKPOINT=... DATA=...  build the real model and compare with its authors' scores (on a GPU)"
 	@echo "make train           train fe2e-tiny anew (two and a half hours on two cores; resumes)"
 	@echo "make clean           remove the environment, caches and out/"
 
@@ -117,6 +118,11 @@ bench-rewrites: $(STAMP)
 accuracy: $(STAMP)
 	$(BIN)/densegeo build --model fe2e-tiny --output out/fe2e-tiny
 	$(BIN)/python benchmarks/accuracy.py out/fe2e-tiny
+
+# More options of `densegeo build` go into BUILD.
+acceptance: $(STAMP)
+	@test -n "$(CHECKPOINT)" && test -n "$(DATA)" || { echo "Say make acceptance CHECKPOINT=... DATA=..." >&2; exit 2; }
+	$(BIN)/python benchmarks/acceptance.py --checkpoint "$(CHECKPOINT)" --data "$(DATA)" -- $(BUILD)
 
 train: $(STAMP)
 	$(BIN)/python training/train.py

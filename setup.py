@@ -12,7 +12,7 @@ from setuptools.command.sdist import sdist
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ("models", "calibration", "export", "runtime", "serving", "kernels", "training", "benchmarks")
 # Of the benchmarks, what `densegeo bench` and `densegeo compare` are made of; the rest is run from a checkout.
-BENCHMARKS = ("__init__", "compare", "environment", "latency")
+BENCHMARKS = ("__init__", "compare", "environment", "gpu_monitor", "latency", "latency_report", "other_load")
 
 
 def check_links(root: Path) -> None:

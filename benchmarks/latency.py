@@ -9,23 +9,22 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from densegeo.benchmarks.environment import environment
-from densegeo.errors import BackendError, ResourceError
+from densegeo.benchmarks.gpu_monitor import GpuMonitor, GpuReadings
+from densegeo.benchmarks.other_load import OtherLoad
+from densegeo.errors import BackendError
 from densegeo.inspection import check_with_progress
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
 from densegeo.runtime.images import load_image
-from densegeo.runtime.measured import measured, remember
+from densegeo.runtime.measured import Conditions, measured, remember
 from densegeo.runtime.resample import choose_bucket
 from densegeo.runtime.verify import verify
 
@@ -52,20 +51,22 @@ print(json.dumps({name: 1e3 * (b - a) for name, a, b in zip(("import", "open", "
 """
 
 
-class Spread(msgspec.Struct, frozen=True):
-    """Times of one stage over all timed runs, in milliseconds."""
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of one stage over all timed runs, in milliseconds. jitter: mean change from one run to the next."""
 
     p50: float
     p90: float
     p99: float
+    jitter: float
     mean: float
     variation: float  # standard deviation / mean
     gflops: float | None  # effective GFLOP/s at the median; None for stages that are not graphs
 
 
-class Latency(msgspec.Struct, frozen=True):
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """One benchmark run, as its JSON line says it."""
 
+    bundle: str  # the name of its directory
     model: str
     precision: str
     rewrites: list[str]
@@ -73,13 +74,15 @@ class Latency(msgspec.Struct, frozen=True):
     image_size: tuple[int, int]  # width, height
     backend: str
     device: str
-    runs: int
+    device_name: str  # of the GPU, or of the CPU
+    conditions: Conditions  # of the timed runs
     cold_ms: dict[str, float]  # in a fresh process: import, open, first
     stages: dict[str, Spread]  # by stage, and "total"
     images_per_second: dict[str, float]  # by how many callers run at once
     batched_per_second: dict[str, float]  # images a second by how many run together; empty where none can
     memory_bytes: int | None  # most that this process held, the verification included
-    gpu: dict[str, float]  # after the runs: "power_watts" and "memory_bytes" by NVML; empty without it
+    gpu: GpuReadings | None  # during the timed runs
+    gpu_note: str  # why there are none; empty where there are, and on a CPU
     ceiling_gflops: float  # of float32 matrix products in numpy on this CPU
     worst_error: float  # of the verification that came first
     error_bound: float
@@ -102,16 +105,21 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
     with Estimator(bundle, backend, device, check_digests=False) as estimator:
         for _ in range(WARM_UP):
             estimator(source)
-        samples = [dict(estimator(source).timings) for _ in range(runs)]
+        with GpuMonitor(estimator.device) as monitor, OtherLoad() as others:
+            samples = [dict(estimator(source).timings) for _ in range(runs)]
         throughput = {str(callers): _throughput(estimator, source, callers, runs) for callers in CALLERS}
         together = {str(count): _batched(estimator, source, count, runs) for count in _batches(estimator, bucket)}
         used_backend, used_device = estimator.backend, estimator.device
-        gpu = _nvml(used_device)
     stages = summarise(samples, bucket, len(manifest.decode.outputs))
-    facts = environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"))
+    facts = environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt-rtx-cu13"))
+    throttled = monitor.readings.throttled if monitor.readings is not None else None
+    conditions = Conditions(
+        runs=runs, variation=stages["total"].variation, others=others.share, throttled=throttled or []
+    )
     total, name = stages["total"], device_name(used_device, facts["machine"])
-    remember(measured(manifest, bucket, used_backend, name, total.p50, total.p90))
+    remember(measured(manifest, bucket, used_backend, name, total.p50, total.p90, conditions))
     return Latency(
+        bundle=bundle.resolve().name,
         model=manifest.model,
         precision=manifest.precision,
         rewrites=manifest.rewrites,
@@ -119,13 +127,15 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         image_size=size,
         backend=used_backend,
         device=used_device,
-        runs=runs,
+        device_name=name,
+        conditions=conditions,
         cold_ms=cold,
         stages=stages,
         images_per_second=throughput,
         batched_per_second=together,
         memory_bytes=_peak_memory(),
-        gpu=gpu,
+        gpu=monitor.readings,
+        gpu_note=monitor.note,
         ceiling_gflops=matmul_gflops(),
         worst_error=max(check.error for check in verdict.served),
         error_bound=max(check.bound for check in verdict.served),
@@ -186,20 +196,6 @@ def _peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _nvml(device: str) -> dict[str, float]:
-    """Power and memory of the GPU in use, where NVML's binding (nvidia-ml-py) is installed."""
-    if not device.startswith("cuda"):
-        return {}
-    try:
-        nvml: Any = import_module("pynvml")
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-        power, memory = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3, nvml.nvmlDeviceGetMemoryInfo(handle).used
-        return {"power_watts": power, "memory_bytes": memory}
-    except Exception:  # its errors have no public base that is there without it
-        return {}
-
-
 def generated_image(bucket: Bucket) -> NDArray[np.uint8]:
     """A seeded picture (H, W, 3) of a bucket's size; the network's time does not depend on what is in it."""
     return np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
@@ -225,7 +221,8 @@ def _spread(values: list[float], flops: int | None) -> Spread:
     mean = float(array.mean())
     variation = float(array.std(ddof=1)) / mean if array.size > 1 and mean > 0 else 0.0
     gflops = flops / (p50 * 1e6) if flops and p50 > 0 else None
-    return Spread(p50=p50, p90=p90, p99=p99, mean=mean, variation=variation, gflops=gflops)
+    jitter = float(np.abs(np.diff(array)).mean()) if array.size > 1 else 0.0
+    return Spread(p50=p50, p90=p90, p99=p99, jitter=jitter, mean=mean, variation=variation, gflops=gflops)
 
 
 def _cold_start(bundle: Path, image: Path | None, backend: str, device: str) -> dict[str, float]:
@@ -238,44 +235,3 @@ def _cold_start(bundle: Path, image: Path | None, backend: str, device: str) -> 
     except (IndexError, ValueError) as error:
         raise BackendError(f"The cold start failed in a fresh process: {result.stderr.strip()[-500:]}") from error
     return times
-
-
-def print_latency(result: Latency, json_file: Path | None = None) -> None:
-    """A table, then the JSON line; also into `json_file` when given."""
-    console = Console()
-    table = Table(show_edge=False)
-    for column in ("stage", "p50 ms", "p90 ms", "p99 ms", "variation", "GFLOP/s"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage, spread in result.stages.items():
-        speed = f"{spread.gflops:.1f}" if spread.gflops is not None else "-"
-        times = (f"{value:.2f}" for value in (spread.p50, spread.p90, spread.p99))
-        table.add_row(stage, *times, f"{100 * spread.variation:.1f} %", speed)
-    cold = ", ".join(f"{name} {value:.0f} ms" for name, value in result.cold_ms.items())
-    width, height = result.image_size
-    for line in (
-        f"{result.model} {result.precision}, image {width}x{height}, bucket {result.bucket}, "
-        f"{result.backend} on {result.device}, {result.runs} runs",
-        f"verified first: worst relative error {result.worst_error:.1e}, bound {result.error_bound:.0e}",
-        f"cold start in a fresh process: {cold}",
-    ):
-        console.print(line, soft_wrap=True)
-    console.print(table)
-    speeds = ", ".join(f"{value:.2f} with {callers}" for callers, value in result.images_per_second.items())
-    console.print(f"images/s by callers at once: {speeds}")
-    if result.batched_per_second:
-        speeds = ", ".join(f"{value:.2f} with {count}" for count, value in result.batched_per_second.items())
-        console.print(f"images/s by images run together: {speeds}")
-    total = result.stages["total"].gflops
-    if total is not None and result.device == "cpu":
-        share = 100 * total / result.ceiling_gflops
-        console.print(f"{share:.0f} % of this CPU's {result.ceiling_gflops:.0f} GFLOP/s in float32 matrix products")
-    for name, value in result.gpu.items():
-        console.print(f"GPU {name}: {value:.4g}")
-    line = msgspec.json.encode(result).decode()
-    if json_file is not None:
-        try:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(line + "\n")
-        except OSError as error:
-            raise ResourceError(f"Cannot write {json_file}: {error.strerror}.") from error
-    print(line)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from densegeo.arguments import Backend, Bundle, Device, find_bundle
-from densegeo.backends import BACKENDS
+from densegeo.backends import BACKENDS, NAMES
 from densegeo.errors import DensegeoError
 from densegeo.infer_command import infer
 from densegeo.precision import CALIBRATED
@@ -27,6 +27,7 @@ _SERVE_LIBRARIES = frozenset({"starlette", "uvicorn", "python_multipart", "prome
 _BAG_LIBRARIES = frozenset({"mcap", "rosbags"})
 _HEAVY = {
     "build": "densegeo.export.command",
+    "engines": "densegeo.export.engines_command",
     "fetch": "densegeo.export.fetch_command",
     "calibrate": "densegeo.calibration.command",
     "serve": "densegeo.serving.command",
@@ -114,6 +115,12 @@ def _root(
 @app.command("build")
 def _build_stand_in() -> None:
     """Build a bundle from checkpoints (needs the export extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("engines")
+def _engines_stand_in() -> None:
+    """Add or renew a bundle's TensorRT engines, without torch and the checkpoint (needs TensorRT)."""
     raise AssertionError("replaced by _Group before it can be called")
 
 
@@ -224,7 +231,15 @@ def verify(
 
 @app.command()
 def bench(
-    bundle: Bundle,
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=find_bundle,
+            metavar="BUNDLES...",
+            help="Directories of bundles, or fe2e-tiny; several are compared.",
+            show_default=False,
+        ),
+    ],
     image: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Image to time; without one, a generated image of the first bucket's size."),
@@ -232,16 +247,18 @@ def bench(
     runs: Annotated[int, typer.Option(min=2, help="Timed runs, after the warm-up.")] = 20,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="Also write the result to this file."),
+        typer.Option("--json", help="Also write the results to this file, one line of JSON a run."),
     ] = None,
-    backend: Backend = "auto",
+    backend: Annotated[
+        list[str],
+        typer.Option(help=f"What runs the bundles: {', '.join(NAMES)}; repeat it to compare. Default: the best one."),
+    ] = ["auto"],  # noqa: B006  (typer reads it, nobody writes it)
     device: Device = "auto",
 ) -> None:
     """Latency per stage and end to end; refuses to print a speed when the numbers are wrong."""
-    from densegeo.benchmarks.latency import print_latency, run
+    from densegeo.benchmarks import latency_report
 
-    result = run(bundle, image=image, runs=runs, backend=backend, device=device)
-    print_latency(result, json_file)
+    latency_report.bench(bundles, image=image, runs=runs, backends=backend, device=device, json_file=json_file)
 
 
 @app.command()
@@ -252,7 +269,7 @@ def compare(
         typer.Option(help="Also draw the stages into this picture (needs matplotlib)."),
     ] = None,
 ) -> None:
-    """Benchmarks of several machines, backends or precisions side by side, each against the first."""
+    """Benchmarks of several machines, backends or precisions, one row each, against the first."""
     from densegeo.benchmarks.compare import draw, print_comparison, read
 
     results = read(files)

@@ -50,6 +50,7 @@ EXTRAS = (
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
     Extra("camera", ("pyyaml",), "read a camera's calibration from ROS' YAML"),
     Extra("serve", ("prometheus-client", "python-multipart", "starlette", "uvicorn"), "answer over HTTP, with a page"),
+    Extra("nvml", ("nvidia-ml-py",), "power, clocks and throttling while `densegeo bench` runs"),
 )
 
 
@@ -83,7 +84,7 @@ def examine() -> Report:
 
     gpus, gpu_note = _gpus()
     processor, features = cpu()
-    total, available = _memory()
+    total, available = memory()
     return Report(
         densegeo=__version__,
         broken=broken(),
@@ -219,7 +220,7 @@ def cpu() -> tuple[str, list[str]]:
     return name, [feature for feature in _CPU_FEATURES if feature in flags]
 
 
-def _memory() -> tuple[int | None, int | None]:
+def memory() -> tuple[int | None, int | None]:
     """Total and available bytes of memory, where /proc/meminfo tells."""
     fields = _colon_fields("/proc/meminfo")
     amounts = [fields.get(key, "").split() for key in ("MemTotal", "MemAvailable")]

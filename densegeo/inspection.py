@@ -141,7 +141,7 @@ def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> No
     """
     console = Console()
     if not manifest.engines:
-        console.print("This bundle has no TensorRT engines: `densegeo build --backend tensorrt` makes them.")
+        console.print(f"This bundle has no TensorRT engines: `densegeo engines {bundle}` makes them.")
     for engine in manifest.engines:
         log = parse_log(read_log(bundle / engine.log))
         console.print(

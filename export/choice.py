@@ -12,8 +12,7 @@ from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, NAMES, NETWOR
 from densegeo.calibration.plan import plan_file
 from densegeo.errors import ConfigError
 from densegeo.export.engine_plan import CONTEXT
-from densegeo.export.machine import Facts
-from densegeo.export.plan import GIB
+from densegeo.export.machine import GIB, Facts
 from densegeo.models.presets import Preset
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.bundle import Choice

@@ -11,24 +11,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from densegeo.backends import ENGINE_LIBRARIES, ENGINES, NAMES
+from densegeo.backends import NAMES
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle, find_files, plan_build
 from densegeo.export.choice import AUTO, Asked, choose, on_this_gpu
 from densegeo.export.downloads import look, show
+from densegeo.export.engine_flags import (
+    Builder,
+    EngineTimeout,
+    MemoryGib,
+    OptimizationLevel,
+    VersionCompatible,
+    Weights,
+    WeightStreaming,
+    WorkspaceMib,
+)
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
-from densegeo.export.machine import facts
+from densegeo.export.machine import GIB, available_memory, facts
 from densegeo.export.options import BuildOptions
-from densegeo.export.plan import (
-    GIB,
-    Plan,
-    available_memory,
-    check_resources,
-    stage_flops,
-)
-from densegeo.export.reporting import try_out
+from densegeo.export.plan import Plan, check_resources, stage_flops
 from densegeo.export.sources import Given, to_fetch, unnamed
+from densegeo.export.trial import try_out
 from densegeo.models.families import FAMILIES
 from densegeo.models.presets import PRESETS, preset
 from densegeo.models.published import PUBLICATIONS
@@ -42,7 +46,6 @@ from densegeo.size import Size
 Text = Optional[str]  # noqa: UP045
 _REWRITES = "; ".join(f"{name}: {', '.join(row.rewrite_names)}" for name, row in FAMILIES.items())
 _BASES = " or ".join(dict.fromkeys(" (default) or ".join(PRECISIONS[name].bases) for name in QUANTIZED))
-_ENGINES = f"{ENGINES.title} engines (--backend {ENGINES.name})"
 _FILE = "a file, or organisation/repository@revision:file on the Hugging Face Hub"
 
 
@@ -116,43 +119,14 @@ def build(
             "--gpu-arch", help="Build GPU kernels and engines for this architecture: 89 is sm_89 (repeatable)."
         ),
     ] = None,
-    builder: Annotated[
-        str, typer.Option(help=f"TensorRT library: {', '.join((AUTO, *ENGINE_LIBRARIES))}.", rich_help_panel=_ENGINES)
-    ] = "auto",
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="constant (in the engine), input (bound from the weight file), or auto: constant if the build fits.",
-            rich_help_panel=_ENGINES,
-        ),
-    ] = "auto",
-    workspace_mib: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Limit of an engine's workspace on the GPU, in MiB.", rich_help_panel=_ENGINES),
-    ] = None,
-    optimization_level: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="The builder's effort, 0 to 5.", rich_help_panel=_ENGINES),
-    ] = None,
-    weight_streaming: Annotated[
-        bool,
-        typer.Option(
-            "--weight-streaming", help="Let weights stay in host memory at run time.", rich_help_panel=_ENGINES
-        ),
-    ] = False,
-    version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible", help="Engines that later TensorRT versions load too.", rich_help_panel=_ENGINES
-        ),
-    ] = False,
-    engine_timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds one engine may take.", rich_help_panel=_ENGINES)
-    ] = 7200,
-    memory_gib: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Memory the builder may take; default: 90 % of what is free.", rich_help_panel=_ENGINES),
-    ] = None,
+    builder: Builder = AUTO,
+    weights: Weights = AUTO,
+    workspace_mib: WorkspaceMib = None,
+    optimization_level: OptimizationLevel = None,
+    weight_streaming: WeightStreaming = False,
+    version_compatible: VersionCompatible = False,
+    engine_timeout: EngineTimeout = 7200,
+    memory_gib: MemoryGib = None,
     max_edge: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=32, help="Instead of --size: the longer side in pixels; FiffDepth's authors take 768."),
@@ -252,7 +226,7 @@ def build(
     else:
         bundle = build_bundle(options, console)
         if on_this_gpu(choice, machine):
-            try_out(bundle, choice, console)
+            try_out(bundle, choice.backend, console)
 
 
 def dry_run_report(options: BuildOptions, console: Console) -> None:

@@ -23,13 +23,13 @@ from rich.table import Table
 
 from densegeo.errors import CheckpointError, ResourceError
 from densegeo.export import digests
+from densegeo.export.machine import GIB
 from densegeo.files import atomic_write, cache_directory, existing_parent
 from densegeo.models.published import Publication, Published
 from densegeo.runtime.bundle import sha256_file
 
 GITHUB = "DENSEGEO_GITHUB"  # environment variable: what stands in for https://raw.githubusercontent.com
 TIMEOUT_S = 30
-GIB = 1 << 30
 
 
 class Download(msgspec.Struct, frozen=True):

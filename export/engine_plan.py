@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from densegeo.errors import ResourceError
 from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
+from densegeo.export.machine import GIB
 from densegeo.export.onnx_graph import query_chunks
-from densegeo.export.plan import GIB, Plan
+from densegeo.export.plan import Plan
 from densegeo.precision import PRECISIONS
 from densegeo.size import Size
 

@@ -20,8 +20,6 @@ import msgspec
 
 from densegeo.files import atomic_write
 
-GIB = 1 << 30
-
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """What to build. Paths are absolute."""

@@ -16,11 +16,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -28,11 +28,11 @@ from densegeo.architectures import OLDEST, RTX_TARGETS, names
 from densegeo.backends import ENGINE_LIBRARIES, NETWORKS
 from densegeo.errors import ConfigError, EngineError, ResourceError
 from densegeo.export.engine_worker import Result, Spec
-from densegeo.export.onnx_graph import with_weight_inputs
-from densegeo.export.plan import GIB, available_memory
+from densegeo.export.graph_inputs import with_weight_inputs
+from densegeo.export.machine import GIB, available_memory
 from densegeo.files import cache_directory
 from densegeo.precision import PRECISIONS
-from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage, sha256_file
+from densegeo.runtime.bundle import STAGES, Bucket, Engine, FileDigest, Manifest
 from densegeo.runtime.engine_log import parse_log
 from densegeo.runtime.engines import FOLDER, fingerprint, reusable
 
@@ -156,79 +156,92 @@ def memory_limit(options: EngineOptions) -> int | None:
     return int(options.memory_gib * GIB)
 
 
-def build_engines(
-    directory: Path,
+class Wanted(NamedTuple):
+    """An engine before it is built: its record, which says what it depends on and where it will lie; of which graph."""
+
+    engine: Engine
+    graph: str  # file in the bundle
+    group: tuple[int, ...]  # of architectures that share it
+
+
+def wanted_engines(
     buckets: Sequence[Bucket],
     precision: str,
     architectures: Sequence[int],
+    options: EngineOptions,
+    files: Mapping[str, FileDigest],
+) -> list[Wanted]:
+    """One of every graph for every group of architectures. files: of the bundle, graphs and weights among them.
+
+    Raises ConfigError, EngineError and ResourceError, before anything is built.
+    """
+    groups, version = target_groups(options.library, precision, architectures), library_version(options.library)
+    found = []
+    for bucket in buckets:
+        for stage in STAGES:
+            graph, weights = getattr(bucket, stage).file, files[f"{stage}.safetensors"]
+            for group in groups:
+                record = Engine(
+                    stage=stage,
+                    bucket=bucket.name,
+                    graph_sha256=files[graph].sha256,
+                    weights_sha256=weights.sha256,
+                    precision=precision,
+                    library=options.library,
+                    version=version,
+                    architectures=[f"sm_{number}" for number in group],
+                    weights=choose_weights(options, weights.bytes),
+                    options=options.facts(),
+                    fingerprint="",
+                    file="",
+                    log="",
+                    weight_inputs=[],
+                    seconds=0.0,
+                    peak_bytes=0,
+                    activation_bytes=0,
+                    weight_bytes=0,
+                )
+                found.append(Wanted(_named(record), graph, group))
+    return found
+
+
+def _named(record: Engine) -> Engine:
+    """With its fingerprint and files; what differs in anything has other names, so that none overwrites another."""
+    digest = fingerprint(record)
+    targets = "+".join(name.replace("_", "") for name in record.architectures) or "ampere"
+    stem = f"{FOLDER}/{record.stage}_{record.bucket}.{targets}.{digest[:8]}"
+    return msgspec.structs.replace(record, fingerprint=digest, file=f"{stem}.engine", log=f"{stem}.log.gz")
+
+
+def build_engines(
+    directory: Path,
+    wanted: Iterable[Wanted],
     options: EngineOptions,
     *,
     old: tuple[Path, Manifest] | None,
     progress: Progress,
     finished: Sequence[Engine] = (),
 ) -> Iterator[Engine]:
-    """Build every graph's engines into `directory`/engines, and give each record when it is done.
+    """Build what is wanted into `directory`/engines, and give each record when it is done.
 
-    old: a bundle whose engines are taken over where their fingerprints agree. finished: engines that lie in `directory`
-    already, whole. Raises EngineError, ConfigError and ResourceError; nothing is left in `directory` but finished
+    directory: holds the graphs and weights. old: a bundle whose engines are taken over where their fingerprints agree.
+    finished: engines that are there already, whole. Raises EngineError; nothing is left in `directory` but finished
     engines.
     """
     here = {engine.fingerprint: engine for engine in finished}
-    groups = target_groups(options.library, precision, architectures)
     (directory / FOLDER).mkdir(exist_ok=True)
-    weight_digests = {stage: sha256_file(directory / f"{stage}.safetensors") for stage in STAGES}
-    for bucket in buckets:
-        for stage in STAGES:
-            graph = directory / getattr(bucket, stage).file
-            how = choose_weights(options, (directory / f"{stage}.safetensors").stat().st_size)
-            for group in groups:
-                wanted = _wanted(stage, bucket, graph, weight_digests[stage], precision, how, group, options)
-                if wanted.fingerprint in here:
-                    yield here[wanted.fingerprint]
-                    continue
-                progress(wanted.file)
-                found = reusable(*old, wanted.fingerprint) if old else None
-                if old and found:
-                    for name, source in ((wanted.file, found.file), (wanted.log, found.log)):
-                        shutil.copyfile(old[0] / source, directory / name)
-                    yield msgspec.structs.replace(found, file=wanted.file, log=wanted.log)
-                else:
-                    yield build_engine(directory, graph, wanted, options, group, progress)
-
-
-def _wanted(
-    stage: Stage,
-    bucket: Bucket,
-    graph: Path,
-    weights_sha256: str,
-    precision: str,
-    how: Literal["constant", "input"],
-    group: Sequence[int],
-    options: EngineOptions,
-) -> Engine:
-    """The record of an engine before it is built: what it depends on, and where it will lie."""
-    stem = f"{FOLDER}/{stage}_{bucket.name}.{'+'.join(f'sm{number}' for number in group) or 'ampere'}"
-    wanted = Engine(
-        stage=stage,
-        bucket=bucket.name,
-        graph_sha256=sha256_file(graph),
-        weights_sha256=weights_sha256,
-        precision=precision,
-        library=options.library,
-        version=library_version(options.library),
-        architectures=[f"sm_{number}" for number in group],
-        weights=how,
-        options=options.facts(),
-        fingerprint="",
-        file=f"{stem}.engine",
-        log=f"{stem}.log.gz",
-        weight_inputs=[],
-        seconds=0.0,
-        peak_bytes=0,
-        activation_bytes=0,
-        weight_bytes=0,
-    )
-    return msgspec.structs.replace(wanted, fingerprint=fingerprint(wanted))
+    for engine, graph, group in wanted:
+        if engine.fingerprint in here:
+            yield here[engine.fingerprint]
+            continue
+        progress(engine.file)
+        found = reusable(*old, engine.fingerprint) if old else None
+        if old and found:
+            for name, source in ((engine.file, found.file), (engine.log, found.log)):
+                shutil.copyfile(old[0] / source, directory / name)
+            yield msgspec.structs.replace(found, file=engine.file, log=engine.log)
+        else:
+            yield build_engine(directory, directory / graph, engine, options, group, progress)
 
 
 def build_engine(

@@ -7,7 +7,9 @@ import ctypes
 import msgspec
 
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, installed
-from densegeo.doctor import cpu
+from densegeo.doctor import cpu, memory
+
+GIB = 1 << 30
 
 LIBRARIES = frozenset(  # what decides: the backends' modules, and what builds engines
     {*ENGINE_LIBRARIES, *(module for row in BACKENDS if row is not ENGINES for module in row.modules)}
@@ -38,6 +40,11 @@ def facts() -> Facts:
     return Facts(
         gpu=first_gpu(), libraries=found, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(features)
     )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None where the system does not tell."""
+    return memory()[1]
 
 
 def first_gpu() -> Gpu | None:

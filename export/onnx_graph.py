@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -279,24 +278,6 @@ def export_graph(
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # file paths of the building machine
         node.metadata_props.pop("pkg.torch.onnx.fx_node", None)
     ir.save(model, path)
-
-
-def with_weight_inputs(path: Path, target: Path) -> list[str]:
-    """Write a copy of a graph that takes the matrices of its linears as inputs; returns their names.
-
-    `target` must lie in the same directory, beside the weight file that both refer to.
-    """
-    model = onnx.load(path, load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    widened = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    used = (widened.get(node.input[1], node.input[1]) for node in model.graph.node if node.op_type == "Gemm")
-    names = [name for name in dict.fromkeys(used) if name in stored]
-    for name in names:
-        tensor = stored[name]
-        model.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
-        model.graph.initializer.remove(tensor)
-    onnx.save(model, target)
-    return names
 
 
 def _without_values(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densegeo.errors import CheckpointError, ResourceError
 from densegeo.export.blockwise import CHECK_BYTES
+from densegeo.export.machine import GIB, available_memory
 from densegeo.files import existing_parent
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
 from densegeo.models.denoiser import elements
@@ -22,8 +23,6 @@ from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.weight_file import parts
 from densegeo.precision import PRECISIONS
 from densegeo.size import Size
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,6 @@ def make_plan(
         disk_needed=stored + references + 8 * len(sizes) * (1 << 20),
         problems=problems,
     )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            entries = dict(line.split(":", 1) for line in file)
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def check_resources(plan: Plan, output: Path, finished: int = 0) -> None:

@@ -1,23 +1,17 @@
-"""What a build shows at its end: what was made, and on a GPU how fast it is."""
+"""What a build shows at its end: what was made."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from densegeo.backends import BACKENDS, ENGINES
 from densegeo.export.engine_plan import DevicePlan
-from densegeo.export.plan import GIB
-from densegeo.runtime import Estimator
-from densegeo.runtime.bundle import Choice, Manifest
+from densegeo.export.machine import GIB
+from densegeo.runtime.bundle import Manifest
 from densegeo.runtime.measured import advice
-from densegeo.runtime.verify import verify
-
-WARM_UP, TIMED = 3, 10  # images
 
 
 def recommend(manifest: Manifest, console: Console) -> None:
@@ -78,17 +72,3 @@ def errors_in_words(manifest: Manifest) -> str:
         degrees = math.degrees(2 * math.asin(min(1.0, worst["normals"] / 2)))
         words.append(f"normals by {degrees:.2g} degrees")
     return ", ".join(words)
-
-
-def try_out(bundle: Path, choice: Choice, console: Console) -> None:
-    """Verify a bundle on the GPU that it was built for, and say how long an image takes there. Raises BackendError."""
-    verify(bundle, choice.backend).require_good(bundle)
-    with Estimator(bundle, choice.backend, check_digests=False) as estimator:
-        bucket = estimator.manifest.buckets[0]
-        image = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
-        totals = [estimator(image).timings["total"] for _ in range(WARM_UP + TIMED)][WARM_UP:]
-        console.print(
-            f"verified on {estimator.device}; an image of {bucket.width}x{bucket.height} takes "
-            f"{statistics.median(totals):.1f} ms (median of {TIMED}; `densegeo bench {bundle}` says more)",
-            soft_wrap=True,
-        )

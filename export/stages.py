@@ -18,7 +18,7 @@ import msgspec
 from densegeo.backends import backend_row
 from densegeo.export.cubins import write_cubins
 from densegeo.export.display import Display
-from densegeo.export.engines import build_engines
+from densegeo.export.engines import build_engines, wanted_engines
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan
 from densegeo.export.quantization import Quantizer
@@ -98,15 +98,11 @@ def make_engines(job: Job, state: State, old: tuple[Path, Manifest] | None) -> E
     if found:
         display.say(f"engines: {len(found)} taken over from an interrupted build, where they are still wanted")
     with display.bar("engines", len(state.graphs.buckets) * len(STAGES) * options.groups) as bar:
+        needed = wanted_engines(
+            state.graphs.buckets, options.precision, options.architectures, options.engines, state.files
+        )
         for engine in build_engines(
-            state.bundle,
-            state.graphs.buckets,
-            options.precision,
-            options.architectures,
-            options.engines,
-            old=old,
-            finished=found,
-            progress=bar.describe,
+            state.bundle, needed, options.engines, old=old, finished=found, progress=bar.describe
         ):
             wanted.append(engine)
             bar.advance()

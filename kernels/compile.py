@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -167,12 +168,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write binaries and contracts into this folder")
     options = parser.parse_args()
     try:
-        _require_compiler()
+        _require_compiler(torch=not options.bundled)
         architectures = options.architectures or list(ARCHITECTURES)
         unknown = sorted(set(architectures) - set(ARCHITECTURES))
         if unknown:
             raise KernelError(f"Unknown architectures {unknown}; choose from {', '.join(map(str, ARCHITECTURES))}.")
-        rows = _chosen(options.names, [row for row in variants() if row.bundled or not options.bundled])
+        rows = _chosen(options.names, variants(bundled=options.bundled))
         compiled = compile_kernels(rows, architectures)
         if options.output:
             _write(compiled, options.output)
@@ -211,7 +212,8 @@ def _check_hidden(label: str, ptx: str, arguments: int) -> None:
         raise KernelError(f"{label} takes {count} parameters, not its {arguments} and {', '.join(HIDDEN)}.")
 
 
-def _require_compiler() -> None:
+def _require_compiler(*, torch: bool = False) -> None:
+    """torch: whether kernels are wanted whose modules need it, as those of the torch backend do."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         raise KernelError("Kernels cannot be compiled in Triton's interpreter mode: unset TRITON_INTERPRET.")
     # Before Triton is imported: the same switch for anything that does not pass the option, and no source paths in
@@ -219,10 +221,12 @@ def _require_compiler() -> None:
     os.environ["TRITON_DEFAULT_FP_FUSION"] = str(int(FP_FUSION))
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     try:
-        import torch  # noqa: F401  (the kernels' wrappers need it)
-        import triton  # noqa: F401
+        import_module("triton")
+        if torch:
+            import_module("torch")
     except ImportError as error:
-        raise KernelError(f"{error.name} is not installed: pip install 'densegeo[kernels,export]'.") from error
+        extras = "kernels,export" if torch else "kernels"
+        raise KernelError(f"{error.name} is not installed: pip install 'densegeo[{extras}]'.") from error
 
 
 if __name__ == "__main__":

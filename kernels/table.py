@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, get_type_hints
 
 import densegeo.kernels
@@ -87,7 +88,11 @@ def operations() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(densegeo.kernels.__path__) if module.ispkg)
 
 
-def variants() -> tuple[Variant, ...]:
-    """Every row that is compiled ahead of time. Needs torch and Triton."""
-    modules = (import_module(f"densegeo.kernels.{name}.kernel") for name in operations())
-    return tuple(row for module in modules for row in getattr(module, "VARIANTS", ()))
+def variants(*, bundled: bool = False) -> tuple[Variant, ...]:
+    """Every row that is compiled ahead of time, or those alone that bundles carry: they need Triton, the others torch
+    too. What a runtime without torch launches has its arguments in `arguments.py`.
+    """
+    names = [name for name in operations() if not bundled or find_spec(f"densegeo.kernels.{name}.arguments")]
+    modules = (import_module(f"densegeo.kernels.{name}.kernel") for name in names)
+    rows = (row for module in modules for row in getattr(module, "VARIANTS", ()))
+    return tuple(row for row in rows if row.bundled or not bundled)

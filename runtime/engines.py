@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from densegeo.backends import ENGINE_LIBRARIES, ENGINES
 from densegeo.errors import EngineError
 from densegeo.files import writable_by_others
 from densegeo.runtime.bundle import Bucket, Engine, Manifest, Stage, rebuild_command, sha256_file
+from densegeo.runtime.ready import FOLDER as READY
 
 FOLDER = "engines"
 # What an engine depends on; the rest of its record says where it lies and how its build went.
@@ -39,9 +41,18 @@ def fingerprint(engine: Engine) -> str:
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
 
 
-def rebuild_with_engines(manifest: Manifest, directory: Path) -> str:
-    """What to type to get current engines into this bundle, everything else as it was built."""
-    return rebuild_command(manifest.options | {"--backend": [ENGINES.name]}, directory)
+def renew_command(
+    manifest: Manifest, directory: Path, *, library: str | None = None, architecture: int | None = None
+) -> str:
+    """What to type to get current engines into this bundle; architecture: of the GPU, default the one that is there.
+
+    One that comes with the package is built anew outside of it.
+    """
+    if directory.parent == READY:
+        return rebuild_command(manifest.options | {"--backend": [ENGINES.name]}, directory)
+    words = ["densegeo", "engines", str(directory)]
+    words += [] if architecture is None else ["--gpu-arch", str(architecture)]
+    return shlex.join(words + ([] if library is None else ["--builder", library]))
 
 
 def select_engine(
@@ -55,7 +66,7 @@ def select_engine(
     if not candidates:
         raise EngineError(
             f"{directory} has no TensorRT engine of the {stage} at {bucket.name}. "
-            f"Build one: {rebuild_with_engines(manifest, directory)}"
+            f"Build one: {renew_command(manifest, directory, library=library, architecture=architecture)}"
         )
     reasons = []
     for engine in candidates:
@@ -74,9 +85,10 @@ def check_engine(
 
     architecture: of the GPU that is to run it; None where there is none and only the bundle is looked at.
     """
+    renew = renew_command(manifest, directory, library=library, architecture=architecture)
     bucket = next((bucket for bucket in manifest.buckets if bucket.name == engine.bucket), None)
     if bucket is None:
-        _refuse(directory, manifest, engine, "size", engine.bucket, "none of the bundle's")
+        _refuse(directory, engine, "size", engine.bucket, "none of the bundle's", renew)
     graph = getattr(bucket, engine.stage).file
     facts = {
         "graph": (engine.graph_sha256[:16], _digest(manifest, graph)[:16]),
@@ -88,10 +100,10 @@ def check_engine(
     }
     for what, (built, here) in facts.items():
         if built != here:
-            _refuse(directory, manifest, engine, what, built, here)
+            _refuse(directory, engine, what, built, here, renew)
     if architecture is not None and not runs_on(engine, architecture):
         built_for = ", ".join(engine.architectures) or _ampere_on(engine.library)
-        _refuse(directory, manifest, engine, "GPU architecture", built_for, f"sm_{architecture}")
+        _refuse(directory, engine, "GPU architecture", built_for, f"sm_{architecture}", renew)
 
 
 def runs_on(engine: Engine, architecture: int) -> bool:
@@ -114,10 +126,10 @@ def _digest(manifest: Manifest, name: str) -> str:
     return manifest.files[name].sha256 if name in manifest.files else ""
 
 
-def _refuse(directory: Path, manifest: Manifest, engine: Engine, what: str, built: str, here: str) -> None:
+def _refuse(directory: Path, engine: Engine, what: str, built: str, here: str, renew: str) -> None:
     raise EngineError(
         f"{directory / engine.file} does not fit: its {what} is {built}, here it is {here or 'nothing'}. "
-        f"Rebuild it: {rebuild_with_engines(manifest, directory)}"
+        f"Rebuild it: {renew}"
     )
 
 
@@ -141,7 +153,7 @@ def read_engine(directory: Path, manifest: Manifest, engine: Engine, *, trust: b
     if found != listed.sha256:
         raise EngineError(
             f"{path} is corrupted or was replaced: its SHA-256 is {found[:16]}…, the manifest says "
-            f"{listed.sha256[:16]}…. Rebuild it: {rebuild_with_engines(manifest, directory)}"
+            f"{listed.sha256[:16]}…. Rebuild it: {renew_command(manifest, directory, library=engine.library)}"
         )
     return data
 

@@ -1,22 +1,57 @@
 """What `densegeo bench` measured on this machine, and what follows from it for a build: which precision is fastest.
 
-Only what was timed here, on the same work and after its numbers were verified, is recommended.
+Only what was timed here, on the same work, after its numbers were verified, often enough and while nothing else ran, is
+recommended.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
+from densegeo.backends import backend_row
 from densegeo.files import atomic_write
 from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime import state
 from densegeo.runtime.bundle import STAGES, Bucket, Manifest
 
+ENOUGH = 20  # runs; with fewer, p90 is the slowest one or two
+BUSY = 0.1  # of the processors' time that others may take
+SPREAD = 0.2  # standard deviation / mean
 
-class Measured(msgspec.Struct, frozen=True):
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a latency was measured, as far as it decides whether to believe it.
+
+    variation: standard deviation / mean. others: share of the machine's processor time that other processes took
+    meanwhile, None where the system does not tell. throttled: why the GPU slowed its clocks, empty when it did not.
+    """
+
+    runs: int
+    variation: float
+    others: float | None = None
+    throttled: list[str] = []
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why it is not to be believed, in words; empty when it is."""
+        found = []
+        if self.runs < ENOUGH:
+            found.append(f"{self.runs} runs are few: with --runs {ENOUGH} it counts")
+        if self.others is not None and self.others > BUSY:
+            found.append(f"the machine is loaded: other processes took {100 * self.others:.0f} % of its processors")
+        if self.variation > SPREAD:
+            found.append(f"the times spread: standard deviation {100 * self.variation:.0f} % of the mean")
+        if self.throttled:
+            found.append(f"the GPU was throttled ({', '.join(self.throttled)})")
+        return found
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Latency of one variant of a model at one size. what: its precision, and what more is 8-bit; device: its name."""
 
     model: str
@@ -28,6 +63,8 @@ class Measured(msgspec.Struct, frozen=True):
     machine: str
     p50: float  # ms, end to end
     p90: float
+    conditions: Conditions
+    engines: list[str] = []  # fingerprints of the bundle's engines, where the backend runs them
 
     @property
     def eight_bit(self) -> bool:
@@ -37,12 +74,20 @@ class Measured(msgspec.Struct, frozen=True):
     def place(self) -> tuple[str, str]:
         return self.backend, self.device
 
+    @property
+    def variant(self) -> list[str | int]:
+        """What there is one record of."""
+        return [self.model, self.what, self.bucket, self.flops, self.backend, self.device, self.machine]
 
-def measured(manifest: Manifest, bucket: Bucket, backend: str, device: str, p50: float, p90: float) -> Measured:
+
+def measured(
+    manifest: Manifest, bucket: Bucket, backend: str, device: str, p50: float, p90: float, conditions: Conditions
+) -> Measured:
     """A record of a run that was verified. device: its name, as "NVIDIA H100"."""
     attention = manifest.quantization is not None and bool(manifest.quantization.attentions)
     row = precision_row(manifest.precision)
     rest = "" if manifest.base == row.base else f", the rest {manifest.base}"
+    engines = [engine.fingerprint for engine in manifest.engines if engine.bucket == bucket.name]
     return Measured(
         model=manifest.model,
         what=f"{manifest.precision}{' with attention' if attention else ''}{rest}",
@@ -53,23 +98,39 @@ def measured(manifest: Manifest, bucket: Bucket, backend: str, device: str, p50:
         machine=state.machine(),
         p50=p50,
         p90=p90,
+        conditions=conditions,
+        engines=engines if backend_row(backend).runs == "engines" else [],
     )
 
 
 def remember(record: Measured) -> None:
-    """Keep it in place of an older one of the same variant. A state that cannot be written is no error."""
-    same = msgspec.structs.replace(record, p50=0.0, p90=0.0)
-    name = hashlib.sha256(msgspec.json.encode(same)).hexdigest()
+    """Keep it in place of an older one of the same variant, unless that one can be believed and this one cannot.
+
+    A state that cannot be written is no error.
+    """
+    path = state.folder("measured") / f"{hashlib.sha256(msgspec.json.encode(record.variant)).hexdigest()}.json"
+    older = _read(path)
+    if record.conditions.doubts and older is not None and not older.conditions.doubts:
+        return
     try:
-        with atomic_write(state.folder("measured") / f"{name}.json") as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(msgspec.json.encode(record))
     except OSError:
         pass
 
 
+def forget(fingerprints: Collection[str]) -> None:
+    """Records of engines that are no more say nothing. A state that cannot be written is no error."""
+    for path in sorted(state.folder("measured").glob("*.json")):
+        record = _read(path)
+        if record is not None and not set(fingerprints).isdisjoint(record.engines):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
 def advice(manifest: Manifest) -> list[str]:
     """For each size and place where floats and 8 bits were both measured: which precision is recommended, and why."""
-    lines, records = [], list(_records())
+    lines, records = [], [record for record in _records() if not record.conditions.doubts]
     for bucket in manifest.buckets:
         alike = [
             record
@@ -86,10 +147,26 @@ def advice(manifest: Manifest) -> list[str]:
 
 
 def _advise(size: str, eight: Measured, floating: Measured) -> str:
-    faster = eight.p50 < floating.p50 and eight.p90 < floating.p90
-    best = eight if faster else floating
-    times = f"{eight.what} took {eight.p50:.3g} ms, {floating.what} {floating.p50:.3g} ms"
-    return f"{best.what} is recommended at {size} on {best.device} ({best.backend}): {times}, both verified there"
+    """8 bits where median and tail are both shorter as they are printed, for they cost some accuracy; and why."""
+    shorter = [_ms(getattr(eight, name)) < _ms(getattr(floating, name)) for name in ("p50", "p90")]
+    best = eight if all(shorter) else floating
+    times = ", ".join(f"{one.what} took {_said(one.p50)} ms (p90 {_said(one.p90)})" for one in (eight, floating))
+    why = "both were verified there"
+    if any(shorter) and not all(shorter):
+        one, other = ("median", "p90") if shorter[0] else ("p90", "median")
+        why += f"; the {one} of {eight.what} is shorter, its {other} is not, and it is less accurate"
+    elif not any(shorter):
+        why += f"; {eight.what} is no faster, and less accurate"
+    return f"{best.what} is recommended at {size} on {best.device} ({best.backend}): {times}; {why}"
+
+
+def _ms(value: float) -> float:
+    """As it is printed: three digits."""
+    return float(f"{value:.3g}")
+
+
+def _said(value: float) -> str:
+    return f"{_ms(value):g}"
 
 
 def _flops(bucket: Bucket) -> int:
@@ -100,9 +177,13 @@ def _records() -> Iterator[Measured]:
     """This machine's; what cannot be read is left out."""
     machine = state.machine()
     for path in sorted(state.folder("measured").glob("*.json")):
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=Measured)
-        except (OSError, msgspec.MsgspecError):
-            continue
-        if record.machine == machine:
+        record = _read(path)
+        if record is not None and record.machine == machine:
             yield record
+
+
+def _read(path: Path) -> Measured | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Measured)
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from densegeo import cli
 from densegeo.runtime.bundle import MANIFEST, read_manifest
-from densegeo.runtime.measured import Measured, advice, remember
+from densegeo.runtime.measured import ENOUGH, Conditions, Measured, advice, remember
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration
@@ -92,15 +92,16 @@ def test_wrong_numbers_fail_verify_and_get_no_speed(tmp_path: Path, capsys: pyte
     assert "p50" not in captured.out
 
 
-def test_bench_ends_with_json(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_writes_json_when_asked(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", bundle, "--runs", 3, "--json", tmp_path / "deep" / "x.json") == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert "{" not in capsys.readouterr().out
+    result = json.loads((tmp_path / "deep" / "x.json").read_text())
     assert result["bucket"] == "64x48"
     assert set(result["cold_ms"]) == {"import", "open", "first"}
     for stage in ("encoder", "denoiser", "decoder", "total"):
         spread = result["stages"][stage]
         assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"]
+        assert spread["jitter"] > 0
     assert result["stages"]["encoder"]["gflops"] > 0
     assert result["stages"]["prepare"]["gflops"] is None
     assert set(result["images_per_second"]) == {"1", "2", "4"}
@@ -118,29 +119,76 @@ def test_bench_is_remembered(bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (first.model, first.what, first.bucket, first.backend) == ("toy", "fp32", "64x48", "onnxruntime")
     assert 0 < first.p50 <= first.p90
     manifest = read_manifest(bundle)
-    assert advice(manifest) == []
+    assert any("3 runs are few" in doubt for doubt in first.conditions.doubts)
+    good = Conditions(runs=ENOUGH, variation=0.01)
     remember(msgspec.structs.replace(first, what="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2))
+    assert advice(manifest) == []
+    remember(msgspec.structs.replace(first, conditions=good))
+    eight = msgspec.structs.replace(first, what="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2)
+    remember(msgspec.structs.replace(eight, conditions=good))
     (line,) = advice(manifest)
     assert line.startswith(f"fp8 with attention is recommended at 64x48 on {first.device} (onnxruntime): ")
-    assert f"took {first.p50 / 2:.3g} ms, fp32 {first.p50:.3g} ms" in line
-    assert run("bench", bundle, "--runs", 3) == 0  # in place of the first
+    assert run("bench", bundle, "--runs", 3) == 0  # does not take the place of what can be believed
+    assert advice(manifest) == [line]
     assert len(list((tmp_path / "densegeo" / "measured").iterdir())) == 2
 
 
-def test_compare_puts_benchmarks_side_by_side(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_has_a_row_for_each_run(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("bench", bundle, "--runs", 2, "--json", tmp_path / "one.json") == 0
+    one = json.loads((tmp_path / "one.json").read_text())
     slow = json.loads((tmp_path / "one.json").read_text())
     for stage in slow["stages"].values():
         stage["p50"] *= 2
-    (tmp_path / "slow.json").write_text(json.dumps(slow | {"device": "cuda:0"}))
+    slow |= {"device": "cuda:0", "device_name": "NVIDIA GeForce RTX 4090 Laptop GPU"}
+    (tmp_path / "two.json").write_text(f"{json.dumps(slow)}\n{json.dumps(one | {'bucket': '640x480'})}\n")
     capsys.readouterr()
-    assert run("compare", tmp_path / "one.json", tmp_path / "slow.json", "--plot", tmp_path / "deep" / "plot.png") == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("compare", tmp_path / "one.json", tmp_path / "two.json", "--plot", tmp_path / "deep" / "plot.png") == 0
     shown = capsys.readouterr().out
-    assert "cuda:0" in shown
-    (ratios,) = (line.replace("│", " ").split()[-2:] for line in shown.splitlines() if "times the first" in line)
-    assert ratios == ["1.00", "0.50"]
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("wrote")) <= 80
+    totals, rest = shown.split("milliseconds of each stage")
+    stages, machines = rest.split("on what")
+    rows = {line.split()[0]: line.split() for line in totals.splitlines() if line.startswith((" one", " two"))}
+    assert [rows[name][-2] for name in ("one", "two:1", "two:2")] == ["1.00x", "0.50x", "-"]  # another size
+    slowed = float(rows["two:1"][-6])
+    assert slowed == pytest.approx(2 * one["stages"]["total"]["p50"], rel=0.01)
+    assert {"encoder", "denoiser", "decoder", "total"} < set(stages.split())
+    assert "NVIDIA GeForce" in " ".join(machines.split())
+    assert "their totals do not compare" in shown
+    assert "2 runs are few" in shown
     with Image.open(tmp_path / "deep" / "plot.png") as picture:
         assert picture.width > 500
+
+
+def test_throttled_runs_are_not_compared(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", bundle, "--runs", 2, "--json", tmp_path / "good.json") == 0
+    result = json.loads((tmp_path / "good.json").read_text())
+    result["conditions"]["throttled"] = ["hot"]
+    (tmp_path / "bad.json").write_text(json.dumps(result))
+    plot = tmp_path / "plot.png"
+    assert run("compare", tmp_path / "good.json", tmp_path / "bad.json", "--plot", plot) == 1
+    captured = capsys.readouterr()
+    assert "throttled, and are not compared: bad (hot)" in captured.err
+    assert not plot.exists()
+
+
+def test_bench_takes_bundles_and_backends(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pair; what cannot run is said, fails the command, and keeps nothing else from being timed and compared."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("COLUMNS", "80")
+    wrong, file = make_toy_bundle(tmp_path / "wrong", references=1.01), tmp_path / "x.json"
+    both = ("--backend", "onnxruntime", "--backend", "openvino", "--runs", 2, "--json", file)
+    assert run("bench", bundle, wrong, *both) == 1
+    captured = capsys.readouterr()
+    assert "2 of 4 were not timed: wrong with onnxruntime; wrong with openvino" in captured.err
+    assert captured.out.count("is left out: No speed is reported") == 2
+    assert "milliseconds an image, end to end" in captured.out
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [result["backend"] for result in results] == ["onnxruntime", "openvino"]
 
 
 def test_compare_refuses_what_is_no_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,8 @@ def test_wheel_holds_what_commands_need(built: Built) -> None:
     assert shipped <= sources
     assert {name.partition("/")[0] for name in left_out} == {"training", "benchmarks"}
     assert {name for name in shipped if name.startswith(("training", "benchmarks"))} == {
-        f"benchmarks/{name}.py" for name in ("__init__", "compare", "environment", "latency")
+        f"benchmarks/{name}.py"
+        for name in ("__init__", "compare", "environment", "gpu_monitor", "latency", "latency_report", "other_load")
     }
     weights = "densegeo/models/weights/fe2e-tiny"
     assert {f"{weights}/{name}" for name in ("step1x-edit-i1258.safetensors", "vae.safetensors")} <= built.names

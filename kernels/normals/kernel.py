@@ -1,8 +1,8 @@
 """`normals` in one pass: a program makes a tile of one output picture."""
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -12,6 +12,9 @@ from densegeo.kernels.normals.arguments import Arguments
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, corners, mix
 from densegeo.kernels.table import Variant
 from densegeo.outputs import NORMAL_FLOOR, Matrix
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))
@@ -96,9 +99,11 @@ VARIANTS = (variant("fp32"),)
 
 
 def normals(
-    decoded: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int], matrix: Matrix
-) -> torch.Tensor:
+    decoded: "torch.Tensor", box: tuple[int, int, int, int], size: tuple[int, int], matrix: Matrix
+) -> "torch.Tensor":
     """See `densegeo.kernels.normals.normals`."""
+    import torch
+
     batch, channels, rows, columns = decoded.shape
     (left, top, box_width, box_height), (width, height) = box, size
     assert channels == 3

@@ -5,8 +5,8 @@ second launch. 4K -> 1024x768 takes 8x6 taps; `benchmarks/gpu_check.py` times it
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +16,9 @@ from densegeo.kernels.launch import BOX, kind_of, launch, require_small
 from densegeo.kernels.preprocess.arguments import Arguments, YcbcrArguments, arguments
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, first_tap, tap_weight
 from densegeo.kernels.table import Variant
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y))
@@ -172,9 +175,11 @@ VARIANTS = (variant("fp32"), variant("fp32", ycbcr=True))
 
 
 def preprocess(
-    frame: torch.Tensor, size: tuple[int, int], box: tuple[int, int, int, int], color: ColorRow, dtype: torch.dtype
-) -> torch.Tensor:
+    frame: "torch.Tensor", size: tuple[int, int], box: tuple[int, int, int, int], color: ColorRow, dtype: "torch.dtype"
+) -> "torch.Tensor":
     """See `densegeo.kernels.preprocess.preprocess`."""
+    import torch
+
     ycbcr = color.ycbcr
     source = (frame.shape[1], frame.shape[0]) if ycbcr is None else ycbcr.size(frame.shape)
     (left, top, box_width, box_height), (width, height) = box, size

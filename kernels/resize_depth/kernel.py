@@ -1,8 +1,8 @@
 """`resize_depth` in one pass: a program makes a tile of one output picture."""
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -12,6 +12,9 @@ from densegeo.kernels.resize_depth.arguments import Arguments, Metres, row_name
 from densegeo.kernels.sampling.kernel import MAX_PRODUCT, clamp_unit, corners, mix
 from densegeo.kernels.table import Variant
 from densegeo.outputs import SPACES, Clamp, Space
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_X, BLOCK_Y = 128, 4
 GRID = (Axis("width", BLOCK_X), Axis("height", BLOCK_Y), Axis("batch"))
@@ -113,13 +116,15 @@ VARIANTS = tuple(variant("fp32", *picture, space) for picture in PICTURES for sp
 
 
 def resize_depth(
-    decoded: torch.Tensor,
+    decoded: "torch.Tensor",
     box: tuple[int, int, int, int],
     size: tuple[int, int],
     clamp: Clamp,
     metres: Metres | None = None,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """See `densegeo.kernels.resize_depth.resize_depth`."""
+    import torch
+
     batch, channels, rows, columns = decoded.shape
     (left, top, box_width, box_height), (width, height) = box, size
     assert 0 <= left < left + box_width <= columns

@@ -1,8 +1,8 @@
 """`split` in one pass: a program moves a run of one token row, read along features and written along columns."""
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +10,9 @@ from densegeo.kernels.contract import Axis
 from densegeo.kernels.launch import kind_of, launch, require_small
 from densegeo.kernels.split.arguments import Arguments
 from densegeo.kernels.table import Variant
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_T = 32  # tokens a program
 GRID = (Axis("columns", BLOCK_T), Axis("rows"), Axis("batch", times=2))
@@ -74,16 +77,18 @@ VARIANTS = (variant("fp32", "fp32", 64),)
 
 
 def split(
-    velocity: torch.Tensor,
+    velocity: "torch.Tensor",
     height: int,
     width: int,
     scale: float,
     shift: float,
     first_factor: float,
     second_factor: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    dtype: "torch.dtype",
+) -> "torch.Tensor":
     """See `densegeo.kernels.split.split`; a token's features must be adjacent."""
+    import torch
+
     batch, tokens, features = velocity.shape
     rows, columns = height // 16, width // 16
     assert height % 16 == width % 16 == features % 4 == 0

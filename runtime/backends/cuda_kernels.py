@@ -47,7 +47,8 @@ class Kernels:
         self._directory, self._loaded = directory / KERNELS, dict[str, Any]()
         if not self._contracts:
             raise BackendError(
-                f"{directory} has no kernels for sm_{architecture}: build it with --gpu-arch {architecture}"
+                f"{directory} has no kernels for sm_{architecture}: `densegeo engines {directory} --gpu-arch "
+                f"{architecture}` makes them"
             )
 
     def launch(self, name: str, stream: Any, arguments: NamedTuple, batch: int = 1) -> None:

@@ -59,13 +59,15 @@ def stream_weights(engine: Any, path: Path) -> None:
 def make_context(trt: Any, engine: Any, path: Path, digest: str, gpu: str) -> tuple[Any, CompiledKernels | None]:
     """A context whose workspace is given to it later, and what TensorRT-RTX compiles for it. Raises EngineError.
 
-    digest: SHA-256 of the engine's file. TensorRT itself compiles nothing at run time, and has no runtime config.
+    digest: SHA-256 of the engine's file. TensorRT itself compiles nothing at run time: it has no runtime config before
+    10.11, and no cache in it since (docs/tensorrt.md).
     """
     strategy, compiled = trt.ExecutionContextAllocationStrategy.USER_MANAGED, None
     if hasattr(engine, "create_runtime_config"):
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        compiled = CompiledKernels(config, digest, gpu)
+        if hasattr(config, "create_runtime_cache"):
+            compiled = CompiledKernels(config, digest, gpu)
         context = engine.create_execution_context(config)
     else:
         context = engine.create_execution_context(strategy)

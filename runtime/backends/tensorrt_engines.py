@@ -29,7 +29,7 @@ from densegeo.runtime.backends.cuda_weights import upload_weights
 from densegeo.runtime.backends.tensorrt_context import Stepper, make_context, stream_weights
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
-from densegeo.runtime.engines import read_engine, rebuild_with_engines, select_engine, trusted
+from densegeo.runtime.engines import read_engine, renew_command, runs_on, select_engine, trusted
 from densegeo.runtime.resample import Placement, in_batches
 from densegeo.runtime.tensorfile import tensor_offsets
 
@@ -41,15 +41,17 @@ Steppers = dict[Stage, Stepper]
 def open_backend(directory: Path, manifest: Manifest, device: str) -> TensorRTBackend:
     """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
     if not manifest.engines:
-        raise BackendError(
-            f"{directory} has no TensorRT engines. Build some: {rebuild_with_engines(manifest, directory)}"
-        )
+        raise BackendError(f"{directory} has no TensorRT engines. Build some: {renew_command(manifest, directory)}")
     return TensorRTBackend(directory, manifest, open_device(device))
 
 
-def load_library(manifest: Manifest) -> tuple[str, Any]:
-    """The TensorRT library that the bundle's engines were built with. Raises EngineError when it is not installed."""
-    names = sorted({engine.library for engine in manifest.engines})
+def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:
+    """The TensorRT library of the bundle's engines, preferably of those for this GPU (89 is sm_89).
+
+    Raises EngineError when it is not installed.
+    """
+    fitting = {engine.library for engine in manifest.engines if runs_on(engine, architecture)}
+    names = sorted({engine.library for engine in manifest.engines}, key=lambda name: (name not in fitting, name))
     for name in names:
         try:
             return name, import_module(name)
@@ -74,9 +76,9 @@ class TensorRTBackend:
 
     def __init__(self, directory: Path, manifest: Manifest, device: Any) -> None:
         self._directory, self._manifest = directory, manifest
-        self._library, self._trt = load_library(manifest)
         self.device = f"cuda:{device.device_id}"
         self._gpu, self._architecture = device, architecture_of(device)
+        self._library, self._trt = load_library(manifest, self._architecture)
         self._memory = Memory(device)
         self._kernels = Kernels(directory, manifest.kernels, self._architecture)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
@@ -220,7 +222,7 @@ class TensorRTBackend:
         if engine is None:
             raise EngineError(
                 f"{path} cannot be loaded on this GPU (sm_{self._architecture}). "
-                f"Rebuild it: {rebuild_with_engines(self._manifest, self._directory)}"
+                f"Rebuild it: {renew_command(self._manifest, self._directory, library=self._library)}"
             )
         if record.options.get("weight_streaming"):
             stream_weights(engine, path)

@@ -82,7 +82,7 @@ def staged(bundle: Path) -> Iterator[Setup]:
         library = StandInTensorRT(driver, bundle, manifest, graphs)
         references = References(driver, bundle, contracts)
         driver.on_kernel(references.run)
-        load: Any = lambda manifest: (manifest.engines[0].library, library)  # noqa: E731
+        load: Any = lambda manifest, architecture: (manifest.engines[0].library, library)  # noqa: E731
         tensorrt_engines.load_library = load
         random = np.random.default_rng(0)
         images = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in SIZES]

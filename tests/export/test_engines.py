@@ -16,7 +16,14 @@ from onnx import TensorProto, helper
 from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
 from densegeo.export import engines
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import EngineOptions, build_engine, build_engines, choose_weights, target_groups
+from densegeo.export.engines import (
+    EngineOptions,
+    build_engine,
+    build_engines,
+    choose_weights,
+    target_groups,
+    wanted_engines,
+)
 from densegeo.export.sources import Given
 from densegeo.inspection import print_layers, print_manifest
 from densegeo.models.presets import PRESETS
@@ -128,11 +135,8 @@ def test_an_engine_with_the_same_fingerprint_is_not_built_again(
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("engines"))
     monkeypatch.setattr(engines, "build_engine", lambda *_: pytest.fail("built again"))
     settings = EngineOptions(library="tensorrt_rtx", weights=manifest.engines[0].weights)
-    found = list(
-        build_engines(
-            copy, manifest.buckets, manifest.precision, TARGETS, settings, old=(directory, manifest), progress=str
-        )
-    )
+    needed = wanted_engines(manifest.buckets, manifest.precision, TARGETS, settings, manifest.files)
+    found = list(build_engines(copy, needed, settings, old=(directory, manifest), progress=str))
     assert found == manifest.engines
     for engine in found:
         assert (copy / engine.file).read_bytes() == (directory / engine.file).read_bytes()
@@ -159,7 +163,7 @@ def damaged_copy(bundle: tuple[Path, Manifest], tmp_path: Path) -> tuple[Path, M
 
 def test_a_flipped_byte_is_refused(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
     directory, manifest = damaged_copy(bundle, tmp_path)
-    with pytest.raises(EngineError, match=r"corrupted or was replaced.*densegeo build"):
+    with pytest.raises(EngineError, match=r"corrupted or was replaced.*densegeo engines"):
         read_engine(directory, manifest, manifest.engines[0])
     with pytest.raises(DigestError, match=r"encoder.*engine is corrupted"):
         check_files(directory, manifest)
@@ -182,7 +186,8 @@ def test_a_stale_or_foreign_engine_is_refused(
 ) -> None:
     directory, manifest = bundle
     engine = msgspec.structs.replace(manifest.engines[0], **change)
-    with pytest.raises(EngineError, match=f"{message}.*Rebuild it: densegeo build --model {manifest.model}"):
+    command = f"densegeo engines {directory} --gpu-arch 89 --builder tensorrt_rtx"
+    with pytest.raises(EngineError, match=f"{message}.*Rebuild it: {command}"):
         check_engine(
             directory, manifest, engine, library="tensorrt_rtx", version=manifest.engines[0].version, architecture=89
         )

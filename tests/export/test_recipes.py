@@ -23,8 +23,7 @@ from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.runtime import ready
 from densegeo.runtime.backends.torch_modules import load_networks
-from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.engines import rebuild_with_engines
+from densegeo.runtime.bundle import read_manifest, rebuild_command
 
 
 def structure(path: Path) -> list[tuple[str, list[str], list[str]]]:
@@ -86,12 +85,9 @@ def test_the_stored_options_make_the_same_bundle(
     monkeypatch.setattr(command, "build_bundle", lambda options, console: built.append(options))
     monkeypatch.setattr(command, "on_this_gpu", lambda choice, machine: False)
     manifest = msgspec.structs.replace(read_manifest(ready.find_bundle("fe2e-tiny")), options=flags(options))
-    typed = rebuild_with_engines(manifest, options.output)
+    typed = rebuild_command(manifest.options, options.output)
     words = shlex.split(typed)
     assert words[:2] == ["densegeo", "build"]
-    if options.backend != "tensorrt":  # the command is for engines: everything else stays
-        assert words[words.index("--backend") + 1] == "tensorrt"
-        words[words.index("--backend") + 1] = options.backend
     result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (again,) = built

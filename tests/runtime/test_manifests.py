@@ -87,7 +87,7 @@ def test_another_versions_bundle_says_what_rebuilds_it(
 
 
 def test_no_hint_writes_into_the_package() -> None:
-    from densegeo.runtime.engines import rebuild_with_engines
+    from densegeo.runtime.engines import renew_command
 
     ready = FOLDER / "fe2e-tiny"
-    assert rebuild_with_engines(read_manifest(ready), ready).endswith(" --output fe2e-tiny")
+    assert renew_command(read_manifest(ready), ready).endswith(" --backend tensorrt --output fe2e-tiny")

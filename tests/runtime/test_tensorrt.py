@@ -124,7 +124,7 @@ def test_a_launch_that_breaks_the_contract_is_refused(values: dict[str, float], 
 
 
 def test_a_bundle_without_kernels_for_this_gpu_says_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"no kernels for sm_90: build it with --gpu-arch 90"):
+    with pytest.raises(BackendError, match=r"no kernels for sm_90: `densegeo engines .* --gpu-arch 90` makes them"):
         Kernels(tmp_path, [CONTRACT], 90)
 
 
@@ -192,7 +192,7 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"no TensorRT engines\. Build some: densegeo build"):
+    with pytest.raises(BackendError, match=r"no TensorRT engines\. Build some: densegeo engines"):
         open_backend("tensorrt", bundle, read_manifest(bundle), "auto")
 
 
