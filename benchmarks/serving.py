@@ -115,6 +115,7 @@ def bare(bundle: str) -> None:
         return Response(b"".join(maps), media_type="application/octet-stream")
 
     bound = listen("127.0.0.1", 0)
+    bound.listen(2048)  # what connects before it answers waits
     print(
         json.dumps({"message": "serving", "url": f"http://127.0.0.1:{bound.getsockname()[1]}"}),
         file=sys.stderr,

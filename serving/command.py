@@ -115,10 +115,6 @@ def run(bundles: list[Path], opens: Open, options: Options) -> int:
     for model in service.models.values():
         model.load()
         log.info("loaded", extra={FIELDS: {"model": model.name, "version": model.version}})
-    scheme = "http" if options.tls_certificate is None else "https"
-    name = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"{scheme}://{name}:{bound.getsockname()[1]}"
-    log.info("serving", extra={FIELDS: {"url": url, "models": list(service.models)}})
     server.run([bound])
     if service.hung:  # its thread cannot be stopped, and must not meet the interpreter's end
         logging.shutdown()

@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
             raise ConfigError(f"The TLS certificate or key cannot be used: {error}.") from error
         super().__init__(config)
         self.exit_code = 0
-        self._service, self._drain_s = service, options.drain_s
+        self._service, self._options = service, options
         service.on_hang = self._hung
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -100,7 +100,16 @@ class Server(uvicorn.Server):
         if number == signal.SIGINT:
             self.exit_code = EXIT_INTERRUPTED
         assert self._loop is not None
-        self._loop.call_later(self._drain_s, self._end)
+        self._loop.call_later(self._options.drain_s, self._end)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where it answers once it does."""
+        await super().startup(sockets)
+        if sockets:
+            scheme = "http" if self._options.tls_certificate is None else "https"
+            host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+            url = f"{scheme}://{host}:{sockets[0].getsockname()[1]}"
+            log.info("serving", extra={FIELDS: {"url": url, "models": list(self._service.models)}})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take the connections that the system has made already, then no more; finish."""

@@ -22,6 +22,7 @@ import pytest
 
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest, write_manifest
+from densegeo.serving import server as server_module
 from densegeo.serving import tracing
 from densegeo.serving.server import EXIT_HUNG, EXIT_INTERRUPTED
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
@@ -158,7 +159,8 @@ def test_a_failing_backend(toy_bundle: Path) -> None:
         assert server.service.ready
 
 
-def test_a_hanging_backend_ends_the_server(toy_bundle: Path) -> None:
+def test_a_hanging_backend_ends_the_server(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HUNG_GRACE_S", 5.0)  # time to look, on a busy machine too
     gate = Gate()
     with served(toy_bundle, held(gate, timeout_s=0.3)) as server, ThreadPoolExecutor(8) as threads:
         answers = [threads.submit(infer, server, 0.5) for _ in range(3)]
@@ -167,7 +169,7 @@ def test_a_hanging_backend_ends_the_server(toy_bundle: Path) -> None:
         assert {answer.json()["type"] for answer in found} == {"BackendTimeoutError"}
         assert httpx.get(f"{server.url}/v2/health/ready").status_code == 503
         assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
-        assert server.wait(10)
+        assert server.wait(30)
         assert server.server.exit_code == EXIT_HUNG
         gate.open()
 
