@@ -12,15 +12,12 @@ from densegeo.runtime.geometry import Geometry
 
 
 class Evidence(NamedTuple):
-    """camera: a `Camera`, or None where it is unknown. points: measured, (N, 3) metres in the camera's frame. up: unit
-    vector against gravity in the camera's frame. height: metres above a floor that is seen, 0: unknown. near, far: the
-    scene's smallest and largest depth in metres, 0: unknown.
+    """camera: a `Camera`, or None where it is unknown. points: measured, (N, 3) metres in the camera's frame. near,
+    far: the scene's smallest and largest depth in metres, 0: unknown.
     """
 
     camera: Any = None
     points: NDArray[np.float64] | None = None
-    up: NDArray[np.float64] | None = None
-    height: float = 0.0
     near: float = 0.0
     far: float = 0.0
 

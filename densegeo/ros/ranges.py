@@ -116,17 +116,3 @@ def _scan(message: Any) -> Float64:
         seen = np.isfinite(ranges) & (ranges >= message.range_min) & (ranges < message.range_max)
     ranges, angles = ranges[seen], angles[seen]
     return np.stack([ranges * np.cos(angles), ranges * np.sin(angles), np.zeros_like(ranges)], axis=1)
-
-
-def up_from_imu(message: Any, transform: Transform = IDENTITY) -> Float64 | None:
-    """An Imu at rest -> the unit vector that points up, in the camera's frame, or None where it says nothing.
-
-    The specific force of a body at rest points up (REP 145). transform: from the IMU's frame into the camera's. An
-    acceleration more than 2 m/s^2 off 9.81 is motion, not gravity.
-    """
-    force = message.linear_acceleration
-    vector = np.array([force.x, force.y, force.z], dtype=np.float64)
-    length = float(np.linalg.norm(vector))
-    if message.linear_acceleration_covariance[0] == -1 or not abs(length - 9.81) <= 2:  # -1: it has no accelerometer
-        return None
-    return transform.rotation @ (vector / length)

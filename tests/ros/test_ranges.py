@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("rosbags")
 
 from densegeo.errors import ConfigError, ImageError
-from densegeo.ros.ranges import Transform, read_points, up_from_imu
+from densegeo.ros.ranges import Transform, read_points
 from tests.support.ros import T, cloud, header
 
 POINTS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
@@ -84,24 +84,3 @@ def test_transforms() -> None:
     for wrong, says in (([0.0] * 7, "length 0"), ([0.0] * 6, "seven numbers"), ([math.nan] + [0.0] * 5 + [1], "seven")):
         with pytest.raises(ConfigError, match=says):
             Transform.of(wrong)
-
-
-def test_gravity() -> None:
-    vector, quaternion = T["geometry_msgs/msg/Vector3"], T["geometry_msgs/msg/Quaternion"]
-
-    def imu(x: float, y: float, z: float, known: float = 0.0) -> object:
-        nothing = vector(x=0.0, y=0.0, z=0.0)
-        return T["sensor_msgs/msg/Imu"](
-            header=header(),
-            orientation=quaternion(x=0.0, y=0.0, z=0.0, w=1.0),
-            orientation_covariance=np.zeros(9),
-            angular_velocity=nothing,
-            angular_velocity_covariance=np.zeros(9),
-            linear_acceleration=vector(x=x, y=y, z=z),
-            linear_acceleration_covariance=np.full(9, known),
-        )
-
-    mounted = Transform.of([0, -0.2, 0, 0.5, -0.5, 0.5, 0.5])
-    np.testing.assert_allclose(up_from_imu(imu(0, 0, 9.7), mounted), [0, -1, 0], atol=1e-12)
-    assert up_from_imu(imu(9, 0, 9.8)) is None  # it moves
-    assert up_from_imu(imu(0, 0, 9.8, known=-1)) is None

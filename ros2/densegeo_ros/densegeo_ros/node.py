@@ -24,7 +24,7 @@ from densegeo.runtime import Camera, Estimator
 from densegeo.runtime.stream import FrameResult
 from densegeo_ros import convert, parameters, qos
 from densegeo_ros.diagnostics import Tally
-from densegeo_ros.sensors import RANGE_SENSORS, Frames, Imu, Sensor
+from densegeo_ros.sensors import RANGE_SENSORS, Frames, Sensor
 from densegeo_ros.worker import Worker
 
 SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in ("SUCCESS", "FAILURE", "ERROR"))
@@ -134,8 +134,6 @@ class GeometryNode(LifecycleNode):
         self._subscribe(CameraInfo, "camera_info", self._on_camera_info)
         if "anchors" in self._sensors:
             self._subscribe(RANGE_SENSORS[self._values.anchors], "anchors", self._sensors["anchors"].take)
-        if "imu" in self._sensors:
-            self._subscribe(Imu, "imu", self._sensors["imu"].take)
         return super().on_activate(state)
 
     def _stop(self) -> None:
@@ -164,13 +162,10 @@ class GeometryNode(LifecycleNode):
             self._timer = None
 
     def _make_sensors(self, values: SimpleNamespace) -> dict[str, Sensor]:
-        asked = {"anchors": (values.anchors, values.anchors_max_age), "imu": (values.imu, 1.0)}
-        made = {}
-        for name, (wanted, max_age) in asked.items():
-            if wanted:
-                given = getattr(values, f"{name}_transform")
-                made[name] = Sensor(Frames(self, given, f"{name}_transform"), max_age)
-        return made
+        if not values.anchors:
+            return {}
+        frames = Frames(self, values.anchors_transform, "anchors_transform")
+        return {"anchors": Sensor(frames, values.anchors_max_age)}
 
     def _subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
         name = self.resolve_topic_name(topic)
@@ -228,11 +223,9 @@ class GeometryNode(LifecycleNode):
         header, values = message.header, self._values
         stamp = convert.nanoseconds(header)
         info = self._infos.get(stamp) or next(reversed(self._infos.values()), None)
-        evidence = Evidence(self._camera_of(info), near=values.near, far=values.far, height=values.camera_height)
+        evidence = Evidence(self._camera_of(info), near=values.near, far=values.far)
         if "anchors" in self._sensors:
             evidence = evidence._replace(points=self._sensors["anchors"].points(stamp, header.frame_id))
-        if "imu" in self._sensors:
-            evidence = evidence._replace(up=self._sensors["imu"].up(stamp, header.frame_id))
         return Given(header, picture, info, evidence)
 
     def _camera_of(self, info: CameraInfo | None) -> Camera | None:

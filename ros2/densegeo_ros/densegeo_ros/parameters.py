@@ -70,9 +70,6 @@ ROWS = (
         "x y z qx qy qz qw of the range sensor's frame in the camera's optical frame; one 0: looked up with tf2.",
     ),
     Row("anchors_max_age", 0.2, "Seconds that ranges may lie before or behind an image.", (0.0, 10.0)),
-    Row("imu", False, "Take the direction of gravity from the topic imu."),
-    Row("imu_transform", [0.0], "x y z qx qy qz qw of the IMU's frame in the camera's; one 0: looked up with tf2."),
-    Row("camera_height", 0.0, "Metres of the camera above a floor that it sees; 0: unknown.", (0.0, 1e3)),
     Row("diagnostics_period", 1.0, "Seconds between two diagnostics.", (0.05, 60.0)),
 )
 
@@ -92,7 +89,6 @@ def read(node: LifecycleNode) -> SimpleNamespace:
     if (values.near > 0) != (values.far > 0) or values.near > values.far:
         raise ConfigError(f"near and far belong together, with near < far; they are {values.near} and {values.far}.")
     values.anchors_transform = transform_of(values.anchors_transform)
-    values.imu_transform = transform_of(values.imu_transform)
     return values
 
 

@@ -1,4 +1,4 @@
-"""What else measures: ranges for anchors, an IMU for gravity, each in the camera's frame."""
+"""What else measures: ranges for anchors, in the camera's frame."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
 from rclpy.time import Time
-from sensor_msgs.msg import Imu, LaserScan, PointCloud2, Range
+from sensor_msgs.msg import LaserScan, PointCloud2, Range
 
 from densegeo.errors import ConfigError
-from densegeo.ros.ranges import IDENTITY, Transform, read_points, up_from_imu
+from densegeo.ros.ranges import IDENTITY, Transform, read_points
 from densegeo_ros.convert import nanoseconds
 
 RANGE_SENSORS = {cls.__name__: cls for cls in (PointCloud2, LaserScan, Range)}
@@ -73,12 +73,3 @@ class Sensor:
         message = self.nearest(stamp)
         transform = message and self._frames.between(message.header.frame_id, frame)
         return None if transform is None else transform(read_points(message))
-
-    def up(self, stamp: int, frame: str) -> NDArray[np.float64] | None:
-        """The unit vector against gravity in the camera's frame, or None."""
-        message = self.nearest(stamp)
-        transform = message and self._frames.between(message.header.frame_id, frame)
-        return None if transform is None else up_from_imu(message, transform)
-
-
-__all__ = ["RANGE_SENSORS", "Frames", "Imu", "Sensor"]

@@ -15,7 +15,6 @@ TOPICS = {
     "image/compressed": "/camera/image_raw/compressed",
     "camera_info": "/camera/camera_info",
     "anchors": "/scan",
-    "imu": "/imu",
 }
 
 
