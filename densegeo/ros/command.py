@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import typer
 
@@ -54,7 +54,7 @@ def bag(
             near=near,
             far=far,
             ycbcr=ycbcr,
-            results=outputs.Options(_any(depth_encoding), points_stride),
+            results=outputs.Options(cast(outputs.DepthEncoding, depth_encoding), points_stride),
             overwrite=overwrite,
             backend=backend,
             device=device,
@@ -62,10 +62,6 @@ def bag(
     )
     if failures:
         raise typer.Exit(1)
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:
