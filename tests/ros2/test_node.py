@@ -1,4 +1,4 @@
-"""The cases of `cases.py`, each a test; they run in the environment with rclpy, in a network of its own."""
+"""The cases of `results.py` and `life.py`, each a test, in the environment with rclpy and a network of its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 from tests.ros2.environment import run
 
-SOURCE = Path(__file__).parent / "cases.py"
+SOURCES = [Path(__file__).parent / name for name in ("results.py", "life.py")]
 DECORATOR = "case"
-NAMES = [  # the module itself is for that environment
+NAMES = [  # the modules themselves are for that environment
     function.name
-    for function in ast.parse(SOURCE.read_text()).body
+    for source in SOURCES
+    for function in ast.parse(source.read_text()).body
     if isinstance(function, ast.FunctionDef) and [ast.unparse(d) for d in function.decorator_list] == [DECORATOR]
 ]
 pytestmark = pytest.mark.ros

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.ros2.cases import picture
+from tests.ros2.common import picture
 from tests.ros2.robot import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, Client, robot, until
 from tests.support.ros import image
 
