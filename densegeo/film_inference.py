@@ -89,7 +89,7 @@ def _one(
                 folder / stem,
                 (*making.formats, "json"),
                 stem=f"{frame.index:06d}",
-                intrinsics=making.intrinsics,
+                intrinsics=making.camera(geometry),
                 image=frame.pixels,
                 dtype=making.dtype,
                 source=source | at,

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from densegeo.arguments import Backend, Bundle, Device, Number, Whole
 from densegeo.backends import NAMES, installed
-from densegeo.errors import DensegeoError
+from densegeo.errors import ConfigError, DensegeoError
 from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from densegeo.inputs import Found, Input
     from densegeo.records import Results
     from densegeo.runtime.bundle import Manifest
+    from densegeo.runtime.camera import Camera
 
 _SHOWN = 20  # failures that the summary lists
 
@@ -74,6 +75,11 @@ def infer(
     fy: Annotated[Number, typer.Option(help="Focal length in pixels.")] = None,
     cx: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
     cy: Annotated[Number, typer.Option(help="Principal point in pixels.")] = None,
+    fov: Annotated[Number, typer.Option(help="Horizontal field of view in degrees, instead of fx, fy, cx, cy.")] = None,
+    camera: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="ROS' camera_info (YAML or JSON), instead of fx, fy, cx, cy; its lens is undistorted."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Numbers in npy, npz and exr: float32 or float16.")] = "float32",
     workers: Annotated[
         int, typer.Option(min=1, max=64, help="Images read, run and saved at once; each needs an image's memory.")
@@ -103,7 +109,8 @@ def infer(
         formats=_formats(formats),
         depth_range=_range(near, far),
         scale_shift=_line(scale, shift),
-        intrinsics=_intrinsics(fx, fy, cx, cy),
+        intrinsics=_camera(_intrinsics(fx, fy, cx, cy), fov, camera),
+        fov=fov,
         dtype=_choice("--dtype", dtype, ("float32", "float16")),
     )
     if making.depth_range and making.scale_shift:
@@ -138,7 +145,7 @@ def run(asked: Run, making: Making, found: Found) -> int:
     _require_outputs(making, manifest)
     options = {key: asked.estimator[key] for key in ("fit", "preprocessing", "resolution")}
     options |= {"depth_range": _listed(making.depth_range), "scale_shift": _listed(making.scale_shift)}
-    options |= {"intrinsics": _listed(making.intrinsics), "dtype": making.dtype}
+    options |= {"intrinsics": making.camera_record(), "dtype": making.dtype}
     maker = {"bundle": bundle_record(asked.bundle, manifest), "options": options, "formats": list(making.formats)}
     results = Results(asked.output, maker)
     tally = Tally(skipped=found.skipped)
@@ -298,14 +305,17 @@ def _formats(text: str) -> tuple[str, ...]:
 def _require_what_formats_need(making: Making) -> None:
     metric = making.depth_range is not None or making.scale_shift is not None
     for row in (RESULTS[name] for name in making.formats):
-        if row.needs != "nothing" and not metric:
+        seen = making.intrinsics is not None or making.fov is not None
+        if (row.needs == "metres" and not metric) or (row.needs == "depth" and not (metric or seen)):
             raise typer.BadParameter(
-                f"{row.name} needs depth in metres: give --near and --far, or --scale and --shift.",
+                f"{row.name} needs depth in metres: give --near and --far, or --scale and --shift."
+                + (" (Or the camera alone, for a shape whose unit is unknown.)" if row.needs == "depth" else ""),
                 param_hint="--format",
             )
-        if row.intrinsics and making.intrinsics is None:
+        if row.intrinsics and not seen:
             raise typer.BadParameter(
-                f"{row.name} needs the camera: give --fx, --fy, --cx and --cy.", param_hint="--format"
+                f"{row.name} needs the camera: give --fov, --camera, or --fx, --fy, --cx and --cy.",
+                param_hint="--format",
             )
 
 
@@ -370,6 +380,21 @@ def _intrinsics(
     if not (fx > 0 and fy > 0 and all(map(math.isfinite, (fx, fy, cx, cy)))):
         raise typer.BadParameter("must be finite, focal lengths above 0, in pixels.", param_hint="--fx")
     return fx, fy, cx, cy
+
+
+def _camera(
+    intrinsics: tuple[float, float, float, float] | None, fov: float | None, file: Path | None
+) -> Camera | tuple[float, float, float, float] | None:
+    from densegeo.runtime.camera import Camera
+
+    if sum(given is not None for given in (intrinsics, fov, file)) > 1:
+        raise typer.BadParameter("Give the camera once: --fov, --camera, or --fx, --fy, --cx and --cy.")
+    if fov is not None and not 0 < fov < 180:
+        raise typer.BadParameter("must be between 0 and 180 degrees.", param_hint="--fov")
+    try:
+        return intrinsics if file is None else Camera.read(file)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--camera") from error
 
 
 def _listed(pair: tuple[float, ...] | None) -> list[float] | None:

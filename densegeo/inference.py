@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 from densegeo.errors import BackendTimeoutError, BundleError, DensegeoError, ResourceError, ShutdownError
+from densegeo.formats import RESULTS
 from densegeo.inputs import Input
 from densegeo.records import Results, source_record
-from densegeo.runtime import Estimator, Geometry
+from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
 from densegeo.signals import told
 
@@ -27,18 +28,31 @@ class Making:
     formats: tuple[str, ...]
     depth_range: tuple[float, float] | None = None  # metres: near, far
     scale_shift: tuple[float, float] | None = None
-    intrinsics: tuple[float, float, float, float] | None = None  # pixels: fx, fy, cx, cy
+    intrinsics: Camera | tuple[float, float, float, float] | None = None  # a calibration; pixels: fx, fy, cx, cy
+    fov: float | None = None  # horizontal, degrees, instead of intrinsics
     dtype: Any = "float32"
 
     def calibrated(self, geometry: Geometry) -> Geometry:
-        """In metres when the command line says how, else as it is."""
+        """In metres when the command line says how, up to scale where a format needs depth, else as it is."""
         if self.depth_range:
             near, far = self.depth_range
             return geometry.to_metric(near=near, far=far)
         if self.scale_shift:
             scale, shift = self.scale_shift
             return geometry.to_metric(scale=scale, shift=shift)
+        if any(RESULTS[name].needs == "depth" for name in self.formats):
+            return geometry.to_scale(self.camera(geometry))
         return geometry
+
+    def camera(self, geometry: Geometry) -> Any:
+        """Of the image, as `Camera.of` takes it, or None."""
+        return self.intrinsics if self.fov is None else Camera.from_fov(self.fov, geometry.source_size)
+
+    def camera_record(self) -> Any:
+        """For results' records."""
+        if isinstance(self.intrinsics, Camera):
+            return asdict(self.intrinsics)
+        return {"fov": self.fov} if self.fov is not None else self.intrinsics and list(self.intrinsics)
 
 
 @dataclass
@@ -132,7 +146,7 @@ def _one(estimator: Estimator, item: Input, making: Making, results: Results) ->
             folder,
             (*making.formats, "json"),
             stem=stem,
-            intrinsics=making.intrinsics,
+            intrinsics=making.camera(geometry),
             image=frame,
             dtype=making.dtype,
             source=source,
