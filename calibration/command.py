@@ -25,9 +25,11 @@ from densegeo.calibration.plan import (
     QuantizationPlan,
     Sensitivity,
     input_ranges,
+    nothing_planned,
     plan_file,
     within_budget,
 )
+from densegeo.calibration.resume import Measured
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, ImageError
 from densegeo.files import atomic_write
@@ -81,6 +83,9 @@ def calibrate(
         bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
     ] = False,
     backend: Annotated[str, typer.Option(help=f"What runs the bundle: {_SEEN}.")] = "onnxruntime",
+    base: Annotated[
+        str, typer.Option(help="What the build will leave the rest in, as its --base; its own error counts too.")
+    ] = "",
     device: Annotated[str, typer.Option(help="With torch: auto, cpu, cuda or cuda:N.")] = "auto",
     stream: Annotated[
         bool,
@@ -106,6 +111,8 @@ def calibrate(
         )
     if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
+    if base and base not in PRECISIONS[kind].bases:
+        raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
     budget = Budget(max_depth_error, max_normal_error)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
@@ -144,6 +151,8 @@ def calibrate(
         attention=attention,
         everything=everything,
         console=console,
+        base=base or PRECISIONS[kind].base,
+        measured=folder / f"measured-{kind}.json",
     )
     path = plan_file(folder, kind)
     with atomic_write(path) as partial:
@@ -152,6 +161,9 @@ def calibrate(
         with atomic_write(path.with_name(f"sensitivity-{kind}.svg")) as partial:
             partial.write_text(draw(plan))
     print_plan(plan, console)
+    if plan.empty:
+        console.print(f"wrote {path}: no layer fits into the budget. {nothing_planned(plan)}", soft_wrap=True)
+        return
     console.print(
         f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder}",
         soft_wrap=True,
@@ -177,11 +189,14 @@ def make_plan(
     attention: bool,
     everything: bool,
     console: Console,
+    base: str,
+    measured: Path,
 ) -> QuantizationPlan:
     """Ranges, the error of each layer quantized alone, and what the budget allows.
 
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
-    attention: plan attentions too. everything: and the first and last linears. Raises ConfigError for a budget without
+    attention: plan attentions too. everything: and the first and last linears. base: what the rest will be built in.
+    measured: the file that keeps errors as they are measured. Raises ConfigError for a budget without
     pictures.
     """
     modules = dict(pipeline.denoiser.named_modules())
@@ -208,6 +223,7 @@ def make_plan(
         sensitivity=[],
         parameters=sum(linears[name].weight.numel() for name in ranges if name in linears),
         linear_parameters=sum(layer.weight.numel() for layer in linears.values()),
+        base=base,
     )
     if not pictures:
         if budget != Budget():
@@ -218,14 +234,17 @@ def make_plan(
     judge = Judge(pipeline, pictures, kind, plan.layers(statistics))
     work = {name: linears[name].weight.numel() for name in plan.ranges}
     work |= {name: statistics.products(name) for name in plan.attentions}
+    known = Measured(measured, plan, pictures)
     sensitivity = [
-        Sensitivity(name, count, judge.error([name]))
+        known.rows.get(name) or known.keep(Sensitivity(name, count, judge.error([name])))
         for name, count in track(work.items(), description="one layer at a time", console=console)
     ]
-    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=judge.error(list(work)))
-    if plan.error is not None and budget.share(plan.error) > 1:
-        chosen, error = within_budget(sensitivity, budget, judge.error)
-        plan = msgspec.structs.replace(plan.keep(chosen), error=error)
+    alone = judge.base_error(base)
+    error = judge.error(list(work)) + alone
+    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=alone)
+    if budget.share(error) > 1:
+        chosen, error = within_budget(sensitivity, budget, lambda names: judge.error(names) + alone)
+        plan = msgspec.structs.replace(plan.keep(chosen), error=error if chosen else alone)
     return plan
 
 
@@ -270,4 +289,5 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
         console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
     console.print(f"{plan.amount} become {plan.format} (ranges by {plan.method})")
     if plan.error is not None:
-        console.print(f"all together: {plan.error.words}")
+        own = f", of which {plan.base} alone {plan.base_error.words}" if plan.base_error is not None else ""
+        console.print(f"all together at most: {plan.error.words}{own}", soft_wrap=True)

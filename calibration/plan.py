@@ -20,9 +20,11 @@ from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
 from densegeo.errors import QuantizationError
 from densegeo.models import chain
+from densegeo.models.precision import cast
 from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
+from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import amount_quantized
 from densegeo.size import Size
 
@@ -40,6 +42,11 @@ class Error(msgspec.Struct, frozen=True):
         """ "depth 0.00120, normals 0.310°"."""
         parts = [] if self.depth is None else [f"depth {self.depth:.5f}"]
         return ", ".join(parts + ([] if self.normals is None else [f"normals {self.normals:.3f}°"]))
+
+    def __add__(self, other: Error) -> Error:
+        """What both can do together at most: distances add up at most to their sum."""
+        pairs = ((self.depth, other.depth), (self.normals, other.normals))
+        return Error(*(None if one is None or two is None else one + two for one, two in pairs))
 
     @property
     def first(self) -> float:
@@ -81,10 +88,17 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     attentions: dict[str, AttentionPlan]
     left: dict[str, str]
     budget: Budget
-    error: Error | None  # of the whole plan, against float32; None when nothing was measured
+    error: Error | None  # at most, of the plan and its base together against float32; None when nothing was measured
     sensitivity: list[Sensitivity]
     parameters: int  # in the planned linears
     linear_parameters: int  # in all linears of the denoiser
+    base: str = ""  # what the rest is built in
+    base_error: Error | None = None  # of that alone
+
+    @property
+    def empty(self) -> bool:
+        """Whether no layer becomes 8-bit."""
+        return not self.ranges and not self.attentions
 
     def layers(self, statistics: Statistics) -> Plans:
         """By full name, as `models.quantized` takes them."""
@@ -111,6 +125,15 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
             left=self.left | dict.fromkeys(others, "its error does not fit into the budget"),
             parameters=sum(row.work for row in self.sensitivity if row.layer in names and row.layer in self.ranges),
         )
+
+
+def nothing_planned(plan: QuantizationPlan) -> str:
+    """What to do with a plan in which no layer is 8-bit."""
+    base = plan.base or "bf16"
+    own = plan.base_error
+    if own is not None and plan.budget.share(own) > 1:
+        return f"{base} alone is off by {own.words}, beyond it: give a larger budget, or another --base."
+    return f"Build with --precision {base}, or give a larger budget."
 
 
 def plan_file(folder: Path, kind: str) -> Path:
@@ -172,8 +195,21 @@ class Judge:
     def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, layers: Plans) -> None:
         self._pipeline, self._format, self._layers = pipeline, FORMATS[kind], layers
         self._device = pipeline.denoiser.prompt_embeds.device
+        self._pictures = pictures
         self._latents = [chain.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
-        self._wanted = [self._outputs(latent) for latent in self._latents]
+        self._wanted = [self._outputs(latent, pipeline) for latent in self._latents]
+
+    def base_error(self, base: str) -> Error:
+        """With all layers in a floating-point precision, autoencoder too, and none in 8 bits."""
+        if PRECISIONS[base].exact:
+            zero = self._compare(self._wanted[0], self._wanted[0])
+            return Error(*(None if value is None else 0.0 for value in zero))
+        low = cast(copy.deepcopy(self._pipeline), base)
+        found = []
+        for rgb, wanted in zip(self._pictures, self._wanted, strict=True):
+            latent = chain.encode(low, torch.from_numpy(rgb).to(self._device))
+            found.append(self._compare(self._outputs(latent, low), wanted))
+        return _mean(found)
 
     def error(self, names: Sequence[str]) -> Error:
         """With these layers quantized; the others stay float32. The mean over the images."""
@@ -191,20 +227,22 @@ class Judge:
             quantize_block(block, prefix, plans, self._format, torch.float32)
         self._pipeline.denoiser = variant
         try:
-            errors = [self._compare(*pair) for pair in zip(self._latents, self._wanted, strict=True)]
+            errors = [
+                self._compare(self._outputs(latent, self._pipeline), wanted)
+                for latent, wanted in zip(self._latents, self._wanted, strict=True)
+            ]
         finally:
             self._pipeline.denoiser = original
-        return Error(*(None if None in values else float(np.mean(values)) for values in zip(*errors, strict=True)))
+        return _mean(errors)
 
-    def _outputs(self, latent: Tensor) -> Maps[Tensor]:
+    def _outputs(self, latent: Tensor, pipeline: Pipeline) -> Maps[Tensor]:
         size = Size(8 * latent.shape[3], 8 * latent.shape[2])
-        output = chain.denoise(self._pipeline, latent)
-        decoded = chain.decode(self._pipeline, chain.split(self._pipeline.decode, output, size))
-        return chain.assemble(self._pipeline.decode, decoded, size)
+        output = chain.denoise(pipeline, latent)
+        decoded = chain.decode(pipeline, chain.split(pipeline.decode, output, size))
+        return chain.assemble(pipeline.decode, decoded, size)
 
-    def _compare(self, latent: Tensor, wanted: Maps[Tensor]) -> tuple[float | None, float | None]:
+    def _compare(self, found: Maps[Tensor], wanted: Maps[Tensor]) -> tuple[float | None, float | None]:
         """Depth's and normals' error."""
-        found = self._outputs(latent)
         depth: float | None = None
         normals: float | None = None
         if found.prediction is not None and wanted.prediction is not None:
@@ -213,6 +251,13 @@ class Judge:
             cosine = (found.normals * wanted.normals).sum(-1).clamp(-1, 1)
             normals = float(cosine.acos().rad2deg().mean())
         return depth, normals
+
+
+def _mean(errors: Sequence[tuple[float | None, float | None]]) -> Error:
+    """Over images, of each kind that there is."""
+    return Error(
+        *(None if None in values else float(np.mean([*map(float, values)])) for values in zip(*errors, strict=True))
+    )
 
 
 def within_budget(

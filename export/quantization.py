@@ -10,9 +10,9 @@ import msgspec
 from torch import nn
 
 from densegeo.calibration.collect import check_identity
-from densegeo.calibration.plan import QuantizationPlan, load_plan, plan_file
+from densegeo.calibration.plan import QuantizationPlan, load_plan, nothing_planned, plan_file
 from densegeo.calibration.statistics import FILE, Identity, Statistics
-from densegeo.errors import ConfigError
+from densegeo.errors import ConfigError, QuantizationError
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import DTYPES
 from densegeo.models.quantized import FORMATS, LinearPlan, Plans, quantize_block
@@ -55,6 +55,11 @@ class Quantizer:
         if calibration is None:
             return cls(base, None, {}, Path())
         plan = load_plan(calibration, precision)
+        if plan.empty:
+            raise QuantizationError(
+                f"{plan_file(calibration, precision)} leaves every layer as it is: none fits into its budget. "
+                f"{nothing_planned(plan)}"
+            )
         return cls(base, plan, plan.layers(Statistics.load(calibration / FILE)), plan_file(calibration, precision))
 
     def check(self, inputs: Iterable[Source], applied: Iterable[Rewrite]) -> None:

@@ -71,14 +71,23 @@ def require_readable(path: Path) -> None:
         start = file.read(64)
     if not start:
         raise CheckpointError(f"{path} is an empty file (0 bytes): download or copy it again")
+    if _looks_like_safetensors(start):
+        return
     if (found := next((row for row in CONTAINERS if start.startswith(row.starts)), None)) is not None:
         raise CheckpointError(f"{path} is {found.what} ({path.stat().st_size} bytes): {found.remedy}")
+
+
+def _looks_like_safetensors(start: bytes) -> bool:
+    """The header's length in 8 bytes, which may be those that other files begin with, and the header's own beginning."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER
 
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is one that torch.save wrote, whatever its name is."""
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(9)
+    if _looks_like_safetensors(start):
+        return False
     if start.startswith(_PICKLE_STARTS):
         return True
     if not start.startswith(b"PK"):

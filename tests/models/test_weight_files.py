@@ -145,6 +145,17 @@ def test_other_files_are_recognised(content: bytes, said: str, tmp_path: Path) -
         read_entries(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0580, 0x8B1F])
+def test_a_header_whose_length_reads_like_another_file(length: int, tmp_path: Path) -> None:
+    """The lengths' bytes are those that pickles and gzip archives begin with."""
+    save_file({"a": torch.ones(2)}, tmp_path / "small.safetensors")
+    data = (tmp_path / "small.safetensors").read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    padded = length.to_bytes(8, "little") + header.ljust(length) + data[8 + len(header) :]
+    (tmp_path / "padded.safetensors").write_bytes(padded)
+    assert read_entries(tmp_path / "padded.safetensors").keys() == {"a"}
+
+
 def test_a_renamed_pickle_and_a_broken_link(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "renamed.safetensors")
     with pytest.raises(CheckpointError, match=r"is a pickle file.*--convert-bin"):
