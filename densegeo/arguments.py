@@ -27,7 +27,7 @@ Bundle = Annotated[
     ),
 ]
 Backend = Annotated[
-    str, typer.Option(help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the best one that can.")
+    str, typer.Option(help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the first of them that can.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.

@@ -82,12 +82,21 @@ def guarded(call: Callable[[], object]) -> None:
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
-    except Terminated as error:
+    except (SystemExit, Terminated) as error:  # typer makes an exit of its own of every interruption
+        if (end := _termination(error)) is None:
+            raise
         Console(stderr=True).print("terminated")
-        sys.exit(error.status)
+        sys.exit(end.status)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)
+
+
+def _termination(error: BaseException | None) -> Terminated | None:
+    """The signal that an error came from, if one did."""
+    while error is not None and not isinstance(error, Terminated):
+        error = error.__context__
+    return error
 
 
 def _fail(message: str) -> NoReturn:

@@ -76,6 +76,8 @@ class Report(msgspec.Struct, frozen=True):
     gpu_note: str
     missing: dict[str, str]  # extra -> the command that installs it
     warnings: list[str]
+    verified: list[str]  # "BUNDLE with BACKEND" of what `densegeo verify` passed here
+    suits: str  # what `densegeo build` would make for this machine, and why
 
 
 def examine() -> Report:
@@ -100,7 +102,30 @@ def examine() -> Report:
         gpu_note=gpu_note,
         missing=_missing(),
         warnings=_warnings(),
+        verified=_verified(),
+        suits=_suits(),
     )
+
+
+def _verified() -> list[str]:
+    try:
+        from densegeo.runtime.verified import all_verified
+
+        return [f"{bundle} with {backend}" for bundle, backend in all_verified()]
+    except Exception:  # a broken installation is told elsewhere
+        return []
+
+
+def _suits() -> str:
+    """Of backends and precisions those that a build would choose here."""
+    try:
+        from densegeo.export.choice import suggested
+        from densegeo.export.machine import facts
+
+        backend, precision, why = suggested(facts())
+    except Exception as error:  # a broken installation is told elsewhere
+        return f"unknown ({error})"
+    return f"--backend {backend} --precision {precision} ({why})"
 
 
 def broken() -> str:
@@ -290,6 +315,8 @@ def print_report(report: Report) -> None:
         ("memory", memory),
         ("gpus", "\n".join(report.gpus) or "none found"),
         ("", report.gpu_note),
+        ("suits it", report.suits),
+        ("verified here", "\n".join(report.verified) or "nothing yet: densegeo verify BUNDLE"),
     ):
         machine.add_row(key, escape(value))
     backends = Table("backend", "version", "usable", "", show_edge=False)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from densegeo.architectures import OLDEST, names
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, NAMES, NETWORKS, BackendRow, backend_row
-from densegeo.calibration.plan import plan_file
 from densegeo.errors import ConfigError
-from densegeo.export.engine_plan import CONTEXT
 from densegeo.export.machine import GIB, Facts
-from densegeo.models.presets import Preset
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.bundle import Choice
+
+if TYPE_CHECKING:
+    from densegeo.models.presets import Preset
 
 AUTO = "auto"
 EXACT = next(row.name for row in PRECISIONS.values() if row.exact)
@@ -56,6 +57,14 @@ def choose(asked: Asked, facts: Facts, row: Preset) -> Choice:
         why=f"backend: {why}; precision: {because}",
         instead=_instead(backend, precision, facts),
     )
+
+
+def suggested(facts: Facts) -> tuple[str, str, str]:
+    """(backend, precision, why) of a build for this machine where nothing is asked for. Imports nothing heavy."""
+    backend, why = _backend(Asked(), facts)
+    architectures = (facts.gpu.architecture,) if backend is ENGINES and facts.gpu is not None else ()
+    precision, because = _precision(backend, architectures, None, facts)
+    return backend.name, precision, f"backend: {why}; precision: {because}"
 
 
 def _backend(asked: Asked, facts: Facts) -> tuple[BackendRow, str]:
@@ -114,6 +123,8 @@ def _precision(
 ) -> tuple[str, str]:
     """The precision where none was asked for, and why it."""
     if calibration is not None:
+        from densegeo.calibration.plan import plan_file  # it needs torch, and `doctor` does not
+
         planned = [name for name in CALIBRATED if plan_file(calibration, name).is_file()]
         able = [name for name in planned if all(n >= PRECISIONS[name].first_architecture for n in architectures)]
         if not planned:
@@ -159,6 +170,8 @@ def _refuse(
 
 def _needed(row: Preset, precision: str) -> int:
     """Bytes on a GPU, at least."""
+    from densegeo.export.engine_plan import CONTEXT
+
     return PRECISIONS[precision].bytes_of(row.bundle_parameters) + CONTEXT
 
 

@@ -78,7 +78,7 @@ def require_readable(path: Path) -> None:
 
 
 def _looks_like_safetensors(start: bytes) -> bool:
-    """The header's length in 8 bytes, which may be those that other files begin with, and the header's own beginning."""
+    """The header's length in 8 bytes, which other files may begin with too, and the header's own beginning."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER
 
 

@@ -36,6 +36,19 @@ def forget(bundle: Path, backend: str) -> None:
         pass
 
 
+def all_verified() -> list[tuple[Path, str]]:
+    """(bundle, backend) of what passed on this machine and is still the same bundle."""
+    found = set()
+    for marker in state.folder("verified").glob("*"):
+        try:
+            path, _, backend = marker.read_text().strip().rpartition(" ")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if path and _marker(Path(path), backend) == marker:
+            found.add((Path(path), backend))
+    return sorted(found)
+
+
 def _marker(bundle: Path, backend: str) -> Path | None:
     """The file for a bundle's manifest (which holds every file's digest), a backend, this machine and its driver."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 
 from densegeo import cli
+from densegeo.doctor import examine
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import ENOUGH, Conditions, Measured, advice, remember
+from densegeo.runtime.ready import find_bundle
+from densegeo.runtime.verified import forget, mark_verified
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration
@@ -237,11 +241,20 @@ def test_missing_extra_is_explained(
     assert 'pip install "densegeo[export]"' in capsys.readouterr().err
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert run("doctor") == 0
-    assert "onnxruntime" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "onnxruntime" in said
+    assert "nothing yet: densegeo verify" in said
+    bundle = find_bundle("fe2e-tiny")
+    mark_verified(bundle, "onnxruntime")
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["verified"] == [f"{bundle.resolve()} with onnxruntime"]
+    forget(bundle, "onnxruntime")
+    assert examine().verified == []
+    assert re.match(r"--backend \w+ --precision \w+ \(backend: .*; precision: ", report["suits"])
     assert report["cpu_count"] >= 1
     assert report["gpu_note"]
     backends = {backend["name"].partition(" ")[0]: backend for backend in report["backends"]}

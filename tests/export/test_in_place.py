@@ -153,7 +153,7 @@ def test_a_mount_point_is_filled(mount: str, made: dict[str, Path], tmp_path: Pa
 
 
 TERMINATED = """
-import sys, time
+import sys, time, typer
 from pathlib import Path
 from densegeo.cli import guarded
 from densegeo.export.staging import locked
@@ -163,7 +163,9 @@ def build():
         (folder / "bundle" / "denoiser.safetensors").write_bytes(bytes(1000))
         print("building", flush=True)
         time.sleep(600)
-guarded(build)
+app = typer.Typer()
+app.command()(build)
+guarded(lambda: app(args=[]))
 """
 
 
