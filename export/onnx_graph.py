@@ -10,8 +10,10 @@ import copy
 import gc
 import json
 import logging
+import math
+import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,13 +150,67 @@ def _quantized_attention(
     return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: _in_8_bits(weights, unit))
 
 
+def _cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    """aten.to.dtype; torch.onnx gives the type as ONNX numbers it."""
+    return op.Cast(x, to=dtype)
+
+
+def _square(x: Any) -> Any:
+    """aten.square."""
+    return op.Mul(x, x)
+
+
+def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """aten.flatten; shapes are static."""
+    shape = [int(size) for size in x.shape]
+    first, after = start_dim % len(shape), end_dim % len(shape) + 1
+    return op.Reshape(x, op.Constant(value_ints=[*shape[:first], math.prod(shape[first:after]), *shape[after:]]))
+
+
+def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
+    """aten.unflatten; shapes are static."""
+    shape = [int(size) for size in x.shape]
+    axis = dim % len(shape)
+    return op.Reshape(x, op.Constant(value_ints=[*shape[:axis], *sizes, *shape[axis + 1 :]]))
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.flatten.using_ints: _flatten,
+    torch.ops.aten.unflatten.int: _unflatten,
+    torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.square.default: _square,
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.densegeo.quantized_linear.default: _quantized_linear,
     torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
 _EXACT = {torch.ops.aten.group_norm.default: _group_norm}  # for float32 graphs, which CPUs run
+
+# Functions of aten that torch.onnx translates as they are. A graph of these and of ours needs no decomposition, which
+# traces it twice more: a third of a whole export.
+_TRANSLATED = frozenset(
+    f"aten.{name}" if "." in name else f"aten.{name}.default"
+    for name in (
+        *("add.Tensor", "cat", "chunk", "conv2d", "div.Tensor", "einsum", "expand", "expand_as", "gelu", "group_norm"),
+        *("index_select", "layer_norm", "lift_fresh_copy", "maximum", "mean.dim", "mul.Tensor", "pad", "permute"),
+        *("reshape", "rsqrt", "select.int", "silu", "slice.Tensor", "split_with_sizes", "stack", "sub.Tensor"),
+        *("sum.dim_IntList", "transpose.int", "unbind.int", "unsqueeze", "upsample_nearest2d.vec", "zeros_like"),
+        "_assert_tensor_metadata",  # left out
+    )
+)
+
+
+def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The operators that `module(example)` runs; torch.onnx decomposes them unless it knows them all."""
+    program = torch.export.export(module, (example,))
+    if all(_is_translated(node.target) for node in program.graph.nodes if node.op == "call_function"):
+        program.run_decompositions = lambda table=None: program
+    return program
+
+
+def _is_translated(target: Any) -> bool:
+    """Whether torch.onnx writes calls of this as they are."""
+    return target is operator.getitem or target in _TRANSLATIONS or str(target) in _TRANSLATED
 
 
 def _should_fold(node: ir.Node) -> bool | None:
@@ -182,17 +238,17 @@ _RULES = (
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants and apply `_RULES`, twice, in place; every constant becomes an initializer, and one of equal ones.
+    """Fold constants and apply `_RULES`, in place; every constant becomes an initializer, and one of equal ones.
 
     onnxscript's `optimize_ir` does this with fifty rules, one of which compares every node with all others: half the
     time of a whole export.
     """
     common.InlinePass()(model)
-    for _ in range(2):
-        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
-        RewritePass(_RULES)(model)
-        common.RemoveUnusedNodesPass()(model)
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    RewritePass(_RULES)(model)
     for tidy in (
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -250,11 +306,10 @@ def export_graph(
     operator that engine builders know. `weights` (see write_weights) must lie in the same directory as `path`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    traced = _without_values(module, mode)
+    without_values = _without_values(module, mode)
     with torch.no_grad(), _quiet(), mode:
         program = torch.onnx.export(
-            traced,
-            (example,),
+            _traced(without_values, example),
             dynamo=True,
             opset_version=OPSET,
             input_names=[names[0]],
@@ -288,7 +343,12 @@ def _without_values(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         for tensor in stored:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for name in [name for name, buffer in part._buffers.items() if buffer is None]:
+            delattr(part, name)  # torch.export counts it as an input, and fails on the ones behind it
+            setattr(part, name, None)
+    return copied
 
 
 _IR_DTYPES = {row.safetensors: ir.DataType[row.onnx] for row in PRECISIONS.values()}

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from densegeo.export import onnx_graph
 from densegeo.models.config import TransformerConfig
@@ -199,3 +200,39 @@ def test_wide_heads_attend_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
     monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", 1)
     assert onnx_graph.query_chunks(4096, 4096, 256) == 1  # a head that kernels fuse
+
+
+class Layouts(nn.Module):
+    """What moves, splits and joins tensors, as the networks do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(2, 3, 4, 6) -> (2, 24, 3)."""
+        first, second = x.unflatten(-1, (2, 3)).chunk(2, dim=-2)
+        joined = torch.stack((first.square(), second.double().float()), dim=2).flatten(1, 4)
+        left, right = joined.transpose(1, 2).unflatten(1, (3, 1)).mean(2, keepdim=True).unbind(2)[0].split((6, 18), -1)
+        return torch.cat((right, left), dim=-1).to(torch.float32).transpose(1, 2)
+
+
+def test_a_graph_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.onnx would decompose gives the same graph without, and the module's numbers."""
+    module, x = Layouts().eval(), torch.randn(2, 3, 4, 6)
+    weights = tmp_path / "none.safetensors"
+    onnx_graph.write_weights(module, weights)
+    graphs = {}
+    for name in ("once", "decomposed"):
+        path, decomposed = tmp_path / f"{name}.onnx", []
+        run = torch.export.ExportedProgram.run_decompositions
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.export.ExportedProgram,
+                "run_decompositions",
+                lambda self, table=None, run=run, seen=decomposed: seen.append(self) or run(self, table),
+            )
+            if name == "decomposed":
+                patch.setattr(onnx_graph, "_is_translated", lambda target: False)
+            onnx_graph.export_graph(module, x, ("x", "y"), weights, path)
+        assert len(decomposed) == (name == "decomposed")
+        graphs[name] = Counter(node.op_type for node in onnx.load(path).graph.node)
+        (ours,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(ours, module(x).numpy(), rtol=0, atol=1e-6)
+    assert graphs["once"] == graphs["decomposed"]
