@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from densegeo.backends import BACKENDS, ENGINES  # noqa: E402
-from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models  # noqa: E402
+from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models, gpu_rows  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, median_seconds  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
@@ -119,6 +119,14 @@ def tests(check: Check) -> dict[str, Any]:
 def kernels(check: Check) -> dict[str, Any]:
     """Bandwidth of every memory-bound kernel."""
     return bandwidths(check.device, small=check.small, runs=check.runs(20))
+
+
+def rows(check: Check) -> dict[str, Any]:
+    """Every change of the hot path on and off; no time for one whose numbers are off."""
+    found = gpu_rows.measure(check.device, small=check.small, runs=check.runs(10))
+    print(gpu_rows.table(found), flush=True)
+    wrong = [f"{name}: {row['failed']}" for name, row in found.items() if "failed" in row]
+    return {"floor_ms": gpu_rows.FLOOR_MS, "rows": found} | ({"failed": "; ".join(wrong)} if wrong else {})
 
 
 def launches(check: Check) -> dict[str, Any]:
@@ -316,8 +324,9 @@ STEPS: dict[str, Step] = {
     "transfers": transfers,
     "profile": profile,
     "tests": tests,
+    "rows": rows,
 }
-QUICK = ("launches", "bundles", "numbers", "kernels", "fiffdepth", "models")
+QUICK = ("launches", "bundles", "numbers", "kernels", "fiffdepth", "models", "rows")
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from densegeo.models.chain import relative
 from densegeo.models.families import FE2E
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory, architecture_of, open_device
+from densegeo.runtime.backends.cuda_ring import Ring
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import Bucket, Graph, TensorSpec
 from densegeo.runtime.resample import place
@@ -79,9 +80,9 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
         "denoiser": Copies("velocity", velocity),
         "decoder": Copies("decoded", decoded),
     }
-    memory = Memory(gpu)
-    workspace, decode = memory.device_buffer(1), SimpleNamespace(decode=DECODE)
-    network = Network(memory, kernels, decode, bucket, engines, workspace)  # type: ignore[arg-type]
+    ring = Ring(Memory(gpu))
+    workspace, decode = ring.memory.device_buffer(1), SimpleNamespace(decode=DECODE)
+    network = Network(ring, kernels, decode, bucket, engines, workspace)  # type: ignore[arg-type]
     latents = chain.split(DECODE, velocity.cpu(), SIZE)
     rows = {}
     for source in SOURCES:
@@ -89,15 +90,18 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
             0, 256, (source.height, source.width, 3), dtype=np.uint8
         )
         placement = place(SIZE, source, "stretch")
-        network.prepare(0, network.upload(image), placement, "rgb")
-        network.launch()
-        (maps,) = network.results([placement])
-        found = maps.named()
+        with ring.slot() as slot:
+            (frame,) = slot.upload([image])
+            with slot.computing():
+                network.prepare(0, frame, placement, "rgb")
+                network.launch()
+                network.maps(0, placement, iter(slot.room(network.shapes(placement))))
+            found = dict(zip(DECODE.names, slot.download(), strict=True))
         rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
         wanted = chain.assemble(DECODE, decoded.cpu(), source, placement.box).named()
         pairs = {
-            "preprocess": (_buffer(network, "rgb"), rgb),
-            "split": (_buffer(network, "latents"), latents),
+            "preprocess": (_buffer(ring, network, "rgb"), rgb),
+            "split": (_buffer(ring, network, "latents"), latents),
             **{name: (torch.from_numpy(found[name]), wanted[name]) for name in wanted},
         }
         rows[str(source)] = {name: relative(*pair) for name, pair in pairs.items()}
@@ -126,6 +130,7 @@ def _graph(given: tuple[str, list[int]], made: tuple[str, list[int]]) -> Graph:
     return Graph(file="", inputs=specs[0], outputs=specs[1], nodes=0, parameters=0, flops=0)
 
 
-def _buffer(network: Network, name: str) -> torch.Tensor:
-    address, shape = network._address(name), tuple(network._shapes[name])
-    return torch.from_numpy(network._memory.landing.download([(address, shape)])[0])
+def _buffer(ring: Ring, network: Network, name: str) -> torch.Tensor:
+    with ring.slot() as slot:
+        slot.fetch(network._address(name), tuple(network._shapes[name]))
+        return torch.from_numpy(slot.results()[0])

@@ -25,8 +25,9 @@ from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
 from densegeo.runtime.backends.torch_capture import CudaRecorder, settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
-from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
+from densegeo.runtime.backends.torch_fused import fuse
 from densegeo.runtime.backends.torch_modules import resized
+from densegeo.runtime.backends.torch_pictures import fuse_pictures
 from densegeo.runtime.bundle import Bucket, Graph
 from densegeo.size import Size
 
@@ -150,7 +151,7 @@ def fused_network(pipeline: Pipeline, size: Size, device: str, captured: bool) -
     """The torch backend's network of one bucket, from a folded pipeline on the device."""
     none = Graph(file="", inputs=[], outputs=[], nodes=0, parameters=0, flops=0)
     recorder = CudaRecorder(device) if captured and device != "cpu" else None
-    fused = replace(pipeline, vae=fuse_norms(pipeline.vae), denoiser=fuse(pipeline.denoiser))
+    fused = replace(pipeline, vae=fuse_pictures(pipeline.vae), denoiser=fuse(pipeline.denoiser))
     return DeviceNetwork(fused, Bucket(*size, none, none, none), device, recorder)
 
 

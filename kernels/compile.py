@@ -23,7 +23,7 @@ import msgspec
 from densegeo.architectures import ARCHITECTURES
 from densegeo.errors import KernelError
 from densegeo.kernels.contract import Argument, LaunchContract
-from densegeo.kernels.table import FP_FUSION, Variant, variants
+from densegeo.kernels.table import Variant, variants
 
 ALIGNMENT = 16  # of what a row calls aligned: bytes of a pointer, the number itself of an integer
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers Triton appends to every kernel's arguments
@@ -80,7 +80,7 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
         constexprs=dict(variant.constants),
         attrs={(list(types).index(name),): [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
     )
-    options = {"num_warps": variant.warps, "enable_fp_fusion": FP_FUSION}
+    options = {"num_warps": variant.warps, "enable_fp_fusion": variant.fp_fusion}
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     except Exception as error:  # Triton raises many kinds, none of them its own
@@ -103,7 +103,7 @@ def compile_kernel(variant: Variant, architecture: int) -> Compiled:
         shared=binary.metadata.shared,
         grid=list(variant.grid),
         hidden=list(HIDDEN),
-        fp_fusion=FP_FUSION,
+        fp_fusion=variant.fp_fusion,
         triton=triton.__version__,
         digest=hashlib.sha256(cubin).hexdigest(),
     )
@@ -184,7 +184,8 @@ def main() -> int:
     for architecture in architectures:
         for reason in sorted({row.unsupported(architecture) or "" for row in rows} - {""}):
             print(f"sm_{architecture}: - is {reason}")
-    print(f"{len(compiled)} binaries, no spills, fp fusion {'on' if FP_FUSION else 'off'}")
+    fused = sum(one.contract.fp_fusion for one in compiled)
+    print(f"{len(compiled)} binaries, no spills, {fused} with fused multiply-add")
     return 0
 
 
@@ -216,9 +217,7 @@ def _require_compiler(*, torch: bool = False) -> None:
     """torch: whether kernels are wanted whose modules need it, as those of the torch backend do."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         raise KernelError("Kernels cannot be compiled in Triton's interpreter mode: unset TRITON_INTERPRET.")
-    # Before Triton is imported: the same switch for anything that does not pass the option, and no source paths in
-    # the binaries, so that a checkout's folder does not change their digests.
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = str(int(FP_FUSION))
+    # Before Triton is imported: no source paths in the binaries, so that a checkout's folder does not change digests.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     try:
         import_module("triton")

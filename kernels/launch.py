@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from densegeo.errors import TensorSizeError
 from densegeo.kernels.contract import programs
-from densegeo.kernels.table import FP_FUSION, Variant
+from densegeo.kernels.table import Variant
 from densegeo.precision import PRECISIONS
 
 # Arguments of the kernels around the networks that differ from image to image. Where one becomes 1 or a multiple of 16,
@@ -32,7 +32,7 @@ def launch(variant: Variant, arguments: NamedTuple, batch: int = 1) -> None:
     assert type(arguments) is variant.arguments
     extents = {axis.extent: getattr(arguments, axis.extent, batch) for axis in variant.grid}
     grid = programs(variant.grid, **extents)
-    variant.kernel[grid](*arguments, **variant.constants, num_warps=variant.warps, enable_fp_fusion=FP_FUSION)
+    variant.kernel[grid](*arguments, **variant.constants, num_warps=variant.warps, enable_fp_fusion=variant.fp_fusion)
 
 
 def require_small(*tensors: Any) -> None:

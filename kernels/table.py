@@ -19,7 +19,6 @@ from densegeo.kernels.contract import Axis
 from densegeo.precision import PRECISIONS
 
 WARPS = 4
-FP_FUSION = False  # no fused multiply-add: the interpreter has none, so the arithmetic tested is the arithmetic run
 NEEDS = {  # a pointer's type -> first architecture with it, and what to say of earlier ones; 8-bit integers all have
     f"*{row.triton}": (row.first_architecture, f"no {row.name} before sm_{row.first_architecture}")
     for row in (PRECISIONS["bf16"], PRECISIONS["fp8"])
@@ -36,6 +35,8 @@ class Variant:
     aligned: pointers whose address is a multiple of 16 bytes, as every CUDA allocation is, and integers (strides,
     lengths) that are multiples of 16, so that memory is read in whole vectors.
     since: the first architecture, where it is not the types that decide, and what to say of earlier ones.
+    fp_fusion: products and sums in one rounding. The interpreter has none, so that without it the arithmetic that is
+    tested is the arithmetic that runs: only where products are most of the work, and their bound has room.
     bundled: a runtime without torch launches it, so bundles carry it.
 
     Raises KernelError unless arguments and constants are the kernel's parameters, in their order, and the grid is made
@@ -51,6 +52,7 @@ class Variant:
     aligned: tuple[str, ...]
     warps: int = WARPS
     since: tuple[int, str] = (0, "")
+    fp_fusion: bool = False
     bundled: bool = False
 
     def __post_init__(self) -> None:

@@ -56,7 +56,8 @@ def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     pipeline says.
     """
     images = len(latents) // len(pipeline.decode.outputs)
-    return torch.cat([pipeline.vae.decoder(part) for part in latents.split(pipeline.decoder_batch * images)])
+    parts = [pipeline.vae.decoder(part) for part in latents.split(pipeline.decoder_batch * images)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def run(pipeline: Pipeline, rgb: Tensor, size: Size) -> Tensor:

@@ -19,9 +19,9 @@ class Norm(nn.GroupNorm):
     def __init__(self, channels: int, groups: int, eps: float = 1e-6) -> None:
         super().__init__(groups, channels, eps)
 
-    def silu(self, x: Tensor) -> Tensor:
-        """The norm and SiLU."""
-        return F.silu(self(x))
+    def silu(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm and SiLU, in another type if one is given."""
+        return F.silu(self(x if dtype is None else x.to(dtype)))
 
 
 class ResBlock(nn.Module):
@@ -115,8 +115,13 @@ class PhaseUpsample(nn.Module):
         self.conv.bias = nn.Parameter(bias.detach().repeat(4), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        p00, p01, p10, p11 = self.conv(x).chunk(4, dim=1)  # each (N, C, H + 1, W + 1)
+        return self.interleaved(self.conv(x))
+
+    @staticmethod
+    def interleaved(phases: Tensor) -> Tensor:
+        """(N, 4 C, H + 1, W + 1) -> (N, C, 2 H, 2 W)."""
+        height, width = phases.shape[-2] - 1, phases.shape[-1] - 1
+        p00, p01, p10, p11 = phases.chunk(4, dim=1)  # each (N, C, H + 1, W + 1)
         top = torch.stack([p00[:, :, :height, :width], p01[:, :, :height, 1:]], dim=-1)
         bottom = torch.stack([p10[:, :, 1:, :width], p11[:, :, 1:, 1:]], dim=-1)
         return torch.stack([top.flatten(-2), bottom.flatten(-2)], dim=-2).flatten(-3, -2)
@@ -211,7 +216,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(self.norm_out.silu(x.to(self.norm_out.weight.dtype))).float()
+        return self.conv_out(self.norm_out.silu(x, self.conv_out.weight.dtype)).float()
 
 
 class VAE(nn.Module):

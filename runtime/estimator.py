@@ -22,6 +22,7 @@ from densegeo.colors import Color
 from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
+from densegeo.runtime.backends.sharing import Sharing
 from densegeo.runtime.batcher import BatchOptions
 from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manifest
 from densegeo.runtime.chain import Chain, assemble_whole
@@ -63,6 +64,9 @@ class Estimator:
     bundle is loaded, compiled and recorded, for as many images at once as fit (torch: up to max_batch, tensorrt: as the
     bundle was built). What does not fit is left out, with a line in the log. onnxruntime and openvino load further
     sizes when they are first used.
+    A GPU that others use too: priority, of the streams (0, below 0 before other work, as far as the GPU has it; torch
+    and tensorrt); memory_limit, bytes of the GPU's memory (checked before anything is allocated: tensorrt against all
+    that it takes, others against their weights; then held by torch for the whole process, and by ONNX Runtime).
     Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
 
     metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
@@ -95,6 +99,8 @@ class Estimator:
         resolution: Literal["image", "network"] = "image",
         keep_replaced: bool = False,
         truncated: bool = False,
+        priority: int = 0,
+        memory_limit: int | None = None,
     ) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be a whole number above 0, or None, not {threads!r}.")
@@ -113,7 +119,7 @@ class Estimator:
         if not manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")
         check_files(directory, manifest, digests=check_digests)
-        opened = open_backend(backend, directory, manifest, device, threads)
+        opened = open_backend(backend, directory, manifest, device, threads, Sharing(priority, memory_limit))
         original.require(there=True)
         self._original: Original | None = None if keep_replaced else original
         again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
@@ -134,6 +140,8 @@ class Estimator:
             resolution=resolution,
             keep_replaced=keep_replaced,
             truncated=truncated,
+            priority=priority,
+            memory_limit=memory_limit,
         )
         self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution, truncated=truncated)
 

@@ -17,18 +17,21 @@ def attention(
     v: torch.Tensor,
     counts: Sequence[int] | None = None,
     strategy: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q (B, H, Tq, S), k, v (B, H, Tk, S) -> (B, H, Tq, S): softmax(q k^T / sqrt(S) + ln(count)) v, of q's dtype.
 
     counts: how many equal tokens each of the leading keys stands for; the keys after them, and all without it, stand
     for themselves. strategy: a name in `strategies.STRATEGIES`, or "auto", the one that is good on q's device when
     few keys have a count above 1; `choose` measures instead. Strides are free where a head's features are adjacent.
+    out: (B, Tq, H * S), features adjacent, of which the result is then a view: for example the left part of a single
+    block's [attention | MLP]. Our own kernels write there, and of others the result is copied.
 
     Raises ValueError for an unknown strategy, a count below 1, and more counts than keys.
     """
     from densegeo.kernels.attention.strategies import run
 
-    return run(q, k, v, counts, strategy)
+    return run(q, k, v, counts, strategy, out)
 
 
 def attention_fp8(

@@ -31,8 +31,8 @@ def attention_kernel(
     k,  # (batch, heads, keys, size), as v
     v,
     bias,  # (biased,) float32, of the leading keys' logits
-    out,  # (batch, queries, heads, size), contiguous
-    heads,
+    out,  # (batch, queries, heads, size), a token's features adjacent
+    heads,  # of the grid alone
     queries,
     keys,
     biased,
@@ -45,6 +45,8 @@ def attention_kernel(
     v_batch,
     v_head,
     v_token,
+    out_batch,
+    out_token,
     scale,  # of the logits, times log2(e)
     out_scale,
     SIZE: tl.constexpr,
@@ -86,7 +88,7 @@ def attention_kernel(
         peak = higher
 
     mixed = mixed / total[:, None] * out_scale
-    target = out + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
+    target = out + picture * out_batch + query[:, None] * out_token + head * SIZE + feature[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -99,8 +101,8 @@ def add_keys_kernel(
     logsum,  # (batch, heads, queries) float32, queries adjacent: its logits' log-sum-exp
     further,  # (further_count,) int32: keys to add
     bias,  # (further_count,) float32: what is added to their logits
-    result,  # (batch, queries, heads, size), contiguous
-    heads,
+    result,  # (batch, queries, heads, size), a token's features adjacent
+    heads,  # of the grid alone
     queries,
     further_count,
     q_batch,  # strides
@@ -117,6 +119,8 @@ def add_keys_kernel(
     out_token,
     logsum_batch,
     logsum_head,
+    result_batch,
+    result_token,
     scale,  # of the logits
     SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two
@@ -149,7 +153,7 @@ def add_keys_kernel(
         peak = higher
 
     mixed = mixed / total[:, None]
-    target = result + ((picture * queries + query[:, None]) * heads + head) * SIZE + feature[None, :]
+    target = result + picture * result_batch + query[:, None] * result_token + head * SIZE + feature[None, :]
     tl.store(target, mixed.to(result.dtype.element_ty), mask=mask)
 
 
@@ -174,6 +178,8 @@ class Arguments(NamedTuple):
     v_batch: int
     v_head: int
     v_token: int
+    out_batch: int
+    out_token: int
     scale: float
     out_scale: float
 
@@ -206,6 +212,8 @@ class AddArguments(NamedTuple):
     out_token: int
     logsum_batch: int
     logsum_head: int
+    result_batch: int
+    result_token: int
     scale: float
 
 
@@ -234,6 +242,7 @@ def biased(kind: str, target: str, size: int) -> Variant:
         grid=(Axis("queries", int(blocks["BLOCK_Q"])), Axis("heads"), Axis("batch")),
         aligned=tuple(name for name in Arguments._fields if name not in scalars),
         warps=2 * WARPS if blocks["BLOCK_Q"] == 128 else WARPS,
+        fp_fusion=True,
         since=(80, "no attention before sm_80, where its tiles spill"),
     )
 
@@ -254,6 +263,7 @@ def added(kind: str, size: int) -> Variant:
         constants={"SIZE": size, "BLOCK_S": triton.next_power_of_2(size), "BLOCK_A": BLOCK_A},
         grid=(Axis("queries", BLOCK_A), Axis("heads"), Axis("batch")),
         aligned=tuple(name for name in AddArguments._fields if name not in scalars),
+        fp_fusion=True,
     )
 
 
@@ -270,6 +280,7 @@ def attention(
     bias: torch.Tensor,
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`densegeo.kernels.attention.attention` with a bias (leading keys,), float32, on the logits.
 
@@ -281,8 +292,8 @@ def attention(
     assert bias.dtype == torch.float32
     assert bias.is_contiguous()
     assert len(bias) <= keys
-    out = _tokens_first(q, dtype)
-    strides = *_strides(q), *_strides(k), *_strides(v)
+    out = _tokens_first(q, dtype, out)
+    strides = *_strides(q), *_strides(k), *_strides(v), out.stride(0), out.stride(1)
     scale = math.log2(math.e) / math.sqrt(size) * scales[0] * scales[1]
     row = biased(kind_of(q.dtype), kind_of(out.dtype), size)
     out_scale = scales[2] / row.constants["LARGEST"]
@@ -297,9 +308,10 @@ def attention_fp8(
     scales: tuple[float, float, float],
     dtype: torch.dtype,
     counts: Counts,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `densegeo.kernels.attention.attention_fp8`."""
-    return attention(q, k, v, logarithms_of(counts, q.device), scales, dtype)
+    return attention(q, k, v, logarithms_of(counts, q.device), scales, dtype, out)
 
 
 def add_keys(
@@ -310,6 +322,7 @@ def add_keys(
     logsum: torch.Tensor,
     further: torch.Tensor,
     bias: torch.Tensor,
+    result: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention `out` (B, H, Tq, S), with its log-sum-exp (B, H, Tq), and the keys `further` with a bias besides."""
     batch, heads, queries, size = q.shape
@@ -320,9 +333,18 @@ def add_keys(
     assert logsum.dtype == bias.dtype == torch.float32
     assert further.dtype == torch.int32
     assert logsum.stride(2) == further.stride(0) == bias.stride(0) == 1
-    result = _tokens_first(q)
+    result = _tokens_first(q, None, result)
     tensors = q, k, v, out, logsum, further, bias, result
-    strides = *_strides(q), *_strides(k), *_strides(v), *_strides(out), logsum.stride(0), logsum.stride(1)
+    strides = (
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        *_strides(out),
+        logsum.stride(0),
+        logsum.stride(1),
+        result.stride(0),
+        result.stride(1),
+    )
     row = added(kind_of(q.dtype), size)
     launch(row, AddArguments(*tensors, heads, queries, len(further), *strides, size**-0.5), batch)
     return result.transpose(1, 2)
@@ -343,7 +365,14 @@ def _assert_layout(q: torch.Tensor, *others: torch.Tensor) -> None:
     require_small(q, *others)
 
 
-def _tokens_first(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(B, Tq, H, S): joining the heads of a token then copies nothing."""
+def _tokens_first(q: torch.Tensor, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+    """(B, Tq, H, S): joining the heads of a token then copies nothing. out: (B, Tq, H * S), features adjacent."""
     batch, heads, queries, size = q.shape
-    return torch.empty((batch, queries, heads, size), dtype=dtype or q.dtype, device=q.device)
+    if out is None:
+        return torch.empty((batch, queries, heads, size), dtype=dtype or q.dtype, device=q.device)
+    assert out.shape == (batch, queries, heads * size)
+    assert out.dtype == (dtype or q.dtype)
+    assert out.stride(2) == 1
+    assert not any(stride % 16 for stride in out.stride()[:2])
+    require_small(out)
+    return out.unflatten(2, (heads, size))

@@ -20,60 +20,86 @@ FLASH_ARCHITECTURE = (8, 0)  # first compute capability of torch's flash kernel
 
 @dataclass(frozen=True)
 class Strategy:
-    """run: (q, k, v, counts) -> (B, H, Tq, S). good: when."""
+    """run: (q, k, v, counts, out) -> (B, H, Tq, S), a view of `out` (B, Tq, H * S) if there is one. good: when."""
 
-    run: Callable[[Tensor, Tensor, Tensor, Counts], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor, Counts, Tensor | None], Tensor]
     good: str
 
 
-def bias(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+def bias(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | None = None) -> Tensor:
     """ln(count) is added to the logits, in float32."""
     logarithms = logarithms_of(counts, q.device)
     if q.is_cuda:  # torch's CUDA kernels want a mask of q's dtype, and ln(count) in bf16 is off by up to 1 %
         from densegeo.kernels.attention.kernel import attention
 
-        return attention(q, k, v, logarithms)
+        return attention(q, k, v, logarithms, out=out)
     mask = F.pad(logarithms, (0, k.shape[2] - len(counts))).to(torch.promote_types(q.dtype, torch.float32))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, None])
+    return placed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, None]), out)
 
 
-def merge(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+def merge(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | None = None) -> Tensor:
     """Plain attention to every key once, then the count - 1 further copies of merged keys, by their log-sum-exps."""
-    out, logsum = _with_logsum(q, k, v)
+    return _further_copies(q, k, v, counts, *_with_logsum(q, k, v), out)
+
+
+def merge_cudnn(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | None = None) -> Tensor:
+    """The same over cuDNN's attention, the fastest plain one on Hopper. Raises RuntimeError where there is none."""
+    if not q.is_cuda:
+        return merge(q, k, v, counts, out)
+    made = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    logsum = made[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]  # (B, H, Tq), or with a last axis of 1
+    return _further_copies(q, k, v, counts, made[0], logsum, out)
+
+
+def _further_copies(
+    q: Tensor, k: Tensor, v: Tensor, counts: Counts, once: Tensor, logsum: Tensor, out: Tensor | None
+) -> Tensor:
+    """once: attention to every key once, and the logits' log-sum-exp, float32 (B, H, Tq)."""
     keys, logarithms = _further(counts, q.device)
     if q.is_cuda:
         from densegeo.kernels.attention.kernel import add_keys
 
-        return add_keys(q, k, v, out, logsum, keys, logarithms)
+        return add_keys(q, k, v, once, logsum, keys, logarithms, out)
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(wide) * q.shape[-1] ** -0.5) @ k[:, :, keys].to(wide).mT + logarithms
     total = torch.logaddexp(logsum, logits.logsumexp(-1))[..., None]  # (B, H, Tq, 1)
     further = (logits - total).exp() @ v[:, :, keys].to(wide)
-    return (out.to(wide) * (logsum[..., None] - total).exp() + further).to(q.dtype)
+    return placed((once.to(wide) * (logsum[..., None] - total).exp() + further).to(q.dtype), out)
 
 
-def expand(q: Tensor, k: Tensor, v: Tensor, counts: Counts) -> Tensor:
+def expand(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | None = None) -> Tensor:
     """Every key is repeated as often as it counts."""
     rows = _rows(counts, k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k.index_select(2, rows), v.index_select(2, rows))
+    return placed(F.scaled_dot_product_attention(q, k.index_select(2, rows), v.index_select(2, rows)), out)
+
+
+def placed(result: Tensor, out: Tensor | None) -> Tensor:
+    """A result (B, H, Tq, S), copied into (B, Tq, H * S) if there is such memory."""
+    if out is None:
+        return result
+    view = out.unflatten(2, (result.shape[1], -1)).transpose(1, 2)
+    return view.copy_(result)
 
 
 STRATEGIES = {
     "merge": Strategy(merge, "few keys count more than once: the fast plain kernel does nearly all of the work"),
+    "merge-cudnn": Strategy(merge_cudnn, "the same, where cuDNN's attention is faster than FlashAttention 2"),
     "bias": Strategy(bias, "many keys do, or the kernel takes a float32 bias, as on a CPU"),
     "expand": Strategy(expand, "the counts add up to few tokens, or the plain kernel is much faster than the others"),
 }
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None, strategy: str) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None, strategy: str, out: Tensor | None = None
+) -> Tensor:
     """See `densegeo.kernels.attention.attention`."""
     merged = _checked(counts, k.shape[2])
     name = ("merge" if q.is_cuda else "bias") if strategy == "auto" else strategy
     if name not in STRATEGIES:
         raise ValueError(f"Unknown attention strategy {name!r}; choose from auto, {', '.join(STRATEGIES)}.")
     if not merged:
-        return F.scaled_dot_product_attention(q, k, v)
-    return STRATEGIES[name].run(q, k, v, merged)
+        return placed(F.scaled_dot_product_attention(q, k, v), out)
+    return STRATEGIES[name].run(q, k, v, merged, out)
 
 
 def choose(
@@ -81,7 +107,7 @@ def choose(
 ) -> str:
     """See `densegeo.kernels.attention.choose`."""
     merged = _checked(counts, k.shape[2])
-    ways = {name: partial(strategy.run, q, k, v, merged) for name, strategy in strategies.items()}
+    ways = {name: partial(strategy.run, q, k, v, merged, None) for name, strategy in strategies.items()}
     return fastest(ways, q.device, runs)
 
 

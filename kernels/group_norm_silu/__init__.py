@@ -18,10 +18,12 @@ def group_norm_silu(
     eps: float = 1e-6,
     *,
     silu: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x (B, C, H, W) in channels-last memory -> the same shape, memory format and dtype; float32 inside.
+    """x (B, C, H, W) in channels-last memory -> the same shape and memory format; float32 inside.
 
     weight, bias: float32 (C,). Statistics are merged block by block (Chan, Golub and LeVeque 1983), so that a large
     mean costs no precision. silu: apply x * sigmoid(x) too; without it this is the norm in front of attention.
+    dtype: of the result, if not x's: float32 where what follows stays in it.
     """
-    return implementation(__name__, x).group_norm_silu(x, weight, bias, groups, eps, silu)
+    return implementation(__name__, x).group_norm_silu(x, weight, bias, groups, eps, silu, dtype)

@@ -187,13 +187,14 @@ def merge(channels: int, groups: int, runs: int) -> Variant:
 
 
 @cache
-def application(kind: str, channels: int, silu: bool) -> Variant:
+def application(kind: str, target: str, channels: int, silu: bool) -> Variant:
+    """target: of the result."""
     sizes = blocks(channels)
     return Variant(
-        name=f"group_norm_silu.apply{channels}_{kind}",
+        name=f"group_norm_silu.apply{channels}_{kind}" + (f"_{target}" if target != kind else ""),
         kernel=apply_kernel,
         arguments=ApplyArguments,
-        pointers={"x": kind, "affine": "fp32", "result": kind},
+        pointers={"x": kind, "affine": "fp32", "result": target},
         constants={"SILU": silu, **sizes},
         grid=(Axis("pixels", sizes["BLOCK_P"]), Axis("batch")),
         aligned=("x", "affine", "result"),
@@ -204,12 +205,26 @@ CHANNELS = (128, 512)  # the autoencoder's narrowest and widest, in 32 groups
 VARIANTS = (
     *(statistics(kind, channels) for kind in FLOATS for channels in CHANNELS),
     *(merge(channels, 32, RUNS) for channels in CHANNELS),
-    *(application(kind, channels, silu=True) for kind in FLOATS for channels in CHANNELS),
+    *(application(kind, kind, channels, silu=True) for kind in FLOATS for channels in CHANNELS),
+    *(application(kind, "fp32", CHANNELS[0], silu=True) for kind in ("bf16", "fp16")),  # the decoder's last norm
 )
 
 
+def runs_of(pixels: int, channels: int) -> tuple[int, int]:
+    """Of a picture: into how many runs its statistics are cut, and pixels a run."""
+    rows = blocks(channels)["BLOCK_P"]
+    run = rows * triton.cdiv(pixels, RUNS * rows)
+    return triton.cdiv(pixels, run), run
+
+
 def group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See `densegeo.kernels.group_norm_silu.group_norm_silu`."""
     batch, channels, height, width = x.shape
@@ -220,16 +235,18 @@ def group_norm_silu(
     assert weight.is_contiguous()
     assert bias.is_contiguous()
     pixels, kind = height * width, kind_of(x.dtype)
-    rows = blocks(channels)["BLOCK_P"]
-    run = rows * triton.cdiv(pixels, RUNS * rows)
-    runs = triton.cdiv(pixels, run)
+    runs, run = runs_of(pixels, channels)
     partial = torch.empty((batch, runs, 2, channels), dtype=torch.float32, device=x.device)
     affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
-    result = torch.empty_like(x, memory_format=torch.channels_last)
-    require_small(x, partial)
+    result = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    require_small(x, result, partial)
     sizes = pixels, channels, runs, run
     launch(statistics(kind, channels), StatisticsArguments(x, partial, *sizes), batch)
     row = merge(channels, groups, triton.next_power_of_2(runs))
     launch(row, MergeArguments(partial, weight, bias, affine, *sizes, eps), batch)
-    launch(application(kind, channels, silu), ApplyArguments(x, affine, result, pixels, channels), batch)
+    launch(
+        application(kind, kind_of(result.dtype), channels, silu),
+        ApplyArguments(x, affine, result, pixels, channels),
+        batch,
+    )
     return result

@@ -34,13 +34,15 @@ def qk_norm_rope_kernel(
     key_scale,
     cos,  # (tokens, size / 2) float32, contiguous, as sin
     sin,
-    query,  # (batch, heads, tokens, size), contiguous, as key
+    query,  # (batch, heads, tokens, size), a head's tokens adjacent, as key
     key,
     tokens,
     heads,
     size,
     batch_stride,
     token_stride,
+    out_batch,  # strides of query and key
+    out_head,
     eps,
     query_inverse_scale,  # not read without LIMIT, as key_inverse_scale
     key_inverse_scale,
@@ -59,7 +61,7 @@ def qk_norm_rope_kernel(
     c = tl.load(cos + turn, mask=turns, other=0.0)
     s = tl.load(sin + turn, mask=turns, other=0.0)
     source = qkv + picture * batch_stride + token[:, None] * token_stride + head * size + feature[None, :]
-    target = ((picture * heads + head) * tokens + token[:, None]) * size + feature[None, :]
+    target = picture * out_batch + head * out_head + token[:, None] * size + feature[None, :]
 
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     x0, x1 = _normed_pairs(value, query_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
@@ -89,6 +91,8 @@ class Arguments(NamedTuple):
     size: int
     batch_stride: int
     token_stride: int
+    out_batch: int
+    out_head: int
     eps: float
     query_inverse_scale: float
     key_inverse_scale: float
@@ -128,6 +132,7 @@ def qk_norm_rope(
     eps: float,
     dtype: torch.dtype | None = None,
     inverse_scales: tuple[float, float] = (1.0, 1.0),
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     batch, tokens, features = qkv.shape
@@ -140,11 +145,19 @@ def qk_norm_rope(
         assert table.dtype == torch.float32
         assert table.is_contiguous()
     assert dtype in LIMITS or inverse_scales == (1, 1)
-    query = torch.empty((batch, heads, tokens, size), dtype=dtype or qkv.dtype, device=qkv.device)
-    key = torch.empty_like(query)
+    query, key = out or _results(qkv, (batch, heads, tokens, size), dtype)
+    for made in (query, key):
+        assert made.shape == (batch, heads, tokens, size)
+        assert made.dtype == (dtype or qkv.dtype)
+        assert made.stride() == (*query.stride()[:2], size, 1)
     require_small(qkv, query)
     tensors = qkv, query_scale, key_scale, cos, sin, query, key
-    strides = qkv.stride(0), qkv.stride(1)
+    strides = qkv.stride(0), qkv.stride(1), query.stride(0), query.stride(1)
     row = variant(kind_of(qkv.dtype), kind_of(query.dtype), triton.next_power_of_2(size))
     launch(row, Arguments(*tensors, tokens, heads, size, *strides, eps, *inverse_scales), batch)
     return query, key
+
+
+def _results(qkv: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    query = torch.empty(shape, dtype=dtype or qkv.dtype, device=qkv.device)
+    return query, torch.empty_like(query)

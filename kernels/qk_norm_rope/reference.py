@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densegeo.kernels.quantize.reference import rounded
+from densegeo.kernels.quantize.reference import placed, rounded
 
 
 def qk_norm_rope(
@@ -18,6 +18,7 @@ def qk_norm_rope(
     eps: float,
     dtype: torch.dtype | None = None,
     inverse_scales: tuple[float, float] = (1.0, 1.0),
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `densegeo.kernels.qk_norm_rope.qk_norm_rope`."""
     size = len(query_scale)
@@ -30,7 +31,8 @@ def qk_norm_rope(
         )
         for part, scale, inverse_scale in zip(parts, (query_scale, key_scale), inverse_scales, strict=True)
     )
-    return query, key
+    first, second = out or (None, None)
+    return placed(query, first), placed(key, second)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from densegeo.colors import Color
 from densegeo.errors import BackendError, ConfigError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
+from densegeo.runtime.backends.sharing import ALONE, Sharing, check_sharing
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import is_verified
@@ -77,14 +78,22 @@ class FrameBackend(Backend, Protocol):
         ...
 
 
-def open_backend(name: str, directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> Backend:
+def open_backend(
+    name: str,
+    directory: Path,
+    manifest: Manifest,
+    device: str,
+    threads: int | None = None,
+    sharing: Sharing = ALONE,
+) -> Backend:
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
     threads: of the CPU, that the networks may use; None leaves that to the library. Where both are "auto" and NVIDIA's
-    driver is here, any that runs on the GPU comes before all on the CPU. Raises ConfigError for an unknown name,
-    BackendError when it is not installed or cannot run this bundle ("auto": when none can; the message names every
-    reason).
+    driver is here, any that runs on the GPU comes before all on the CPU. Raises ConfigError for an unknown name and for
+    `sharing` where no GPU is used, BackendError when it is not installed or cannot run this bundle ("auto": when none
+    can; the message names every reason).
     """
+    check_sharing(sharing)
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
@@ -99,7 +108,9 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str, th
             try:
                 module, _, function = row.opens.partition(":")
                 given = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
-                backend: Backend = getattr(import_module(module), function)(directory, manifest, where, **given)
+                backend: Backend = getattr(import_module(module), function)(
+                    directory, manifest, where, sharing, **given
+                )
             except BackendError as error:
                 if name != "auto":
                     raise
@@ -107,6 +118,11 @@ def open_backend(name: str, directory: Path, manifest: Manifest, device: str, th
         if reason is not None:
             reasons[f"{row.name}: {reason}"] = None
             continue
+        if sharing != ALONE and backend.device == "cpu":
+            backend.close()
+            raise ConfigError(
+                f"priority and memory_limit are for a GPU, and {row.name} runs on the CPU here: leave them out."
+            )
         if beside_gpu and backend.device == "cpu":
             log.warning(
                 "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is "

@@ -18,6 +18,7 @@ class Lease:
 
     def __init__(self, memory: Memory, buffer: Any) -> None:
         self._memory, self._buffer = memory, buffer
+        memory.lend()
         self._readers: set[int] = set()  # handles of streams
         self._anywhere = False  # read on a stream that is not known
 

@@ -66,6 +66,10 @@ class Kernels:
         config = LaunchConfig(grid=grid, block=32 * contract.warps, shmem_size=contract.shared)
         launch(stream, config, self._kernel(contract), *pack(contract, values))
 
+    def close(self) -> None:
+        """Unload the binaries."""
+        self._loaded.clear()
+
     def _kernel(self, contract: LaunchContract) -> Any:
         if contract.name not in self._loaded:
             from cuda.core import ObjectCode

@@ -1,11 +1,12 @@
-"""Device and pinned host memory of one GPU through cuda-core, its compute stream, and the order of other streams."""
+"""Device and pinned host memory of one GPU through cuda-core, its three streams, and the order of other streams."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from densegeo.errors import BackendError
 from densegeo.runtime.backends import parse_device
+from densegeo.runtime.backends.sharing import require_priority
 
 Returned = tuple[Any, "set[int]", bool]  # a buffer, the streams that read it, whether unknown ones do
 
@@ -62,27 +64,28 @@ def current(device: Any) -> Iterator[None]:
         check(driver.cuCtxSetCurrent(before))
 
 
-Piece = tuple[int, tuple[int, ...]]  # a device address, and the shape of what is there
-
-
 class Memory:
-    """Buffers of one device, its compute stream, copies in its order, and other streams before and after it.
+    """Buffers of one device; streams for copies there, for work and for copies back; other streams before and after.
 
-    One call at a time; arrays over its memory may be dropped by any thread at any moment.
+    Threads may share it. Arrays over its memory may be dropped by any thread at any moment.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, priority: int = 0) -> None:
+        """priority: of its streams, as CUDA counts: 0 is the last, negative ones go before. Raises ConfigError."""
         from cuda.bindings import driver
-        from cuda.core import LegacyPinnedMemoryResource
+        from cuda.core import LegacyPinnedMemoryResource, StreamOptions
 
         self._driver: Any = driver
         self._device, self._pinned, self.device_id = device, LegacyPinnedMemoryResource(), int(device.device_id)
         self.device = f"cuda:{self.device_id}"
         self._returned: deque[Returned] = deque()
+        self._reclaiming = threading.Lock()
+        self._lent = self._freed = 0  # buffers of arrays that are others'
         self._closed = False
         with self.current():
-            self.stream = device.create_stream()
-        self.staging, self.landing = Staging(self), Staging(self)  # on the way there, and back
+            self._check_priority(priority)
+            self._options = StreamOptions(priority=priority)
+            self.copying_in, self.stream, self.copying_out = (self._stream() for _ in range(3))
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -90,12 +93,14 @@ class Memory:
         with current(self._device):
             yield
 
-    def device_buffer(self, size: int) -> Any:
-        """`size` bytes on the device. Raises BackendError."""
+    def device_buffer(self, size: int, stream: Any = None) -> Any:
+        """`size` bytes on the device, in the order of a stream of this memory: the one for work, if none is named.
+
+        Raises BackendError.
+        """
         with self.current():
-            self.reclaim()
             try:
-                return self._device.allocate(max(size, 1), stream=self.stream)
+                return self._device.allocate(max(size, 1), stream=stream or self.stream)
             except Exception as error:  # cuda-core's errors have no common base
                 raise BackendError(f"{self.device} gives no {size / 1e6:.0f} MB: {error}") from error
 
@@ -107,18 +112,22 @@ class Memory:
             except Exception as error:
                 raise BackendError(f"the host gives no {size / 1e6:.0f} MB of pinned memory: {error}") from error
 
-    def to_device(self, target: int, source: Any, size: int) -> None:
-        """Copy from a pinned buffer to a device address, asynchronously."""
-        check(self._driver.cuMemcpyHtoDAsync(target, int(source.handle), size, self.stream.handle))
+    def to_device(self, target: int, source: Any, size: int, stream: Any = None) -> None:
+        """Copy from a pinned buffer to a device address, asynchronously, on the stream for work if none is named."""
+        check(self._driver.cuMemcpyHtoDAsync(target, int(source.handle), size, (stream or self.stream).handle))
 
-    def to_host(self, target: Any, source: int, size: int, offset: int = 0) -> None:
-        """Copy from a device address into a pinned buffer, asynchronously."""
-        check(self._driver.cuMemcpyDtoHAsync(int(target.handle) + offset, source, size, self.stream.handle))
+    def to_host(self, target: Any, source: int, size: int, stream: Any = None) -> None:
+        """Copy from a device address into a pinned buffer, asynchronously, on the stream for work if none is named."""
+        check(self._driver.cuMemcpyDtoHAsync(int(target.handle), source, size, (stream or self.stream).handle))
 
-    def record(self) -> Any:
-        """An event after all that was enqueued so far."""
+    def clear(self, target: int, size: int) -> None:
+        """Zeros at a device address, in the order of the stream for work."""
+        check(self._driver.cuMemsetD8Async(target, 0, size, self.stream.handle))
+
+    def record(self, stream: Any = None, event: Any = None) -> Any:
+        """An event after all that a stream was given so far: the one for work, if none is named. event: used again."""
         with self.current():
-            return self.stream.record()
+            return (stream or self.stream).record(event)
 
     def graph(self, work: Callable[[Any], None]) -> Any:
         """What `work(stream)` enqueues, as a CUDA graph.
@@ -126,7 +135,8 @@ class Memory:
         Recorded on a stream of its own, so that no other thread's call can end up in it; and ended whatever happens:
         a stream that is left recording refuses all further work.
         """
-        builder = self._device.create_graph_builder()
+        stream = self._stream()  # a recording has the priority of the stream that it is made on
+        builder = stream.create_graph_builder()
         try:
             builder.begin_building("thread_local")
             work(builder)
@@ -134,6 +144,10 @@ class Memory:
         finally:
             with suppress(Exception):  # closing a recording that failed says so again
                 builder.close()
+            stream.close()
+
+    def _stream(self) -> Any:
+        return self._device.create_stream(options=self._options)
 
     def wait_for(self, stream: int) -> None:
         """The compute stream goes on after what another one (its handle) has been given so far."""
@@ -162,19 +176,46 @@ class Memory:
             self.reclaim()
 
     def reclaim(self) -> None:
-        """Free what was given back, in the order of the compute stream and after whoever reads it."""
+        """Free what was given back, in the order of the compute stream and after whoever reads it.
+
+        It may wait for the device: call it while holding no lock. Nobody waits for another thread that does the same.
+        """
+        if not self._returned or not self._reclaiming.acquire(blocking=False):
+            return
         kept: list[Returned] = []
-        with self.current():
-            while self._returned:
-                returned = self._returned.popleft()
-                if not self._free(*returned):
-                    kept.append(returned)
-        self._returned.extend(kept)
+        try:
+            with self.current():
+                while self._returned:
+                    returned = self._returned.popleft()
+                    if not self._free(*returned):
+                        kept.append(returned)
+            self._end()
+        finally:
+            self._returned.extend(kept)
+            self._reclaiming.release()
+
+    def lend(self) -> None:
+        """One of its buffers goes to others, who give it back."""
+        self._lent += 1
 
     def close(self) -> None:
-        """Nothing is allocated any more; arrays that are still held free their memory when they are dropped."""
+        """Nothing is allocated any more. Arrays that are still held free their memory when they are dropped, and the
+        streams end with the last of them.
+        """
         self._closed = True
         self.reclaim()
+        with self.current():
+            self._end()
+
+    def _end(self) -> None:
+        if self._closed and self._lent == self._freed:
+            for stream in (self.copying_in, self.stream, self.copying_out):
+                stream.close()
+
+    def _check_priority(self, priority: int) -> None:
+        status, last, first = self._driver.cuCtxGetStreamPriorityRange()
+        check((status,))
+        require_priority(priority, first, last, self.device)
 
     def _free(self, buffer: Any, readers: set[int], anywhere: bool) -> bool:
         """False: not now, a reader's stream is being recorded, and waiting for it would become part of that."""
@@ -188,56 +229,8 @@ class Memory:
         if anywhere:
             self.wait_for_device()
         buffer.close(self.stream)
+        self._freed += 1
         return True
-
-
-class Staging:
-    """A pinned buffer between host and device: it grows, and is touched when its last copy has ended."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory, self._buffer = memory, memory.pinned_buffer(1)
-        self._copied: Any = None
-
-    def upload(self, data: NDArray[np.uint8], target: int) -> None:
-        """Copy host bytes to a device address; they may be overwritten at once."""
-        self._take(data.size)
-        host_view(self._buffer, data.size)[:] = data
-        self._memory.to_device(target, self._buffer, data.size)
-        self._copied = self._memory.record()
-
-    def download(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
-        """float32 at device addresses, as arrays of their own on the host, after all that was enqueued so far.
-
-        The copies are enqueued together and waited for once.
-        """
-        ends = np.cumsum([0, *(4 * int(np.prod(shape)) for _, shape in pieces)]).tolist()
-        self._take(ends[-1])
-        for (source, _), first, last in zip(pieces, ends[:-1], ends[1:], strict=True):
-            self._memory.to_host(self._buffer, source, last - first, first)
-        self._memory.record().sync()
-        self._memory.staging.forget()  # uploads before it have ended too
-        whole = host_view(self._buffer, ends[-1]).view(np.float32)
-        spans = zip(pieces, ends[:-1], ends[1:], strict=True)
-        return [whole[first // 4 : last // 4].reshape(shape).copy() for (_, shape), first, last in spans]
-
-    def reserve(self, size: int) -> None:
-        """From now on it has room for so many bytes. Raises BackendError."""
-        self._take(size)
-
-    def wait(self) -> None:
-        """Until the last copy has ended."""
-        if self._copied is not None:
-            self._copied.sync()
-            self._copied = None
-
-    def forget(self) -> None:
-        """Its last copy has ended."""
-        self._copied = None
-
-    def _take(self, size: int) -> None:
-        self.wait()
-        if self._buffer.size < size:
-            self._buffer = self._memory.pinned_buffer(size)
 
 
 def host_view(buffer: Any, size: int) -> NDArray[np.uint8]:

@@ -38,15 +38,15 @@ def upload_weights(memory: Memory, path: Path, tensors: Mapping[str, tuple[int, 
     offsets, total = layout(tensors)
     target = memory.device_buffer(total)
     pieces = [(offsets[name], *tensors[name]) for name in offsets]
-    slots = Slots(memory, min(STAGING, max(total, 1)))
+    halves = Halves(memory, min(STAGING, max(total, 1)))
     with open(path, "rb") as file:
         for start in range(0, total, STAGING):
             size = min(STAGING, total - start)
-            buffer = slots.next()
+            buffer = halves.next()
             fill(host_view(buffer, size), start, pieces, file)
             memory.to_device(int(target.handle) + start, buffer, size)
-            slots.copied()
-    slots.wait()
+            halves.copied()
+    halves.close()
     return target, {name: int(target.handle) + offset for name, offset in offsets.items()}
 
 
@@ -60,7 +60,7 @@ def fill(part: NDArray[np.uint8], start: int, pieces: list[tuple[int, int, int]]
                 raise BackendError(f"{file.name} ended early: copy the bundle again")
 
 
-class Slots:
+class Halves:
     """Two pinned buffers in turn: one is filled while the other is copied."""
 
     def __init__(self, memory: Memory, size: int) -> None:
@@ -79,8 +79,10 @@ class Slots:
         """The copy out of this turn's buffer is enqueued."""
         self._events[self._turn] = self._memory.record()
 
-    def wait(self) -> None:
-        """Until both are free."""
+    def close(self) -> None:
+        """Release them once both are free."""
         for event in self._events:
             if event is not None:
                 event.sync()
+        for buffer in self._buffers:
+            buffer.close()

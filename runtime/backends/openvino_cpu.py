@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from densegeo.backends import backend_row
 from densegeo.errors import BackendError, ConfigError
 from densegeo.runtime.backends.graphs import GraphBackend
+from densegeo.runtime.backends.sharing import ALONE, Sharing
 from densegeo.runtime.bundle import Graph, Manifest
 
 # What float32 operations run in: bf16 ones stay bf16 where the CPU has it, while the hint "bf16" (the default on such
@@ -24,8 +25,10 @@ _HINT = "f32"
 _ROW = backend_row("openvino")
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> OpenVinoBackend:
-    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
+def open_backend(
+    directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE, threads: int | None = None
+) -> OpenVinoBackend:
+    """The backend of `densegeo.backends`' table; it shares no GPU. Raises BackendError, ConfigError, BundleError."""
     return OpenVinoBackend(directory, manifest, device, threads)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,11 @@ from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime import state
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
-from densegeo.runtime.bundle import Graph, Manifest
+from densegeo.runtime.backends.sharing import ALONE, Sharing, networks_need, require_room
+from densegeo.runtime.bundle import STAGES, Graph, Manifest
+
+if TYPE_CHECKING:
+    from densegeo.runtime.backends.cuda_frames import CudaFrames
 
 log = logging.getLogger("densegeo")
 
@@ -36,7 +40,7 @@ class Provider(NamedTuple):
     """An execution provider of ONNX Runtime. options: (index of the GPU, manifest) -> its options.
 
     prepare: loads libraries that it needs and would not find. alone: whether it takes whole graphs or none. needs: what
-    is often missing where it does not start.
+    is often missing where it does not start. limit: its option for the bytes that a session may take.
     """
 
     title: str
@@ -44,28 +48,58 @@ class Provider(NamedTuple):
     prepare: Callable[[Any], None] = lambda ort: None
     alone: bool = False
     needs: str = ""
+    limit: str = ""
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> OrtBackend:
-    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError."""
-    return OrtBackend(directory, manifest, device, threads=threads)
+def open_backend(
+    directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE, threads: int | None = None
+) -> OrtBackend | CudaFrames:
+    """The backend of `densegeo.backends`' table. Raises BackendError, ConfigError, BundleError.
+
+    On a GPU, with a bundle that has kernels for it, images go there as they are and stay there between the networks.
+    """
+    backend = OrtBackend(directory, manifest, device, threads=threads, sharing=sharing, load=False)
+    if backend.device != "cpu":
+        try:
+            from densegeo.runtime.backends.ort_frames import OrtFrames
+
+            return OrtFrames(directory, manifest, backend, sharing)
+        except BackendError as error:
+            if sharing.priority:  # streams that are ONNX Runtime's own have none
+                raise
+            log.warning("%s: images are prepared on the CPU: %s", directory, error)
+    backend.load()
+    return backend
 
 
-def open_tensorrt(directory: Path, manifest: Manifest, device: str) -> OrtBackend:
+def open_tensorrt(directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE) -> OrtBackend:
     """The same on TensorRT, which builds its engines when a graph is first loaded and keeps them in the user's cache.
 
     Raises BackendError, ConfigError, BundleError.
     """
-    return OrtBackend(directory, manifest, device, backend_row("onnxruntime-tensorrt"))
+    return OrtBackend(directory, manifest, device, backend_row("onnxruntime-tensorrt"), sharing=sharing)
 
 
 class OrtBackend(GraphBackend):
     """Sessions over a bundle's graphs on one execution provider."""
 
     def __init__(
-        self, directory: Path, manifest: Manifest, device: str, row: BackendRow = _ROW, threads: int | None = None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        device: str,
+        row: BackendRow = _ROW,
+        threads: int | None = None,
+        *,
+        sharing: Sharing = ALONE,
+        load: bool = True,
     ) -> None:
-        """row: of the table, whose providers are tried. threads: of each session's pool."""
+        """row: of the table, whose providers are tried. threads: of each session's pool. load: the first bucket's
+        graphs, at once.
+
+        A memory limit is held by every session of the CUDA provider for its own: its weights, and an equal part of what
+        is left.
+        """
         self._threads = threads
         self.name = row.name
         try:
@@ -78,8 +112,18 @@ class OrtBackend(GraphBackend):
         kind = precision_row(manifest.precision)
         self._as_they_are = kind.quantized and not kind.integer
         self._options = self._row.options(self.device.partition(":")[2], manifest)
+        self._limits = dict[str, int]()  # of a session's memory, by the graph's file
+        if self.device != "cpu" and sharing.memory_limit is not None:
+            require_room(directory, networks_need(manifest), sharing.memory_limit, self.device)
+            self._limits = session_limits(manifest, sharing.memory_limit)
         self._row.prepare(self._ort)
-        self._start(directory, manifest)
+        self._directory, self._manifest = directory, manifest
+        if load:
+            self.load()
+
+    def load(self) -> None:
+        """Load the first bucket's graphs. Raises BackendError, BundleError."""
+        self._start(self._directory, self._manifest)
 
     def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
         spec = graph.inputs[0]
@@ -90,7 +134,21 @@ class OrtBackend(GraphBackend):
             raise BackendError(f"ONNX Runtime failed in {graph.file} on {self.device}: {error}") from error
         return np.asarray(output).astype(np.float32, copy=False)
 
+    def session(self, graph: Graph, options: Mapping[str, str]) -> Any:
+        """A session of its own for a graph, with these options of the provider besides. Raises BackendError."""
+        return self._session(self._directory / graph.file, self._options | dict(options))
+
+    @property
+    def library(self) -> Any:
+        """The module onnxruntime."""
+        return self._ort
+
     def _load(self, path: Path) -> Any:
+        return self._session(path, self._options)
+
+    def _session(self, path: Path, given: Mapping[str, str]) -> Any:
+        if self._row.limit and path.name in self._limits:
+            given = {**given, self._row.limit: str(self._limits[path.name])}
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         if self._threads is not None:
@@ -104,7 +162,7 @@ class OrtBackend(GraphBackend):
                 str(path),
                 options,
                 providers=[self._provider],
-                provider_options=[self._options],
+                provider_options=[dict(given)],
                 enable_fallback=int(not self._row.alone),
             )
         except Exception as error:
@@ -185,8 +243,27 @@ def _load_libraries(ort: Any) -> None:
 
 
 def _cuda_options(index: str, manifest: Manifest) -> dict[str, str]:
-    """use_tf32, on by default, would round float32 operands to 11 bits, beyond the bounds of float32 bundles."""
-    return {"device_id": index, "use_tf32": "0"}
+    """Of onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html, for shapes that never change.
+
+    use_tf32, on by default, would round float32 operands to 11 bits, beyond the bounds of float32 bundles. Convolutions
+    are measured once a shape, with as much workspace as they want; memory grows by what is asked for, and not to the
+    next power of two.
+    """
+    searched = {"cudnn_conv_algo_search": "EXHAUSTIVE", "cudnn_conv_use_max_workspace": "1"}
+    return {"device_id": index, "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", **searched}
+
+
+def session_limits(manifest: Manifest, limit: int) -> dict[str, int]:
+    """Bytes for the session of every graph, by its file: its weights, and an equal part of what weights leave."""
+    graphs = [(stage, getattr(bucket, stage).file) for bucket in manifest.buckets for stage in STAGES]
+    weights = {stage: manifest.files[f"{stage}.safetensors"].bytes for stage in STAGES}
+    left = limit - sum(weights[stage] for stage, _ in graphs)
+    if left <= 0:
+        raise BackendError(
+            f"ONNX Runtime keeps a copy of the weights for each of {len(manifest.buckets)} sizes and batches, and "
+            f"memory_limit is {-left} bytes below that: raise it, or build a bundle of fewer sizes."
+        )
+    return {file: weights[stage] + left // len(graphs) for stage, file in graphs}
 
 
 def _tensorrt_options(index: str, manifest: Manifest) -> dict[str, str]:
@@ -230,6 +307,7 @@ PROVIDERS = {
         _cuda_options,
         prepare=_load_libraries,
         needs="the CUDA or cuDNN libraries are missing, which densegeo[gpu] brings",
+        limit="gpu_mem_limit",
     ),
     TENSORRT: Provider(
         "TensorRT",

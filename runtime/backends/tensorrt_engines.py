@@ -5,44 +5,28 @@ Never executed on a GPU yet: `densegeo verify BUNDLE --backend tensorrt` tells w
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from densegeo.backends import ENGINES
-from densegeo.colors import Color
 from densegeo.errors import BackendError, EngineError
-from densegeo.kernels.resize_depth.arguments import Metres
-from densegeo.outputs import Maps
-from densegeo.runtime.backends.cuda_array import DeviceArray
-from densegeo.runtime.backends.cuda_input import pixels_of
-from densegeo.runtime.backends.cuda_kernels import Kernels
-from densegeo.runtime.backends.cuda_memory import Memory, architecture_of, open_device
-from densegeo.runtime.backends.cuda_weights import upload_weights
+from densegeo.runtime.backends.cuda_frames import CudaFrames
+from densegeo.runtime.backends.cuda_memory import architecture_of, open_device
+from densegeo.runtime.backends.cuda_weights import ALIGNMENT, upload_weights
+from densegeo.runtime.backends.sharing import ALONE, Sharing, engines_need, require_room
 from densegeo.runtime.backends.tensorrt_context import Stepper, make_context, stream_weights
-from densegeo.runtime.backends.tensorrt_network import Network
+from densegeo.runtime.backends.tensorrt_network import Steps
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 from densegeo.runtime.engines import read_engine, renew_command, runs_on, select_engine, trusted
-from densegeo.runtime.resample import Placement, in_batches
 from densegeo.runtime.tensorfile import tensor_offsets
 
-log = logging.getLogger("densegeo")
 
-Steppers = dict[Stage, Stepper]
-
-
-def open_backend(directory: Path, manifest: Manifest, device: str) -> TensorRTBackend:
+def open_backend(directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE) -> TensorRTBackend:
     """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
     if not manifest.engines:
         raise BackendError(f"{directory} has no TensorRT engines. Build some: {renew_command(manifest, directory)}")
-    return TensorRTBackend(directory, manifest, open_device(device))
+    return TensorRTBackend(directory, manifest, open_device(device), sharing)
 
 
 def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:
@@ -63,151 +47,44 @@ def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:
     )
 
 
-class TensorRTBackend:
-    """Engines of one bundle on one device; calls from several threads take turns.
-
-    Opening pays for all that a first run costs: a request loads, allocates and records nothing but its own image's
-    buffers. The first bucket must work; another one that cannot be opened is left out, with a line in the log. Without
-    the one for a batch, its images run in smaller ones.
-    """
+class TensorRTBackend(CudaFrames):
+    """Engines of one bundle on one device."""
 
     name = ENGINES.name
-    takes_frames = True
 
-    def __init__(self, directory: Path, manifest: Manifest, device: Any) -> None:
-        self._directory, self._manifest = directory, manifest
-        self.device = f"cuda:{device.device_id}"
-        self._gpu, self._architecture = device, architecture_of(device)
+    def __init__(self, directory: Path, manifest: Manifest, device: Any, sharing: Sharing = ALONE) -> None:
+        self._directory, self._manifest, self._architecture = directory, manifest, architecture_of(device)
         self._library, self._trt = load_library(manifest, self._architecture)
-        self._memory = Memory(device)
-        self._kernels = Kernels(directory, manifest.kernels, self._architecture)
+        if sharing.memory_limit is not None:  # before anything is allocated
+            need = engines_need(manifest, self._engines(), ALIGNMENT)
+            require_room(directory, need, sharing.memory_limit, f"cuda:{device.device_id}")
+        super().__init__(directory, manifest, device, sharing.priority)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
         self._runtime.engine_host_code_allowed = False
         self._weights: dict[str, tuple[Any, dict[str, int]]] = {}  # stage -> its device buffer, addresses by name
-        self._networks: dict[str, Network] = {}  # by the bucket's name
-        self._failed: dict[str, BackendError] = {}  # why a bucket is not there
-        self._lock = threading.Lock()
-        self._closed = False
-        with self._running():
-            self._open()
-        self._buckets = [bucket for bucket in manifest.buckets if bucket.name in self._networks]
-        self.frames_at_once = max(bucket.batch for bucket in self._buckets)
-        self.records = all(network.recorded for network in self._networks.values())
+        self._start()
 
-    def warm_up(self, most: int) -> None:
-        """See `FrameBackend`: opening did all of it, since the bundle says how many images its engines take."""
+    def _release(self) -> None:
+        for buffer, _ in self._weights.values():
+            buffer.close()
+        self._weights.clear()
 
-    def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:
-        """Run one engine, eager: (its input) -> its output. Raises BackendError."""
-        with self._running():
-            return self._network(bucket).run(stage, np.ascontiguousarray(array, dtype=np.float32))
-
-    def estimate(
-        self,
-        bucket: Bucket,
-        pixels: Sequence[NDArray[np.uint8]],
-        placements: Sequence[Placement],
-        color: Color = "rgb",
-    ) -> list[Maps[NDArray[np.float32]]]:
-        """Pixels (h, w, 3) or YCbCr -> the maps of each, in the bundle's batches. Raises BackendError."""
-        results: list[Maps[NDArray[np.float32]]] = []
-        with self._running():
-            self._memory.reclaim()
-            self._network(bucket)
-            for fitting, part in in_batches(self._buckets, bucket, len(pixels)):
-                network = self._network(fitting)
-                for index, (image, placement) in enumerate(zip(pixels[part], placements[part], strict=True)):
-                    network.prepare(index, network.upload(np.ascontiguousarray(image)), placement, color)
-                network.launch()
-                results += network.results(placements[part])
-        return results
-
-    def keep(
-        self, bucket: Bucket, image: Any, placement: Placement, color: Color, metres: Metres | None = None
-    ) -> Maps[DeviceArray]:
-        """The same for one image, uint8 (h, w, 3) or YCbCr on the device, where it is not copied, or on the host.
-
-        It is read behind its producer's stream, and may be overwritten when this returns. The results stay on the
-        device, ready for whichever stream takes them. Raises BackendError.
-        """
-        with self._running():
-            network = self._network(bucket)
-            pixels = pixels_of(image, self._memory)
-            if isinstance(pixels, np.ndarray):
-                pixels = network.upload(pixels)
-            network.prepare(0, pixels, placement, color)
-            read = self._memory.record()
-            network.launch()
-            results = network.outputs(0, placement, metres)
-            ready = self._memory.record()
-            for result in results.named().values():
-                result.ready_after(ready)
-            read.sync()
-            return results
-
-    def close(self) -> None:
-        """Drop engines and buffers; results that are still held stay good."""
-        with self._lock, self._memory.current():
-            self._closed = True
-            self._networks.clear()
-            self._weights.clear()
-            self._memory.close()
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """One thread at a time, with the device as its current one."""
-        with self._lock, self._memory.current():
-            if self._closed:
-                raise BackendError("This estimator is closed. Make a new Estimator.")
-            yield
-
-    def _network(self, bucket: Bucket) -> Network:
-        if bucket.name not in self._networks:
-            raise self._failed[bucket.name]
-        return self._networks[bucket.name]
-
-    def _open(self) -> None:
-        """All engines first, because they share one workspace; then buffers and recordings. Raises BackendError."""
-        first, *others = self._manifest.buckets
-        loaded = {first.name: (first, self._load(first))}
-        for bucket in others:
-            try:
-                loaded[bucket.name] = bucket, self._load(bucket)
-            except BackendError as error:
-                self._leave_out(bucket, error)
-        workspace = self._workspace(loaded, first.name)
-        for name, (bucket, steppers) in loaded.items():
-            try:
-                network = Network(self._memory, self._kernels, self._manifest, bucket, steppers, workspace)
-                self._networks[name] = network
-                for stepper in steppers.values():
-                    stepper.keep_compiled()
-            except BackendError as error:
-                if name == first.name:
-                    raise
-                self._leave_out(bucket, error)
-
-    def _workspace(self, loaded: dict[str, tuple[Bucket, Steppers]], first: str) -> Any:
-        """What the most demanding engine needs, without the buckets that this is too much for. Raises BackendError."""
-        while True:
-            needs = {name: max(s.workspace for s in steppers.values()) for name, (_, steppers) in loaded.items()}
-            largest = max(needs, key=lambda name: (needs[name], name != first))
-            try:
-                return self._memory.device_buffer(needs[largest])
-            except BackendError as error:
-                if largest == first:
-                    raise
-                self._leave_out(loaded.pop(largest)[0], error)
-
-    def _leave_out(self, bucket: Bucket, error: BackendError) -> None:
-        self._failed[bucket.name] = error
-        log.warning("%s is left out: %s", bucket.name, error)
-
-    def _load(self, bucket: Bucket) -> Steppers:
+    def _load(self, bucket: Bucket) -> Steps:
         return {stage: self._stepper(bucket, stage) for stage in STAGES}
 
-    def _stepper(self, bucket: Bucket, stage: Stage) -> Stepper:
-        record = select_engine(
+    def _engines(self) -> dict[str, dict[Stage, Engine]]:
+        """Of every bucket that has them for this GPU, the first one's at least. Raises EngineError."""
+        found = {}
+        for bucket in self._manifest.buckets:
+            try:
+                found[bucket.name] = {stage: self._engine(bucket, stage) for stage in STAGES}
+            except EngineError:
+                if not found:
+                    raise
+        return found
+
+    def _engine(self, bucket: Bucket, stage: Stage) -> Engine:
+        return select_engine(
             self._directory,
             self._manifest,
             stage,
@@ -216,6 +93,9 @@ class TensorRTBackend:
             version=str(self._trt.__version__),
             architecture=self._architecture,
         )
+
+    def _stepper(self, bucket: Bucket, stage: Stage) -> Stepper:
+        record = self._engine(bucket, stage)
         path = self._directory / record.file
         data = read_engine(self._directory, self._manifest, record, trust=trusted())
         engine = self._runtime.deserialize_cuda_engine(data)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,12 @@ from densegeo.outputs import Maps, Output, into_opencv
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_input import Pixels
 from densegeo.runtime.backends.cuda_kernels import Kernels
-from densegeo.runtime.backends.cuda_memory import Memory
-from densegeo.runtime.backends.cuda_weights import aligned
-from densegeo.runtime.backends.tensorrt_context import Stepper
+from densegeo.runtime.backends.cuda_ring import FLOAT, Ring, Shape, Slot
 from densegeo.runtime.backends.tensorrt_kernels import NORMALS, PREPROCESS, PREPROCESS_YCBCR, SPLIT, resize_depth_name
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
 from densegeo.runtime.resample import Placement, inside, whole
 
 log = logging.getLogger("densegeo")
-FLOAT = 4  # bytes
 # Every stage's input and output among the buffers.
 ENDS: dict[Stage, tuple[str, str]] = {
     "encoder": ("rgb", "latent"),
@@ -37,22 +34,46 @@ ENDS: dict[Stage, tuple[str, str]] = {
 }
 
 
+class Step(Protocol):
+    """One network of a bucket. workspace: bytes that it needs besides its input and output."""
+
+    workspace: int
+
+    def use(self, workspace: Any) -> None:
+        """Take the workspace, which networks of one stream share."""
+        ...
+
+    def launch(self, stream: Any, addresses: Mapping[str, int]) -> None:
+        """Enqueue one run on these addresses, on a stream or in its recording. Raises BackendError."""
+        ...
+
+    def keep_compiled(self) -> None:
+        """For the next process: what running it compiled."""
+        ...
+
+
+Steps = Mapping[Stage, Step]
+
+
 class Network:
-    """The three engines of one bucket. Its work goes to the memory's stream, one call at a time.
+    """The three networks of one bucket. Its work goes to the memory's stream, from one thread at a time.
 
     workspace: at least as large as every engine's need; networks of one stream may share it.
     """
 
     def __init__(
         self,
-        memory: Memory,
+        ring: Ring,
         kernels: Kernels,
         manifest: Manifest,
         bucket: Bucket,
-        steppers: dict[Stage, Stepper],
+        steppers: Steps,
         workspace: Any,
+        *,
+        record: bool = True,
     ) -> None:
         """Raises BackendError."""
+        memory = ring.memory
         self._memory, self._kernels, self._bucket, self._steppers = memory, kernels, bucket, steppers
         self._decode = manifest.decode
         pictures = len(self._decode.outputs) * bucket.batch
@@ -69,40 +90,35 @@ class Network:
         self._workspace = workspace
         for stepper in steppers.values():
             stepper.use(workspace)
-        self._reserve()
-        self._graph = self._record()
+        # Images of the bucket's own size and their maps have room now; larger ones take more when they first come.
+        own = [whole(bucket.size)] * bucket.batch
+        ring.reserve([3 * bucket.size.pixels] * bucket.batch, [shape for place in own for shape in self.shapes(place)])
+        with ring.slot() as slot:
+            self._graph = self._record(slot) if record else None
+            if not record:
+                self._try(slot)
 
-    def _reserve(self) -> None:
-        """Room for images of the bucket's own size and their maps; larger ones take more when they first come."""
-        bucket, size = self._bucket, self._bucket.size.pixels
-        maps = [FLOAT * _count(_shape(row, whole(bucket.size))) for row in self._decode.outputs]
-        self._frame = self._memory.device_buffer(3 * size)
-        self._maps = self._memory.device_buffer(bucket.batch * sum(map(aligned, maps)))
-        self._memory.staging.reserve(3 * size)
-        self._memory.landing.reserve(bucket.batch * sum(maps))
+    def close(self) -> None:
+        """Release its buffers and its recording."""
+        if self._graph is not None:
+            self._graph.close()
+        for buffer in {id(buffer): buffer for buffer in self._buffers.values()}.values():
+            buffer.close()
 
     @property
     def recorded(self) -> bool:
         """Whether images replay a recording."""
         return self._graph is not None
 
-    def run(self, stage: Stage, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """One engine, eager, from host to host. Raises BackendError."""
+    def run(self, slot: Slot, stage: Stage, array: NDArray[np.float32]) -> None:
+        """Enqueue one engine, eager, on a host array; the slot brings its result back. Raises BackendError."""
         graph: Graph = getattr(self._bucket, stage)
         source, target = ENDS[stage]
         if list(array.shape) != graph.inputs[0].shape:
             raise BackendError(f"the {stage} at {self._bucket.name} takes {graph.inputs[0].shape}, not {array.shape}")
-        self._memory.staging.upload(array.view(np.uint8).ravel(), self._address(source))
+        slot.put(array, self._address(source))
         self._launch(stage, self._memory.stream, self._address(source), self._address(target))
-        (made,) = self._memory.landing.download([(self._address(target), tuple(graph.outputs[0].shape))])
-        return made
-
-    def upload(self, pixels: NDArray[np.uint8]) -> Pixels:
-        """pixels, contiguous -> the same on the device, good until the next upload is prepared."""
-        if self._frame.size < pixels.size:
-            self._frame = self._memory.device_buffer(pixels.size)
-        self._memory.staging.upload(pixels.ravel(), int(self._frame.handle))
-        return Pixels(int(self._frame.handle), (pixels.strides[0], pixels.strides[1]), self._frame)
+        slot.fetch(self._address(target), tuple(graph.outputs[0].shape))
 
     def prepare(self, index: int, pixels: Pixels, placement: Placement, color: Color) -> None:
         """Pixels on the device become image `index` of the next launch."""
@@ -136,21 +152,14 @@ class Network:
             found[row.name] = DeviceArray(self._memory, made, shape)
         return Maps(**found)
 
-    def results(self, placements: Sequence[Placement]) -> list[Maps[NDArray[np.float32]]]:
-        """The maps of the first images on the host, through memory that stays; waits once, for all of them."""
-        rows = [(index, row) for index in range(len(placements)) for row in self._decode.outputs]
-        shapes = [_shape(row, placements[index]) for index, row in rows]
-        starts = [0, *np.cumsum([aligned(FLOAT * _count(shape)) for shape in shapes]).tolist()]
-        if self._maps.size < starts[-1]:
-            self._maps = self._memory.device_buffer(starts[-1])
-        addresses = [int(self._maps.handle) + start for start in starts[:-1]]
-        for (index, row), address in zip(rows, addresses, strict=True):
-            self._map(row, index, placements[index], address, None)
-        arrays = self._memory.landing.download([*zip(addresses, shapes, strict=True)])
-        found: list[dict[str, NDArray[np.float32]]] = [{} for _ in placements]
-        for (index, row), array in zip(rows, arrays, strict=True):
-            found[index][row.name] = array
-        return [Maps(**maps) for maps in found]
+    def shapes(self, placement: Placement) -> list[Shape]:
+        """Of an image's maps at its own size, in the outputs' order."""
+        return [_shape(row, placement) for row in self._decode.outputs]
+
+    def maps(self, index: int, placement: Placement, addresses: Iterator[int]) -> None:
+        """The maps of image `index`, of `shapes`, at the next device addresses."""
+        for row in self._decode.outputs:
+            self._map(row, index, placement, next(addresses), None)
 
     def _map(self, row: Output, index: int, placement: Placement, target: int, metres: Metres | None) -> None:
         """Make an output's map of image `index` at a device address."""
@@ -207,14 +216,13 @@ class Network:
         graph: Graph = getattr(self._bucket, stage)
         self._steppers[stage].launch(stream, {graph.inputs[0].name: source, graph.outputs[0].name: target})
 
-    def _record(self) -> Any:
+    def _record(self, slot: Slot) -> Any:
         """A CUDA graph of `_enqueue` that gave the eager run's bits, or None, with a line in the log that says why."""
-        stream, staging = self._memory.stream, self._memory.staging
-        staging.upload(np.zeros(FLOAT * _count(self._shapes["rgb"]), dtype=np.uint8), self._address("rgb"))
+        stream = self._memory.stream
+        self._memory.clear(self._address("rgb"), FLOAT * _count(self._shapes["rgb"]))
         self._enqueue(stream)  # libraries allocate in their first run
         self._enqueue(stream)
-        decoded, shape = self._address("decoded"), tuple(self._shapes["decoded"])
-        (eager,) = self._memory.landing.download([(decoded, shape)])
+        eager = self._decoded(slot)
         try:
             graph = self._memory.graph(self._enqueue)
             graph.upload(stream)
@@ -222,17 +230,26 @@ class Network:
         except Exception as error:  # cuda-core's errors have no common base
             log.warning("%s runs eager: recording failed: %s", self._bucket.name, error)
             return None
-        (replayed,) = self._memory.landing.download([(decoded, shape)])
-        if not np.array_equal(replayed, eager, equal_nan=True):
+        if not np.array_equal(self._decoded(slot), eager, equal_nan=True):
             log.warning("%s runs eager: its recording gave other numbers", self._bucket.name)
             return None
         return graph
+
+    def _try(self, slot: Slot) -> None:
+        """Run once, unrecorded: libraries choose their algorithms and allocate."""
+        self._memory.clear(self._address("rgb"), FLOAT * _count(self._shapes["rgb"]))
+        self._enqueue(self._memory.stream)
+        self._decoded(slot)
+
+    def _decoded(self, slot: Slot) -> NDArray[np.float32]:
+        slot.fetch(self._address("decoded"), tuple(self._shapes["decoded"]))
+        return slot.results()[0]
 
     def _address(self, name: str) -> int:
         return int(self._buffers[name].handle)
 
 
-def _shape(row: Output, placement: Placement) -> tuple[int, ...]:
+def _shape(row: Output, placement: Placement) -> Shape:
     """Of an output's map at the source's size."""
     width, height = placement.source
     return (height, width) if row.frame is None else (height, width, 3)

@@ -56,10 +56,11 @@ class CudaRecorder:
 
     warm_up = WARM_UP
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, priority: int = 0) -> None:
+        """priority: of what is recorded, see `sharing.Sharing`."""
         self._device = torch.device(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = torch.cuda.Stream(self._device, priority=priority)
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """See `Recorder`."""

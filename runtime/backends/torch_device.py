@@ -58,7 +58,8 @@ class DeviceNetwork:
         channels, 8h, 8w). Raises torch.OutOfMemoryError, TensorSizeError.
         """
         if count not in self._replays:
-            example = torch.zeros(count, 3, self._size.height, self._size.width, device=self._device)
+            shape = (count, 3, self._size.height, self._size.width)  # what is copied in takes its order of memory
+            example = torch.empty(shape, device=self._device, memory_format=torch.channels_last).zero_()
             images = "1 image" if count == 1 else f"{count} images"
             name = f"The network at {self._size} for {images}"
             self._replays[count] = Replay(name, self._network, (example,), self._recorder)

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densegeo.kernels.attention import attention, attention_fp8, choose, fastest
+from densegeo.kernels.attention import attention
+from densegeo.kernels.attention.strategies import STRATEGIES
 from densegeo.kernels.gelu_quantize import gelu_quantize
-from densegeo.kernels.group_norm_silu import group_norm_silu
 from densegeo.kernels.layer_norm import layer_norm
 from densegeo.kernels.qk_norm_rope import qk_norm_rope
 from densegeo.kernels.quantize import quantize
 from densegeo.kernels.residual_layer_norm import residual_layer_norm
 from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.layers import EPS, FoldedBranch, FoldedModulation, QKNorm, heads_first, rotate
-from densegeo.models.quantized import ATTENTION, QuantizedAttention, QuantizedLinear, has_fp8
+from densegeo.models.quantized import FORMATS, QuantizedAttention, QuantizedLinear, has_fp8
 from densegeo.models.transformer import (
     ConstantInputBlock,
     DoubleBlock,
@@ -30,8 +31,11 @@ from densegeo.models.transformer import (
     Transformer,
     TrimmedSingleBlock,
 )
-from densegeo.models.unet import LayerNorm, UNet
-from densegeo.models.vae import VAE, Norm
+from densegeo.models.unet import UNet
+from densegeo.runtime.backends.torch_attention import FusedAttention
+from densegeo.runtime.backends.torch_choice import decide
+from densegeo.runtime.backends.torch_linear import FusedLinear, fuse_linears, multiply_into
+from densegeo.runtime.backends.torch_pictures import fuse_pictures
 
 log = logging.getLogger("densegeo")
 
@@ -55,30 +59,6 @@ class Following(NamedTuple):
     linear: nn.Module | None
 
 
-class FusedAttention(nn.Module):
-    """An attention whose products are fp8, on hardware that has them; q, k and v may be in 8 bits already."""
-
-    DTYPE = ATTENTION.dtype
-
-    def __init__(self, attention: QuantizedAttention, counts: list[int] | None = None) -> None:
-        super().__init__()
-        self.scales = float(attention.q_scale), float(attention.k_scale), float(attention.v_scale)
-        self.dtype, self.counts = attention.q_scale.dtype, counts
-
-    def rounded(self, x: Tensor, part: int) -> Tensor:
-        """x (B, heads, T, size) of q, k or v (part 0, 1, 2) in 8 bits."""
-        if x.dtype == self.DTYPE:
-            return x
-        if x.is_contiguous():
-            return quantize(x.flatten(1, 2), self.DTYPE, 1 / self.scales[part]).view(x.shape)
-        return heads_first(quantize(x.transpose(1, 2).flatten(2), self.DTYPE, 1 / self.scales[part]), x.shape[1])
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
-        """(B, heads, T, size) -> (B, T, heads * size). key_bias: not looked at; the counts tell it."""
-        q, k, v = (self.rounded(x, part) for part, x in enumerate((q, k, v)))
-        return attention_fp8(q, k, v, self.scales, self.dtype, self.counts).transpose(1, 2).flatten(2)
-
-
 class FusedTransformer(nn.Module):
     """A rewritten transformer's forward: latent (B, C, h, w) -> velocity (B, 2L, 4C) float32.
 
@@ -88,14 +68,16 @@ class FusedTransformer(nn.Module):
     def __init__(self, model: Transformer, strategy: str = "auto") -> None:
         super().__init__()
         assert can_fuse(model)
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):  # a copy that shares all tensors
+            shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            model = copy.deepcopy(model, shared)
+        self.linears = fuse_linears(model)
         self.model, self.strategy = model, strategy
         text = model.text_tokens
         bias = model.key_bias
         self.counts = None if bias is None else [round(count) for count in bias[0, 0, 0, :text].exp().tolist()]
         self._taken = {  # by id: scales as numbers, which a recording cannot read from the device
-            id(module): Taken(module.weight.dtype, 1 / float(module.input_scale))
-            for module in model.modules()
-            if isinstance(module, QuantizedLinear)
+            id(linear): Taken(linear.weight.dtype, 1 / linear.input_scale) for linear in self.linears
         }
         self.plainly = False  # attend in floating point where fp8 is planned, too
         self.in_fp8 = {  # by id, too
@@ -168,14 +150,7 @@ class FusedTransformer(nn.Module):
             if normed is None:
                 of_text, of_image = _next(block)
                 normed = self._norm(text, of_text), self._norm(image, of_image)
-            parts = [
-                self._heads(attn.qkv(rows), attn.norm, places, attn.heads, block.attention)
-                for attn, rows, places in (
-                    (block.txt_attn, normed[0], slice(0, tokens)),
-                    (block.img_attn, normed[1], slice(tokens, None)),
-                )
-            ]
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
+            q, k, v = self._joint(block, *normed)
         mixed = self._attend(block.attention, q, k, v)
         update = self._given(block.img_attn.proj, mixed[:, tokens:])
         image, wide = self._add_norm(image, update, Following(image_mlp, block.img_mlp[0]))
@@ -198,122 +173,149 @@ class FusedTransformer(nn.Module):
         else:
             assert isinstance(block, SingleBlock)
             joint = block.linear1(normed)  # (B, T, 3 hidden + MLP)
-            q, k, v = self._heads(joint, block.norm, slice(None), block.heads, block.attention)
+            q, k = self._heads(joint, block.norm, slice(None), block.heads, block.attention)
+            v, eight = (
+                heads_first(joint[..., 2 * block.hidden : 3 * block.hidden], block.heads),
+                self.in_fp8.get(id(block.attention)),
+            )
+            if eight is not None:
+                v = eight.rounded(v, 2)
             mlp = joint[..., 3 * block.hidden :]
         dtype, inverse_scale = self._takes(block.linear2)
         both = mlp.new_empty(*mlp.shape[:2], block.hidden + block.mlp_hidden, dtype=dtype)
         gelu_quantize(mlp, dtype, inverse_scale, out=both[..., block.hidden :])
         if dtype is None:
-            both[..., : block.hidden] = self._attend(block.attention, q, k, v)
+            self._attend(block.attention, q, k, v, both[..., : block.hidden])
         else:
             quantize(self._attend(block.attention, q, k, v), dtype, inverse_scale, out=both[..., : block.hidden])
         return self._add_norm(x, block.linear2(both), self._final if following is None else _next(following)[0])
 
+    def _joint(self, block: DoubleBlock, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both streams' normed tokens -> q, k and v of the joint sequence, each written where it is read."""
+        tokens, (heads, size) = text.shape[1], (block.img_attn.heads, len(block.img_attn.norm.query_norm.scale))
+        batch, both, hidden = len(text), tokens + image.shape[1], heads * size
+        joint = text.new_empty(batch, both, 3 * hidden, dtype=block.img_attn.qkv.bias.dtype)
+        eight = self.in_fp8.get(id(block.attention))
+        q = joint.new_empty(batch, heads, both, size, dtype=joint.dtype if eight is None else eight.DTYPE)
+        k = torch.empty_like(q)
+        for attn, rows, places in (
+            (block.txt_attn, text, slice(0, tokens)),
+            (block.img_attn, image, slice(tokens, None)),
+        ):
+            multiply_into(attn.qkv, rows, joint[:, places])
+            self._heads(joint[:, places], attn.norm, places, heads, block.attention, (q[:, :, places], k[:, :, places]))
+        v = heads_first(joint[..., 2 * hidden :], heads)
+        return q, k, v if eight is None else eight.rounded(v, 2)
+
     def _heads(
-        self, qkv: Tensor, norm: QKNorm, rows: slice, heads: int, attention: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, T, at least 3 hidden) -> q and k, normed and rotated, and v, (B, heads, T, size), as attention wants.
+        self,
+        qkv: Tensor,
+        norm: QKNorm,
+        rows: slice,
+        heads: int,
+        attention: nn.Module,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """qkv (B, T, at least 3 hidden) -> q and k, normed and rotated, (B, heads, T, size), as attention wants them.
 
         rows: the tokens' places in the joint sequence.
         """
         scales = norm.query_norm.scale.float(), norm.key_norm.scale.float()
         tables = self.model.rope_cos[rows], self.model.rope_sin[rows]
-        hidden = heads * len(scales[0])
-        v = heads_first(qkv[..., 2 * hidden : 3 * hidden], heads)
         eight = self.in_fp8.get(id(attention))
         if eight is None:
-            return *qk_norm_rope(qkv, *scales, *tables, heads, EPS), v
+            return qk_norm_rope(qkv, *scales, *tables, heads, EPS, out=out)
         inverse = 1 / eight.scales[0], 1 / eight.scales[1]
-        return *qk_norm_rope(qkv, *scales, *tables, heads, EPS, eight.DTYPE, inverse), eight.rounded(v, 2)
+        return qk_norm_rope(qkv, *scales, *tables, heads, EPS, eight.DTYPE, inverse, out)
 
-    def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, T, size) -> (B, T, heads * size)."""
+    def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, heads, T, size) -> (B, T, heads * size), in `out` if there is one, whose features are adjacent."""
         if isinstance(module, QuantizedAttention) and not self.plainly:
             mixed: Tensor = self.in_fp8.get(id(module), module)(q, k, v, self.model.key_bias)
-            return mixed
-        return attention(q, k, v, self.counts, self.strategy).transpose(1, 2).flatten(2)
+            return mixed if out is None else out.copy_(mixed)
+        made = attention(q, k, v, self.counts, self.strategy, out)
+        return made.transpose(1, 2).flatten(2) if out is None else out
 
 
 def fuse_transformer(model: Transformer) -> FusedTransformer:
-    """The fused form, with the ways to attend that are the fastest on the model's device at its size.
+    """The fused form, with the ways that are the fastest on the model's device at its size.
 
     Where fp8 attention is planned and turns out slower than the plain one, the latter runs: it is the more exact one.
     """
     config, like, tokens = model.config, model.img_in.bias, model.rope_cos.shape[0]
     fused = FusedTransformer(model)
+    if like.is_cuda:
+        choose_accumulation(fused.linears, tokens)
     if fused.counts is None and not fused.in_fp8:
         return fused
     shape = (1, config.num_heads, tokens, config.head_size)
     q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
+    what = f"over {tokens} tokens, {config.num_heads} heads of {config.head_size} in {like.dtype}"
     if fused.counts is not None:
-        fused.strategy = choose(q, k, v, fused.counts)
-        log.info("attention over %d tokens with merged padding: %s", tokens, fused.strategy)
+        fused.strategy = choose_strategy(f"attention with merged padding {fused.counts} {what}", q, k, v, fused.counts)
     if fused.in_fp8:
         eight = next(iter(fused.in_fp8.values()))
         eight_q, eight_k = eight.rounded(q, 0), eight.rounded(k, 1)  # in a network the kernel before writes them
         ways = {
             "fp8": lambda: eight(eight_q, eight_k, v),
-            "plain": lambda: attention(q, k, v, fused.counts, fused.strategy),
+            "plain": lambda: attention(q, k, v, fused.counts, fused.strategy).transpose(1, 2).flatten(2),
         }
-        if fastest(ways, q.device) == "plain":
+        if decide(f"planned fp8 attention {what}", ways, ways["fp8"], like.device) == "plain":
             fused.in_fp8, fused.plainly = {}, True
-        log.info("planned fp8 attention over %d tokens: %s", tokens, "plain is faster" if fused.plainly else "fp8")
     return fused
 
 
-class FusedNorm(nn.Module):
-    """A group norm, with or without SiLU, in one kernel."""
-
-    def __init__(self, norm: Norm) -> None:
-        super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
-        self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)
-        self.bias = nn.Parameter(norm.bias.detach().float(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, silu=False)
-
-    def silu(self, x: Tensor) -> Tensor:
-        return self._run(x, silu=True)
-
-    def _run(self, x: Tensor, silu: bool) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, silu=silu)
+def choose_strategy(what: str, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> str:
+    """The name in `kernels.attention.strategies.STRATEGIES` that is the fastest for these on their device."""
+    repeated = torch.tensor([*counts, *[1] * (k.shape[2] - len(counts))], device=q.device).double().log()
+    few = q[:, :1, :64].double(), k[:, :1].double(), v[:, :1].double()
+    ways = {
+        name: lambda name=name: attention(q, k, v, counts, name).transpose(0, 1)[:1, :, :64]
+        for name in sorted(STRATEGIES, key=lambda name: name != "bias")  # the plain way first
+    }
+    return decide(
+        what, ways, lambda: F.scaled_dot_product_attention(*few, attn_mask=repeated[None]).transpose(0, 1), q.device
+    )
 
 
-class FusedLayerNorm(nn.Module):
-    """The U-Net's layer norm in one kernel."""
+def choose_accumulation(linears: list[FusedLinear], rows: int) -> None:
+    """Whether fp8 products add in fewer bits, for all of them alike: where that is faster, and no further off than
+    twice what they are themselves, in the largest of them.
+    """
+    able = [linear for linear in linears if linear.weight.dtype == torch.float8_e4m3fn]
+    if not able:
+        return
+    largest = max(able, key=lambda linear: (linear.weight.shape[1], linear.weight.shape[0]))
+    columns, size = largest.weight.shape
+    wide = torch.randn(rows, size, device=largest.weight.device)
+    weight = torch.randn(columns, size, device=largest.weight.device)
+    made = FusedLinear(_random(weight, float(wide.abs().max()), largest.bias.dtype))
+    given = quantize(wide[None], made.weight.dtype, 1 / made.input_scale)[0]
 
-    def __init__(self, norm: LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+    def multiplied(fast: bool) -> Tensor:
+        made.fast = fast
+        result: Tensor = made(given)
+        return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
+    what = f"fp8 products {rows} x {size} x {columns} into {largest.bias.dtype}"
+    exact = lambda: wide[:64].double() @ weight.double().t()  # noqa: E731
+    ways = {"exact sums": lambda: multiplied(fast=False), "fast sums": lambda: multiplied(fast=True)}
+    fast = decide(what, ways, exact, wide.device, slice(0, 64)) == "fast sums"
+    for linear in able:
+        linear.fast = fast
 
 
-Pictures = TypeVar("Pictures", VAE, UNet)
-
-
-def fuse_norms(network: Pictures) -> Pictures:
-    """A copy with fused norms and fp8 attention, in channels-last memory, that shares every other weight."""
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fused = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
-    for module in list(fused.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Norm):
-                setattr(module, name, FusedNorm(child))
-            elif isinstance(child, LayerNorm):
-                setattr(module, name, FusedLayerNorm(child))
-            elif isinstance(child, QuantizedAttention) and has_fp8(child.q_scale.device):
-                setattr(module, name, FusedAttention(child))
-    return fused
+def _random(weight: Tensor, largest: float, dtype: torch.dtype) -> QuantizedLinear:
+    """A quantized linear without a bias."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    return QuantizedLinear.prepare(plain, largest, FORMATS["fp8"], dtype)
 
 
 def fuse(denoiser: AnyDenoiser) -> Any:
     """A denoiser over the project's kernels, where its rewrites allow that."""
     if isinstance(denoiser, UNet):
-        return fuse_norms(denoiser)
+        return fuse_pictures(denoiser)
     assert isinstance(denoiser, Transformer)
     return fuse_transformer(denoiser) if can_fuse(denoiser) else denoiser
 

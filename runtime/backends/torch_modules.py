@@ -35,9 +35,11 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
 from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime.backends import parse_device
+from densegeo.runtime.backends.sharing import ALONE, Sharing, networks_need, require_room
 from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, Recorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
-from densegeo.runtime.backends.torch_fused import fuse, fuse_norms
+from densegeo.runtime.backends.torch_fused import fuse
+from densegeo.runtime.backends.torch_pictures import fuse_pictures
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
 from densegeo.runtime.resample import Placement
@@ -46,14 +48,16 @@ from densegeo.size import Size
 log = logging.getLogger("densegeo")
 
 
-def open_backend(directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> TorchBackend:
+def open_backend(
+    directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE, threads: int | None = None
+) -> TorchBackend:
     """The backend of `densegeo.backends`' table. threads: of torch in this whole process.
 
     Raises BackendError, ConfigError.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchBackend(directory, manifest, device)
+    return TorchBackend(directory, manifest, device, sharing=sharing)
 
 
 class TorchBackend:
@@ -61,9 +65,22 @@ class TorchBackend:
 
     name = NETWORKS.name
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, *, frames_on_cpu: bool = False) -> None:
-        """frames_on_cpu: take images as on a GPU, which tests do."""
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        device: str,
+        *,
+        sharing: Sharing = ALONE,
+        frames_on_cpu: bool = False,
+    ) -> None:
+        """frames_on_cpu: take images as on a GPU, which tests do.
+
+        A memory limit holds for all that torch allocates in this process on the device.
+        """
         self.device = choose_device(device)
+        if self.device != "cpu":
+            limit_memory(directory, manifest, self.device, sharing.memory_limit)
         require_precision(manifest, self.device)
         first = manifest.buckets[0]
         self._buckets = {bucket.size: bucket for bucket in manifest.buckets}  # the batch is its own
@@ -73,12 +90,12 @@ class TorchBackend:
         self.takes_frames = frames_on_cpu or self.device != "cpu"  # numpy and Pillow are a CPU's faster way in and out
         self._recorder: Recorder | None = None
         if self.takes_frames:
-            self._recorder = HostRecorder() if self.device == "cpu" else CudaRecorder(self.device)
+            self._recorder = HostRecorder() if self.device == "cpu" else CudaRecorder(self.device, sharing.priority)
         self.records = self._recorder is not None
-        self._ring = Ring(self.device)
+        self._ring = Ring(self.device, sharing.priority)
         self._networks: dict[Size, DeviceNetwork] = {}
         self._failed: dict[Size, BackendError] = {}  # why a size is not there
-        self._fused_vae = fuse_norms(self._pipeline.vae)
+        self._fused_vae = fuse_pictures(self._pipeline.vae)
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:
             self._network(first)
@@ -249,6 +266,15 @@ def require_precision(manifest: Manifest, device: str) -> None:
             f"sm_{base.first_architecture}. Build it with `--precision fp16` ({' and '.join(QUANTIZED)}: with "
             '`--base fp32`), or use device="cpu".'
         )
+
+
+def limit_memory(directory: Path, manifest: Manifest, device: str, limit: int | None) -> None:
+    """torch's allocator gives no more than this on the device. Raises BackendError where weights alone take more."""
+    if limit is None:
+        return
+    require_room(directory, networks_need(manifest), limit, device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), torch.device(device))
 
 
 def choose_device(device: str) -> str:

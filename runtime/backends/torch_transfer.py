@@ -22,6 +22,7 @@ from densegeo.errors import BackendError
 from densegeo.outputs import Maps
 from densegeo.runtime.backends import dlpack, require_device
 from densegeo.runtime.backends.cuda_array import LEGACY
+from densegeo.runtime.backends.sharing import require_priority
 
 RING = 2  # images in flight: one computes while the other is copied
 
@@ -31,10 +32,15 @@ Results = Maps[Tensor]  # of one image
 class Ring:
     """`RING` slots for groups of images in flight on one device, and the streams they share."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, priority: int = 0) -> None:
+        """priority: of the streams, see `sharing.Sharing`. Raises ConfigError for one that the device has not."""
         self.device = device
         self._cuda, self._device = device != "cpu", torch.device(device)
-        self._streams = [torch.cuda.Stream(device) if self._cuda else None for _ in range(3)]
+        if priority and self._cuda:
+            streams: Any = torch.cuda.Stream
+            last, first = streams.priority_range()  # static
+            require_priority(priority, first, last, device)
+        self._streams = [torch.cuda.Stream(device, priority=priority) if self._cuda else None for _ in range(3)]
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._launching = threading.Lock()
         for _ in range(RING):

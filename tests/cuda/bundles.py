@@ -22,7 +22,7 @@ from densegeo.runtime.bundle import (
 )
 from densegeo.runtime.engines import fingerprint
 from densegeo.runtime.tensorfile import tensor_offsets
-from tests.cuda.engines import engine_file
+from tests.cuda.engines import WORKSPACE, engine_file
 
 ARCHITECTURE = 89  # the stand-in driver's
 
@@ -64,7 +64,7 @@ def engine_of(target: Path, manifest: Manifest, stage: Stage, bucket: str) -> En
         weight_inputs=sorted(tensor_offsets(target / weights)[1]) if stage == "denoiser" else [],
         seconds=0.0,
         peak_bytes=0,
-        activation_bytes=0,
+        activation_bytes=WORKSPACE * next(found.batch for found in manifest.buckets if found.name == bucket),
         weight_bytes=0,
     )
     return msgspec.structs.replace(record, fingerprint=fingerprint(record))

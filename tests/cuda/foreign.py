@@ -23,7 +23,15 @@ class Image:
         self.memory, self.shape = memory, pixels.shape
         self._buffer = memory.device_buffer(offset + pixels.size)
         self.address = int(self._buffer.handle) + offset
-        memory.staging.upload(pixels.ravel(), self.address)
+        self._pinned: list[Any] = []  # copies from it may be under way
+        self.write(pixels)
+
+    def write(self, pixels: NDArray[np.uint8]) -> None:
+        """Enqueue a copy of other pixels to it."""
+        pinned = self.memory.pinned_buffer(pixels.size)
+        self._pinned.append(pinned)
+        host_view(pinned, pixels.size)[:] = pixels.ravel()
+        self.memory.to_device(self.address, pinned, pixels.size)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self.memory.device_id

@@ -2,47 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.runtime.backends.cuda_memory import Memory, Piece, Staging
-from densegeo.runtime.backends.cuda_weights import Slots
+from densegeo.runtime.backends.cuda_memory import Memory
+from densegeo.runtime.backends.cuda_ring import Ring, Slot
+from densegeo.runtime.backends.cuda_weights import Halves
 from densegeo.runtime.backends.tensorrt_network import Network
 
 
-def no_wait_before_reuse() -> None:
-    """The pinned buffer is written while its last copy may still be under way."""
+def slot_before_its_copies_end() -> None:
+    """A slot is taken again while the last call's copies may still be under way."""
 
-    def take(self: Staging, size: int) -> None:
-        if self._buffer.size < size:
-            self._buffer = self._memory.pinned_buffer(size)
-
-    Staging._take = take  # type: ignore[method-assign]
-
-
-def no_wait_before_read() -> None:
-    """The pinned buffer is read before the copy into it has ended."""
-
-    def download(self: Staging, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
-        real, event = self._memory.record, SimpleNamespace(sync=lambda: None)
-        self._memory.record = lambda: [real(), event][1]  # type: ignore[method-assign]
+    def results(self: Slot) -> list[NDArray[np.float32]]:
+        done, self._done = self._done, SimpleNamespace(sync=lambda: None)
         try:
-            return whole(self, pieces)
+            return whole(self)
         finally:
-            self._memory.record = real  # type: ignore[method-assign]
+            self._done = done
 
-    whole = Staging.download
+    whole = Slot.results
+    Slot.results = results  # type: ignore[method-assign]
 
-    Staging.download = download  # type: ignore[method-assign]
+
+def work_before_its_images() -> None:
+    """The networks do not wait for the copy of their images."""
+
+    @contextmanager
+    def computing(self: Slot) -> Iterator[None]:
+        with self._launching:
+            yield
+            self._memory.record(event=self._computed)
+
+    Slot.computing = computing  # type: ignore[method-assign]
+
+
+def maps_before_their_work() -> None:
+    """Maps are copied without waiting for the networks that make them."""
+
+    @contextmanager
+    def computing(self: Slot) -> Iterator[None]:
+        with self._launching:
+            self._memory.stream.wait(self._copied)
+            self._memory.record(event=self._computed)
+            yield
+
+    Slot.computing = computing  # type: ignore[method-assign]
+
+
+def one_slot_for_all() -> None:
+    """Calls in flight share one slot."""
+
+    @contextmanager
+    def slot(self: Ring) -> Iterator[Slot]:
+        with self.memory.current():
+            yield self._slots[0]
+
+    Ring.slot = slot  # type: ignore[method-assign]
+
+
+def one_stream() -> None:
+    """Copies take their turn among the networks."""
+
+    def start(self: Memory, *given: Any) -> None:
+        whole(self, *given)
+        self.copying_in = self.copying_out = self.stream
+
+    whole = Memory.__init__
+    Memory.__init__ = start  # type: ignore[method-assign]
+
+
+def lock_held_while_waiting() -> None:
+    """The lock of whoever launches is held until the maps are there."""
+
+    def results(self: Slot) -> list[NDArray[np.float32]]:
+        with self._launching:
+            return whole(self)
+
+    whole = Slot.results
+    Slot.results = results  # type: ignore[method-assign]
 
 
 def weights_through_one_buffer() -> None:
     """Weights are read from the file into a buffer that is still being copied."""
-    Slots.next = lambda self: self._buffers[0]  # type: ignore[method-assign]
+    Halves.next = lambda self: self._buffers[0]  # type: ignore[method-assign]
 
 
 def while_recording(act: Callable[[Network, Any], object]) -> None:
@@ -83,8 +131,12 @@ def reuse_under_a_reader() -> None:
 
 
 MUTATIONS = {
-    "no-wait-before-reuse": no_wait_before_reuse,
-    "no-wait-before-read": no_wait_before_read,
+    "slot-before-its-copies-end": slot_before_its_copies_end,
+    "work-before-its-images": work_before_its_images,
+    "maps-before-their-work": maps_before_their_work,
+    "one-slot-for-all": one_slot_for_all,
+    "one-stream": one_stream,
+    "lock-held-while-waiting": lock_held_while_waiting,
     "weights-through-one-buffer": weights_through_one_buffer,
     "allocate-while-recording": allocate_while_recording,
     "synchronise-while-recording": synchronise_while_recording,

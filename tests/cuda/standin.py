@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STATISTICS = ("synchronisations", "allocations", "reuses", "pinned allocations", "copies", "launches", "graph launches")
+LIVING = ("device blocks", "pinned blocks", "streams", "graphs", "device bytes")
 _KERNEL = ctypes.CFUNCTYPE(
     None, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int
 )
@@ -27,6 +28,7 @@ class Driver:
         self._library: Any = ctypes.CDLL("libcuda.so.1")
         self._library.standin_problems.restype = ctypes.c_char_p  # a real driver has no such function: AttributeError
         self._library.standin_statistic.restype = ctypes.c_long
+        self._library.standin_living.restype = ctypes.c_long
         self._library.standin_check.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._library.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._kept: list[object] = []  # callbacks that queues may still hold
@@ -50,6 +52,10 @@ class Driver:
 
     def statistics(self) -> dict[str, int]:
         return {name: self._library.standin_statistic(index) for index, name in enumerate(STATISTICS)}
+
+    def living(self) -> dict[str, int]:
+        """What was made and not released."""
+        return {name: self._library.standin_living(index) for index, name in enumerate(LIVING)}
 
     def on_kernel(self, run: OnKernel) -> None:
         """What is called when a stream comes to a launch."""

@@ -89,7 +89,7 @@ def test_nothing_merged_is_plain_attention(counts: Any) -> None:
 
 def test_wrong_arguments() -> None:
     q, k, v = tensors(1, 2, 5, 3, 16, "cpu")
-    with pytest.raises(ValueError, match=r"'nope'; choose from auto, merge, bias, expand"):
+    with pytest.raises(ValueError, match=r"'nope'; choose from auto, merge, merge-cudnn, bias, expand"):
         attention(q, k, v, (2,), "nope")
     with pytest.raises(ValueError, match="4 counts for 3 keys"):
         attention(q, k, v, (1, 1, 1, 1))
@@ -124,7 +124,7 @@ def test_choose_measures() -> None:
         def wait(*arguments: Any) -> Any:
             calls.append((name, arguments[3]))
             time.sleep(seconds)
-            return strategies.bias(*arguments)
+            return strategies.bias(*arguments[:4])
 
         return strategies.Strategy(wait, "never")
 
@@ -217,6 +217,31 @@ def test_add_keys_kernel(device: str, case: Any) -> None:
     actual = added(kernel, q, k, v, case[5])
     assert actual.transpose(1, 2).is_contiguous()
     check(actual, q, k, v, case[5])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_go_where_they_are_read(device: str, case: Any) -> None:
+    """Into a part of a wider row, which nothing else of is touched: by both kernels, and by every strategy."""
+    kernel, _ = operation("attention")
+    q, k, v = tensors(*case[:5], device)
+    batch, heads, queries, size = q.shape
+    width = heads * size
+    wide = torch.full((batch, queries, -(-(width + 16) // 16) * 16), 7.0, device=device)
+    bias = torch.tensor(case[5], dtype=torch.float32, device=device).log()
+    logits = q.float() @ k.float().mT * size**-0.5
+    further = strategies._further(strategies._checked(case[5], k.shape[2]), q.device)
+    plain = logits.softmax(-1) @ v, logits.logsumexp(-1), *further
+    calls = [
+        lambda out: kernel.attention(q, k, v, bias, out=out),
+        lambda out: kernel.add_keys(q, k, v, *plain, result=out),
+        *(lambda out, name=name: attention(q, k, v, case[5], name, out) for name in NAMES),
+    ]
+    for call in calls:
+        out = wide.fill_(7.0)[..., :width]
+        made = call(out)
+        assert made.data_ptr() == out.data_ptr()
+        check(out.unflatten(2, (heads, size)).transpose(1, 2), q, k, v, case[5])
+        assert bool((wide[..., width:] == 7.0).all())
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -97,6 +97,56 @@ def test_group_norm_silu(
     close(actual, reference.group_norm_silu(x.double(), *arguments))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 8, 2, 2), (2, 12, 4, 6), (1, 520, 3, 3)])
+def test_interleave(device: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Bit by bit, of any type, also where channels are no power of two."""
+    kernel, reference = operation("interleave")
+    phases = channels_last(noise(*shape, device=device, dtype=dtype))
+    actual = kernel.interleave(phases)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(actual, reference.interleave(phases))
+    with pytest.raises(AssertionError):
+        kernel.interleave(phases.contiguous())
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_group_norm_silu_in_float32(device: str, dtype: Any) -> None:
+    """What is read in 16 bits is written in 32, with no rounding between."""
+    kernel, reference = operation("group_norm_silu")
+    x = channels_last(noise(2, 32, 5, 7, device=device, dtype=dtype))
+    gain, offset = affine(32, device)
+    actual = kernel.group_norm_silu(x, gain, offset, 8, EPS, True, torch.float32)
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    close(actual, reference.group_norm_silu(x.double(), gain, offset, 8, EPS, True))
+
+
+@pytest.mark.parametrize("size", [(864, 576), (1024, 768), (512, 512)])
+def test_statistics_are_made_by_more_programs_than_a_gpu_has_processors(size: tuple[int, int]) -> None:
+    """At every level of the full-size autoencoder: an H100 has 132, a Blackwell card up to 170."""
+    kernel, _ = operation("group_norm_silu")
+    width, height = size
+    for level, channels in enumerate((128, 256, 512, 512)):
+        pixels = (width >> level) * (height >> level)
+        runs, run = kernel.runs_of(pixels, channels)
+        assert (runs - 1) * run < pixels <= runs * run
+        assert runs > 170 or run == kernel.blocks(channels)["BLOCK_P"]  # or there are no more blocks
+
+
+def test_queries_and_keys_go_into_a_joint_sequence(device: str) -> None:
+    kernel, reference = operation("qk_norm_rope")
+    qkv, scales, tables = noise(2, 5, 3 * 2 * 16, device=device), affine(16, device), rope(5, 16, device)
+    joint = [torch.full((2, 2, 9, 16), 7.0, device=device) for _ in range(2)]
+    made = kernel.qk_norm_rope(qkv, *scales, *tables, 2, EPS, out=tuple(part[:, :, 3:8] for part in joint))
+    exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, 2, EPS)
+    for part, tensor, wanted in zip(joint, made, exact, strict=True):
+        close(part[:, :, 3:8], wanted)
+        assert tensor.data_ptr() == part[:, :, 3:8].data_ptr()
+        assert bool((part[:, :, :3] == 7.0).all())
+        assert bool((part[:, :, 8:] == 7.0).all())
+
+
 def test_group_norm_survives_a_large_mean(device: str) -> None:
     kernel, reference = operation("group_norm_silu")
     x = channels_last(noise(1, 32, 40, 30, device=device) + 300)

@@ -27,7 +27,7 @@ class Doubles:
         monkeypatch.setattr(backends, "has_cuda_driver", lambda: True)
 
     def _row(self, monkeypatch: pytest.MonkeyPatch, name: str, able: dict[str, str | None]) -> BackendRow:
-        def opened(directory: Path, manifest: Any, device: str) -> Any:
+        def opened(directory: Path, manifest: Any, device: str, sharing: Any) -> Any:
             self.tried.append((name, device))
             kinds = ("cuda", "cpu") if device == "auto" else (device,)
             kind = next((kind for kind in kinds if kind in able), None)

@@ -71,7 +71,14 @@ def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
     sessions, bundle = Sessions(preloads=preloads), new_bundle()
     monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
     OrtBackend(bundle, read_manifest(bundle), "cuda:1")
-    sizes = [([CUDA], [{"device_id": "1", "use_tf32": "0"}])] * 3
+    options = {
+        "device_id": "1",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_use_max_workspace": "1",
+    }
+    sizes = [([CUDA], [options])] * 3
     assert sessions.calls == (["preload", *sizes] if preloads else sizes)
     assert not capsys.readouterr().out
     sessions.calls.clear()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -54,26 +55,42 @@ class Noted:
 
 
 class NoMemory:
-    """A device's memory in name: buffers have addresses, what is copied from them is 0, nothing can be recorded."""
+    """A device's memory in name: buffers have addresses, and nothing can be recorded."""
 
     stream = None
 
     def __init__(self) -> None:
-        self.staging = Namespace(upload=lambda *given: None, reserve=lambda size: None)
-        self.landing = Namespace(
-            download=lambda pieces: [np.zeros(shape) for _, shape in pieces], reserve=lambda size: None
-        )
         self._end = 256
 
     def device_buffer(self, size: int) -> Namespace:
         self._end += -(-size // 256) * 256
         return Namespace(handle=self._end, size=size)
 
+    def clear(self, target: int, size: int) -> None:
+        pass
+
+    def lend(self) -> None:
+        pass
+
     def give_back(self, *given: object) -> None:
         pass
 
     def graph(self, enqueue: object) -> None:
         raise RuntimeError("nothing is recorded here")
+
+
+class NoRing:
+    """Slots in name: what they bring back is 0."""
+
+    def __init__(self) -> None:
+        self.memory = NoMemory()
+
+    def reserve(self, images: object, maps: object) -> None:
+        pass
+
+    @contextmanager
+    def slot(self) -> Iterator[Namespace]:
+        yield Namespace(fetch=lambda source, shape: None, results=lambda: [np.zeros(1)])
 
 
 ENGINES = {stage: Namespace(use=lambda workspace: None, launch=lambda *given: None) for stage in STAGES}
@@ -161,7 +178,7 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
 
     rows = {row.name: row for row in variants()}
     kernels = Noted()
-    network = Network(NoMemory(), kernels, Namespace(decode=decode), toy_bucket(decode, channels), ENGINES, None)  # type: ignore[arg-type]
+    network = Network(NoRing(), kernels, Namespace(decode=decode), toy_bucket(decode, channels), ENGINES, None)  # type: ignore[arg-type]
     kernels.launches.clear()
     network.prepare(0, Pixels(32, (93, 3), None), Placement((2, 0, 28, 16), (31, 29)), "bgr")
     network.prepare(0, Pixels(32, (40, 1), None), Placement((2, 0, 28, 16), (30, 28)), "nv12")

@@ -22,12 +22,14 @@ from densegeo.models.quantized import (  # noqa: E402
     AttentionPlan,
     LinearPlan,
     Plans,
-    QuantizedLinear,
     quantize_block,
 )
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime.backends import torch_capture, torch_fused  # noqa: E402
-from densegeo.runtime.backends.torch_fused import FusedAttention, FusedTransformer, can_fuse, fuse, fuse_norms  # noqa: E402
+from densegeo.runtime.backends.torch_attention import FusedAttention  # noqa: E402
+from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse  # noqa: E402
+from densegeo.runtime.backends.torch_linear import FusedLinear  # noqa: E402
+from densegeo.runtime.backends.torch_pictures import fuse_pictures  # noqa: E402
 from densegeo.size import Size  # noqa: E402
 from tests.support.checkpoints import SMALL, SMALL_VAE  # noqa: E402
 
@@ -102,21 +104,26 @@ def quantized(
 @pytest.mark.parametrize("kind", list(FORMATS))
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 def test_kernels_write_what_quantized_linears_take(
-    files: Files, kind: str, without: tuple[str, ...], base: str, device: str
+    files: Files, kind: str, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit inputs come from the kernel before; only linears that share theirs quantize for themselves."""
     if device != "cpu" and (kind, base) == ("fp8", "fp32"):
         pytest.skip("the hardware's fp8 products give bf16")
     exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
     plain = run(quantized(files, kind, without, base).denoiser, latent(), device)
-    model = quantized(files, kind, without, base).denoiser.to(device)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    model = FusedTransformer(quantized(files, kind, without, base).denoiser.to(device))
+    linears = {name: module for name, module in model.model.named_modules() if isinstance(module, FusedLinear)}
+    names = {id(module): name for name, module in linears.items()}
     wide: set[str] = set()
-    for name, module in linears.items():
-        module.register_forward_pre_hook(
-            lambda module, given, name=name: wide.add(name) if given[0].dtype != module.weight.dtype else None
-        )
-    fused = run(FusedTransformer(model), latent(), device)
+    taken = FusedLinear._taken
+
+    def watched(self: FusedLinear, rows: Tensor) -> Tensor:
+        if rows.dtype != self.weight.dtype:
+            wide.add(names[id(self)])
+        return taken(self, rows)
+
+    monkeypatch.setattr(FusedLinear, "_taken", watched)
+    fused = run(model, latent(), device)
     first = {"double_blocks.0.img_attn.qkv"} if "double_blocks.0.img_attn.qkv" in linears else set()
     last = {"single_blocks.2.key_value", "single_blocks.2.query_mlp"}
     assert len(linears) > 15
@@ -159,12 +166,12 @@ def test_fp8_attention_runs_only_where_it_is_faster(
     floating = FusedTransformer(pipeline(files, without, "bf16").denoiser, "bias")
     measured: list[dict[str, Tensor]] = []
 
-    def fastest(ways: dict[str, Callable[[], Tensor]], device: torch.device) -> str:
+    def decide(what: str, ways: dict[str, Callable[[], Tensor]], exact: object, device: torch.device) -> str:
         measured.append({name: way() for name, way in ways.items()})
         return winner
 
-    monkeypatch.setattr(torch_fused, "choose", lambda *tensors: "bias")
-    monkeypatch.setattr(torch_fused, "fastest", fastest)
+    monkeypatch.setattr(torch_fused, "choose_strategy", lambda *given: "bias")
+    monkeypatch.setattr(torch_fused, "decide", decide)
     results = {}
     for winner in ("fp8", "plain"):
         fused = fuse(model)
@@ -173,7 +180,7 @@ def test_fp8_attention_runs_only_where_it_is_faster(
         results[winner] = run(fused, latent(), "cpu")
     assert torch.equal(results["plain"], run(floating, latent(), "cpu"))
     assert relative(results["fp8"], results["plain"]) > 1e-4
-    timed = measured[-1]["fp8"], measured[-1]["plain"].transpose(1, 2).flatten(2)
+    timed = measured[-1]["fp8"], measured[-1]["plain"]
     assert 1e-3 < relative(*timed) < 0.2  # the same work
 
 
@@ -190,7 +197,7 @@ def test_the_fused_autoencoder_is_the_same_function(files: Files, device: str, p
     exact = run(getattr(pipeline(files, ()).vae, stage), given, "cpu")
     vae = pipeline(files, (), precision).vae
     plain = relative(run(getattr(vae, stage), given, "cpu"), exact)
-    fused = fuse_norms(vae)
+    fused = fuse_pictures(vae)
     shared = dict(vae.named_parameters())
     convolutions = [name for name, value in fused.named_parameters() if value.ndim == 4]
     assert len(convolutions) > 20

@@ -28,7 +28,8 @@ class Event:
 class Stream:
     """A stream of one device: what was launched on it, and what that is ordered after."""
 
-    def __init__(self, cuda: Cuda, device: Any = None, handle: int = 0) -> None:
+    def __init__(self, cuda: Cuda, device: Any = None, handle: int = 0, priority: int = 0) -> None:
+        self.priority = priority
         self._cuda, self.device, self.after = cuda, cuda.index(device), set[str]()
         self.cuda_stream = handle or 0x1000 + 8 * len(cuda.streams)
         cuda.streams.append(self)
@@ -55,7 +56,16 @@ class Cuda:
         self._external: dict[int, Stream] = {}
         for name in ("stream", "current_stream", "default_stream", "synchronize", "ExternalStream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(self, device))
+        monkeypatch.setattr(torch.cuda, "Stream", self._made())
+
+    def _made(self) -> Any:
+        """`torch.cuda.Stream`."""
+
+        def make(device: Any = None, priority: int = 0) -> Stream:
+            return Stream(self, device, priority=priority)
+
+        make.priority_range = lambda: (0, -5)  # type: ignore[attr-defined]
+        return make
 
     def index(self, device: Any) -> int:
         if device is None or isinstance(device, int):

@@ -59,6 +59,17 @@ EXPORTED void standin_schedule(const char *how) {
 
 EXPORTED long standin_statistic(int which) { return statistics[which]; }
 
+// What there is now and was not released.
+EXPORTED long standin_living(int which) {
+    LOCKED;
+    if (which == GRAPHS) return living_graphs;
+    if (which != STREAMS) return living_blocks(which == PINNED_BLOCKS ? PINNED_MEMORY : DEVICE_MEMORY,
+                                               which == DEVICE_BYTES);
+    long count = 0;
+    for (Stream *stream = streams; stream; stream = stream->next) count += !stream->destroyed;
+    return count;
+}
+
 EXPORTED void standin_on_kernel(KernelCallback callback) { on_kernel = callback; }
 
 // For what stands in for an engine: its memory must be live when it runs. Returns how many problems that made.

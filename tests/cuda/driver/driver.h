@@ -59,7 +59,7 @@ typedef struct Operation {
 struct CUstream_st {
     Context *context;
     Operation *first, *last;
-    int nonblocking, busy, destroyed;
+    int nonblocking, busy, destroyed, priority;
     Graph *capture;  // what is recorded here, or NULL
     CUstreamCaptureMode mode;
     pthread_t recorder;
@@ -98,6 +98,7 @@ struct CUlib_st {
 // control.c
 enum Statistic { SYNCHRONISATIONS, ALLOCATIONS, REUSES, PINNED_ALLOCATIONS, COPIES, LAUNCHES, GRAPH_LAUNCHES,
                  STATISTICS };
+enum Living { DEVICE_BLOCKS, PINNED_BLOCKS, STREAMS, GRAPHS, DEVICE_BYTES, LIVING };
 enum Schedule { LAZY, EAGER, RANDOM };
 // launch: grid, block and dynamic shared bytes; layout: offset and size of each of the `count` parameters.
 typedef void (*KernelCallback)(uint64_t image, const unsigned *launch, const char *arguments, const unsigned *layout,
@@ -122,6 +123,7 @@ extern int architecture;
 void start_devices(void);
 
 // memory.c
+long living_blocks(enum MemoryKind kind, int bytes);
 Block *block_at(const void *address);
 void check_range(const char *what, const void *address, size_t size, int device, int must_be_known);
 void poison(Block *block);
@@ -137,6 +139,7 @@ void drain_context(Context *context);
 void take_chance(void);
 
 // graphs.c
+extern long living_graphs;
 void append(Graph *graph, Operation operation);
 CUresult refuse_on_captured(Stream *stream, const char *what);
 CUresult refuse_while_recording(const char *what);

@@ -133,10 +133,13 @@ API cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
     return CUDA_SUCCESS;
 }
 
+long living_graphs;  // executable ones
+
 static CUresult instantiate(CUgraphExec *executable, const Graph *graph) {
     Graph *made = calloc(1, sizeof *made);
     for (const Operation *node = graph->first; node; node = node->next) append(made, *node);
     *executable = (CUgraphExec)made;
+    living_graphs++;
     return CUDA_SUCCESS;
 }
 
@@ -173,6 +176,7 @@ API cuGraphLaunch(CUgraphExec executable, CUstream handle) {
 }
 
 API cuGraphExecDestroy(CUgraphExec executable) {  // a launch that is on its way still ends
+    living_graphs -= !((Graph *)executable)->destroyed;
     ((Graph *)executable)->destroyed = 1;
     return CUDA_SUCCESS;
 }

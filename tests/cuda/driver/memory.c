@@ -11,6 +11,14 @@ Block *block_at(const void *address) {
     return NULL;
 }
 
+// How many blocks nobody has freed, or their bytes.
+long living_blocks(enum MemoryKind kind, int bytes) {
+    long sum = 0;
+    for (Block *block = blocks; block; block = block->next)
+        if (block->kind == kind && block->owned) sum += bytes ? (long)block->size : 1;
+    return sum;
+}
+
 void poison(Block *block) { memset(block->base, 0xFF, block->room); }  // floats read it as NaN
 
 // Held against the live blocks at the moment when a stream comes to it. device: of the stream, -1 for none.

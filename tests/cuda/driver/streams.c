@@ -120,12 +120,12 @@ void push(Stream *stream, Operation operation) {
 }
 
 API cuStreamCreateWithPriority(CUstream *handle, unsigned flags, int priority) {
-    (void)priority;
     LOCKED;
     if (!current) return CUDA_ERROR_INVALID_CONTEXT;
     static unsigned long long last_id = 10;
     Stream *stream = calloc(1, sizeof *stream);
     stream->context = current;
+    stream->priority = priority;
     stream->nonblocking = (flags & CU_STREAM_NON_BLOCKING) != 0;
     stream->id = ++last_id;
     stream->next = streams;
@@ -192,8 +192,9 @@ API cuStreamGetFlags(CUstream handle, unsigned *flags) {
 }
 
 API cuStreamGetPriority(CUstream handle, int *priority) {
-    (void)handle;
-    *priority = 0;
+    Stream *stream = stream_of(handle);
+    if (!stream) return CUDA_ERROR_INVALID_CONTEXT;
+    *priority = stream->priority;
     return CUDA_SUCCESS;
 }
 

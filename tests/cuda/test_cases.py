@@ -1,4 +1,4 @@
-"""The cases of `cases.py`, each a test; they run in one child process."""
+"""The cases of `faults.py`, `counts.py` and `sessions.py`, each a test; they run in one child process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ pytest.importorskip("triton")
 from tests.cuda.conftest import Child
 from tests.support.shared import Build, Once
 
-SOURCE = Path(__file__).parent / "cases.py"
 DECORATOR = "case"
-NAMES = [  # the module itself is for the stand-in driver's process
+NAMES = [  # the modules themselves are for the stand-in driver's process
     function.name
-    for function in ast.parse(SOURCE.read_text()).body
+    for module in ("faults", "counts", "sessions")
+    for function in ast.parse((Path(__file__).parent / f"{module}.py").read_text()).body
     if isinstance(function, ast.FunctionDef) and [ast.unparse(d) for d in function.decorator_list] == [DECORATOR]
 ]
 pytestmark = pytest.mark.integration
@@ -30,7 +30,7 @@ def said(once: Once, child: Child, with_engines: Build) -> dict[str, str]:
     bundle = with_engines("fe2e")
 
     def run(folder: Path) -> None:
-        done = child("-m", "tests.cuda.cases", bundle)
+        done = child("-m", "tests.cuda.case", bundle)
         (folder / "said.json").write_text(done.stdout.splitlines()[-1] if done.stdout.strip() else "{}")
         (folder / "errors.txt").write_text(done.stderr)
 

@@ -1,22 +1,13 @@
-"""Faults that the tensorrt backend once had, one a function, each tried over the stand-in driver in a child process.
-
-python -m tests.cuda.cases BUNDLE prints, as JSON, what went wrong in which; LD_LIBRARY_PATH leads to the stand-in.
-"""
+"""Faults that the tensorrt backend once had, one a function (`case.py`)."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import logging
 import os
 import re
 import shutil
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +17,6 @@ import pytest
 
 from densegeo.colors import COLORS
 from densegeo.errors import BackendError, EngineError
-from densegeo.runtime import Estimator
 from densegeo.runtime.backends.cuda_array import DeviceArray
 from densegeo.runtime.backends.cuda_memory import Memory, check, host_view
 from densegeo.runtime.backends.cuda_weights import ALIGNMENT
@@ -34,33 +24,10 @@ from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.tensorfile import tensor_offsets
 from densegeo.runtime.verify import relative_error
 from densegeo.runtime.ycbcr import from_ycbcr
+from tests.cuda.case import case, close_to, foreign, logged, opened, refusing
 from tests.cuda.engines import WORKSPACE
-from tests.cuda.exercise import BOUND, DEVICE, Setup, staged
+from tests.cuda.exercise import BOUND, DEVICE, Setup
 from tests.cuda.foreign import Image, InterfaceImage, Reading
-
-CASES: list[Callable[[Setup], None]] = []
-
-
-def case(function: Callable[[Setup], None]) -> Callable[[Setup], None]:
-    CASES.append(function)
-    return function
-
-
-@contextmanager
-def opened(setup: Setup, device: int = DEVICE) -> Iterator[Any]:
-    with Estimator(setup.bundle, "tensorrt", f"cuda:{device}", check_digests=False) as estimator:
-        yield estimator
-
-
-def close_to(setup: Setup, index: int, prediction: Any) -> None:
-    error = relative_error(prediction, setup.wanted[index].prediction)  # type: ignore[arg-type]
-    assert error <= BOUND, error
-
-
-def foreign() -> Memory:
-    from cuda.core import Device
-
-    return Memory(Device(DEVICE))
 
 
 @case
@@ -140,10 +107,10 @@ def batch_without_room_is_left_out(setup: Setup) -> None:
 def workspace_without_room_leaves_the_largest_out(setup: Setup) -> None:
     allocate = Memory.device_buffer
 
-    def small(self: Memory, size: int) -> Any:
+    def small(self: Memory, size: int, *given: Any) -> Any:
         if size == 3 * WORKSPACE:
             raise BackendError("there is no room")
-        return allocate(self, size)
+        return allocate(self, size, *given)
 
     with patch.object(Memory, "device_buffer", small), logged() as lines, opened(setup) as estimator:
         assert lines == ["64x48_b3 is left out: there is no room"]
@@ -266,8 +233,8 @@ def array_may_be_dropped_while_something_is_recorded(setup: Setup) -> None:
     with opened(setup) as estimator:
         held = [array for image in setup.images[:3] for array in estimator.tensors(image)]
         network = estimator._backend._networks["64x48"]
-        with patch.object(Network, "_enqueue", dropping), logged() as lines, estimator._backend._running():
-            assert network._record() is not None, lines
+        with patch.object(Network, "_enqueue", dropping), logged() as lines, estimator._backend._slot() as slot:
+            assert network._record(slot) is not None, lines
         assert len(held) == 4
 
 
@@ -360,10 +327,11 @@ def image_may_be_overwritten_after_tensors(setup: Setup) -> None:
     with opened(setup) as estimator:
         image = Image(other, setup.images[0])
         results = estimator.tensors(image)
-        other.staging.upload(np.zeros(setup.images[0].size, np.uint8), image.address)
+        image.write(np.zeros_like(setup.images[0]))
         with other.current():
             other.stream.sync()
         close_to(setup, 0, Reading(other, results[0]).wait())
+        del results  # before the stream that read them
 
 
 @case
@@ -373,71 +341,3 @@ def image_of_another_device_is_refused(setup: Setup) -> None:
         for given in (image, InterfaceImage(image, named=True)):
             with pytest.raises(BackendError, match=re.escape("lies on cuda:1, and this estimator runs on cuda:0")):
                 estimator.tensors(given)
-
-
-@contextmanager
-def refusing(setup: Setup, what: str, engine: str) -> Iterator[None]:
-    """TensorRT refuses this of this engine."""
-    setup.library.refusing.add((what, f"engines/{engine}.standin.engine"))
-    try:
-        yield
-    finally:
-        setup.library.refusing.clear()
-
-
-@case
-def a_frame_in_the_steady_state_allocates_nothing_and_waits_once(setup: Setup) -> None:
-    """By the driver's counts: no memory allocated, one synchronisation, one copy there and one a map back."""
-    with opened(setup) as estimator:
-        for image in setup.images:
-            estimator(image)
-        for index, image in enumerate(setup.images):
-            before = setup.driver.statistics()
-            geometry = estimator(image)
-            spent = {name: count - before[name] for name, count in setup.driver.statistics().items()}
-            close_to(setup, index, geometry.prediction)
-            assert spent["allocations"] + spent["reuses"] + spent["pinned allocations"] == 0, spent
-            assert spent["synchronisations"] <= 1, spent
-            assert spent["copies"] == 1 + len(estimator.manifest.decode.outputs), spent
-            assert spent["graph launches"] == 1, spent
-
-
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    """The warnings; whole records are held too, with all that they hold."""
-    lines: list[str] = []
-    records: list[logging.LogRecord] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-            records.append(record)
-
-    handler = Handler(logging.WARNING)
-    logger = logging.getLogger("densegeo")
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
-
-
-def main(bundle: Path) -> None:
-    said = {}
-    with staged(bundle) as setup:
-        for function in CASES:
-            setup.driver.schedule("lazy")
-            try:
-                function(setup)
-                assert not setup.driver.failures, setup.driver.failures
-                assert not setup.driver.problems, setup.driver.problems
-                assert not setup.library.misaligned, setup.library.misaligned
-                assert setup.driver.captures == 0, "a stream is still recorded"
-                said[function.__name__] = ""
-            except Exception:
-                said[function.__name__] = traceback.format_exc()
-    print(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Which of several ways to compute the same is taken on a device: timed when a bundle is opened, logged, remembered.
+
+A way that is off is not taken, however fast: its error may be at most twice the plain way's, both against float64
+(DESIGN section 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from densegeo.files import atomic_write, cache_directory
+from densegeo.kernels.attention import fastest
+from densegeo.runtime import state
+
+FOLDER = "torch-choices"  # among the user's cache
+FACTOR = 2.0
+
+log = logging.getLogger("densegeo")
+Ways = Mapping[str, Callable[[], Tensor]]
+
+
+def decide(what: str, ways: Ways, exact: Callable[[], Tensor], device: torch.device, part: slice = slice(None)) -> str:
+    """The name of the fastest way among those whose results are good. The first one is the plain one.
+
+    what: names the work, shapes and types included; with the device's name and the libraries' versions it is what the
+    choice is remembered by. exact: the result in float64, or its `part` along the first axis.
+    """
+    path = _place(what, ways, device)
+    if path is not None and path.is_file() and (known := path.read_text()) in ways:
+        log.info("%s: %s, as timed before on this device", what, known)
+        return known
+    good = _good(what, ways, exact(), part)
+    chosen = fastest(good, device) if len(good) > 1 else next(iter(good))
+    log.info("%s: %s, of %s", what, chosen, ", ".join(good))
+    if path is not None:
+        with atomic_write(path) as partial:
+            partial.write_text(chosen)
+    return chosen
+
+
+def _good(what: str, ways: Ways, exact: Tensor, part: slice) -> dict[str, Callable[[], Tensor]]:
+    """The ways that run here and whose error is in bounds."""
+    good: dict[str, Callable[[], Tensor]] = {}
+    bound = 0.0
+    for name, way in ways.items():
+        try:
+            error = float((way()[part].double() - exact).norm() / exact.norm())
+        except RuntimeError as reason:  # a library that has no such kernel here says so in its own words
+            if not good:
+                raise  # the plain way
+            log.info("%s: %s does not run here: %s", what, name, str(reason).partition("\n")[0])
+            continue
+        bound = bound if good else FACTOR * error
+        if good and not error <= bound:
+            log.warning("%s: %s is off by %.1e, and the bound is %.1e: not taken", what, name, error, bound)
+            continue
+        good[name] = way
+    return good
+
+
+def _place(what: str, ways: Ways, device: torch.device) -> Path | None:
+    """The file that remembers it; None where there can be none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = [what, *ways, name, torch.__version__, state.machine()]
+    try:
+        folder = cache_directory() / FOLDER
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
+    return folder / hashlib.sha256("\n".join(facts).encode()).hexdigest()
