@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from densegeo.ros.ranges import Transform
+from densegeo.runtime import Estimator
 from tests.support.project import ROOT
 
 pytestmark = pytest.mark.integration
@@ -46,3 +47,22 @@ def test_a_bag_replayed(tmp_path: Path) -> None:
     said = example("bag_replay.py", source, "/camera/image_raw").splitlines()
     assert said[-1].startswith(("3 of 3 images; 0 were", "2 of 3 images; 1 were"))
     assert said[0].startswith("1.000: ")
+
+
+def test_a_client_of_the_server(tmp_path: Path) -> None:
+    """The numbers are those of the estimator, over the network."""
+    pytest.importorskip("tritonclient")
+    from tests.support.serving import started
+
+    photograph = tmp_path / "hall.jpg"
+    photograph.write_bytes(files("densegeo").joinpath("photographs/hall.jpg").read_bytes())
+    with started("fe2e-tiny", "--threads", "1") as server:
+        url = server.url.removeprefix("http://")
+        said = example("serve_client.py", photograph, "--url", url, "--near", 0.8, "--far", 25).splitlines()
+    with Estimator("fe2e-tiny", device="cpu", threads=1) as estimator:
+        metric = estimator(photograph).to_metric(near=0.8, far=25.0)
+    depth = metric.depth
+    assert said[0] == f"512x384: {np.nanmin(depth):.2f} to {np.nanmax(depth):.2f} m"
+    assert said[1] == f"in the middle: {depth[192, 256]:.2f} m"
+    assert metric.normals is not None
+    assert said[2] == f"its normal: {np.round(metric.normals[192, 256], 2).tolist()}"
