@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import platform
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tritonclient import http as triton
-from tritonclient.utils import InferenceServerException
 
 from densegeo.runtime import Estimator, Geometry
 from tests.support.serving import Served, served
+
+if sys.version_info < (3, 11) and platform.machine() == "aarch64":
+    pytest.skip("the client's gevent has no wheels here", allow_module_level=True)
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
 
 
 @pytest.fixture(scope="module")
