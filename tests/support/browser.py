@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -143,9 +145,9 @@ def browser(folder: Path) -> Iterator[Tab]:
     """A browser with one empty tab. folder: for its profile. Fails where there is no Chromium."""
     program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
     assert program, "The page's tests need Chromium: apt-get install chromium-headless-shell"
-    process = subprocess.Popen(
-        [program, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"], stderr=subprocess.PIPE, text=True
-    )
+    command = [program, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
+    # The program may be a script that starts the browser, and the browser starts others: they end together.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -156,7 +158,7 @@ def browser(folder: Path) -> Iterator[Tab]:
         with connect(found[1], max_size=2**28) as connection:
             yield _first_tab(connection)
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stderr.close()
 
