@@ -238,9 +238,9 @@ def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> N
         import msgspec
 
         record = {
-            "output": str(asked.output),
+            "output": _as_text(str(asked.output)),
             "done": tally.done,
-            "failed": [{"source": path, "error": reason} for path, reason in tally.failures],
+            "failed": [{"source": _as_text(path), "error": _as_text(reason)} for path, reason in tally.failures],
             "skipped": dict(tally.skipped),
             "not_reached": count - tally.done - len(tally.failures),
             "seconds": round(tally.seconds, 3),
@@ -257,11 +257,17 @@ def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> N
             left_out = in_words(tally.skipped)
             console.print(f"left out: {escape(left_out)}", soft_wrap=True, highlight=False)
     for path, reason in tally.failures[:_SHOWN]:
-        console.print(f"[red]failed[/] {escape(path)}: {escape(reason)}", soft_wrap=True, highlight=False)
+        line = escape(f"{_as_text(path)}: {_as_text(reason)}")
+        console.print(f"[red]failed[/] {line}", soft_wrap=True, highlight=False)
     if (more := len(tally.failures) - _SHOWN) > 0:
         console.print(
             f"[red]failed[/] {more} more, listed in {escape(str(asked.output))}/results.jsonl", soft_wrap=True
         )
+
+
+def _as_text(path: str) -> str:
+    """A path with the bytes that are no UTF-8 as \\udcXX, which every reader of JSON takes."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _inputs(arguments: list[str], list_file: str | None, output: Path) -> Found:
@@ -269,14 +275,13 @@ def _inputs(arguments: list[str], list_file: str | None, output: Path) -> Found:
     from densegeo.inputs import find_inputs, read_list
 
     try:
-        given: list[str] = []
-        for argument in arguments:
-            given += read_list("-") if argument == "-" else [argument]
+        given = [argument for argument in arguments if argument != "-"]
+        listed = [path for name in arguments if name == "-" for path in read_list(name)]
         if list_file is not None:
-            given += read_list(list_file)
-        if not given:
+            listed += read_list(list_file)
+        if not given and not listed:
             raise ImageError("There is nothing to work on: name images or folders, or a list with --list.")
-        found = find_inputs(given, output)
+        found = find_inputs(given, output, listed)
     except ImageError as error:
         raise typer.BadParameter(str(error), param_hint="INPUTS") from error
     if any(item.film for item in found.inputs) and not installed(FILM_MODULE):

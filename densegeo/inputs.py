@@ -42,18 +42,19 @@ def in_words(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
 
 
-def find_inputs(arguments: Sequence[str], output: Path) -> Found:
+def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = ()) -> Found:
     """Files named, images in folders (recursively), matches of globs, addresses of cameras; each once, in order.
 
     In folders, hidden files and folders, the output folder, earlier results, films and what is no image are left out
     and counted; a file named outright is taken whatever it is called, unless it is an earlier result. Results are named
     by the place of their images under the folder that all arguments share.
-    Raises ImageError for an argument that gives nothing.
+    listed: more arguments, of a list that may be older than the files: what gives nothing is taken for a file, whose
+    reading then fails by itself. Raises ImageError for any other argument that gives nothing.
     """
     found = Found()
     files: dict[str, str] = {}  # absolute path -> the folder that it was found under
     streams: list[str] = []
-    for argument in arguments:
+    for position, argument in enumerate((*arguments, *listed)):
         if is_stream(argument):
             streams.append(argument)
             continue
@@ -61,6 +62,10 @@ def find_inputs(arguments: Sequence[str], output: Path) -> Found:
         for root, path in _expand(argument, output, found.skipped):
             files.setdefault(path, root)
         if len(files) == before and found.skipped.total() == left and not _known(argument, files):
+            if position >= len(arguments):
+                path = os.path.abspath(argument)
+                files[path] = os.path.dirname(path)
+                continue
             raise ImageError(f"{argument} matches no image: it is neither a file, a folder with images, nor a glob.")
     if not files and not streams:
         raise ImageError(

@@ -32,6 +32,7 @@ from densegeo.export.machine import GIB, available_memory, facts
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, stage_flops
 from densegeo.export.sources import Given, to_fetch, unnamed
+from densegeo.export.staging import check_output
 from densegeo.export.trial import try_out
 from densegeo.models.families import FAMILIES
 from densegeo.models.presets import PRESETS, preset
@@ -248,6 +249,7 @@ def _report_plan(options: BuildOptions, scratch: Path, console: Console) -> None
             hint = "\nIf the unexpected tensors are known to be harmless, pass --allow-unexpected."
         raise CheckpointError("the files do not fit:\n  " + "\n  ".join(plan.problems) + hint)
     check_resources(plan, options.output)
+    check_output(options.output)
     console.print("The build can start.")
 
 

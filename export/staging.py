@@ -60,6 +60,12 @@ def _is_mount(folder: Path) -> bool:
     return str(folder.resolve()) in points
 
 
+def check_output(output: Path) -> None:
+    """Raises ResourceError where something else than a bundle is in the place of `output`."""
+    if output.exists() and not (output.is_dir() and _may_be_filled(output, staging_folder(output))):
+        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[Path]:
     """The staging folder of `output`, for this process alone; it is made when it is not there.
@@ -68,8 +74,7 @@ def locked(output: Path) -> Iterator[Path]:
     another build has it, or something else is in its place or in that of `output`.
     """
     folder = staging_folder(output)
-    if output.exists() and not (output.is_dir() and _may_be_filled(output, folder)):
-        raise ResourceError(f"{output} exists and is no bundle: it is left alone. Choose another --output.")
+    check_output(output)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _open_locked(folder, output)

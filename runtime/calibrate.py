@@ -144,12 +144,12 @@ def _size_evidence(
         uv, metres = size
         points, metres = np.asarray(uv, dtype=np.float64), float(metres)
     except (TypeError, ValueError):
-        raise CalibrationError(
-            "size must be a pair (uv, metres): uv (2, 2), two pixels; metres, their distance."
-        ) from None
+        raise CalibrationError(_SIZE_FORM) from None
     if points.shape != (2, 2) or not (np.isfinite(points).all() and math.isfinite(metres) and metres > 0):
         raise CalibrationError(_SIZE_FORM)
     check_inside(prediction.shape[1], prediction.shape[0], points, "pixels of size")
+    if (points[0] == points[1]).all():
+        raise CalibrationError("The two pixels of size are the same one: give the ends of what was measured.")
     if kind != "log_affine":
         raise CalibrationError(f"A size gives one number, and {kind} depth has two unknown ones. Give three anchors.")
     if not known.information[0, 0] > 0:

@@ -78,13 +78,16 @@ class Camera:
     @classmethod
     def from_fov(cls, degrees: float, size: tuple[int, int], axis: Literal["x", "y", "diagonal"] = "x") -> Camera:
         """Square pixels and a centred axis, from the angle that an image of `size` (width, height) covers along x, y
-        or its diagonal. Raises ConfigError unless 0 < degrees < 180.
+        or its diagonal. Raises ConfigError unless 0 < degrees < 180, and for what is no size.
         """
         if not (isinstance(degrees, (int, float)) and 0 < degrees < 180):
             raise ConfigError(f"A field of view is in degrees between 0 and 180, not {degrees!r}.")
         if axis not in ("x", "y", "diagonal"):
             raise ConfigError(f'axis must be "x", "y" or "diagonal", not {axis!r}.')
-        width, height = size
+        try:
+            width, height = (int(value) for value in size)
+        except (TypeError, ValueError):
+            raise ConfigError(f"size is that of the image, (width, height) in pixels, not {size!r}.") from None
         extent = {"x": width, "y": height, "diagonal": math.hypot(width, height)}[axis]
         focal = 0.5 * extent / math.tan(math.radians(degrees) / 2)
         return cls(focal, focal, 0.5 * (width - 1), 0.5 * (height - 1), Size(width, height))

@@ -112,7 +112,7 @@ def _meaning(geometry: Geometry) -> str:
 
 
 def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
-    if name not in RESULTS:
+    if not isinstance(name, str) or name not in RESULTS:
         raise ConfigError(f"There is no format {name!r}; choose from {', '.join(RESULTS)}.")
     if extras.dtype not in ("float32", "float16"):
         raise ConfigError(f'dtype must be "float32" or "float16", not {extras.dtype!r}.')
@@ -167,14 +167,20 @@ def sidecar(job: Job) -> str:
         "arrays": arrays,
         "source": None if job.extras.source is None else dict(job.extras.source),
     }
-    return json.dumps(record, indent=2)
+    return json.dumps(record, indent=2, allow_nan=False)
 
 
 def _calibration(geometry: Geometry) -> dict[str, Any] | None:
     if geometry.calibration is None:
         return None
-    record = asdict(geometry.calibration)
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
+    return {key: _finite(value) for key, value in asdict(geometry.calibration).items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None."""
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _png(job: Job, row: ResultFormat) -> Parts:

@@ -155,6 +155,7 @@ class ScaleTracker:
         one's. `calibration` holds the line's uncertainty. Raises CalibrationError where nothing is known of the line
         yet (also when normals alone were to tell and do not).
         """
+        motion = None if motion is None else checked_motion(motion)
         camera = None if intrinsics is None else geometry.camera(intrinsics)
         facts = Facts(anchors, camera_height, up, size, method)
         predicted = self._predicted(geometry, intrinsics, motion)

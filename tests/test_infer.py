@@ -287,6 +287,12 @@ def test_lists_and_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{odd}\0{photos}/b.jpg\0".encode())))
     assert run("infer", toy_bundle, "-", "-o", tmp_path / "two", "-f", "json", "--json") == 0
     assert summary(capsys)["done"] == 2
+    gone = os.fsencode(photos) + b"/gone\xfe.jpg\n"  # removed since, and no UTF-8
+    (tmp_path / "older.txt").write_bytes(gone + os.fsencode(photos / "a.png"))
+    assert run("infer", toy_bundle, "--list", tmp_path / "older.txt", "-o", tmp_path / "3", "-f", "json", "--json") == 1
+    told = summary(capsys)
+    assert told["done"] == 1
+    assert [failure["source"] for failure in told["failed"]] == [f"{photos}/gone\\udcfe.jpg"]
     with pytest.raises(ImageError, match="cannot be read"):
         read_list(str(tmp_path / "none.txt"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from densegeo.errors import BagError, ConfigError, ImageError, ResourceError
 from densegeo.ros import outputs
 from densegeo.ros.bag_input import STORE, Bag, Item
 from densegeo.ros.bag_output import Output
-from densegeo.ros.images import ENCODINGS, Picture, read_compressed, read_image
+from densegeo.ros.images import ENCODINGS, Picture, check_conversion, read_compressed, read_image
 from densegeo.ros.metric import Evidence, calibrated, explain
 from densegeo.ros.ranges import Transform, read_points
 from densegeo.ros.static import StaticTransforms
@@ -93,9 +94,13 @@ def run(options: Options) -> int:
     """
     if options.output.suffix != ".mcap":
         raise ConfigError(f"The output is one mcap file: name it {options.output.with_suffix('.mcap')}.")
+    check_conversion(options.ycbcr)
+    parts = sorted(options.source.iterdir()) if options.source.is_dir() else [options.source]
+    if options.output.exists() and any(part.exists() and part.samefile(options.output) for part in parts):
+        raise ConfigError(f"{options.output} is the bag that is read: choose another name.")
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists. Choose another name, or say --overwrite.")
-    if (options.near > 0) != (options.far > 0) or options.near > options.far:
+    if (options.near, options.far) != (0, 0) and not 0 < options.near < options.far < math.inf:
         raise ConfigError("--near and --far belong together, in metres with 0 < near < far.")
     bag = Bag.open(options.source)
     sources = choose(bag, options.image_topics)

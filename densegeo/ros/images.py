@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.colors import COLORS, Color
+from densegeo.colors import Color
 from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.bayer import demosaic
 
@@ -60,6 +60,15 @@ class Picture(NamedTuple):
     color: Color
 
 
+CONVERSIONS = ("", "bt709", "full", "bt709-full")  # of YCbCr, as `densegeo.colors` names them
+
+
+def check_conversion(ycbcr: str) -> None:
+    """Raises ConfigError for what `read_image` does not take."""
+    if ycbcr not in CONVERSIONS:
+        raise ConfigError(f'ycbcr must be "", "bt709", "full" or "bt709-full", not {ycbcr!r}.')
+
+
 def read_image(message: Any, ycbcr: str = "") -> Picture:
     """A sensor_msgs/Image: a view of its bytes, which must then not be overwritten; a copy for bayer patterns and for
     16 bits, which become RGB uint8 and float32 in [0, 1].
@@ -74,9 +83,8 @@ def read_image(message: Any, ycbcr: str = "") -> Picture:
         raise ImageError(f"The encoding {name!r} is not one of {', '.join(ENCODINGS)}.{hint}")
     pixels = _rows(message, encoding, name)
     if encoding.color.startswith(("nv12", "yuyv", "uyvy")):
+        check_conversion(ycbcr)
         color = f"{encoding.color}-{ycbcr}" if ycbcr else encoding.color
-        if color not in COLORS:
-            raise ConfigError(f'ycbcr must be "", "bt709", "full" or "bt709-full", not {ycbcr!r}.')
         return Picture(pixels, color)  # type: ignore[arg-type]
     if encoding.bayer:
         pixels = demosaic(pixels, encoding.bayer)

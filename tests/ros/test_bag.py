@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -175,6 +176,8 @@ def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_pat
         ({"anchors_topic": "/scan"}, BagError, "no topic /scan"),
         ({"anchors_topic": "/camera/camera_info"}, BagError, "anchors are one of sensor_msgs/msg/PointCloud2"),
         ({"near": 2.0}, ConfigError, "belong together"),
+        ({"near": math.nan, "far": math.nan}, ConfigError, "belong together"),
+        ({"ycbcr": "bt2020"}, ConfigError, "bt709-full"),
         ({"anchors_transform": (1.0, 2.0)}, ConfigError, "seven numbers"),
         ({"output": Path("x.bag")}, ConfigError, r"name it x\.mcap"),
     ],
@@ -219,6 +222,19 @@ def test_an_existing_output_stays(bundle: Path, tmp_path: Path, capsys: Any) -> 
         main(["bag", str(bundle), str(source), str(output), "--overwrite", "--points-stride", "8"])
     assert ended.value.code == 0
     assert read(output)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_bag_never_takes_the_place_of_its_source(bundle: Path, tmp_path: Path, folder: bool) -> None:
+    source = write_bag(tmp_path / "in", camera_messages(count=1))
+    (storage,) = source.glob("*.mcap")
+    link = tmp_path / "link.mcap"
+    link.symlink_to(storage)
+    before = storage.read_bytes()
+    for output in (storage, link):
+        with pytest.raises(ConfigError, match="is the bag that is read"):
+            run(Options(bundle=bundle, source=source if folder else storage, output=output, overwrite=True))
+    assert storage.read_bytes() == before
 
 
 @pytest.mark.integration

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from densegeo.benchmarks.noisy import observed, shape_error
-from densegeo.errors import CalibrationError, CalibrationWarning, MissingOutputError, NotMetricError
+from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.normals_scale import scale_from_normals
+from densegeo.runtime.tracker import ScaleTracker
 from densegeo.size import Size
 from densegeo.training.render import View, view
 
@@ -248,3 +249,22 @@ def test_flying_pixels_are_left_out() -> None:
         Geometry(p, "log_affine", normals, geometry.valid, geometry.source_size).to_metric(
             anchors=([edge[::-1]] * 3, [1.0, 2.0, 3.0])
         )
+
+
+@pytest.mark.parametrize("motion", ["x", 5, np.eye(3), np.full((4, 4), np.nan)])
+def test_a_motion_that_is_none_is_refused_at_once(motion: object) -> None:
+    geometry, _ = observed(seen(0), np.random.default_rng(0), 0.0, 0.0)
+    with pytest.raises(ConfigError, match="motion"):
+        ScaleTracker().update(geometry, seen(0).intrinsics, motion=motion)  # type: ignore[arg-type]
+
+
+def test_a_size_has_two_ends() -> None:
+    geometry, _ = observed(seen(0), np.random.default_rng(0), 0.0, 0.0)
+    with pytest.raises(CalibrationError, match="same one"):
+        geometry.to_metric(seen(0).intrinsics, size=([[100, 50], [100, 50]], 1.0))
+
+
+@pytest.mark.parametrize("size", [None, 512, (512,), (512, 384, 3)])
+def test_a_field_of_view_is_of_a_size(size: object) -> None:
+    with pytest.raises(ConfigError, match="width, height"):
+        Camera.from_fov(69, size)  # type: ignore[arg-type]
