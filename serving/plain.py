@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from densegeo.errors import MediaTypeError, RequestError
-from densegeo.runtime import Geometry
+from densegeo.runtime import Camera, Geometry
 from densegeo.serving.body import parts
 from densegeo.serving.metres import METRES, Metres, read_metres
 from densegeo.serving.options import Options
@@ -74,7 +74,8 @@ class Asked(NamedTuple):
 
 
 async def read_form(request: Request, body: bytes, options: Options) -> Asked:
-    """Raises MediaTypeError for another body than a form, RequestError for one that cannot be read."""
+    """Raises MediaTypeError for another body than a form, RequestError and ConfigError for one that cannot be
+    read."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != FORM:
         raise MediaTypeError(
@@ -111,6 +112,8 @@ def _read_texts(texts: Mapping[str, Any]) -> tuple[Fields, Metres]:
         fields = msgspec.convert(given, Fields, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(f"The form's fields cannot be read: {error}.") from None
+    if fields.intrinsics is not None:
+        Camera.of(fields.intrinsics)  # before anything runs
     return fields, read_metres({name: value for name, value in texts.items() if name in METRES})
 
 

@@ -96,6 +96,8 @@ def test_anchors(server: Served, picture: np.ndarray, result: Geometry) -> None:
         (None, {"near": "1"}, 400, "CalibrationError"),
         (None, {"near": "nan", "far": "2"}, 400, "CalibrationError"),
         (None, {"intrinsics": "1,2,3"}, 400, "RequestError"),
+        (None, {"intrinsics": "0,0,0,0"}, 400, "ConfigError"),
+        (None, {"intrinsics": "nan,1,1,1"}, 400, "ConfigError"),
         (None, {"outputs": "colour"}, 400, "RequestError"),
         (None, {"outputs": ""}, 400, "RequestError"),
         (None, {"deadline_ms": "0"}, 400, "RequestError"),
