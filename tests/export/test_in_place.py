@@ -172,7 +172,13 @@ guarded(lambda: app(args=[]))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_build_that_is_terminated_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
-    with subprocess.Popen([sys.executable, "-c", TERMINATED, str(output)], stdout=subprocess.PIPE, text=True) as build:
+    command = [sys.executable, "-c", TERMINATED, str(output)]
+
+    def heeding() -> None:
+        """Tests that run under nohup ignore SIGHUP, and so would what they start."""
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding) as build:
         assert build.stdout is not None
         assert build.stdout.readline() == "building\n"
         assert (staging_folder(output) / LOCK).is_file()
