@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.colors import Color
+from densegeo.colors import COLORS, Color
 from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.bayer import demosaic
 
@@ -60,7 +60,8 @@ class Picture(NamedTuple):
     color: Color
 
 
-CONVERSIONS = ("", "bt709", "full", "bt709-full")  # of YCbCr, as `densegeo.colors` names them
+# Of YCbCr: what follows the layout in the names of `densegeo.colors`.
+CONVERSIONS = tuple(name.removeprefix("nv12").removeprefix("-") for name in COLORS if name.startswith("nv12"))
 
 
 def check_conversion(ycbcr: str) -> None:
