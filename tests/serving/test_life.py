@@ -271,6 +271,7 @@ def test_log_lines_and_ids(server: Served, caplog: pytest.LogCaptureFixture) -> 
             answer = httpx.post(url, content=body, headers=headers | {"X-Request-ID": given})
             assert (answer.headers["x-request-id"] == given) == kept
         assert httpx.get(f"{server.url}/nope").headers["x-request-id"]
+        until(lambda: len(caplog.records) >= 5, "a line a request, each written after its answer")
     lines = [record.densegeo_fields for record in caplog.records]
     assert lines[0]["request_id"] == "abc-1"
     assert (lines[0]["model"], lines[0]["status"], lines[0]["images"]) == ("bundle", 200, 1)
