@@ -8,12 +8,13 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
+.PHONY: help demo test test-unit test-thorough test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
 	@echo "make test-unit       the quick tests (a minute)"
-	@echo "make test            the test suite (ten to twenty minutes on two cores)"
+	@echo "make test            the test suite (five minutes on two cores)"
+	@echo "make test-thorough   the same and further variants of it, as CI runs them (ten to fifteen minutes)"
 	@echo "make test-slow       the tests that take minutes each"
 	@echo "make ros-test        the tests of the ROS 2 node (two minutes, and 360 MB once for an environment with rclpy)"
 	@echo "make soak            the node under ten times its rate for ten minutes"
@@ -65,6 +66,9 @@ test-unit: $(STAMP)
 	$(PYTEST) -m unit
 
 test: $(STAMP)
+	$(PYTEST) -m "not thorough and not slow and not gpu and not ros"
+
+test-thorough: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu and not ros"
 
 test-slow: $(STAMP)

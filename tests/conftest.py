@@ -1,6 +1,7 @@
 """What holds for every test: the tiers, Triton's mode, the user's state; fixtures for many come from `tests/support`.
 
-Tiers: `unit` is every test that is not marked `integration`, `slow`, `ros` or `gpu`; `make test` adds `integration`.
+Tiers: `unit` is every test without a tier's mark; `make test` adds `integration`, and `make test-thorough`, which CI runs,
+`thorough` too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared_folder" in getattr(item, "fixturenames", ()):  # of tests/support/shared.py
             item.add_marker("integration")
-        if not any(item.get_closest_marker(tier) for tier in ("integration", "slow", "ros", "gpu")):
+        if not any(item.get_closest_marker(tier) for tier in ("integration", "thorough", "slow", "ros", "gpu")):
             item.add_marker("unit")
 
 

@@ -93,6 +93,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough
 def test_wheel_holds_what_commands_need(built: Built) -> None:
     version = metadata.version("densegeo")
     assert built.wheel.name == f"densegeo-{version}-py3-none-any.whl"
@@ -156,6 +157,7 @@ def test_sdist_is_the_checkout(built: Built) -> None:
         assert [path for path in tracked if not os.path.lexists(built.source / path)] == []
 
 
+@pytest.mark.thorough
 def test_the_wheel_works_elsewhere(elsewhere: Path, tmp_path: Path) -> None:
     code = "from densegeo import Estimator, cli; from densegeo.benchmarks import compare, latency; print(cli.__file__)"
     done = run(elsewhere, "-c", code, cwd=tmp_path)
@@ -163,6 +165,7 @@ def test_the_wheel_works_elsewhere(elsewhere: Path, tmp_path: Path) -> None:
     assert run(elsewhere, "-m", "densegeo", "doctor", "--json", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.thorough
 def test_types_reach_users(elsewhere: Path, tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(USER)
     mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path / 'cache'}"]
@@ -170,6 +173,7 @@ def test_types_reach_users(elsewhere: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n"), done.stdout
 
 
+@pytest.mark.thorough
 def test_a_checkout_without_links_does_not_build(built: Built, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(built.source, source, symlinks=True, ignore=shutil.ignore_patterns("weights", "tests"))

@@ -33,6 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> tuple
     return code, json.loads(output.read_text())
 
 
+@pytest.mark.thorough
 def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ("numbers", "kernels", "models", "transfers")
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", *steps)
@@ -134,6 +135,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "check.json").exists()
 
 
+@pytest.mark.thorough
 def test_quick_runs_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: list[bool] = []
 

@@ -145,10 +145,10 @@ def test_an_interrupted_run_goes_on(
 @pytest.mark.parametrize(
     ("kind", "plan", "base"),
     [
-        ("fp8", "calibrated", "fp32"),
+        pytest.param("fp8", "calibrated", "fp32", marks=pytest.mark.thorough),
         ("int8", "calibrated", "fp32"),
         ("fp8", "attentive", "fp32"),
-        ("fp8", "attentive", "bf16"),
+        pytest.param("fp8", "attentive", "bf16", marks=pytest.mark.thorough),
         # The same plans once more: a minute each where a CPU has no bf16.
         pytest.param("fp8", "calibrated", "bf16", marks=pytest.mark.slow),
         pytest.param("int8", "calibrated", "bf16", marks=pytest.mark.slow),
@@ -196,6 +196,7 @@ def test_8_bit_bundles_run_within_their_bounds(
             Estimator(made, "onnxruntime", "cpu")
 
 
+@pytest.mark.thorough
 def test_everything_and_smoothing_build_too(small_checkpoint: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
     run(bundle, images, tmp_path / "all", everything=True, smooth=0.5, kind="int8", method="max")
     plan = load_plan(tmp_path / "all", "int8")
@@ -224,6 +225,7 @@ def test_a_budget_leaves_the_most_harmful_as_they_are(
     assert "budget" in plan.left[worst.layer]
 
 
+@pytest.mark.thorough
 def test_attentions_are_planned_as_linears_are(
     bundle: Path, images: Path, attentive: Path, calibrated: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +255,7 @@ def test_attentions_are_planned_as_linears_are(
         run(bundle, images, calibrated, attention=True)
 
 
+@pytest.mark.thorough
 def test_a_plan_of_attentions_alone_builds(small_checkpoint: Path, attentive: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(attentive, folder)
@@ -263,6 +266,7 @@ def test_a_plan_of_attentions_alone_builds(small_checkpoint: Path, attentive: Pa
     assert verify(made, "onnxruntime", "cpu").good
 
 
+@pytest.mark.thorough
 def test_statistics_of_another_model_are_refused(
     small_checkpoint: Path, calibrated: Path, bundle: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -364,6 +368,7 @@ def test_a_bf16_bundle_is_calibrated_through_torch(
     assert len(load_plan(tmp_path / "out", "fp8").ranges) > 5
 
 
+@pytest.mark.thorough
 def test_a_model_larger_than_memory_is_planned_without_errors(
     small_checkpoint: Path, small_bundle: Callable[..., Path], calibrated: Path, images: Path, tmp_path: Path
 ) -> None:

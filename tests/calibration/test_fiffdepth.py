@@ -23,7 +23,7 @@ from tests.support.calibration import run, stage_error
 from tests.support.diffusers_checkpoint import Case
 from tests.support.shared import Once
 
-pytestmark = pytest.mark.usefixtures("graphs_once")
+pytestmark = [pytest.mark.usefixtures("graphs_once"), pytest.mark.thorough]
 CASE = Case("8-bit", {"use_linear_projection": True, "attention_head_dim": [1, 2]}, size=(48, 32))
 
 

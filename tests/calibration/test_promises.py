@@ -88,6 +88,7 @@ def test_no_layer_is_an_answer(
         run(bundle, images, folder, base="fp16")
 
 
+@pytest.mark.thorough
 def test_it_goes_on_with_the_next_layer(
     bundle: Path, images: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def last_line(done: Any) -> dict[str, Any]:
     return said
 
 
-@pytest.mark.parametrize("version", ["lowest", "installed"])
+@pytest.mark.parametrize("version", [pytest.param("lowest", marks=pytest.mark.thorough), "installed"])
 def test_images_over_every_schedule(
     version: str, child: Child, with_engines: Build, request: pytest.FixtureRequest
 ) -> None:
@@ -38,6 +38,7 @@ def test_images_over_every_schedule(
     assert said["launches"] > 500
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("model", "without"), [("fe2e", ("decoder",)), ("fiffdepth", ())])
 def test_other_models_and_rewrites(model: str, without: tuple[str, ...], child: Child, with_engines: Build) -> None:
     done = child(RUN, "lazy", with_engines(model, without=without))
@@ -64,6 +65,7 @@ def test_a_mutation_ends_with_status_1(child: Child, with_engines: Build) -> Non
     assert said["problems"]
 
 
+@pytest.mark.thorough
 def test_verification_notices_every_broken_stage(child: Child, with_engines: Build) -> None:
     bundle = with_engines("fe2e")
     done = child(RUN.parent / "command.py", bundle)

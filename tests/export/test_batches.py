@@ -39,7 +39,7 @@ def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
     ("model", "precision", "without"),
     [
         ("fe2e", "fp32", ()),
-        ("fe2e", "fp32", ("decoder",)),  # a decoder run for each kind of picture
+        pytest.param("fe2e", "fp32", ("decoder",), marks=pytest.mark.thorough),  # a decoder run for each kind of picture
         pytest.param("fe2e", "bf16", ("decoder",), marks=pytest.mark.slow),  # minutes where a CPU has no bf16
         ("fiffdepth", "fp32", ()),
     ],
@@ -91,6 +91,7 @@ def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
     assert [bucket for bucket, stage in seen if stage == "encoder"] == ["64x48_b2", "64x48_b2"]  # not b3: max_batch
 
 
+@pytest.mark.thorough
 def test_bench_reports_batches(batched_bundle: Build, tmp_path: Path) -> None:
     result = run(batched_bundle("fiffdepth"), image=None, runs=3, backend="onnxruntime", device="cpu")
     assert sorted(result.batched_per_second) == ["2", "3"]

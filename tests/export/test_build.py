@@ -180,6 +180,7 @@ def test_interrupting_a_build_before_its_first_stage_is_done_leaves_nothing(chec
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
+@pytest.mark.thorough
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path):
     """A limit on file size stands for a full disk: every write beyond it fails, as it does there."""
 

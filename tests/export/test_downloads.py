@@ -92,6 +92,7 @@ def fetched(hub: Hub) -> set[str]:
     return {Path(path).name for method, path, _ in hub.requests if method == "GET" and not path.startswith("api/")}
 
 
+@pytest.mark.thorough
 def test_one_line_from_nothing_to_a_bundle(hub: Hub, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(CONFIG)

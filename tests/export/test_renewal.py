@@ -80,6 +80,7 @@ def test_the_same_again_is_nothing_to_do(bundle: Path, capsys: pytest.CaptureFix
     assert contents(bundle) == before
 
 
+@pytest.mark.thorough
 def test_another_architecture_is_added_and_other_settings_replace(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +134,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
     ids=lambda number: number.name,
 )
 def test_interrupted_it_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:

@@ -65,7 +65,11 @@ def test_the_authors_numbers(each_golden: Path, off: tuple[str, ...]) -> None:
     assert max(errors(found, wanted | {"depth": expected["depth"][0, 0]}).values()) <= BOUND
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:4], *(pytest.param(case, marks=pytest.mark.thorough) for case in CASES[4:])],
+    ids=lambda case: case.name,
+)
 def test_agrees_with_diffusers(case: Case, tmp_path: Path) -> None:
     rgb = picture(case.size)
     wanted = oracle(case, rgb)

@@ -54,7 +54,7 @@ def test_a_streamed_transformer_computes_the_same(files: Files) -> None:
     assert not torch.allclose(chain.denoise(plain, latent), expected, rtol=1e-3)  # the LoRA counts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     "without", [(), NAMES, *((name,) for name in NAMES)], ids=lambda names: "+".join(names) or "all"
 )

@@ -121,6 +121,7 @@ def objects() -> int:
     return len(gc.get_objects())
 
 
+@pytest.mark.thorough
 def test_ten_thousand_requests(new_bundle: Callable[..., Path], run_in_threads: Callable[..., list[object]]) -> None:
     flaky = Flaky()
     before = threading.active_count()

@@ -53,6 +53,7 @@ def test_a_broken_stage_of_the_host_is_noticed(
         assert f"pass no {stage} stage" in re.sub(r"[│\s]+", " ", " ".join(said))  # the usage error is in a box
 
 
+@pytest.mark.thorough
 def test_a_broken_stage_of_torchs_way_on_a_device_is_noticed(
     small_bundle: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
