@@ -1,7 +1,7 @@
 """What holds for every test: the tiers, Triton's mode, the user's state; fixtures for many come from `tests/support`.
 
-Tiers: `unit` is every test without a tier's mark; `make test` adds `integration`, and `make test-thorough`, which CI runs,
-`thorough` too.
+Tiers: `unit` is every test without a tier's mark; `make test` adds `integration`, and `make test-thorough`, which CI
+runs, `thorough` too.
 """
 
 from __future__ import annotations

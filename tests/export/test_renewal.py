@@ -134,7 +134,11 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=lambda number: number.name,
 )
 def test_interrupted_it_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:

@@ -24,7 +24,14 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 @posix
-@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.thorough), pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "onnxruntime",
+        pytest.param("openvino", marks=pytest.mark.thorough),
+        pytest.param("torch", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(300)
 def test_other_processes(backend: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
