@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from densegeo.arguments import find_bundle
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import VIEWS, synthetic_split
 from densegeo.benchmarks.layouts import DATASETS, Sample, Split, open_split
@@ -42,7 +43,6 @@ from densegeo.errors import ConfigError, ResourceError
 from densegeo.outputs import DepthKind
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.ready import find_bundle
 from densegeo.runtime.resample import resize_plain
 
 Float = NDArray[np.float32]

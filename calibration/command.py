@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from densegeo.arguments import find_bundle
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
@@ -40,7 +41,7 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
 from densegeo.runtime.bundle import Manifest, check_files, read_manifest
-from densegeo.runtime.ready import beside, find_bundle
+from densegeo.runtime.ready import beside
 
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 JUDGED = 4  # images on which errors are measured

@@ -11,10 +11,17 @@ from densegeo.backends import NAMES
 
 
 def find_bundle(given: str) -> Path:
-    """As `runtime.ready.find_bundle`, imported when it is needed."""
+    """As `runtime.ready.find_bundle`, for a bundle that is there: BadParameter for anything else."""
+    from densegeo.errors import BundleError
+    from densegeo.runtime.bundle import require_bundle
     from densegeo.runtime.ready import find_bundle as find
 
-    return find(given)
+    path = find(given)
+    try:
+        require_bundle(path)
+    except BundleError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
 
 
 Bundle = Annotated[

@@ -155,8 +155,10 @@ class FilmWriter:
             if error[0] is None and self._stream is not None:
                 self._container.mux(self._stream.encode())
             self._container.close()
-        finally:
-            self._file.__exit__(*error)
+        except BaseException as fault:  # of the last bytes: the film is not whole either
+            self._file.__exit__(type(fault), fault, fault.__traceback__)
+            raise
+        self._file.__exit__(*error)
 
     def add(self, picture: NDArray[np.uint8], seconds: float) -> None:
         """(H, W, 3) RGB. An odd row or column at the end is left out, which H.264 cannot hold. Times must grow."""

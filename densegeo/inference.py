@@ -12,6 +12,7 @@ from typing import Any
 from densegeo.errors import BackendTimeoutError, BundleError, DensegeoError, ResourceError, ShutdownError
 from densegeo.formats import RESULTS
 from densegeo.inputs import Input
+from densegeo.notices import Notices
 from densegeo.records import Results, source_record
 from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
@@ -31,6 +32,8 @@ class Making:
     intrinsics: Camera | tuple[float, float, float, float] | None = None  # a calibration; pixels: fx, fy, cx, cy
     fov: float | None = None  # horizontal, degrees, instead of intrinsics
     dtype: Any = "float32"
+    value_range: tuple[float, float] | None = None  # of images, as in `load_image`
+    truncated: bool = False
 
     def calibrated(self, geometry: Geometry) -> Geometry:
         """In metres when the command line says how, up to scale where a format needs depth, else as it is."""
@@ -48,20 +51,42 @@ class Making:
         """Of the image, as `Camera.of` takes it, or None."""
         return self.intrinsics if self.fov is None else Camera.from_fov(self.fov, geometry.source_size)
 
-    def camera_record(self) -> Any:
-        """For results' records."""
+    def record(self) -> dict[str, Any]:
+        """The options that decide what a result is, for its record."""
+        record: dict[str, Any] = {"depth_range": _listed(self.depth_range), "scale_shift": _listed(self.scale_shift)}
+        record |= {"intrinsics": self._camera_record(), "dtype": self.dtype}
+        if self.value_range is not None:
+            record["value_range"] = _listed(self.value_range)
+        return record | ({"truncated": True} if self.truncated else {})
+
+    def _camera_record(self) -> Any:
         if isinstance(self.intrinsics, Camera):
             return asdict(self.intrinsics)
-        return {"fov": self.fov} if self.fov is not None else self.intrinsics and list(self.intrinsics)
+        return {"fov": self.fov} if self.fov is not None else _listed(self.intrinsics)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be done. frame: of a film that went on without it, or None for all of the source."""
+
+    source: str
+    reason: str
+    frame: int | None = None
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return self.source if self.frame is None else f"{self.source}, frame {self.frame}"
 
 
 @dataclass
 class Tally:
-    """How a run went. stopped_by: the signal that ended it early, by name, or empty."""
+    """How a run went. done: images and films. stopped_by: the signal that ended it early, by name, or empty."""
 
     done: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)  # path, reason
+    failures: list[Failure] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    notices: Notices = field(default_factory=Notices)
     seconds: float = 0.0
     stopped_by: str = ""
 
@@ -71,6 +96,7 @@ class _Outcome:
     item: Input
     files: tuple[str, ...] = ()
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def run_images(
@@ -95,7 +121,8 @@ def run_images(
             for item in todo:
                 if stop.is_set():
                     break
-                ended.put(_one(estimator, item, making, results))
+                with tally.notices.about(item.path) as warnings:
+                    ended.put(_one(estimator, item, making, results, warnings))
         except BaseException as error:  # carried to the caller's thread
             ended.put(error)
         finally:
@@ -126,19 +153,20 @@ def run_images(
 
 
 def _take(outcome: _Outcome, results: Results, tally: Tally) -> None:
+    warned = {"warnings": outcome.warnings} if outcome.warnings else {}
     if outcome.error:
-        tally.failures.append((outcome.item.path, outcome.error))
-        results.note(outcome.item, "failed", error=outcome.error)
+        tally.failures.append(Failure(outcome.item.path, outcome.error))
+        results.note(outcome.item, "failed", error=outcome.error, **warned)
     else:
         tally.done += 1
-        results.note(outcome.item, "done", files=outcome.files)
+        results.note(outcome.item, "done", files=outcome.files, **warned)
 
 
-def _one(estimator: Estimator, item: Input, making: Making, results: Results) -> _Outcome:
-    """One image from its file to its results'."""
+def _one(estimator: Estimator, item: Input, making: Making, results: Results, warnings: list[str]) -> _Outcome:
+    """One image from its file to its results'. warnings: those about it, which grow meanwhile."""
     try:
-        frame = load_image(item.path)
-        source = source_record(item.path, results.maker)
+        frame = load_image(item.path, value_range=making.value_range, truncated=making.truncated)
+        source = source_record(item.path, results.maker) | {"warnings": warnings}
         together = estimator.images_together > 1
         geometry = estimator.submit(frame).result() if together else estimator(frame)
         folder, stem = results.where(item)
@@ -155,8 +183,18 @@ def _one(estimator: Estimator, item: Input, making: Making, results: Results) ->
     except FATAL:
         raise
     except (DensegeoError, OSError, MemoryError) as error:
-        return _Outcome(item, error=str(error) or "not enough memory")
-    return _Outcome(item, tuple(path.relative_to(results.folder).as_posix() for path in paths))
+        return _Outcome(item, error=reason(error), warnings=tuple(warnings))
+    files = tuple(path.relative_to(results.folder).as_posix() for path in paths)
+    return _Outcome(item, files, warnings=tuple(warnings))
+
+
+def reason(error: Exception) -> str:
+    """Of a failure, in words."""
+    return str(error) or "not enough memory"
+
+
+def _listed(pair: tuple[float, ...] | None) -> list[float] | None:
+    return None if pair is None else list(pair)
 
 
 class _Shared(Iterator[Input]):

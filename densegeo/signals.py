@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, or the terminal went away (SIGHUP). status: what the process is to end with."""
+    """SIGTERM came, or the terminal went away (SIGHUP). name: the signal's. status: what the process is to end with."""
 
-    status = 128 + signal.SIGTERM
+    name, status = "SIGTERM", 128 + signal.SIGTERM
 
 
 class HungUp(Terminated):
     """The terminal went away."""
 
-    status = 128 + getattr(signal, "SIGHUP", 1)
+    name, status = "SIGHUP", 128 + getattr(signal, "SIGHUP", 1)
 
 
 @contextmanager

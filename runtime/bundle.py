@@ -247,13 +247,8 @@ def read_manifest(directory: Path) -> Manifest:
     Raises BundleError when `directory` is no bundle or the manifest is malformed, SchemaVersionError when
     it was written by another schema version.
     """
+    require_bundle(directory)
     path = directory / MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{directory} is not a densegeo bundle: it has no {MANIFEST}. "
-            "Make one with `densegeo build`, or name the one that comes with densegeo, fe2e-tiny, from a folder that "
-            "has nothing of that name."
-        )
     raw = path.read_bytes()
     try:
         version = msgspec.json.decode(raw, type=_Versioned).schema_version
@@ -267,6 +262,17 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} names a file outside the bundle: {outside[0]!r}. It was tampered with; do not use this bundle."
         )
     return manifest
+
+
+def require_bundle(directory: Path) -> None:
+    """Raises BundleError for what is no bundle at all."""
+    if (directory / MANIFEST).is_file():
+        return
+    lacks = f"it has no {MANIFEST}" if directory.exists() else "there is nothing of that name"
+    raise BundleError(
+        f"{directory} is not a densegeo bundle: {lacks}. Make one with `densegeo build`, or name the one that comes "
+        "with densegeo, fe2e-tiny, from a folder that has nothing of that name."
+    )
 
 
 def _other_version(directory: Path, raw: bytes, version: int) -> str:

@@ -149,8 +149,8 @@ def _npz(job: Job, row: ResultFormat) -> Parts:
 
 
 def _json(job: Job, row: ResultFormat) -> Parts:
-    data = sidecar(job).encode() + b"\n"
-    return {SIDECAR: lambda stream: stream.write(data)}
+    # made when it is written, after all else: `source` may grow by what the others warn of
+    return {SIDECAR: lambda stream: stream.write(sidecar(job).encode() + b"\n")}
 
 
 def sidecar(job: Job) -> str:

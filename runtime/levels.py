@@ -32,7 +32,10 @@ def check_range(value_range: object) -> None:
 
 
 def to_unit(array: NDArray[Any], value_range: Range, name: str) -> NDArray[np.float32]:
-    """Values in `value_range` -> [0, 1]; those outside are clipped. Raises ImageError for NaN and for no numbers."""
+    """Values in `value_range` -> [0, 1]; those outside are clipped. Warns (ImageWarning) where they use a small part.
+
+    Raises ImageError for NaN and for no numbers.
+    """
     if array.dtype.kind not in "uif":
         raise ImageError(f"{name} has dtype {array.dtype}, which is no number that has a range.")
     values = array.astype(np.float64 if array.dtype.itemsize > 2 else np.float32)
@@ -40,6 +43,13 @@ def to_unit(array: NDArray[Any], value_range: Range, name: str) -> NDArray[np.fl
         raise ImageError(f"{name} contains NaN or infinite pixels. Replace them, for example with `np.nan_to_num`.")
     low, high = value_range
     scaled: NDArray[np.float32] = np.clip((values - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    if 0 < (top := float(scaled.max())) <= 1 / 16:
+        warnings.warn(
+            f"An image has no value above {low + top * (high - low):g}, and value_range says that {high:g} is white. "
+            "It is taken as it is, nearly black.",
+            ImageWarning,
+            stacklevel=2,
+        )
     return scaled
 
 

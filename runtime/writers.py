@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from densegeo.errors import ConfigError, ResourceError
@@ -43,18 +43,23 @@ def save(geometry: Geometry, directory: Path, formats: Sequence[str], stem: str,
     return [*planned]
 
 
+def _sidecar_last(names: Iterable[Path]) -> list[Path]:
+    """Where the sidecar is, the result is whole."""
+    return sorted(names, key=lambda path: path.name.endswith(SIDECAR))
+
+
 def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
     staged: list[tuple[Path, Path]] = []
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for final, write in planned.items():
+        for final in _sidecar_last(planned):
             # shorter than the final name, which may be as long as names can be
             staged.append((final.with_name(f".{secrets.token_hex(6)}"), final))
             with open(staged[-1][0], "wb") as stream:
-                write(stream)
-        for temporary, final in sorted(staged, key=lambda pair: pair[1].name.endswith(SIDECAR)):
-            os.replace(temporary, final)  # the sidecar last: where it is, the result is whole
+                planned[final](stream)
+        for temporary, final in staged:
+            os.replace(temporary, final)
     except BaseException as error:  # Ctrl-C too must leave nothing behind
         for temporary, _ in staged:
             _quietly(temporary.unlink)

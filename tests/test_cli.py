@@ -204,8 +204,9 @@ def test_compare_refuses_what_is_no_benchmark(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "bench"])
 def test_no_bundle(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command, tmp_path) == 1
-    assert "not a densegeo bundle" in capsys.readouterr().err
+    assert run(command, tmp_path) == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "is not a densegeo bundle: it has no manifest.json" in error
 
 
 def test_unknown_schema_version(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +223,7 @@ def test_missing_graph(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_show_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
     result = run_process("inspect", tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error:")

@@ -52,8 +52,8 @@ def test_missing_photographs_and_a_wrong_bundle_are_typed_errors(
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main(["demo", str(tmp_path / "nothing"), "-o", str(tmp_path / "out")])
-    assert end.value.code == 1
-    assert "is not a densegeo bundle" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "is not a densegeo bundle" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(demo, "PHOTOGRAPHS", tmp_path)
     with pytest.raises(BundleError, match="install densegeo again"):

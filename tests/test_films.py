@@ -18,6 +18,7 @@ from densegeo.films import FilmFrame, FilmWriter, in_order, newest, opened, samp
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
 from tests.support.films import http_camera, pictures, write_film
+from tests.support.rtsp import rtsp_camera
 
 pytest.importorskip("av")
 pytestmark = pytest.mark.integration
@@ -123,7 +124,7 @@ def test_what_is_no_film(toy_bundle: Path, film: Path, tmp_path: Path, capsys: p
 def test_films_without_the_extra(
     toy_bundle: Path, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("densegeo.infer_command.installed", lambda module: module != "av")
+    monkeypatch.setattr("densegeo.infer_options.installed", lambda module: module != "av")
     assert run("infer", toy_bundle, film, "-o", film.parent / "out") == 2
     assert "densegeo[video]" in capsys.readouterr().err
 
@@ -138,6 +139,87 @@ def test_a_camera_that_breaks_off_keeps_what_it_gave(
     made = read(tmp_path / "out" / "camera_1_side_by_side.mp4")
     assert 1 <= len(made) <= 5  # the newest only
     np.testing.assert_allclose(made[-1].pixels[4, 4], (255, 0, 0), atol=40)
+
+
+def test_a_frame_that_is_refused_does_not_end_its_film(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scale of a flat frame cannot be told; of such samples the range of colours is not made either."""
+    frames = pictures(6)
+    frames[0][:] = frames[3][:] = 128
+    film, out = write_film(tmp_path / "walk.mp4", frames, TIMES), tmp_path / "out"
+    options = ("-f", "png16", "--near", 1, "--far", 9, "--frames", "--json")
+    assert run("infer", toy_bundle, film, "-o", out, *options) == 1
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert [(row["source"], row["frame"]) for row in said["failed"]] == [(str(film), 0), (str(film), 3)]
+    assert (said["done"], said["not_reached"]) == (1, 0)
+    assert f"failed {film}, frame 3: The prediction is flat" in captured.err
+    assert [round(frame.seconds, 2) for frame in read(out / "walk_side_by_side.mp4")] == [0.0, 0.05, 0.4, 0.9]
+    kept = {f"{index:06d}_{file}" for index in (1, 2, 4, 5) for file in ("depth_mm.png", "geometry.json")}
+    assert {path.name for path in (out / "walk").iterdir()} == kept
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    assert [(line["name"], line["status"], line.get("frame")) for line in lines] == [
+        ("walk/000000", "failed", 0),
+        ("walk/000003", "failed", 3),
+        ("walk", "done", None),
+    ]
+    sidecar = json.loads((out / "walk_geometry.json").read_text())
+    assert (sidecar["frames"], sidecar["refused"]) == (4, 2)
+    assert run("infer", toy_bundle, film, "-o", out, *options, "--skip-existing") == 0  # they would be refused again
+
+
+def test_a_film_of_refused_frames_leaves_nothing(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = write_film(tmp_path / "fog.mp4", [np.full((64, 96, 3), 90, np.uint8)] * 3, TIMES[:3])
+    out = tmp_path / "out"
+    options = ("--near", 1, "--far", 9, "--frames", "--json")
+    assert run("infer", toy_bundle, film, "-o", out, *options) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert "None of its 3 frames gave a result. The first: The prediction is flat" in said["failed"][-1]["error"]
+    assert (said["done"], said["not_reached"]) == (0, 0)
+    assert [path.name for path in out.iterdir()] == [JOURNAL]
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))  # writes beyond fail, as on a full disk
+from densegeo.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_disk_too_full_for_the_film(toy_bundle: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), dtype=np.uint8)
+    film = write_film(tmp_path / "noise.mp4", list(noise), [index / 10 for index in range(20)])
+    arguments = ["infer", str(toy_bundle), str(film), "-o", str(tmp_path / "out"), "--frames", "-f", "json"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [JOURNAL]  # frames' results neither
+
+
+def test_a_camera_over_rtsp(toy_bundle: Path, tmp_path: Path) -> None:
+    """A server of the protocol, with packets that FFmpeg's own sender made."""
+    with rtsp_camera(pictures(120)) as address:
+        assert run("infer", toy_bundle, address, "-o", tmp_path / "out", "--max-frames", 4, "-q") == 0
+    made = read(tmp_path / "out" / "camera_1_side_by_side.mp4")
+    assert len(made) == 4
+    assert made[-1].seconds > 0.1  # times are the camera's
+    np.testing.assert_allclose(made[-1].pixels[4, 4], (255, 0, 0), atol=40)
+
+
+def test_a_camera_that_hangs_up_is_told_of(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rtsp_camera(pictures(12)) as address:
+        assert run("infer", toy_bundle, address, "-o", tmp_path / "out", "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert "ended by itself" in told["warning"]
+    assert len(read(tmp_path / "out" / "camera_1_side_by_side.mp4")) >= 1
 
 
 def test_a_camera_s_frames_can_be_counted_out(toy_bundle: Path, tmp_path: Path) -> None:
@@ -167,14 +249,13 @@ def test_an_interrupted_film_leaves_nothing_half_written(
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 90
-        while len(list(out.glob("long/*"))) < 3 and time.monotonic() < deadline:
+        while len(list(out.rglob("*_geometry.json"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(getattr(signal, name))
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    assert [path.name for path in out.iterdir() if path.name != JOURNAL] == ["long"]
-    assert not list(out.rglob(".*"))
+    assert [path.name for path in out.iterdir()] == [JOURNAL]
 
 
 def test_frames_keep_their_order_and_few_are_read_ahead() -> None:

@@ -265,15 +265,15 @@ def test_wrong_options_are_found_before_the_bundle_is_opened(
 def test_formats_that_the_model_has_nothing_for(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from densegeo.infer_command import _require_outputs
+    from densegeo.infer_options import require_outputs
 
     class Normals:
         decode = type("decode", (), {"depth_kind": None})
         model = "some-normals"
 
     with pytest.raises(Exception, match="normals alone"):
-        _require_outputs(Making(("grey8",)), Normals())  # type: ignore[arg-type]
-    _require_outputs(Making(("png", "npz")), Normals())  # type: ignore[arg-type]
+        require_outputs(Making(("grey8",)), Normals())  # type: ignore[arg-type]
+    require_outputs(Making(("png", "npz")), Normals())  # type: ignore[arg-type]
 
 
 def test_lists_and_standard_input(

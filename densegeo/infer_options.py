@@ -1,0 +1,177 @@
+"""The options of `densegeo infer`: each checked before the bundle is opened, in the command line's own words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from densegeo.backends import installed
+from densegeo.errors import ConfigError, DensegeoError
+from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
+
+if TYPE_CHECKING:
+    from densegeo.inference import Making
+    from densegeo.inputs import Found
+    from densegeo.runtime.bundle import Manifest
+    from densegeo.runtime.camera import Camera
+
+
+def inputs_of(arguments: list[str], list_file: str | None, output: Path, making: Making) -> Found:
+    """What there is to work on."""
+    from densegeo.errors import ImageError
+    from densegeo.inputs import find_inputs, read_list
+
+    try:
+        given = [argument for argument in arguments if argument != "-"]
+        listed = [path for name in arguments if name == "-" for path in read_list(name)]
+        if list_file is not None:
+            listed += read_list(list_file)
+        if not given and not listed:
+            raise ImageError("There is nothing to work on: name images or folders, or a list with --list.")
+        found = find_inputs(given, output, listed)
+    except ImageError as error:
+        raise typer.BadParameter(str(error), param_hint="INPUTS") from error
+    if any(item.film for item in found.inputs) and not installed(FILM_MODULE):
+        hint = f'Films and cameras need {FILM_MODULE}: pip install "densegeo[{FILM_EXTRA}]".'
+        raise typer.BadParameter(hint, param_hint="INPUTS")
+    if all(item.film for item in found.inputs) and (making.value_range or making.truncated):
+        option = "--value-range" if making.value_range else "--truncated"
+        raise typer.BadParameter("is about images; films and cameras need it not.", param_hint=option)
+    return found
+
+
+def formats_of(text: str) -> tuple[str, ...]:
+    """Names of formats that can be written here."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise typer.BadParameter("names no format; try --format npy,png.", param_hint="--format")
+    for name in names:
+        if name not in RESULTS:
+            near = f" Did you mean {name.lower()}?" if name.lower() in RESULTS else ""
+            raise typer.BadParameter(
+                f"There is no format {name!r}; choose from {', '.join(RESULTS)}.{near}", param_hint="--format"
+            )
+        row = RESULTS[name]
+        if row.module and not installed(row.module):
+            hint = f'{name} needs {row.module}: pip install "densegeo[{row.extra}]".'
+            raise typer.BadParameter(hint, param_hint="--format")
+    return names
+
+
+def require_what_formats_need(making: Making) -> None:
+    """Metres, said once, and the camera, where the formats have them."""
+    if making.depth_range and making.scale_shift:
+        raise typer.BadParameter("Give either --near and --far or --scale and --shift, not both.")
+    metric = making.depth_range is not None or making.scale_shift is not None
+    for row in (RESULTS[name] for name in making.formats):
+        seen = making.intrinsics is not None or making.fov is not None
+        if (row.needs == "metres" and not metric) or (row.needs == "depth" and not (metric or seen)):
+            raise typer.BadParameter(
+                f"{row.name} needs depth in metres: give --near and --far, or --scale and --shift."
+                + (" (Or the camera alone, for a shape whose unit is unknown.)" if row.needs == "depth" else ""),
+                param_hint="--format",
+            )
+        if row.intrinsics and not seen:
+            raise typer.BadParameter(
+                f"{row.name} needs the camera: give --fov, --camera, or --fx, --fy, --cx and --cy.",
+                param_hint="--format",
+            )
+
+
+def require_outputs(making: Making, manifest: Manifest) -> None:
+    """That the model has what the formats and the options are about."""
+    if manifest.decode.depth_kind is not None:
+        return
+    if making.depth_range or making.scale_shift:
+        raise typer.BadParameter(f"{manifest.model} predicts normals alone: there is no depth to scale.")
+    for name in making.formats:
+        if RESULTS[name].outputs == ("depth",):
+            raise typer.BadParameter(
+                f"{name} is about depth, and {manifest.model} predicts normals alone.", param_hint="--format"
+            )
+
+
+def choice(option: str, value: str, among: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if value not in among:
+        raise typer.BadParameter(f"There is no {value!r}; choose {', '.join(among)}.", param_hint=option)
+    return value
+
+
+def require_device(device: str) -> None:
+    """auto, cpu, cuda or cuda:N."""
+    from densegeo.runtime.backends import parse_device
+
+    try:
+        parse_device(device)
+    except DensegeoError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
+
+
+def depth_range(near: float | None, far: float | None) -> tuple[float, float] | None:
+    """Metres, near and far."""
+    pair = _together("near", near, "far", far)
+    if pair is not None and not 0 < pair[0] < pair[1] < math.inf:
+        raise typer.BadParameter("--near and --far must be metres with 0 < near < far.", param_hint="--near")
+    return pair
+
+
+def scale_shift(scale: float | None, shift: float | None) -> tuple[float, float] | None:
+    """The line of the depth."""
+    pair = _together("scale", scale, "shift", shift)
+    if pair is not None and not (0 < pair[0] < math.inf and math.isfinite(pair[1])):
+        raise typer.BadParameter("--scale must be a number above 0, and --shift a number.", param_hint="--scale")
+    return pair
+
+
+def _together(name_a: str, a: float | None, name_b: str, b: float | None) -> tuple[float, float] | None:
+    """Two options that only make sense together."""
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        raise typer.BadParameter(f"--{name_a} and --{name_b} go together: give both or neither.")
+    return a, b
+
+
+def _intrinsics(
+    fx: float | None, fy: float | None, cx: float | None, cy: float | None
+) -> tuple[float, float, float, float] | None:
+    if fx is None and fy is None and cx is None and cy is None:
+        return None
+    if fx is None or fy is None or cx is None or cy is None:
+        raise typer.BadParameter("--fx, --fy, --cx and --cy go together: give all four or none.")
+    if not (fx > 0 and fy > 0 and all(map(math.isfinite, (fx, fy, cx, cy)))):
+        raise typer.BadParameter("must be finite, focal lengths above 0, in pixels.", param_hint="--fx")
+    return fx, fy, cx, cy
+
+
+def camera_of(
+    fx: float | None, fy: float | None, cx: float | None, cy: float | None, fov: float | None, file: Path | None
+) -> Camera | tuple[float, float, float, float] | None:
+    """The camera; None also where `fov` says it."""
+    from densegeo.runtime.camera import Camera
+
+    intrinsics = _intrinsics(fx, fy, cx, cy)
+    if sum(given is not None for given in (intrinsics, fov, file)) > 1:
+        raise typer.BadParameter("Give the camera once: --fov, --camera, or --fx, --fy, --cx and --cy.")
+    if fov is not None and not 0 < fov < 180:
+        raise typer.BadParameter("must be between 0 and 180 degrees.", param_hint="--fov")
+    try:
+        return intrinsics if file is None else Camera.read(file)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--camera") from error
+
+
+def value_range(pair: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The values of black and white in images."""
+    from densegeo.runtime.levels import check_range
+
+    try:
+        check_range(pair)
+    except ConfigError as error:
+        hint = "must be two numbers, the smaller one first, such as 0 4095 for images of 12 bits."
+        raise typer.BadParameter(hint, param_hint="--value-range") from error
+    return pair

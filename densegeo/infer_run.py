@@ -1,0 +1,202 @@
+"""`densegeo infer`, the work: what is there already, what is left to do, and how it went."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from densegeo.infer_options import require_outputs
+from densegeo.inference import Making, Tally, run_images
+from densegeo.inputs import Found, Input, in_words
+from densegeo.notices import Notice, Notices
+from densegeo.progress import progress
+from densegeo.records import Results, bundle_record
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import read_manifest
+from densegeo.signals import Terminated, terminable
+
+_SHOWN = 20  # failures, and kinds of warnings, that are printed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asked for, beside how results are made."""
+
+    bundle: Path
+    output: Path
+    estimator: dict[str, Any]
+    workers: int
+    skip_existing: bool
+    overwrite: bool
+    quiet: bool
+    as_json: bool
+    frames: bool = False
+    max_frames: int | None = None
+
+
+def run(asked: Run, making: Making, found: Found) -> int:
+    """Plan, work, and say how it went; the exit code."""
+    manifest = read_manifest(asked.bundle)
+    require_outputs(making, manifest)
+    options = {key: asked.estimator[key] for key in ("fit", "preprocessing", "resolution")} | making.record()
+    maker = {"bundle": bundle_record(asked.bundle, manifest), "options": options, "formats": list(making.formats)}
+    results = Results(asked.output, maker)
+    console = Console(stderr=True)
+    tally = Tally(skipped=found.skipped, notices=Notices(_shower(console, asked.quiet)))
+    todo = _todo(found.inputs, results, asked, tally)
+    listed = results.open_journal()
+    try:
+        ahead = set(todo)
+        for item in found.inputs:
+            if item not in ahead and item.name not in listed:
+                results.note(item, "done", files=results.existing(item))
+        return _work(asked, making, results, todo, tally, console)
+    finally:
+        results.close()
+
+
+def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> int:
+    started, code = time.monotonic(), 0
+    try:
+        with terminable(), tally.notices.collected():
+            if todo:
+                _all(asked, making, results, todo, tally, console)
+    except Terminated as end:
+        tally.stopped_by, code = end.name, end.status
+    except KeyboardInterrupt:
+        tally.stopped_by, code = "Ctrl-C", 130
+    finally:
+        tally.seconds = time.monotonic() - started
+        _summary(asked, tally, todo, console)
+    return code or (1 if tally.failures else 0)
+
+
+def _all(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
+    images, films = ([item for item in todo if item.film == film] for film in (False, True))
+    with Estimator(asked.bundle, **asked.estimator) as estimator:
+        if images:
+            with progress("images", len(images), console, quiet=asked.quiet) as advance:
+                run_images(estimator, images, making, results, tally, asked.workers, advance)
+        if films:
+            from densegeo.film_inference import FilmOptions, run_films
+
+            with progress("frames", None, console, quiet=asked.quiet) as advance:
+                options = FilmOptions(asked.frames, asked.max_frames, asked.workers)
+                run_films(estimator, films, making, results, tally, options, advance)
+
+
+def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> list[Input]:
+    """What there is to work on, after what is there already. Raises BadParameter before anything is run."""
+    if asked.overwrite:
+        sources = {item.path for item in items}
+        clash = [path for item in items for path in _paths(results, item) if path in sources]
+        if clash:
+            raise typer.BadParameter(f"Results would take the place of the image {clash[0]}.", param_hint="--output")
+        return items
+    if asked.skip_existing:
+        states = {item: results.state(item) for item in items}
+        if foreign := [item for item, state in states.items() if state == "foreign"]:
+            raise typer.BadParameter(
+                f"{len(foreign)} of {len(items)} results in {asked.output} were made of other images, by another "
+                f"bundle or with other options (the first: {foreign[0].name}). Replace them with --overwrite, or "
+                "choose another folder.",
+                param_hint="--skip-existing",
+            )
+        whole = [item for item, state in states.items() if state == "whole"]
+        if whole:
+            tally.skipped["done before"] = len(whole)
+        return [item for item, state in states.items() if state != "whole"]
+    if there := [item for item in items if results.existing(item)]:
+        raise typer.BadParameter(
+            f"{len(there)} of {len(items)} results are in {asked.output} already (the first: "
+            f"{results.existing(there[0])[0]}). Keep them with --skip-existing, replace them with --overwrite, or "
+            "choose another folder.",
+            param_hint="--output",
+        )
+    return items
+
+
+def _paths(results: Results, item: Input) -> list[str]:
+    folder, _ = results.where(item)
+    return [os.path.abspath(folder / name) for name in results.existing(item)]
+
+
+def _shower(console: Console, quiet: bool) -> Callable[[Notice], None]:
+    """Prints the first warning of each kind, of the first kinds."""
+    kinds = 0
+
+    def show(notice: Notice) -> None:
+        nonlocal kinds
+        kinds += 1
+        if not quiet and kinds <= _SHOWN:
+            _say(console, "yellow", "warning", _of(notice.source, notice.text))
+
+    return show
+
+
+def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> None:
+    if asked.as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode(_record(asked, tally, len(todo))).decode())
+    if not asked.quiet:
+        films = any(item.film for item in todo)
+        stopped = f"stopped by {tally.stopped_by}: " if tally.stopped_by else ""
+        speed = f", {tally.done / tally.seconds:.3g} a second" if tally.done and tally.seconds else ""
+        what = "images, films and cameras" if films else "images"
+        line = f"{stopped}{tally.done} of {len(todo)} {what} done{speed}, results in {asked.output}"
+        console.print(escape(line), soft_wrap=True, highlight=False)
+        if tally.skipped:
+            console.print(f"left out: {escape(in_words(tally.skipped))}", soft_wrap=True, highlight=False)
+        several = [notice for notice in tally.notices.kinds.values() if notice.count > 1]
+        for notice in several[:_SHOWN]:
+            _say(console, "yellow", "warning", f"{notice.count} times, first of {_of(notice.source, notice.text)}")
+        if tally.notices.kinds:
+            console.print(f"warnings are listed in {escape(str(asked.output))}/results.jsonl", soft_wrap=True)
+    for failure in tally.failures[:_SHOWN]:
+        _say(console, "red", "failed", _of(failure.where, failure.reason))
+    if (more := len(tally.failures) - _SHOWN) > 0:
+        _say(console, "red", "failed", f"{more} more, listed in {asked.output}/results.jsonl")
+
+
+def _record(asked: Run, tally: Tally, count: int) -> dict[str, Any]:
+    """The summary as `--json` prints it."""
+    notices = tally.notices.kinds.values()
+    return {
+        "output": _as_text(str(asked.output)),
+        "done": tally.done,
+        "failed": [
+            {"source": _as_text(failure.source), "error": _as_text(failure.reason)}
+            | ({} if failure.frame is None else {"frame": failure.frame})
+            for failure in tally.failures
+        ],
+        "skipped": dict(tally.skipped),
+        "not_reached": count - tally.done - sum(failure.frame is None for failure in tally.failures),
+        "warnings": [
+            {"warning": _as_text(notice.text), "first": _as_text(notice.source), "count": notice.count}
+            for notice in notices
+        ],
+        "seconds": round(tally.seconds, 3),
+        "stopped_by": tally.stopped_by or None,
+    }
+
+
+def _say(console: Console, colour: str, word: str, text: str) -> None:
+    console.print(f"[{colour}]{word}[/] {escape(_as_text(text))}", soft_wrap=True, highlight=False)
+
+
+def _of(source: str, text: str) -> str:
+    return f"{source}: {text}" if source else text
+
+
+def _as_text(path: str) -> str:
+    """A path with the bytes that are no UTF-8 as \\udcXX, which every reader of JSON takes."""
+    return path.encode("utf-8", "backslashreplace").decode()

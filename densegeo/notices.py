@@ -1,0 +1,82 @@
+"""What is warned of during a run, by Python's warnings and by the log: told apart by source, counted, each kind shown
+once. The command line prints nothing of it raw.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+_NUMBER = re.compile(r"\d[\d.]*(e[+-]?\d+)?")
+
+
+@dataclass
+class Notice:
+    """A kind of warning: texts that differ in numbers alone. text: the first one. source: what it was about, or empty.
+    count: of images or frames that had it.
+    """
+
+    text: str
+    source: str
+    count: int = 0
+
+
+class Notices:
+    """The warnings of one run, from any of its threads. show: gets the first of each kind, as it comes."""
+
+    def __init__(self, show: Callable[[Notice], object] = lambda notice: None) -> None:
+        self.kinds: dict[str, Notice] = {}
+        self._show, self._lock = show, threading.Lock()
+        self._subject: ContextVar[tuple[str, list[str]]] = ContextVar("densegeo-subject")
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Inside, warnings come here and are printed nowhere else."""
+        handler = _Handler(self._take)
+        with warnings.catch_warnings():
+            for category in (UserWarning, RuntimeWarning):  # others are for programmers
+                warnings.simplefilter("always", category)
+            warnings.showwarning = lambda message, *rest, **more: self._take(str(message))
+            logging.getLogger().addHandler(handler)
+            try:
+                yield
+            finally:
+                logging.getLogger().removeHandler(handler)
+
+    @contextmanager
+    def about(self, source: str) -> Iterator[list[str]]:
+        """Inside, in this thread, warnings are about `source`; gives their texts, each once, as they come."""
+        texts: list[str] = []
+        token = self._subject.set((source, texts))
+        try:
+            yield texts
+        finally:
+            self._subject.reset(token)
+
+    def _take(self, text: str) -> None:
+        source, texts = self._subject.get(("", []))
+        if text in texts:
+            return
+        texts.append(text)
+        with self._lock:
+            kind = self.kinds.setdefault(_NUMBER.sub("#", text), Notice(text, source))
+            kind.count += 1
+            first = kind.count == 1
+        if first:
+            self._show(kind)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, take: Callable[[str], Any]) -> None:
+        super().__init__(logging.WARNING)
+        self._take = take
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._take(record.getMessage())
