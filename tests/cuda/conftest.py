@@ -66,7 +66,7 @@ def child(standin: Path) -> Child:
         }
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=280
+            command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=580
         )
 
     return run

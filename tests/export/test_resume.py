@@ -91,7 +91,7 @@ def interrupted(process: subprocess.Popen[str], number: signal.Signals) -> str:
     for _ in range(5):
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=3)[0]
+            return process.communicate(timeout=20)[0]
     raise AssertionError("it cannot be interrupted")
 
 
