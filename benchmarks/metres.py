@@ -2,6 +2,8 @@
 anchors with outliers, a wrong model, and moving cameras. docs/metres.md says what the rows mean.
 
     python benchmarks/metres.py --json benchmarks/results/metres_cpu.json     # --quick: a tenth of everything
+
+Rendered views and their predictions are kept in out/metres; the first run makes them, about a second each.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -22,111 +23,144 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from densegeo.benchmarks import recorded
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import SEED, SIZE, SPLIT
+from densegeo.benchmarks.metres_paths import EVIDENCE, moving_camera
 from densegeo.benchmarks.noisy import NOISES, observed, shape_error
-from densegeo.benchmarks.paths import FRAMES, path
+from densegeo.benchmarks.paths import FRAMES
+from densegeo.benchmarks.recorded import Recorded
 from densegeo.errors import CalibrationError, CalibrationWarning
-from densegeo.runtime import Camera, Estimator, ScaleTracker
+from densegeo.runtime import Camera, Estimator
+from densegeo.runtime.metric import Calibration
 from densegeo.runtime.normals_scale import scale_from_normals
 from densegeo.size import Size
 from densegeo.training.render import View, view
 
 BOUNDS = (0.003, 0.012, 0.022, 0.040)  # AbsRel for each row of NOISES
-SECOND_SEED = 101  # no choice was made on its views
-GUESS = 2.1  # the median scale of training views
+SECOND_SEED = 101  # no choice was made on its views, nor on those of SEED: constants come from seed 7
+GUESSES = {"scale 1": 1.0, "training views' scale": 2.1}  # fixed ones; DESIGN section 15's is the first
 Record = dict[str, Any]
 Float64 = NDArray[np.float64]
 
 
-def views(seed: int, count: int) -> Iterator[View]:
-    return (view(seed, SPLIT, index, *SIZE) for index in range(count))
-
-
-def noise_table(count: int) -> list[Record]:
-    """Must show 1; views that `to_scale` refuses count with a scale of GUESS."""
-    rows = []
+def noise_table(rows: list[Recorded]) -> list[Record]:
+    """Must show 1 and 4; views that `to_scale` refuses count with the training views' scale."""
+    table = []
     for (noise, degrees), bound in zip(NOISES, BOUNDS, strict=True):
-        rng, errors, scales, refused = np.random.default_rng(0), [], [], 0
-        for seen in track(list(views(SEED, count)), f"noise {noise:.1%}, {degrees:g} degrees"):
+        rng, errors, off, inside, refused = np.random.default_rng(0), [], [], [], 0
+        for row in track(rows, f"noise {noise:.1%}, {degrees:g} degrees"):
+            seen = row.view
             geometry, truth = observed(seen, rng, noise, degrees)
             try:
                 found = geometry.to_scale(seen.intrinsics)
-                scales.append(found.calibration.scale / truth)  # type: ignore[union-attr]
+                assert found.calibration is not None
+                off.append(np.log(found.calibration.scale / truth))
+                inside.append(abs(found.calibration.scale - truth) / np.sqrt(found.calibration.variance[0]))
                 errors.append(shape_error(seen, found.depth))
             except CalibrationError:
                 refused += 1
-                errors.append(shape_error(seen, np.exp(GUESS * geometry.require_prediction("depth"))))
-        rows.append(
+                errors.append(shape_error(seen, np.exp(2.1 * geometry.require_prediction("depth"))))
+        sigmas = np.array(inside)
+        table.append(
             {
                 "noise": noise,
                 "degrees": degrees,
                 "abs_rel": float(np.mean(errors)),
                 "bound": bound,
                 "refused": refused,
-                "scale_off": float(np.std(np.log(scales))),
+                "scale_off": float(np.std(off)),
+                "within_one_sigma": float(np.mean(sigmas < 1)),
+                "within_two_sigma": float(np.mean(sigmas < 2)),
             }
         )
-    return rows
+    return table
 
 
-def own_predictions(estimator: Estimator, seed: int, count: int) -> Record:
-    """Must show 2 and 4: medians of AbsRel, and the share of errors within one and two standard deviations."""
+def own_predictions(rows: list[Recorded], seed: int) -> Record:
+    """Must show 2 and 4: medians of AbsRel, and the share of errors within one and two standard deviations.
+
+    Of the scale: the share of views. Of a line in metres: of pixels, where it is off the line that the same fit gives
+    with every seventh pixel as an anchor (the network's own error at a pixel is no error of the line).
+    """
     errors: dict[str, list[float]] = defaultdict(list)
-    inside: dict[str, list[float]] = defaultdict(list)
+    one: dict[str, list[float]] = defaultdict(list)
+    two: dict[str, list[float]] = defaultdict(list)
     refused: dict[str, int] = defaultdict(int)
-    for index, seen in enumerate(track(list(views(seed, count)), f"own predictions, seed {seed}")):
-        geometry, valid = estimator(seen.rgb), seen.valid
+    for index, row in enumerate(track(rows, f"own predictions, seed {seed}")):
+        geometry, seen, valid = row.geometry, row.view, row.view.valid
         p, truth = geometry.require_prediction("depth"), seen.depth
         scale, shift = np.polyfit(p[valid].astype(float), np.log(truth[valid].astype(float)), 1)
-        errors["best line"].append(_abs_rel(seen, np.exp(scale * p + shift)))
+        errors["best line"].append(abs_rel(seen, np.exp(scale * p + shift)))
         errors["best line, shape"].append(shape_error(seen, np.exp(scale * p)))
-        errors["fixed guess, shape"].append(shape_error(seen, np.exp(GUESS * p)))
-        errors["scale 1, shape"].append(shape_error(seen, np.exp(p)))
-        rng = np.random.default_rng([seed, index])
-        rows, columns = np.nonzero(valid)
-        at = rng.permutation(len(rows))[:10]
-        uv, metres = np.stack([columns[at], rows[at]], axis=1), truth[rows[at], columns[at]]
-        for name, number in (("normals, shape", 0), ("one anchor", 1), ("ten anchors", 10)):
+        for name, guess in GUESSES.items():
+            errors[f"{name}, shape"].append(shape_error(seen, np.exp(guess * p)))
+        best = _best(row)
+        for name, facts in _facts(row, np.random.default_rng([seed, index])).items():
             try:
-                if number:
-                    found = geometry.to_metric(seen.intrinsics, anchors=(uv[:number], metres[:number]))
-                else:
-                    found = geometry.to_scale(seen.intrinsics)
+                found = geometry.to_metric(seen.intrinsics, **facts) if facts else geometry.to_scale(seen.intrinsics)
             except CalibrationError:
                 refused[name] += 1
                 continue
             assert found.calibration is not None
-            if name == "normals, shape":
-                errors[name].append(shape_error(seen, found.depth))
-                z = (found.calibration.scale - scale) / np.sqrt(found.calibration.variance[0])
+            if facts:
+                errors[name].append(abs_rel(seen, found.depth))
+                off = _line(found.calibration, p[valid]) - _line(best, p[valid])
+                sigmas = np.abs(off) / found.calibration.uncertainty(p[valid])
             else:
-                errors[name].append(_abs_rel(seen, found.depth))
-                gap = np.median(np.log(found.depth[valid]) - np.log(truth[valid]))
-                z = gap / np.median(found.calibration.uncertainty(p[valid]))
-            inside[name].append(abs(float(z)))
+                errors[name].append(shape_error(seen, found.depth))
+                sigmas = np.array(abs(found.calibration.scale - scale) / np.sqrt(found.calibration.variance[0]))
+            one[name].append(float(np.mean(sigmas < 1)))
+            two[name].append(float(np.mean(sigmas < 2)))
     return {
         "seed": seed,
         "median_abs_rel": {name: float(np.median(values)) for name, values in errors.items()},
         "refused": dict(refused),
-        "within_one_sigma": {name: float(np.mean(np.array(values) < 1)) for name, values in inside.items()},
-        "within_two_sigma": {name: float(np.mean(np.array(values) < 2)) for name, values in inside.items()},
+        "within_one_sigma": {name: float(np.mean(values)) for name, values in one.items()},
+        "within_two_sigma": {name: float(np.mean(values)) for name, values in two.items()},
     }
 
 
-def _abs_rel(seen: View, depth: NDArray[Any]) -> float:
+def _facts(row: Recorded, rng: np.random.Generator) -> dict[str, Record]:
+    """What is told beside the camera; nothing: `to_scale`."""
+    valid, depth = row.view.valid, row.view.depth
+    rows, columns = np.nonzero(valid)
+    at = rng.permutation(len(rows))[:10]
+    uv, metres = np.stack([columns[at], rows[at]], axis=1), depth[rows[at], columns[at]]
+    return {
+        "normals, shape": {},
+        "one anchor": {"anchors": (uv[:1], metres[:1])},
+        "ten anchors": {"anchors": (uv, metres)},
+        "camera height and up": {"camera_height": row.height, "up": row.up},
+        "camera height": {"camera_height": row.height},
+    }
+
+
+def _best(row: Recorded) -> Calibration:
+    rows, columns = (index[::7] for index in np.nonzero(row.view.valid))
+    anchors = (np.stack([columns, rows], axis=1), row.view.depth[rows, columns])
+    found = row.geometry.to_metric(anchors=anchors).calibration
+    assert found is not None
+    return found
+
+
+def _line(calibration: Calibration, p: NDArray[Any]) -> NDArray[Any]:
+    return calibration.scale * p + calibration.shift
+
+
+def abs_rel(seen: View, depth: NDArray[Any]) -> float:
     return float(np.mean(np.abs(depth[seen.valid] / seen.depth[seen.valid] - 1)))
 
 
-def anchors_table(estimator: Estimator, count: int) -> list[Record]:
-    """The 100 held-out views at 3 to 400 anchors with outliers: AbsRel over that of the best line, medians."""
+def anchors_table(held_out: list[Recorded]) -> list[Record]:
+    """The held-out views at 3 to 400 anchors with outliers: AbsRel over that of the best line, medians."""
     found: dict[tuple[int, float], list[float]] = defaultdict(list)
     refused: dict[tuple[int, float], int] = defaultdict(int)
-    for index, seen in enumerate(track(list(views(SEED, count)), "anchors")):
-        geometry = estimator(seen.rgb)
+    for index, row in enumerate(track(held_out, "anchors")):
+        geometry, seen = row.geometry, row.view
         p, valid = geometry.require_prediction("depth"), seen.valid
         scale, shift = np.polyfit(p[valid].astype(float), np.log(seen.depth[valid].astype(float)), 1)
-        best = _abs_rel(seen, np.exp(scale * p + shift))
+        best = abs_rel(seen, np.exp(scale * p + shift))
         rows, columns = np.nonzero(valid)
         rng = np.random.default_rng([9, index])
         for number in (3, 10, 100, 400):
@@ -137,7 +171,7 @@ def anchors_table(estimator: Estimator, count: int) -> list[Record]:
                 wrong = int(outliers * number)
                 metres[:wrong] = rng.uniform(0.3, 60, wrong)
                 try:
-                    error = _abs_rel(seen, geometry.to_metric(seen.intrinsics, anchors=(uv, metres)).depth)
+                    error = abs_rel(seen, geometry.to_metric(seen.intrinsics, anchors=(uv, metres)).depth)
                     found[number, outliers].append(error / best)
                 except CalibrationError:
                     refused[number, outliers] += 1
@@ -147,96 +181,82 @@ def anchors_table(estimator: Estimator, count: int) -> list[Record]:
     ]
 
 
+def scan_line(held_out: list[Recorded]) -> Record:
+    """Anchors in the middle row alone: what is reported of the error over the true one, for each view.
+
+    line: the line's standard deviation, RMS over the image, against how far it is off the best one. depth: the same and
+    the anchors' residual together, against the error of ln(depth).
+    """
+    line, depth, refused = [], [], 0
+    for row in track(held_out, "one scan line"):
+        seen, valid = row.view, row.view.valid
+        middle = SIZE.height // 2
+        columns = np.nonzero(valid[middle])[0][::4]
+        anchors = (np.stack([columns, np.full(len(columns), middle)], axis=1), seen.depth[middle, columns])
+        try:
+            found = row.geometry.to_metric(seen.intrinsics, anchors=anchors).calibration
+        except CalibrationError:
+            refused += 1
+            continue
+        assert found is not None
+        p = row.geometry.require_prediction("depth")[valid]
+        reported = _rms(found.uncertainty(p))
+        line.append(reported / _rms(_line(found, p) - _line(_best(row), p)))
+        depth.append(np.hypot(reported, found.residual) / _rms(_line(found, p) - np.log(seen.depth[valid])))
+    return {"refused": refused} | {
+        name: {"median_ratio": float(np.median(values)), "within_a_factor_of_two": _near(values)}
+        for name, values in (("line", line), ("depth", depth))
+    }
+
+
+def _near(ratios: list[float]) -> float:
+    return float(np.mean(np.abs(np.log2(ratios)) < 1))
+
+
+def _rms(values: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
 def motorcycle(estimator: Estimator, anchors: int = 400) -> Record:
-    """A model that is wrong: 39 crops panned over Middlebury's motorcycle, exact anchors, each from the last's line."""
+    """A model that is wrong: 39 crops panned over Middlebury's motorcycle with exact anchors, each its own random ones.
+
+    Beside the robust fit: least squares, that through every pixel (the best that any fit of this crop can be after),
+    and the robust fit with the last crop's line as its prior.
+    """
     folder = files("skimage") / "data"  # its loader would also fetch the right image, which the wheel has not
     left = np.asarray(Image.open(BytesIO((folder / "motorcycle_left.png").read_bytes())).convert("RGB"))
     disparity = np.load(BytesIO((folder / "motorcycle_disp.npz").read_bytes()))["arr_0"]
     depth = 994.978 * 0.193001 / (disparity + 31.086)  # Middlebury's calib.txt at this size: f, baseline, doffs
-    scales: dict[str, list[float]] = {"alone": [], "with the last as prior": []}
+    scales: dict[str, list[float]] = defaultdict(list)
     refused, prior = 0, None
-    for crop in range(39):
+    for crop in track(range(39), "motorcycle"):
         part = (slice(0, 480), slice(crop * 2, crop * 2 + 640))
         geometry = estimator(np.ascontiguousarray(left[part]))
         rows, columns = np.nonzero(np.isfinite(depth[part]) & (depth[part] > 0))
         at = np.random.default_rng(crop).permutation(len(rows))[:anchors]
-        given = (np.stack([columns[at], rows[at]], axis=1), depth[part][rows[at], columns[at]])
-        for name in scales:
+        uv, metres = np.stack([columns, rows], axis=1), depth[part][rows, columns]
+        ways: dict[str, Record] = {
+            "robust": {"anchors": (uv[at], metres[at])},
+            "least squares": {"anchors": (uv[at], metres[at]), "method": "least_squares"},
+            "least squares, every pixel": {"anchors": (uv, metres), "method": "least_squares"},
+            "robust, the last as prior": {"anchors": (uv[at], metres[at]), "prior": prior},
+        }
+        for name, facts in ways.items():
             try:
-                found = geometry.to_metric(anchors=given, prior=prior if name != "alone" else None).calibration
-                assert found is not None
-                scales[name].append(found.scale)
-                prior = found if name != "alone" else prior
+                found = geometry.to_metric(**facts).calibration
             except CalibrationError:
                 refused += 1
-    steps = {name: float(np.abs(np.diff(np.log(values))).max()) for name, values in scales.items()}
-    return {"refused": refused, "largest_step_of_ln_scale": steps, "scales": scales}
-
-
-def moving_camera(estimator: Estimator, seed: int, frames: int, cut: int | None = None) -> Record:
-    """One range reading a frame near the image's middle: frames by themselves, and tracked."""
-    tracker, before_view = ScaleTracker(), None
-    jumps: dict[str, list[float]] = defaultdict(list)
-    errors: dict[str, list[float]] = defaultdict(list)
-    resets, last = [], dict[str, NDArray[np.float32]]()
-    for index, frame in enumerate(path(seed, frames, cut=cut)):
-        geometry, seen = estimator(frame.view.rgb), frame.view
-        rows, columns = np.nonzero(seen.valid[72:120, 96:160])
-        middle = np.argmin((rows - 24) ** 2 + (columns - 32) ** 2) if len(rows) else None
-        anchors = None
-        if middle is not None:
-            at = (int(rows[middle]) + 72, int(columns[middle]) + 96)
-            anchors = ([[at[1], at[0]]], [float(seen.depth[at])])
-        before = tracker.resets
-        for name in ("alone", "tracked"):
-            try:
-                if name == "alone":
-                    found = geometry.to_metric(seen.intrinsics, anchors=anchors)
-                else:
-                    found = tracker.update(geometry, seen.intrinsics, anchors=anchors, motion=frame.motion)
-            except CalibrationError:
-                last.pop(name, None)
                 continue
-            gap = np.log(found.depth) - np.log(seen.depth)
-            errors[name].append(float(np.nanmean(np.abs(np.expm1(gap)))))
-            if name in last and frame.motion is not None and before_view is not None:
-                here, there = _fixed_points(seen, before_view, frame.motion)
-                jumps[name].append(float(np.nanmean(np.abs(gap[here] - last[name][there]))))
-            last[name] = gap
-        before_view = seen
-        if tracker.resets != before:
-            resets.append(index)
-    part = max(1, frames // 4)
-    tracked = errors["tracked"]
-    return {
-        "seed": seed,
-        "jump": {name: float(np.mean(values)) for name, values in jumps.items()},
-        "frames": {name: len(values) for name, values in errors.items()},
-        "error": {name: float(np.mean(values)) for name, values in errors.items()},
-        "error_first_and_last_quarter": [float(np.mean(tracked[:part])), float(np.mean(tracked[-part:]))],
-        "resets_at": resets,
-        "cut_at": cut,
-    }
-
-
-def _fixed_points(now: View, before: View, motion: Float64) -> tuple[Any, Any]:
-    """Pixels (rows, columns) of now, and of before, that show the same points."""
-    camera, back = Camera(*now.intrinsics), np.linalg.inv(motion)
-    rows, columns = (grid.ravel() for grid in np.mgrid[4 : SIZE.height : 6, 4 : SIZE.width : 6])
-    kept = now.valid[rows, columns]
-    rows, columns = rows[kept], columns[kept]
-    points = camera.rays_at(np.stack([columns, rows], axis=1)) * now.depth[rows, columns][:, None]
-    points = points @ back[:3, :3].T + back[:3, 3]
-    uv = np.nan_to_num(np.rint(camera.project(points)), nan=-1).astype(int)
-    kept = (uv >= 0).all(axis=1) & (uv[:, 0] < SIZE.width) & (uv[:, 1] < SIZE.height)
-    rows, columns, uv, points = rows[kept], columns[kept], uv[kept], points[kept]
-    same = np.abs(before.depth[uv[:, 1], uv[:, 0]] / points[:, 2] - 1) < 0.05  # not hidden by something nearer
-    return (rows[same], columns[same]), (uv[same, 1], uv[same, 0])
+            assert found is not None
+            scales[name].append(found.scale)
+            prior = found if "prior" in facts else prior
+    steps = {name: float(np.abs(np.diff(np.log(values))).max()) for name, values in scales.items()}
+    return {"refused": refused, "largest_step_of_ln_scale": steps, "scales": dict(scales)}
 
 
 def milliseconds() -> float:
     """Processor time of the estimator at 640x480, one thread: the best of 30."""
-    geometry, _ = observed(next(views(SEED, 1)), np.random.default_rng(0), 0.002, 2.0)
+    geometry, _ = observed(view(SEED, SPLIT, 0, *SIZE), np.random.default_rng(0), 0.002, 2.0)
     assert geometry.normals is not None
     p, normals = (
         np.repeat(np.repeat(plane, 3, 0), 3, 1)[:480, :640].copy()
@@ -259,13 +279,21 @@ def main(
     count, sequences, frames = (10, 1, 12) if quick else (100, 10, FRAMES)
     result: Record = {"environment": environment(("numpy", "onnxruntime", "scikit-image"))}
     result["milliseconds_640x480"] = milliseconds()
-    result["noise"] = noise_table(count)
     with Estimator("fe2e-tiny") as estimator:
-        result["own_predictions"] = [own_predictions(estimator, seed, count) for seed in (SEED, SECOND_SEED)]
-        result["anchors"] = anchors_table(estimator, count)
+        rows = {seed: recorded.views(estimator, seed, count) for seed in (SEED, SECOND_SEED)}
+        result["noise"] = {str(seed): noise_table(rows[seed]) for seed in rows}
+        result["own_predictions"] = [own_predictions(rows[seed], seed) for seed in rows]
+        result["anchors"] = anchors_table(rows[SEED])
+        result["scan_line"] = scan_line(rows[SEED])
         result["motorcycle"] = motorcycle(estimator)
-        result["paths"] = [moving_camera(estimator, seed, frames) for seed in range(sequences)]
-        result["cut"] = moving_camera(estimator, 100, frames, cut=frames * 2 // 3)
+        paths = [recorded.path(estimator, seed, frames) for seed in range(sequences)]
+        result["paths"] = {
+            evidence: [moving_camera(rows, evidence, seed) for seed, rows in enumerate(track(paths, evidence))]
+            for evidence in EVIDENCE
+        }
+        cut = frames * 2 // 3
+        rows_with_cut = recorded.path(estimator, 100, frames, cut)
+        result["cut"] = {"at": cut} | {name: moving_camera(rows_with_cut, name, 100) for name in EVIDENCE}
     Console().print_json(data=result)
     if json_file is not None:
         write_json(json_file, result)

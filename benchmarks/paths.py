@@ -47,7 +47,12 @@ def path(seed: int, frames: int = FRAMES, size: Size = SIZE, cut: int | None = N
             motion, last = _between(last, scene), scene
         # the same exposure, clouds and pattern of noise in each frame of a scene
         view = render(scene, *size, np.random.default_rng(exposure))
-        yield PathFrame(view, motion, (scene.axes.T @ np.array([0, -1, 0])).astype(np.float64), scene.height)
+        yield PathFrame(view, motion, up_in(scene), scene.height)
+
+
+def up_in(scene: Scene) -> NDArray[np.float64]:
+    """(3,) against gravity in the camera's frame."""
+    return np.asarray(scene.axes.T @ np.array([0, -1, 0]), dtype=np.float64)
 
 
 def _open_scene(rng: np.random.Generator) -> Scene:

@@ -111,7 +111,7 @@ def gather(
     if facts.prior is not None:
         if facts.prior.kind != kind:
             raise CalibrationError(f"The prior is of {facts.prior.kind} depth, this result is {kind}.")
-        evidence += facts.prior.evidence
+        evidence += facts.prior.prior_for(prediction[geometry.valid])
     if camera is not None and kind == "log_affine" and geometry.normals is not None:
         try:
             evidence += normals_evidence(geometry, camera)

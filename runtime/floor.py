@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from densegeo.errors import CalibrationError, MissingOutputError
-from densegeo.runtime.anchors import LOCAL_ERROR
+from densegeo.runtime.anchors import LOCAL_ERROR, SHARED
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.evidence import Evidence
 
@@ -63,8 +63,8 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
     middles = [[float(np.median(values[bands == band])) for values in (x, y, under)] for band in np.unique(bands)]
     a, values, under = np.array(middles).T
     tilt = _TILT[up is None] / under
-    # the bands share the height's own error and much of the network's
-    sigma = np.sqrt(len(middles) * (LOCAL_ERROR**2 + _KNOWN**2 + tilt**2))
+    # the bands share the height's own error, and what is left of the network's in a median over a surface
+    sigma = np.sqrt(len(middles) * (SHARED * LOCAL_ERROR**2 + _KNOWN**2 + tilt**2))
     return Evidence.of(a, 1.0, values, sigma, "the camera's height")
 
 

@@ -110,7 +110,8 @@ class Geometry:
         camera_height: metres over the floor. up: (3,) against gravity in the camera's OpenCV frame; by default the
         floor's own normals, for a camera that is level within 35 degrees.
         size: (uv, metres), two pixels (2, 2) and their distance.
-        prior: the `calibration` of a result whose line this one's should be near, such as the last frame's.
+        prior: the `calibration` of the last frame, whose line this one's should be near: counted as 2 % less certain in
+        scale and depth than it was, so that a chain of priors forgets. `ScaleTracker` reads off how frames differ.
         `calibration` says what it rests on, how well anchors are met, and how uncertain it is.
         Raises CalibrationError when these do not determine a positive scale, or the result is metric already, and
         MissingOutputError of normals alone; a CalibrationWarning where anchors or intrinsics look wrong.

@@ -36,6 +36,9 @@ SPACES: dict[DepthKind, Space] = {
 }
 
 
+DRIFT = 0.02  # what a frame may change of the scale, and of depth, relative: a moving camera, another normalisation
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How a result became metric, or one whose unit is unknown.
@@ -61,12 +64,18 @@ class Calibration:
         scale, shift, mixed = self.variance
         return np.array([[scale, mixed], [mixed, shift]])
 
-    @property
-    def evidence(self) -> Evidence:
-        """The line as evidence for another image's. Raises CalibrationError when its uncertainty is unknown."""
+    def prior_for(self, prediction: NDArray[Any]) -> Evidence:
+        """The line as evidence for the next frame's, whose valid predictions (N,) these are: widened by `DRIFT`.
+
+        Raises CalibrationError when its uncertainty is unknown.
+        """
         if not np.isfinite(self.variance).all():
             raise CalibrationError("This calibration has no uncertainty: its numbers were given. Give anchors with it.")
-        return Evidence.known(self.scale, self.shift, self.covariance, "the prior")
+        middle = float(np.median(prediction))
+        with np.errstate(all="ignore"):
+            unit = float(np.abs(SPACES[self.kind].slope(SPACES[self.kind].back(self.scale * middle + self.shift))))
+        drift = drift_noise(middle, DRIFT * self.scale, DRIFT * (unit if np.isfinite(unit) else 1.0))
+        return Evidence.known(self.scale, self.shift, self.covariance + drift, "the prior")
 
     def uncertainty(self, prediction: NDArray[Any]) -> NDArray[Any]:
         """Relative standard deviation of depth at each prediction, from that of the line; NaN where it is unknown.
@@ -78,6 +87,14 @@ class Calibration:
         spread = np.sqrt(np.maximum(scale * prediction**2 + 2 * mixed * prediction + shift, 0))
         with np.errstate(all="ignore"):
             return np.asarray(spread / np.abs(SPACES[self.kind].slope(SPACES[self.kind].back(value))))
+
+
+def drift_noise(middle: float, scale: float, value: float) -> NDArray[np.float64]:
+    """(2, 2) covariance of (scale, shift) for independent errors of the scale, and of the line at the prediction
+    `middle`, of these standard deviations.
+    """
+    turn, lift = scale**2, value**2
+    return np.array([[turn, -turn * middle], [-turn * middle, turn * middle**2 + lift]])
 
 
 def metric_depth(prediction: NDArray[np.float32], calibration: Calibration) -> NDArray[np.float32]:

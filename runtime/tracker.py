@@ -20,14 +20,14 @@ from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.edges import flying_pixels
 from densegeo.runtime.evidence import Evidence
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.metric import SPACES
+from densegeo.runtime.metric import DRIFT, SPACES, drift_noise
 
 Float64 = NDArray[np.float64]
 
 _POINTS = 6000  # pixels by which frames are compared
 _REPEATED = 10.0  # frames that share a network's errors: each but the first counts as so much less
 _VAGUE = 100.0  # standard deviation of ln(unit) before anything tells it
-_STEP = (0.003, 0.006)  # relative error of a frame's alignment in scale, and in depth
+_STEP = (0.003, 0.006)  # relative error of a frame's alignment in scale, and in depth where the motion is known
 _GATE = 9.0  # squared standard deviations beyond which evidence is not believed,
 _PATIENCE = 5  # unless it comes this often in a row
 _SAME = 0.8  # correlation of two frames' predictions below which they show different scenes
@@ -211,8 +211,8 @@ class ScaleTracker:
         try:
             if last.calibration is None or last.calibration.kind != geometry.space or _turned(last, geometry) > _TURNED:
                 raise CalibrationError("Another scene.")
-            # a motion in metres says nothing in an unknown unit
-            found = align(last, geometry, intrinsics, motion if self._metres else None)
+            motion = motion if self._metres else None  # in metres it says nothing in an unknown unit
+            found = align(last, geometry, intrinsics, motion)
             if found.agreement < _SAME:
                 raise CalibrationError("Another scene.")
         except CalibrationError:
@@ -222,9 +222,8 @@ class ScaleTracker:
         scale = self._state.line[0]
         # the step's error grows with how badly the two frames agree
         worse = 1 + 20 * (1 - found.agreement)
-        middle = _median(geometry)
-        turn, lift = (_STEP[0] * worse * scale) ** 2, (_STEP[1] * worse) ** 2
-        noise = np.array([[turn, -turn * middle], [-turn * middle, turn * middle**2 + lift]])
+        lift = DRIFT if motion is None else _STEP[1]
+        noise = drift_noise(_median(geometry), _STEP[0] * worse * scale, lift * worse)
         moved = self._state.moved(found.alpha, found.beta, noise)
         return replace(moved, sources=self._state.sources)
 

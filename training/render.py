@@ -35,12 +35,18 @@ class View:
 
 def view(seed: int, split: str, index: int, width: int = 256, height: int = 192) -> View:
     """Scene `index` of a split ("train", "test", ...): the same arguments give the same view."""
+    return scene_and_view(seed, split, index, width, height)[1]
+
+
+def scene_and_view(seed: int, split: str, index: int, width: int, height: int) -> tuple[Scene, View]:
+    """`view`, with the scene that it shows."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     while True:
-        rendered = render(draw(rng), width, height, rng)
+        scene = draw(rng)
+        rendered = render(scene, width, height, rng)
         near, far = np.nanpercentile(rendered.depth, [2, 98]) if rendered.valid.mean() > 0.3 else (1, 1)
         if far > 1.2 * near:  # a bare wall or an empty sky teaches nothing
-            return rendered
+            return scene, rendered
 
 
 def render(scene: Scene, width: int, height: int, rng: Rng) -> View:

@@ -1,0 +1,141 @@
+"""Moving cameras: how much metric depth of fixed points jumps from frame to frame, each frame by itself and tracked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densegeo.benchmarks.paths import SIZE
+from densegeo.benchmarks.recorded import Recorded
+from densegeo.errors import CalibrationError
+from densegeo.runtime import Camera, Geometry, ScaleTracker
+from densegeo.training.render import View
+
+Record = dict[str, Any]
+Float64 = NDArray[np.float64]
+_STEP = 6  # pixels between the points that are followed
+
+
+def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
+    """One sequence with one of `EVIDENCE`. Ways: frames "alone"; "tracked", with the motion given; "tracked, motion
+    unknown"; "best line" through the true depth of each frame, below which no line can come.
+
+    jump: mean change of the error of ln(depth) on fixed points. line: median over the points, the part that is not the
+    network's own flicker. error: AbsRel. resets: frames at which the tracker began anew.
+    """
+    rng = np.random.default_rng([seed, 24])
+    facts = [EVIDENCE[evidence](row, rng) for row in rows]
+    ways: dict[str, Callable[[Recorded, Record], Geometry]] = {
+        "alone": lambda row, given: row.geometry.to_metric(row.view.intrinsics, **given),
+        "best line": lambda row, given: _best_line(row),
+    }
+    trackers = {"tracked": ScaleTracker(), "tracked, motion unknown": ScaleTracker()}
+    for name, tracker in trackers.items():
+        ways[name] = _tracked(tracker, motion="unknown" not in name)
+    result: Record = {"seed": seed, "kind": rows[0].view.kind}
+    for name, way in ways.items():
+        result[name] = _followed(rows, facts, way, trackers.get(name))
+    return result
+
+
+def _tracked(tracker: ScaleTracker, motion: bool) -> Callable[[Recorded, Record], Geometry]:
+    return lambda row, given: tracker.update(
+        row.geometry, row.view.intrinsics, motion=row.motion if motion else None, **given
+    )
+
+
+def _best_line(row: Recorded) -> Geometry:
+    valid, p = row.view.valid, row.geometry.require_prediction("depth")
+    scale, shift = np.polyfit(p[valid].astype(float), np.log(row.view.depth[valid].astype(float)), 1)
+    return row.geometry.to_metric(scale=scale, shift=shift)
+
+
+def _followed(
+    rows: list[Recorded],
+    facts: list[Record],
+    way: Callable[[Recorded, Record], Geometry],
+    tracker: ScaleTracker | None,
+) -> Record:
+    found: dict[str, list[float]] = defaultdict(list)
+    resets, last, before = [], None, None
+    for index, (row, given) in enumerate(zip(rows, facts, strict=True)):
+        count, seen = tracker.resets if tracker else 0, row.view
+        try:
+            depth = way(row, given).depth
+        except CalibrationError:
+            depth = None
+        if tracker and tracker.resets != count:
+            resets.append(index)
+        gap = None if depth is None else np.log(depth) - np.log(seen.depth)
+        if gap is not None:
+            found["error"].append(float(np.nanmean(np.abs(np.expm1(gap)))))
+            if last is not None and row.motion is not None and before is not None:
+                here, there = fixed_points(seen, before, row.motion)
+                change = gap[here] - last[there]
+                found["jump"].append(float(np.nanmean(np.abs(change))))
+                found["line"].append(float(abs(np.nanmedian(change))))
+        last, before = gap, seen
+    part = max(1, len(found["error"]) // 4)
+    return {
+        "frames": len(found["error"]),
+        **{name: float(np.mean(values)) for name, values in found.items()},
+        "error_first_quarter": float(np.mean(found["error"][:part])),
+        "error_last_quarter": float(np.mean(found["error"][-part:])),
+        "resets": resets,
+    }
+
+
+def fixed_points(now: View, before: View, motion: Float64) -> tuple[Any, Any]:
+    """Pixels (rows, columns) of now, and of before, that show the same points."""
+    camera, back = Camera(*now.intrinsics), np.linalg.inv(motion)
+    rows, columns = (grid.ravel() for grid in np.mgrid[4 : SIZE.height : _STEP, 4 : SIZE.width : _STEP])
+    kept = now.valid[rows, columns]
+    rows, columns = rows[kept], columns[kept]
+    points = camera.rays_at(np.stack([columns, rows], axis=1)) * now.depth[rows, columns][:, None]
+    points = points @ back[:3, :3].T + back[:3, 3]
+    uv = np.nan_to_num(np.rint(camera.project(points)), nan=-1).astype(int)
+    kept = (uv >= 0).all(axis=1) & (uv[:, 0] < SIZE.width) & (uv[:, 1] < SIZE.height)
+    rows, columns, uv, points = rows[kept], columns[kept], uv[kept], points[kept]
+    same = np.abs(before.depth[uv[:, 1], uv[:, 0]] / points[:, 2] - 1) < 0.05  # not hidden by something nearer
+    return (rows[same], columns[same]), (uv[same, 1], uv[same, 0])
+
+
+def _somewhere(row: Recorded, rng: np.random.Generator) -> Record:
+    return _readings(row, rng, 1)
+
+
+def _anywhere(row: Recorded, rng: np.random.Generator) -> Record:
+    return _readings(row, rng, 10)
+
+
+def _readings(row: Recorded, rng: np.random.Generator, count: int) -> Record:
+    rows, columns = np.nonzero(row.view.valid)
+    at = rng.permutation(len(rows))[:count]
+    return {"anchors": (np.stack([columns[at], rows[at]], axis=1), row.view.depth[rows[at], columns[at]])}
+
+
+def _ahead(row: Recorded, rng: np.random.Generator) -> Record:
+    """The valid pixel next to the image's middle, within an eighth of its sides; nothing where there is none."""
+    rows, columns = np.nonzero(row.view.valid)
+    far = np.hypot((rows - SIZE.height / 2) / SIZE.height, (columns - SIZE.width / 2) / SIZE.width)
+    nearest = int(far.argmin())
+    if far[nearest] > 1 / 8:
+        return {}
+    at = rows[nearest], columns[nearest]
+    return {"anchors": ([[at[1], at[0]]], [float(row.view.depth[at])])}
+
+
+def _height(row: Recorded, rng: np.random.Generator) -> Record:
+    return {"camera_height": row.height, "up": row.up}
+
+
+EVIDENCE: dict[str, Callable[[Recorded, np.random.Generator], Record]] = {
+    "one reading at a random pixel": _somewhere,
+    "ten readings at random pixels": _anywhere,
+    "one reading straight ahead": _ahead,
+    "the camera's height": _height,
+}
