@@ -117,6 +117,7 @@ def test_wheel_holds_what_commands_need(built: Built) -> None:
     assert built.wheel.stat().st_size < 40 * MIB
 
 
+@pytest.mark.thorough
 def test_what_the_wheel_imports_is_in_it(built: Built) -> None:
     """Every `densegeo` module that a shipped module imports, at its top or inside a function, is shipped."""
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in built.names}

@@ -73,6 +73,7 @@ def test_every_measurement_of_fiffdepth_runs(tmp_path: Path, monkeypatch: pytest
     assert all(len(found["profile"][model]["kernels"]) > 10 for model in ("fe2e", "fiffdepth"))
 
 
+@pytest.mark.thorough
 def test_a_bundle_is_run_through_every_backend(
     small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from tests.support.checkpoints import options
 
 pytest.importorskip("tensorrt_rtx")
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("graphs_once")]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(900), pytest.mark.usefixtures("graphs_once")]
 
 
 @pytest.mark.parametrize(

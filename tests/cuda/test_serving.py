@@ -59,6 +59,7 @@ def test_every_mutation_is_noticed(child: Child, with_engines: Build) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.thorough
 def test_a_mutation_ends_with_status_1(child: Child, with_engines: Build) -> None:
     done = child(RUN, "lazy", with_engines("fe2e"), "--mutate", "synchronise-while-recording")
     said = last_line(done)

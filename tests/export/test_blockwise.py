@@ -22,6 +22,7 @@ def test_pieces_equal_the_whole(golden_bundle, limit):
     np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.thorough
 def test_widening_keeps_the_rounded_weights(golden_bundle):
     """The float32 twin of the bf16 graph differs from the float32 graph by bf16's rounding, no less and no more."""
     low, full = golden_bundle(precision="bf16"), golden_bundle()

@@ -180,6 +180,7 @@ def test_a_missing_file_is_named(hub: Hub, tmp_path: Path) -> None:
     assert "--checkpoint checkpoints/fe2e" in said
 
 
+@pytest.mark.thorough
 def test_a_cache_that_holds_half(hub: Hub, tmp_path: Path) -> None:
     del hub.files[NAMES["lora"]]
     say(["fetch", "fe2e", "--any-digest", "--no-lora"], hub, tmp_path)

@@ -38,7 +38,11 @@ def build(checkpoint: Path, output: Path, **options: Any) -> Path:
 # Left to `slow`: by default PyTorch is held to all numbers in all these ways, bundles to the smaller ones with all
 # rewrites, and to diffusers' modules in the variants whose graphs differ most.
 ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in NAMES]
-OTHERS = ("four-levels", "two-token-layers", "sd1-like", "no-latent-convolutions")
+MARKS: dict[str, tuple[pytest.MarkDecorator, ...]] = {
+    "sd2-like": (),
+    **dict.fromkeys(("odd-latent", "three-tokens"), (pytest.mark.thorough,)),
+    **dict.fromkeys(("four-levels", "two-token-layers", "sd1-like", "no-latent-convolutions"), (pytest.mark.slow,)),
+}
 
 
 @pytest.mark.parametrize("without", [(), pytest.param(NAMES, marks=pytest.mark.slow), *ALONE], ids="-".join)
@@ -72,7 +76,7 @@ def check(folder: Path, output: Path, without: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (case.name in OTHERS), id=case.name) for case in CASES],
+    [pytest.param(case, marks=MARKS[case.name], id=case.name) for case in CASES],
 )
 def test_bundle_agrees_with_diffusers(case: Case, fiffdepth_bundle: Build) -> None:
     """All rewrites on, or all off in every other case; one at a time they are left out above."""

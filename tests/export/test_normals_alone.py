@@ -34,7 +34,7 @@ from densegeo.runtime.verify import verify  # noqa: E402
 from densegeo.size import Size  # noqa: E402
 from tests.support.diffusers_checkpoint import CASES, modules, prompt  # noqa: E402
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.thorough]
 NAME, CASE, TIMESTEP = "unet-normals", CASES[0], 999.0
 FAMILY = replace(
     FIFFDEPTH, name=NAME, timestep=TIMESTEP, outputs=(Output(kind="normals", clamp="before_mean", frame="opengl"),)

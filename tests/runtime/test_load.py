@@ -159,6 +159,7 @@ def test_ten_thousand_requests(new_bundle: Callable[..., Path], run_in_threads: 
     assert seconds < 25
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow(new_bundle: Callable[..., Path], run_in_threads: Callable[..., list[object]]) -> None:
     """Allocations traced over fewer requests, since tracing makes them three times as slow."""
     flaky = Flaky()

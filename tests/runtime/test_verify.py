@@ -67,10 +67,8 @@ def test_a_broken_stage_of_torchs_way_on_a_device_is_noticed(
         assert stage in said[-1]
 
 
-def test_a_model_without_normals_has_fewer_stages(fiffdepth_bundle: Callable[..., Path]) -> None:
-    from tests.support.diffusers_checkpoint import CASES
-
-    with Estimator(fiffdepth_bundle(CASES[0]), "onnxruntime", "cpu") as estimator:
+def test_a_model_without_normals_has_fewer_stages(batched_bundle: Callable[..., Path]) -> None:
+    with Estimator(batched_bundle("fiffdepth"), "onnxruntime", "cpu") as estimator:
         assert set(faults.stages(estimator)) == {"preprocess", "resize"}
 
 
