@@ -41,7 +41,7 @@ def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
         ("fe2e", "fp32", ()),
         pytest.param("fe2e", "fp32", ("decoder",), marks=pytest.mark.thorough),  # a decoder run for each picture
         pytest.param("fe2e", "bf16", ("decoder",), marks=pytest.mark.slow),  # minutes where a CPU has no bf16
-        ("fiffdepth", "fp32", ()),
+        pytest.param("fiffdepth", "fp32", (), marks=pytest.mark.thorough),
     ],
 )
 def test_images_of_a_batch_get_what_they_get_alone(
@@ -80,7 +80,7 @@ def test_images_of_a_batch_get_what_they_get_alone(
 
 
 def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
-    bundle = batched_bundle("fiffdepth")
+    bundle = batched_bundle("fe2e")
     images = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(4)]
     with Estimator(bundle, "onnxruntime", "cpu", max_batch=2, max_wait_ms=10_000) as estimator:
         alone = [estimator(image) for image in images]
@@ -93,11 +93,11 @@ def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
 
 @pytest.mark.thorough
 def test_bench_reports_batches(batched_bundle: Build, tmp_path: Path) -> None:
-    result = run(batched_bundle("fiffdepth"), image=None, runs=3, backend="onnxruntime", device="cpu")
+    result = run(batched_bundle("fe2e"), image=None, runs=3, backend="onnxruntime", device="cpu")
     assert sorted(result.batched_per_second) == ["2", "3"]
     assert min(result.batched_per_second.values()) > 0
     work = result.stages["total"].gflops * result.stages["total"].p50
-    (single, *_) = read_manifest(batched_bundle("fiffdepth")).buckets
+    (single, *_) = read_manifest(batched_bundle("fe2e")).buckets
     flops = sum(graph.flops for graph in (single.encoder, single.denoiser, single.decoder))
     assert work * 1e6 == pytest.approx(flops)  # one picture is decoded, once
 

@@ -104,6 +104,7 @@ def test_low_precision_stays_within_twice_eager(precision: str, fiffdepth_bundle
     assert verify(bundle, "torch").good
 
 
+@pytest.mark.thorough
 def test_sides_that_are_no_multiple_of_8(tmp_path: Path) -> None:
     """The picture is decoded at the next smaller multiples and stretched: 70x45 at 64x40, as the authors' code does."""
     case = CASES[0]

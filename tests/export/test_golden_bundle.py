@@ -18,7 +18,8 @@ from tests.support.checkpoints import golden_given
 from tests.support.shared import Build
 
 BOUND = 1e-5  # relative L2 norm
-CASES = [("lora", ()), ("base", ()), ("lora", NAMES), *(("lora", (name,)) for name in NAMES)]
+ALONE = [pytest.param("lora", (name,), marks=pytest.mark.thorough) for name in NAMES]
+CASES = [("lora", ()), ("base", ()), ("lora", NAMES), *ALONE]
 
 
 @pytest.mark.parametrize(("weights", "without"), CASES, ids=str)

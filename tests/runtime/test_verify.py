@@ -67,8 +67,10 @@ def test_a_broken_stage_of_torchs_way_on_a_device_is_noticed(
         assert stage in said[-1]
 
 
-def test_a_model_without_normals_has_fewer_stages(batched_bundle: Callable[..., Path]) -> None:
-    with Estimator(batched_bundle("fiffdepth"), "onnxruntime", "cpu") as estimator:
+def test_a_model_without_normals_has_fewer_stages(fiffdepth_bundle: Callable[..., Path]) -> None:
+    from tests.support.diffusers_checkpoint import CASES
+
+    with Estimator(fiffdepth_bundle(CASES[0]), "onnxruntime", "cpu") as estimator:
         assert set(faults.stages(estimator)) == {"preprocess", "resize"}
 
 
@@ -145,7 +147,7 @@ def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
 def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """A wrong graph for two images beside right ones for one and three."""
     onnx = pytest.importorskip("onnx")
-    bundle = shutil.copytree(batched_bundle("fiffdepth"), tmp_path / "bundle")
+    bundle = shutil.copytree(batched_bundle("fe2e"), tmp_path / "bundle")
     manifest = read_manifest(bundle)
     assert [bucket.batch for bucket in manifest.buckets] == [1, 2, 3]
     path = bundle / manifest.buckets[1].denoiser.file
@@ -171,7 +173,7 @@ def test_images_changed_over_within_a_batch_are_noticed(
         return [*found[:2], *(found[index - 2] for index in range(2, len(found)))]
 
     monkeypatch.setattr(HostWay, "_at_once", third_is_the_first_again)
-    wrong = verify.verify(batched_bundle("fiffdepth"), "onnxruntime", "cpu").wrong
+    wrong = verify.verify(batched_bundle("fe2e"), "onnxruntime", "cpu").wrong
     assert "stored float32: batch of 3" in {check.reference for check in wrong}
 
 
