@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from click.testing import Result
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.linear_model import LinearRegression
@@ -21,7 +22,7 @@ from densegeo.benchmarks import accuracy
 from densegeo.benchmarks.accuracy import Options, Prediction, constant, evaluate, vertical_gradient
 from densegeo.benchmarks.heldout import DEPTH_RANGE, synthetic_split
 from densegeo.benchmarks.layouts import Sample, Split
-from densegeo.errors import BundleError, ConfigError, DatasetError
+from densegeo.errors import ConfigError, DatasetError
 from densegeo.runtime import Estimator
 from tests.support.datasets import picture, slow_angle, write
 from tests.support.toy_bundle import make_toy_bundle
@@ -141,10 +142,14 @@ def test_bundles_score_as_a_second_implementation_says(bundles: list[Path]) -> N
     assert row.normals.median == pytest.approx(statistics.median(degrees), abs=2e-3)
 
 
-def invoke(*arguments: str) -> str:
+def run(*arguments: str) -> Result:
     app = typer.Typer()
     app.command()(accuracy.main)
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def invoke(*arguments: str) -> str:
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -186,7 +191,6 @@ def test_the_command_on_data_of_ones_own(bundles: list[Path], tmp_path: Path) ->
         (["--data", "x"], ConfigError, "takes neither"),
         (["--preprocessing", "none"], ConfigError, "densegeo or authors"),
         (["--dataset", "nyuv2", "--data", "nowhere"], DatasetError, "nowhere does not exist"),
-        (["no_bundle"], BundleError, "no_bundle"),
     ],
 )
 def test_wrong_requests(arguments: list[str], error: type[Exception], message: str, bundles: list[Path]) -> None:
@@ -194,13 +198,19 @@ def test_wrong_requests(arguments: list[str], error: type[Exception], message: s
         invoke(str(bundles[0]), *arguments)
 
 
-def test_the_script_fails_with_one_line(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), str(tmp_path), "--dataset", "kitti"]
+def test_the_script_fails_with_one_line(tmp_path: Path, bundles: list[Path]) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), str(bundles[0]), "--dataset", "kitti"]
     result = subprocess.run([*script, "--data", str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
     (line,) = result.stderr.strip().splitlines()
     assert f"{tmp_path / 'eigen_test_files_with_gt.txt'}" in line
+
+
+def test_a_folder_that_is_no_bundle_is_wrong_usage(tmp_path: Path) -> None:
+    result = run(str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not a densegeo bundle" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_it_runs_without_torch() -> None:
