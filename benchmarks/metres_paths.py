@@ -25,7 +25,8 @@ def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     unknown"; "best line" through the true depth of each frame, below which no line can come.
 
     jump: mean change of the error of ln(depth) on fixed points. line: median over the points, the part that is not the
-    network's own flicker. error: AbsRel. resets: frames at which the tracker began anew.
+    network's own flicker. error: AbsRel. resets: frames at which the tracker began anew. off: each frame's median error
+    of ln(depth), None where there is no result.
     """
     rng = np.random.default_rng([seed, 24])
     facts = [EVIDENCE[evidence](row, rng) for row in rows]
@@ -61,7 +62,7 @@ def _followed(
     tracker: ScaleTracker | None,
 ) -> Record:
     found: dict[str, list[float]] = defaultdict(list)
-    resets, last, before = [], None, None
+    resets, off, last, before = list[int](), list[float | None](), None, None
     for index, (row, given) in enumerate(zip(rows, facts, strict=True)):
         count, seen = tracker.resets if tracker else 0, row.view
         try:
@@ -71,6 +72,7 @@ def _followed(
         if tracker and tracker.resets != count:
             resets.append(index)
         gap = None if depth is None else np.log(depth) - np.log(seen.depth)
+        off.append(None if gap is None else round(float(np.nanmedian(gap)), 4))
         if gap is not None:
             found["error"].append(float(np.nanmean(np.abs(np.expm1(gap)))))
             if last is not None and row.motion is not None and before is not None:
@@ -86,6 +88,7 @@ def _followed(
         "error_first_quarter": float(np.mean(found["error"][:part])),
         "error_last_quarter": float(np.mean(found["error"][-part:])),
         "resets": resets,
+        "off": off,
     }
 
 

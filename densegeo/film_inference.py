@@ -173,6 +173,7 @@ class _Film:
             intrinsics=self._making.camera(geometry),
             image=frame.pixels,
             dtype=self._making.dtype,
+            drop_flying=self._making.drop_flying,
             source=self._source | {"frame": frame.index, "seconds": round(frame.seconds, 6), "warnings": warnings},
         )
 

@@ -57,6 +57,9 @@ def infer(
     truncated: Annotated[
         bool, typer.Option("--truncated", help="Take JPEGs without their last bytes; what is missing is grey.")
     ] = False,
+    drop_flying: Annotated[
+        bool, typer.Option("--drop-flying", help="Leave pixels in the air between two surfaces out of ply and glb.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Numbers in npy, npz and exr: float32 or float16.")] = "float32",
     workers: Annotated[
         int, typer.Option(min=1, max=64, help="Images read, run and saved at once; each needs an image's memory.")
@@ -92,6 +95,7 @@ def infer(
         dtype=checked.choice("--dtype", dtype, ("float32", "float16")),
         value_range=checked.value_range(value_range),
         truncated=truncated,
+        drop_flying=drop_flying,
     )
     checked.require_what_formats_need(making)
     if skip_existing and overwrite:

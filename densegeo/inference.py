@@ -34,6 +34,7 @@ class Making:
     dtype: Any = "float32"
     value_range: tuple[float, float] | None = None  # of images, as in `load_image`
     truncated: bool = False
+    drop_flying: bool = False
 
     def calibrated(self, geometry: Geometry) -> Geometry:
         """In metres when the command line says how, up to scale where a format needs depth, else as it is."""
@@ -57,6 +58,7 @@ class Making:
         record |= {"intrinsics": self._camera_record(), "dtype": self.dtype}
         if self.value_range is not None:
             record["value_range"] = _listed(self.value_range)
+        record |= {"drop_flying": True} if self.drop_flying else {}
         return record | ({"truncated": True} if self.truncated else {})
 
     def _camera_record(self) -> Any:
@@ -177,6 +179,7 @@ def _one(estimator: Estimator, item: Input, making: Making, results: Results, wa
             intrinsics=making.camera(geometry),
             image=frame,
             dtype=making.dtype,
+            drop_flying=making.drop_flying,
             source=source,
         )
         results.clear(item, paths)

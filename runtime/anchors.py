@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from densegeo.errors import CalibrationError, CalibrationWarning
 from densegeo.outputs import DepthKind
 from densegeo.runtime.evidence import Evidence
-from densegeo.runtime.metric import SPACES, percentiles
+from densegeo.runtime.metric import SPACES, doubt_metres, percentiles
+from densegeo.size import Size
 
 Float64 = NDArray[np.float64]
 Method = Literal["robust", "least_squares"]
@@ -30,7 +31,6 @@ _CELLS = (6, 8)  # rows, columns: a network's errors in one cell go together,
 SHARED = 0.6  # by this share of their variance (the same views)
 _EFFICIENCY = np.pi / 2  # variance of the least absolute deviations over that of least squares, of three and more
 _ITERATIONS = 100
-_FAR = 300.0  # metres; anchors are farther than this when they are millimetres
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +53,21 @@ def fit_anchors(
     method: Method,
     known: Evidence,
     reason: CalibrationError | None = None,
+    source_size: Size | None = None,
 ) -> AnchorFit:
     """Fit the line of `kind` to anchors, a pair (uv, metres): uv (N, 2) pixel coordinates (column, row), pixel centres
     at integers, sampled bilinearly; metres (N,) z-depths. Anchors on invalid pixels count as misses.
 
+    source_size: of the image whose pixels uv are, which the (H, W) prediction shows whole; None: the prediction's.
     known: what is known of the line without them; reason: why normals do not tell. Deterministic.
     Raises CalibrationError for anchors that cannot be, and for those that do not determine a positive scale; a
     CalibrationWarning where they and the prediction disagree.
     """
     if method not in METHODS:
         raise CalibrationError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
-    points, depths = _checked(prediction.shape[1], prediction.shape[0], anchors)
-    count = len(depths)
+    shown = Size(prediction.shape[1], prediction.shape[0])
+    points, depths = _checked(source_size or shown, anchors)
+    points, count = resized(points, source_size or shown, shown), len(depths)
     sampled = sample(np.where(valid, prediction, np.float32(np.nan)), points)
     usable = np.isfinite(sampled)
     least = max(1, 2 - known.rank) if known.rank else 3  # a line through two says nothing about how well it fits
@@ -78,7 +81,7 @@ def fit_anchors(
     x, z, points = sampled[usable], depths[usable], points[usable]
     if known.rank == 0:
         _check_spread(x, prediction[valid])
-    _doubt_units(z)
+    doubt_metres("Half of the anchors are farther than this", float(np.median(z)), stacklevel=5)
     y = np.asarray(SPACES[kind].to(z), dtype=np.float64)
     unit = float(np.median(np.abs(SPACES[kind].slope(z))))
     share = _independent(points, prediction.shape)
@@ -100,7 +103,7 @@ def fit_anchors(
             f"{count - int(close.sum())} of {count} anchors are more than a factor of {INLIER_RATIO} off the depth "
             "that fits them best. The prediction may be wrong; check that uv is (column, row) in the source image.",
             CalibrationWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return AnchorFit(fitted, float(np.sqrt(np.mean(residual**2))), inliers, count)
 
@@ -145,7 +148,7 @@ def _independent(points: Float64, shape: tuple[int, ...]) -> float:
     return cells / (left * len(points))
 
 
-def _checked(width: int, height: int, anchors: Any) -> tuple[Float64, Float64]:
+def _checked(size: Size, anchors: Any) -> tuple[Float64, Float64]:
     try:
         uv, metres = anchors
     except (TypeError, ValueError):
@@ -162,28 +165,25 @@ def _checked(width: int, height: int, anchors: Any) -> tuple[Float64, Float64]:
         raise CalibrationError("Anchors must be finite; remove those with NaN or infinite uv or metres.")
     if (depths <= 0).any():
         raise CalibrationError("Anchor depths must be positive metres; remove zeros (no return) and negative values.")
-    check_inside(width, height, points)
+    check_inside(size, points)
     return points, depths
 
 
-def check_inside(width: int, height: int, points: Float64, what: str = "anchors") -> None:
+def resized(points: Float64, before: Size, after: Size) -> Float64:
+    """Pixels (N, 2) of an image of one size where they are in another, pixel centres at integers."""
+    ratio = np.array(after) / np.array(before)
+    return np.asarray((points + 0.5) * ratio - 0.5)
+
+
+def check_inside(size: Size, points: Float64, what: str = "anchors") -> None:
     """Raises CalibrationError for pixels (N, 2) outside the image."""
+    width, height = size
     outside = (points < -0.5).any(axis=1) | (points[:, 0] > width - 0.5) | (points[:, 1] > height - 0.5)
     if outside.any():
         u, v = points[outside][0]
         raise CalibrationError(
             f"{int(outside.sum())} {what} lie outside the {width}x{height} image, the first at ({u:g}, {v:g}). "
             "uv is (column, row) in pixels of the source image."
-        )
-
-
-def _doubt_units(metres: Float64) -> None:
-    middle = float(np.median(metres))
-    if middle > _FAR:
-        warnings.warn(
-            f"Half of the anchors are farther than {middle:.0f} m: they look like millimetres. Divide them by 1000.",
-            CalibrationWarning,
-            stacklevel=5,
         )
 
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from densegeo.errors import CalibrationError, MissingOutputError
 from densegeo.outputs import DepthKind
-from densegeo.runtime.anchors import LOCAL_ERROR, AnchorFit, Method, check_inside, fit_anchors, sample
+from densegeo.runtime.anchors import LOCAL_ERROR, AnchorFit, Method, check_inside, fit_anchors, resized, sample
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.edges import flying_pixels
 from densegeo.runtime.evidence import Evidence
 from densegeo.runtime.floor import floor_evidence
-from densegeo.runtime.metric import SPACES, Calibration, percentiles
+from densegeo.runtime.metric import SPACES, Calibration, doubt_metres, percentiles
 from densegeo.runtime.normals_scale import scale_from_normals
+from densegeo.size import Size
 
 if TYPE_CHECKING:
     from densegeo.runtime.geometry import Geometry
@@ -76,10 +76,7 @@ def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibr
     evidence, reason = gather(geometry, camera, facts)
     fit: AnchorFit | None = None
     if facts.anchors is not None:
-        trusted = geometry.valid & ~flying_pixels(geometry.require_prediction("depth"))
-        fit = fit_anchors(
-            kind, geometry.require_prediction("depth"), trusted, facts.anchors, facts.method, evidence, reason
-        )
+        fit = anchor_fit(geometry, facts, evidence, reason)
         evidence = fit.evidence
     if evidence.rank < 2:
         raise reason or CalibrationError(
@@ -87,6 +84,14 @@ def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibr
             "scale), three anchors or more, or near and far."
         )
     return finished(kind, evidence, fit)
+
+
+def anchor_fit(geometry: Geometry, facts: Facts, known: Evidence, reason: CalibrationError | None) -> AnchorFit:
+    """Of facts' anchors, away from steps in depth; `fit_anchors` says what it raises."""
+    prediction = geometry.require_prediction("depth")
+    trusted = geometry.valid & ~flying_pixels(prediction)
+    source = Size(*geometry.source_size)
+    return fit_anchors(geometry.space, prediction, trusted, facts.anchors, facts.method, known, reason, source)
 
 
 def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None) -> Calibration:
@@ -121,7 +126,7 @@ def gather(
     if facts.camera_height is not None:
         evidence += floor_evidence(geometry, _needed(camera, "camera_height"), known, facts.camera_height, facts.up)
     if facts.size is not None:
-        evidence += _size_evidence(kind, prediction, _needed(camera, "size"), known, facts.size, reason)
+        evidence += _size_evidence(geometry, _needed(camera, "size"), known, facts.size, reason)
     return evidence, reason
 
 
@@ -132,14 +137,10 @@ def _needed(camera: Camera | None, what: str) -> Camera:
 
 
 def _size_evidence(
-    kind: DepthKind,
-    prediction: NDArray[np.float32],
-    camera: Camera,
-    known: Evidence,
-    size: Any,
-    reason: CalibrationError | None,
+    geometry: Geometry, camera: Camera, known: Evidence, size: Any, reason: CalibrationError | None
 ) -> Evidence:
     """Of two pixels that are so many metres apart: with the scale known, of the shift."""
+    kind, prediction, source = geometry.space, geometry.require_prediction("depth"), Size(*geometry.source_size)
     try:
         uv, metres = size
         points, metres = np.asarray(uv, dtype=np.float64), float(metres)
@@ -147,13 +148,15 @@ def _size_evidence(
         raise CalibrationError(_SIZE_FORM) from None
     if points.shape != (2, 2) or not (np.isfinite(points).all() and math.isfinite(metres) and metres > 0):
         raise CalibrationError(_SIZE_FORM)
-    check_inside(prediction.shape[1], prediction.shape[0], points, "pixels of size")
+    doubt_metres("size", metres, stacklevel=5)
+    check_inside(source, points, "pixels of size")
     if (points[0] == points[1]).all():
         raise CalibrationError("The two pixels of size are the same one: give the ends of what was measured.")
     if kind != "log_affine":
         raise CalibrationError(f"A size gives one number, and {kind} depth has two unknown ones. Give three anchors.")
     if not known.information[0, 0] > 0:
         raise reason or CalibrationError("A size needs the scale, which normals or the last frame tell.")
+    points = resized(points, source, Size(*prediction.shape[::-1]))
     rays, p = camera.rays_at(points), sample(prediction, points)
     if not (np.isfinite(p).all() and np.isfinite(rays).all()):
         raise CalibrationError("The pixels of size lie on invalid depth.")

@@ -43,7 +43,7 @@ class Extras:
 
     intrinsics: of the camera, for points and meshes. image: the one that the result is of, for their colours; color:
     the channel order of arrays. dtype: of the arrays in npy, npz and exr. source: what the image was and what made the
-    result, as it stands in geometry.json.
+    result, as it stands in geometry.json. drop_flying: as in `Geometry.points`, for points and meshes.
     """
 
     intrinsics: CameraLike | None = None
@@ -51,6 +51,12 @@ class Extras:
     color: str = "rgb"
     dtype: DType = "float32"
     source: Mapping[str, Any] | None = None
+    drop_flying: bool = False
+
+    def points(self, geometry: Geometry) -> NDArray[np.float32]:
+        """(H, W, 3) of the result in the camera's frame; the format's row says that there are intrinsics."""
+        assert self.intrinsics is not None
+        return geometry.points(self.intrinsics, drop_flying=self.drop_flying)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
     if row.intrinsics:
         if extras.intrinsics is None:
             raise ConfigError(f"{name} needs the camera: pass intrinsics=(fx, fy, cx, cy) or a 3x3 matrix, in pixels.")
-        geometry.points(extras.intrinsics)
+        extras.points(geometry)
     if row.module:
         try:
             import_module(row.module)
@@ -225,14 +231,15 @@ def _picture(picture: Callable[[], NDArray[Any]], meta: dict[str, str]) -> Part:
 
 
 def _ply(job: Job, row: ResultFormat) -> Parts:
-    part = ply_part(job.geometry, job.extras.intrinsics, job.photograph(), job.metadata)
+    part = ply_part(job.geometry, job.extras.points(job.geometry), job.photograph(), job.metadata)
     return dict.fromkeys(row.files, part)
 
 
 def _glb(job: Job, row: ResultFormat) -> Parts:
     picture = job.photograph()
     texture = depth_picture(job.geometry) if picture is None else picture
-    return dict.fromkeys(row.files, glb_part(job.geometry, job.extras.intrinsics, texture, job.metadata))
+    part = glb_part(job.geometry, job.extras.points(job.geometry), texture, job.metadata)
+    return dict.fromkeys(row.files, part)
 
 
 def _exr(job: Job, row: ResultFormat) -> Parts:

@@ -11,6 +11,7 @@ from densegeo.errors import CalibrationError, MissingOutputError
 from densegeo.runtime.anchors import LOCAL_ERROR, SHARED
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.evidence import Evidence
+from densegeo.runtime.metric import doubt_metres
 
 if TYPE_CHECKING:
     from densegeo.runtime.geometry import Geometry
@@ -41,6 +42,7 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
         raise CalibrationError("camera_height needs log-affine depth. Give three anchors or more.")
     if not (isinstance(height, (int, float)) and math.isfinite(height) and height > 0):
         raise CalibrationError(f"camera_height must be metres above 0, not {height!r}.")
+    doubt_metres("camera_height", height, stacklevel=5)
     if not known.information[0, 0] > 0:
         raise CalibrationError("camera_height needs the scale, which normals do not tell here. Give anchors.")
     step = max(1, math.isqrt(geometry.valid.size // _SAMPLES))

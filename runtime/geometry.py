@@ -19,7 +19,7 @@ from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned
 from densegeo.runtime.edges import flying_pixels
-from densegeo.runtime.metric import Calibration, from_parameters, from_range, metric_depth
+from densegeo.runtime.metric import SPACES, Calibration, from_parameters, from_range, metric_depth
 from densegeo.size import Size
 
 if TYPE_CHECKING:
@@ -105,11 +105,12 @@ class Geometry:
         scale, shift: the line of the depth kind, for example ln(depth) = scale * prediction + shift.
         near, far: metres of the nearest and the farthest valid pixel.
         intrinsics: as in `points`. With them, log-affine depth with normals needs one more fact, without three anchors.
-        anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) with pixel centres at integers, metres (N,)
-        measured z-depths. method: "robust" (almost half may be wrong) or "least_squares".
+        anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) in the source image (also for a result of
+        `resolution="network"`), pixel centres at integers, metres (N,) measured z-depths. method: "robust" (almost half
+        may be wrong) or "least_squares".
         camera_height: metres over the floor. up: (3,) against gravity in the camera's OpenCV frame; by default the
         floor's own normals, for a camera that is level within 35 degrees.
-        size: (uv, metres), two pixels (2, 2) and their distance.
+        size: (uv, metres), two pixels (2, 2) of the source image and their distance.
         prior: the `calibration` of the last frame, whose line this one's should be near: counted as 2 % less certain in
         scale and depth than it was, so that a chain of priors forgets. `ScaleTracker` reads off how frames differ.
         `calibration` says what it rests on, how well anchors are met, and how uncertain it is.
@@ -146,8 +147,19 @@ class Geometry:
         return self.calibration.kind if self.calibration is not None else self.depth_kind
 
     def calibrated(self, calibration: Calibration, kind: Literal["metric", "up_to_scale"]) -> Geometry:
-        """A copy of that kind, by a line in the prediction's own space."""
+        """A copy of that kind, by a line in the prediction's own space.
+
+        Pixels without a positive depth that float32 holds become invalid: a CalibrationWarning says how many. Raises
+        CalibrationError when that is all of them.
+        """
         valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
+        if lost := int(self.valid.sum()) - int(valid.sum()):
+            line = f"{SPACES[calibration.kind].text}, with scale {calibration.scale:.4g}, shift {calibration.shift:.4g}"
+            words = f"no depth, or one that is not positive or beyond float32, by {line}."
+            if not valid.any():
+                raise CalibrationError(f"Every pixel has {words} Check the numbers' units and signs.")
+            share = f"{lost} of {int(self.valid.sum())} pixels have"
+            warnings.warn(f"{share} {words} They are invalid now.", CalibrationWarning, stacklevel=3)
         return replace(self, depth_kind=kind, valid=valid, calibration=calibration)
 
     def normals_in(self, frame: Frame) -> Float | None:
@@ -161,7 +173,8 @@ class Geometry:
 
         intrinsics: what `Camera.of` takes, such as a 3x3 matrix, (fx, fy, cx, cy) or a ROS CameraInfo, in pixels of the
         source image, pixel centres at integers. Those that do not look like this image's give a CalibrationWarning.
-        drop_flying: leave out pixels in the air between two surfaces, where depth and normals disagree.
+        drop_flying: leave out pixels in the air between two surfaces, where depth and normals disagree. Where the scale
+        is only a guess they disagree everywhere. (Anchors are never taken from pixels beside a step in depth.)
         Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
         """
         depth, camera = self.depth, self.camera(intrinsics)
@@ -181,9 +194,9 @@ class Geometry:
         height, width = self.valid.shape
         return camera.stretched((width, height))
 
-    def points_in(self, frame: Frame, intrinsics: CameraLike) -> Float:
+    def points_in(self, frame: Frame, intrinsics: CameraLike, *, drop_flying: bool = False) -> Float:
         """`points` (H, W, 3) in another frame of `FRAMES`, for example "ros_body"; raises what both would."""
-        return turned(self.points(intrinsics), axes_of(frame))
+        return turned(self.points(intrinsics, drop_flying=drop_flying), axes_of(frame))
 
     def millimetres(self) -> NDArray[np.uint16]:
         """(H, W) uint16 depth in millimetres (REP 118), 0 where it is invalid or beyond 65.535 m.
@@ -214,6 +227,7 @@ class Geometry:
         color: str = "rgb",
         dtype: Literal["float32", "float16"] = "float32",
         source: Mapping[str, Any] | None = None,
+        drop_flying: bool = False,
     ) -> bytes:
         """The result as one file of a format of `save`, in memory: `geometry.encode("png16")`.
 
@@ -223,7 +237,7 @@ class Geometry:
         from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import encode
 
-        return encode(self, format, file, Extras(intrinsics, image, color, dtype, source))
+        return encode(self, format, file, Extras(intrinsics, image, color, dtype, source, drop_flying))
 
     def save(
         self,
@@ -236,6 +250,7 @@ class Geometry:
         color: str = "rgb",
         dtype: Literal["float32", "float16"] = "float32",
         source: Mapping[str, Any] | None = None,
+        drop_flying: bool = False,
     ) -> list[Path]:
         """Write the result into `directory` (made when missing); returns the files' paths.
 
@@ -244,12 +259,13 @@ class Geometry:
         and "glb" (a mesh; both need depth and intrinsics), "exr" (needs `densegeo[exr]`).
         stem: prefix of the names. image: the one that this result is of, for the colours of ply and glb; color: channel
         order of arrays. dtype: of the arrays in npy, npz and exr. source: what goes into geometry.json under this name.
+        drop_flying: as in `points`, of ply and glb.
         All files appear, or none. Raises NotMetricError, MissingOutputError, ConfigError, ImageError, ResourceError.
         """
         from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import save
 
-        return save(self, Path(directory), formats, stem, Extras(intrinsics, image, color, dtype, source))
+        return save(self, Path(directory), formats, stem, Extras(intrinsics, image, color, dtype, source, drop_flying))
 
     def visualize(
         self, image: object = None, *, color: str = "rgb", span: tuple[float, float] | None = None

@@ -14,7 +14,6 @@ from PIL import Image
 
 from densegeo.errors import ConfigError
 from densegeo.outputs import FRAMES
-from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.decode import turned
 from densegeo.runtime.geometry import Geometry
 
@@ -23,10 +22,11 @@ _FLOAT, _UINT32, _VERTICES, _INDICES = 5126, 5125, 34962, 34963  # glTF's number
 
 
 def ply_part(
-    geometry: Geometry, intrinsics: CameraLike | None, colours: NDArray[np.uint8] | None, metadata: dict[str, str]
+    geometry: Geometry, points: NDArray[np.float32], colours: NDArray[np.uint8] | None, metadata: dict[str, str]
 ) -> Callable[[BinaryIO], object]:
-    """Binary little-endian points of the OpenCV frame. colours: (H, W, 3) RGB of the image, or None for none."""
-    points = geometry.points(_given(intrinsics))
+    """Binary little-endian points of the OpenCV frame. points: (H, W, 3), NaN where there is none. colours: (H, W, 3)
+    RGB of the image, or None for none.
+    """
     kept = np.isfinite(points[..., 2])
     columns: list[tuple[str, str, NDArray[Any]]] = [(name, "<f4", points[..., i]) for i, name in enumerate("xyz")]
     if geometry.normals is not None:
@@ -53,13 +53,13 @@ def ply_part(
 
 
 def glb_part(
-    geometry: Geometry, intrinsics: CameraLike | None, texture: NDArray[np.uint8], metadata: dict[str, str]
+    geometry: Geometry, points: NDArray[np.float32], texture: NDArray[np.uint8], metadata: dict[str, str]
 ) -> Callable[[BinaryIO], object]:
     """A mesh over the pixels in glTF's axes (x right, y up, z to the viewer), with a picture (h, w, 3) as its texture.
 
-    Neighbours whose depths differ by more than `DEPTH_STEP` are not joined. Raises ConfigError where nothing is left.
+    points: (H, W, 3) in the OpenCV frame, NaN where there is none. Neighbours whose depths differ by more than
+    `DEPTH_STEP` are not joined. Raises ConfigError where nothing is left.
     """
-    points = geometry.points(_given(intrinsics))
     faces = grid_faces(points[..., 2])
     if not len(faces):
         raise ConfigError("There is no surface to make a mesh of: no four neighbouring pixels have a depth.")
@@ -87,11 +87,6 @@ def grid_faces(depth: NDArray[np.float32]) -> NDArray[np.uint32]:
     right, below = np.uint32(1), np.uint32(depth.shape[1])
     quads = np.stack([first, first + below, first + below + right, first, first + below + right, first + right], axis=1)
     return quads.reshape(-1, 3)
-
-
-def _given(intrinsics: CameraLike | None) -> CameraLike:
-    assert intrinsics is not None  # checked with the format's row
-    return intrinsics
 
 
 def _turned(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

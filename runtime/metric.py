@@ -7,6 +7,7 @@ depth = scale * p + shift, disparity_affine 1/depth = scale * p + shift. `SPACES
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import CalibrationError
+from densegeo.errors import CalibrationError, CalibrationWarning
 from densegeo.outputs import DepthKind
 from densegeo.runtime.evidence import Evidence
 
@@ -36,6 +37,7 @@ SPACES: dict[DepthKind, Space] = {
 }
 
 
+_FAR = 300.0  # metres; what is measured is farther than this when it is in millimetres
 DRIFT = 0.02  # what a frame may change of the scale, and of depth, relative: a moving camera, another normalisation
 
 
@@ -128,6 +130,16 @@ def number(name: str, value: object) -> float:
     return found
 
 
+def doubt_metres(what: str, metres: float, stacklevel: int) -> None:
+    """A CalibrationWarning for what is so large that it is rather millimetres."""
+    if metres > _FAR:
+        warnings.warn(
+            f"{what}: {metres:.4g} m, which looks like millimetres. Divide by 1000.",
+            CalibrationWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -> Calibration:
     """The line that puts the nearest and the farthest of the valid predictions (N,) at near and far metres.
 
@@ -137,6 +149,7 @@ def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -
     near, far = number("near", near), number("far", far)
     if not (np.isfinite(near) and np.isfinite(far) and 0 < near < far):
         raise CalibrationError(f"near and far must be finite metres with 0 < near < far, not {near} and {far}.")
+    doubt_metres("near and far", near, stacklevel=3)
     percentiles(values)
     low, high = float(values.min()), float(values.max())
     ends = sorted((float(SPACES[kind].to(float(near))), float(SPACES[kind].to(float(far)))))

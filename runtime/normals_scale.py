@@ -29,6 +29,7 @@ _CORRELATED = 8.0  # grid pixels over which noise is smooth
 _GRID = np.exp(np.linspace(np.log(0.1), np.log(16.0), 18)).astype(np.float32)
 _TRIED = 1600  # paths by which the start is chosen
 _CUT = 3.0  # Tukey's biweight ends here, in robust standard deviations
+_FLAT = 5e-3  # radians; slopes below it are none
 _EXACT = 2.5e-4  # radians; residuals of exact input
 _STEPS, _LAST_STEPS = 8, 4
 _COARSE = 4  # the first steps take one path of so many
@@ -97,9 +98,8 @@ class _Grid:
     @classmethod
     def of(cls, prediction: Float, normals: Float, valid: NDArray[np.bool_], camera: Camera) -> _Grid:
         block = max(1, round(min(prediction.shape) / _SIDE))
-        usable = valid & (prediction > _SATURATED) & (prediction < 1 - _SATURATED)
-        p, n = _blocks(prediction, block), _blocks(normals, block)
-        whole = _blocks(usable.astype(np.float32), block) > 0.999
+        usable = valid & (np.abs(prediction - np.float32(0.5)) < 0.5 - _SATURATED)
+        p, n, whole = _blocks(prediction, block), _blocks(normals, block), _every(usable, block)
         height, width = p.shape
         coarse = replace(
             camera,
@@ -133,6 +133,18 @@ def _blocks(plane: Float, block: int) -> Float:
     return np.asarray(found / np.float32(block * block))
 
 
+def _every(plane: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
+    """Whether all of a block is True."""
+    height, width = plane.shape[0] // block * block, plane.shape[1] // block * block
+    rows = plane[0:height:block, :width].copy()
+    for offset in range(1, block):
+        rows &= plane[offset:height:block, :width]
+    found = rows[:, 0::block].copy()
+    for offset in range(1, block):
+        found &= rows[:, offset::block]
+    return np.asarray(found)
+
+
 @dataclass(frozen=True)
 class _Paths:
     """s a + b = 0 for each path (N,), float32, with variance t0 + s t1 + s^2 t2. count: the paths it stands for."""
@@ -155,7 +167,8 @@ class _Paths:
     def telling(self) -> NDArray[np.bool_]:
         """The steeper half: a wall that faces the camera fits any scale, and must not say how large residuals are."""
         slope = self.b * self.b / self.t0
-        return np.asarray(slope >= np.median(slope))
+        some = slope[slope > _FLAT**2]  # an exact wall, however large, is no half
+        return np.asarray(slope >= np.median(some if some.size else slope))
 
     def variance(self, s: float) -> Float:
         """Of s a + b, for a standard deviation of one radian in the normals' direction."""

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError, ConfigError
-from densegeo.runtime.anchors import AnchorFit, Method, fit_anchors, sample
-from densegeo.runtime.calibrate import Facts, finished, gather
+from densegeo.runtime.anchors import AnchorFit, Method, sample
+from densegeo.runtime.calibrate import Facts, anchor_fit, finished, gather
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.edges import flying_pixels
 from densegeo.runtime.evidence import Evidence
@@ -234,11 +234,9 @@ class ScaleTracker:
         evidence, reason = gather(geometry, camera, facts, predicted)
         if facts.anchors is None:
             return evidence, None, reason
-        prediction = geometry.require_prediction("depth")
         known = _unitless(predicted + evidence) if not self._metres else predicted + evidence
-        trusted = geometry.valid & ~flying_pixels(prediction)
         try:
-            fit = fit_anchors(geometry.space, prediction, trusted, facts.anchors, facts.method, known, reason)
+            fit = anchor_fit(geometry, facts, known, reason)
         except CalibrationError as error:  # on a depth edge, say: the frames before know enough
             if not self._metres:
                 raise

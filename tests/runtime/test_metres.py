@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -10,16 +11,14 @@ import pytest
 
 from densegeo.benchmarks.noisy import observed, shape_error
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
+from densegeo.runtime import Estimator
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.normals_scale import scale_from_normals
 from densegeo.runtime.tracker import ScaleTracker
 from densegeo.size import Size
 from densegeo.training.render import View, view
-
-WIDTH, HEIGHT = 128, 96
-K = (110.0, 110.0, 63.5, 47.5)
-CAMERA = Camera(*K)
+from tests.runtime.rooms import CAMERA, HEIGHT, WIDTH, K, room
 
 
 @lru_cache(maxsize=16)
@@ -49,25 +48,6 @@ def test_it_is_quick_enough_for_a_camera() -> None:
         scale_from_normals(*large, valid, camera)
         spent.append(time.process_time() - start)
     assert min(spent) < 0.060
-
-
-def room(
-    height: float = 1.4, tilt: float = 0.15, scale: float = 2.2, shift: float = -0.3
-) -> tuple[Geometry, np.ndarray]:
-    """A level floor, a wall at 6 m and one at the left, seen by a camera that looks down by `tilt` radians; exact."""
-    rays = CAMERA.rays(Size(WIDTH, HEIGHT)).astype(np.float64)
-    down, ahead = np.array([0, np.cos(tilt), np.sin(tilt)]), np.array([0, -np.sin(tilt), np.cos(tilt)])
-    planes = [(down, height), (ahead, 6.0), (np.array([-1.0, 0, 0]), 1.8)]
-    with np.errstate(divide="ignore"):
-        depths = np.stack([np.where(rays @ n > 1e-6, d / (rays @ n), np.inf) for n, d in planes])
-    nearest = depths.argmin(axis=0)
-    depth = depths.min(axis=0)
-    normals = -np.stack([n for n, _ in planes])[nearest]
-    p = ((np.log(depth) - shift) / scale).astype(np.float32)
-    geometry = Geometry(
-        p, "log_affine", normals.astype(np.float32), np.ones(p.shape, bool), Size(WIDTH, HEIGHT), model="m"
-    )
-    return geometry, depth
 
 
 def test_up_to_scale_has_shape_and_no_metres() -> None:
@@ -201,6 +181,72 @@ def test_anchors_in_millimetres_are_doubted() -> None:
         BASE.to_metric(K, anchors=([[30, 70], [90, 60]], 1000 * DEPTH[[70, 60], [30, 90]]))
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"camera_height": 1400.0},
+        {"size": ([[20, 80], [100, 40]], 2500.0)},
+        {"near": 800.0, "far": 25000.0},
+        {"anchors": ([[30, 70]], [4200.0])},
+    ],
+)
+def test_all_that_is_measured_is_doubted_in_millimetres(facts: dict[str, object]) -> None:
+    with pytest.warns(CalibrationWarning, match="millimetres") as caught:
+        BASE.to_metric(None if "near" in facts else K, **facts)  # type: ignore[arg-type]
+    assert caught[0].filename == __file__
+
+
+def test_pixels_are_those_of_the_source_image() -> None:
+    """Of a result at the network's size too: here a quarter of the image's width and a half of its height."""
+    geometry, depth = room()
+    source = Size(4 * WIDTH, 2 * HEIGHT)
+    small = replace(geometry, source_size=source)
+    camera = (K[0] * 4, K[1] * 2, (K[2] + 0.5) * 4 - 0.5, (K[3] + 0.5) * 2 - 0.5)
+    at = np.array([[30, 70], [100, 80], [64, 90]])
+    uv, metres = (at + 0.5) * (4, 2) - 0.5, depth[at[:, 1], at[:, 0]]
+    for facts in ({"anchors": (uv, metres)}, {"anchors": (uv[:1], metres[:1])}):
+        np.testing.assert_allclose(small.to_metric(camera, **facts).depth, depth, rtol=0.02)
+        np.testing.assert_allclose(ScaleTracker().update(small, camera, **facts).depth, depth, rtol=0.02)
+    points = CAMERA.rays_at(at[:2]) * metres[:2, None]
+    apart = float(np.linalg.norm(points[0] - points[1]))
+    np.testing.assert_allclose(small.to_metric(camera, size=(uv[:2], apart)).depth, depth, rtol=0.02)
+    with pytest.raises(CalibrationError, match=str(source)):
+        small.to_metric(camera, anchors=([[source.width, 5]], [1.0]))
+
+
+def test_the_network_s_own_size_keeps_the_image_s_pixels() -> None:
+    seen_view = seen(0)
+    picture = np.repeat(np.repeat(seen_view.rgb, 2, 0), 2, 1)
+    with Estimator("fe2e-tiny", resolution="network") as estimator:
+        geometry = estimator(picture)
+    height, width = picture.shape[:2]
+    assert geometry.valid.shape != (height, width)
+    rows, columns = (grid.ravel() for grid in np.mgrid[20:height:60, 20:width:60])
+    rows, columns = np.stack([rows, columns])[:, seen_view.valid[rows // 2, columns // 2]]
+    metres = seen_view.depth[rows // 2, columns // 2]
+    found = geometry.to_metric(anchors=(np.stack([columns, rows], axis=1), metres))
+    ratio = found.valid.shape[0] / height, found.valid.shape[1] / width
+    at = ((rows + 0.5) * ratio[0]).astype(int), ((columns + 0.5) * ratio[1]).astype(int)
+    assert np.nanmedian(np.abs(np.log(found.depth[at] / metres))) < 0.15
+
+
+def test_a_chain_of_priors_forgets() -> None:
+    """Each is counted as less certain than it was: the line follows a world that changes, and never gets rigid."""
+    uv = np.array([[30, 70], [100, 80], [64, 90]])
+    metres, prior, spreads = DEPTH[uv[:, 1], uv[:, 0]], None, []
+    for _ in range(30):
+        found = BASE.to_metric(K, anchors=(uv, metres), prior=prior)
+        prior = found.calibration
+        assert prior is not None
+        spreads.append(float(np.median(prior.uncertainty(BASE.prediction))))
+    assert spreads[1] < spreads[0]
+    assert spreads[-1] == pytest.approx(spreads[-2], rel=0.01)
+    for _ in range(12):
+        found = BASE.to_metric(K, anchors=(uv, 1.3 * metres), prior=prior)
+        prior = found.calibration
+    np.testing.assert_allclose(found.depth, 1.3 * DEPTH, rtol=0.1)
+
+
 def test_a_prior_steadies_a_bad_frame() -> None:
     rng = np.random.default_rng(5)
     uv = np.stack([rng.integers(3, WIDTH - 3, 60), rng.integers(3, HEIGHT - 3, 60)], axis=1)
@@ -244,6 +290,11 @@ def test_flying_pixels_are_left_out() -> None:
     assert flying[rows].sum() > 30
     assert kept[flying & rows].mean() < 0.2
     assert kept[~flying & rows].mean() > 0.8
+    whole, cut = (
+        smeared.encode("ply", intrinsics=K, drop_flying=drop).split(b"end_header")[0] for drop in (False, True)
+    )
+    assert f"element vertex {int(smeared.valid.sum())}".encode() in whole
+    assert f"element vertex {int(kept.sum())}".encode() in cut
     edge = np.argwhere(flying & rows)[0]
     with pytest.raises(CalibrationError, match="away from depth edges"):
         Geometry(p, "log_affine", normals, geometry.valid, geometry.source_size).to_metric(

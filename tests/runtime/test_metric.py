@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densegeo.errors import CalibrationError, NotMetricError
+from densegeo.errors import CalibrationError, CalibrationWarning, NotMetricError
 from densegeo.outputs import DepthKind
 from densegeo.runtime.anchors import MIN_SPREAD
 from densegeo.runtime.geometry import Geometry
@@ -153,15 +153,26 @@ def test_pixel_centres_are_integers() -> None:
 
 def test_depth_that_is_not_positive_is_invalid() -> None:
     result = make("affine")
-    metric = result.to_metric(scale=1.0, shift=-0.5)
+    with pytest.warns(CalibrationWarning, match="not positive") as caught:
+        metric = result.to_metric(scale=1.0, shift=-0.5)
     negative = result.prediction <= 0.5
     assert negative.any()
     np.testing.assert_array_equal(metric.valid, ~negative)
     assert np.isnan(metric.depth[negative]).all()
     assert np.isfinite(metric.depth[~negative]).all()
-    huge = make("log_affine").to_metric(scale=1000.0, shift=0.0)
+    assert f"{int(negative.sum())} of {HEIGHT * WIDTH} pixels" in str(caught[0].message)
+    with pytest.warns(CalibrationWarning, match="beyond float32"):
+        huge = make("log_affine").to_metric(scale=1000.0, shift=0.0)
     assert not huge.valid[-1, -1]
     assert np.isnan(huge.depth[-1, -1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "shift"), [("log_affine", 1.0, 200.0), ("log_affine", 1.0, -200.0), ("affine", 1.0, -5.0)]
+)
+def test_a_line_that_leaves_no_depth_is_refused(kind: DepthKind, scale: float, shift: float) -> None:
+    with pytest.raises(CalibrationError, match="Every pixel"):
+        make(kind).to_metric(scale=scale, shift=shift)
 
 
 def test_invalid_pixels_stay_invalid_and_hold_no_anchor() -> None:
