@@ -28,6 +28,7 @@ from densegeo.export.machine import first_gpu
 from densegeo.export.renewal import Renewed, renew
 from densegeo.export.trial import try_out
 from densegeo.inspection import amount
+from densegeo.runtime.bundle import read_manifest
 
 
 def engines(
@@ -50,6 +51,7 @@ def engines(
     memory_gib: MemoryGib = None,
 ) -> None:
     """Add or renew the TensorRT engines of a bundle, from its own graphs and weights."""
+    read_manifest(bundle)
     console, gpu = Console(), first_gpu()
     architectures = tuple(dict.fromkeys(gpu_arch or ([gpu.architecture] if gpu is not None else [])))
     if not architectures:

@@ -49,7 +49,8 @@ def renew_command(
     One that comes with the package is built anew outside of it.
     """
     if directory.parent == READY:
-        return rebuild_command(manifest.options | {"--backend": [ENGINES.name]}, directory)
+        number = {} if architecture is None else {"--gpu-arch": [str(architecture)]}
+        return rebuild_command(manifest.options | {"--backend": [ENGINES.name]} | number, directory)
     words = ["densegeo", "engines", str(directory)]
     words += [] if architecture is None else ["--gpu-arch", str(architecture)]
     return shlex.join(words + ([] if library is None else ["--builder", library]))

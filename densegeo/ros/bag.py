@@ -15,21 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from densegeo.errors import BagError, ConfigError, ImageError, ResourceError
+from densegeo.errors import BagError, CalibrationError, ConfigError, ImageError, ResourceError
 from densegeo.ros import outputs
 from densegeo.ros.bag_input import STORE, Bag, Item
 from densegeo.ros.bag_output import Output
+from densegeo.ros.bag_scene import Scene, Sensors, Source, base
 from densegeo.ros.images import ENCODINGS, Picture, check_conversion, read_compressed, read_image
-from densegeo.ros.metric import Evidence, calibrated, explain
-from densegeo.ros.ranges import Transform, read_points
-from densegeo.ros.static import StaticTransforms
-from densegeo.runtime import Camera, Estimator
-from densegeo.runtime.bundle import MANIFEST
+from densegeo.ros.metric import Asked, Known, calibrated, facts
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.geometry import Geometry
+from densegeo.runtime.tracker import ScaleTracker
 
 RAW, COMPRESSED, INFO = (f"sensor_msgs/msg/{name}" for name in ("Image", "CompressedImage", "CameraInfo"))
+IMU = "sensor_msgs/msg/Imu"
 RANGES = tuple(f"sensor_msgs/msg/{name}" for name in ("PointCloud2", "LaserScan", "Range"))
-STATIC = "/tf_static"
 AHEAD = 2  # images in the estimator while results are written
 
 
@@ -41,32 +41,13 @@ class Options:
     source: Path
     output: Path
     image_topics: tuple[str, ...] = ()
-    anchors_topic: str = ""
-    anchors_transform: tuple[float, ...] = ()
-    anchors_max_age: float = 0.2  # seconds
-    near: float = 0.0  # metres
-    far: float = 0.0
+    sensors: Sensors = field(default_factory=Sensors)
+    asked: Asked = field(default_factory=Asked)
     ycbcr: str = ""
     results: outputs.Options = field(default_factory=outputs.Options)
     overwrite: bool = False
     backend: str = "auto"
     device: str = "auto"
-
-
-class Source(NamedTuple):
-    """An image topic. info: its camera_info's topic, or "" where there is none."""
-
-    topic: str
-    info: str
-
-    @property
-    def rectified(self) -> bool:
-        """By ROS' convention on names (image_proc)."""
-        return "image_rect" in self.topic
-
-    def result(self, name: str) -> str:
-        """The topic of a result."""
-        return f"{base(self.topic)}/densegeo/{name}"
 
 
 class Waiting(NamedTuple):
@@ -78,33 +59,22 @@ class Waiting(NamedTuple):
     header: Any
     picture: Picture
     info: Any
-    evidence: Evidence
+    known: Known
     future: Future[Geometry]
-
-
-def base(topic: str) -> str:
-    """Without the transport's suffix."""
-    return topic.removesuffix("/compressed")
 
 
 def run(options: Options) -> int:
     """Work through the bag and print a summary; returns how many images failed, and 1 more for a bag that was cut off.
 
-    Raises BagError and other densegeo errors for what keeps it from beginning or going on.
+    Raises BagError and other densegeo errors for what keeps it from beginning or going on, and where no image could be
+    used, so that there is no output.
     """
-    if options.output.suffix != ".mcap":
-        raise ConfigError(f"The output is one mcap file: name it {options.output.with_suffix('.mcap')}.")
-    check_conversion(options.ycbcr)
-    parts = sorted(options.source.iterdir()) if options.source.is_dir() else [options.source]
-    if options.output.exists() and any(part.exists() and part.samefile(options.output) for part in parts):
-        raise ConfigError(f"{options.output} is the bag that is read: choose another name.")
-    if options.output.exists() and not options.overwrite:
-        raise ConfigError(f"{options.output} exists. Choose another name, or say --overwrite.")
-    if (options.near, options.far) != (0, 0) and not 0 < options.near < options.far < math.inf:
-        raise ConfigError("--near and --far belong together, in metres with 0 < near < far.")
+    read_manifest(options.bundle)
+    _check(options)
     bag = Bag.open(options.source)
     sources = choose(bag, options.image_topics)
-    check_ranges(bag, options.anchors_topic)
+    check_topic(bag, options.sensors.anchors_topic, RANGES, "anchors are")
+    check_topic(bag, options.sensors.imu_topic, (IMU,), "an IMU's topic is")
     console = Console(stderr=True)
     try:
         with Estimator(options.bundle, options.backend, options.device) as estimator:
@@ -122,6 +92,25 @@ def run(options: Options) -> int:
             f"[red]incomplete[/] {escape(str(bag.path))}: {escape(bag.cut)}; the rest was used", soft_wrap=True
         )
     return len(work.failures) + bool(bag.cut)
+
+
+def _check(options: Options) -> None:
+    """Raises ConfigError for options that cannot be, before the bag is looked at."""
+    if options.output.suffix != ".mcap":
+        raise ConfigError(f"The output is one mcap file: name it {options.output.with_suffix('.mcap')}.")
+    check_conversion(options.ycbcr)
+    parts = sorted(options.source.iterdir()) if options.source.is_dir() else [options.source]
+    if options.output.exists() and any(part.exists() and part.samefile(options.output) for part in parts):
+        raise ConfigError(f"{options.output} is the bag that is read: choose another name.")
+    if options.output.exists() and not options.overwrite:
+        raise ConfigError(f"{options.output} exists. Choose another name, or say --overwrite.")
+    near, far, height = options.asked
+    if (near, far) != (0, 0) and not 0 < near < far < math.inf:
+        raise ConfigError("--near and --far belong together, in metres with 0 < near < far.")
+    if not 0 <= height < math.inf:
+        raise ConfigError(f"--camera-height is metres above 0, not {height:g}.")
+    if options.sensors.imu_topic and not height:
+        raise ConfigError("--imu-topic says which way is up, which --camera-height alone needs: give it too.")
 
 
 def choose(bag: Bag, asked: Sequence[str]) -> list[Source]:
@@ -149,12 +138,12 @@ def choose(bag: Bag, asked: Sequence[str]) -> list[Source]:
     )
 
 
-def check_ranges(bag: Bag, topic: str) -> None:
-    """Raises BagError for a topic that is not there or measures nothing."""
+def check_topic(bag: Bag, topic: str, kinds: Sequence[str], are: str) -> None:
+    """Raises BagError for a topic that was asked for and is not there, or is of none of these types."""
     if topic and topic not in bag.topics:
         raise BagError(f"{bag.path} has no topic {topic}; it has {', '.join(sorted(bag.topics))}.")
-    if topic and bag.topics[topic] not in RANGES:
-        raise BagError(f"{topic} is of type {bag.topics[topic]}; anchors are one of {', '.join(RANGES)}.")
+    if topic and bag.topics[topic] not in kinds:
+        raise BagError(f"{topic} is of type {bag.topics[topic]}; {are} one of {', '.join(kinds)}.")
 
 
 def _info_name(topic: str) -> str:
@@ -186,23 +175,25 @@ class _Work:
         self._bag, self._options, self._estimator = bag, options, estimator
         self._sources = {source.topic: source for source in sources}
         self.images, self.failures, self.depth = 0, list[str](), "not known: no image was worked on"
-        self._infos: dict[str, Any] = {}
-        self._cameras: dict[tuple[str, bool], Camera | None] = {}
-        self._ranges: Any = None
-        self._transforms = StaticTransforms()
-        given = options.anchors_transform
-        self._given = Transform.of(given) if given else None
+        self._scene = Scene(bag, sources, options.sensors)
+        self._trackers = {source.topic: ScaleTracker() for source in sources}
+        # depth that rests on the frames before it needs them again when a run goes on
+        measured = options.asked.camera_height > 0 or options.sensors.anchors_topic
+        alone = any(source.info for source in sources) and not options.asked.far
+        self._steady = bool(measured or alone)
 
     def run(self, console: Console) -> None:
         columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._look_ahead()
         output = Output(self._options.output, self._note())
         waiting: deque[Waiting] = deque()
         total = sum(self._bag.counts[topic] for topic in self._sources)
         with output.open() as done, Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=total, completed=done)
+            begin = 0 if self._steady else done.images
+            task = progress.add_task("", total=total, completed=begin)
+            if begin > done.written:
+                self.failures += ["before the run was interrupted"] * (begin - done.written)
             for number, item in self._numbered():
-                if number < done:
+                if number < begin:
                     continue
                 try:
                     waiting.append(self._started(number, item))
@@ -210,88 +201,58 @@ class _Work:
                     self.failures.append(str(error))
                     progress.advance(task)
                 while len(waiting) > AHEAD:
-                    self._finish(waiting.popleft(), output)
+                    self._finish(waiting.popleft(), output, done.images)
                     progress.advance(task)
             while waiting:
-                self._finish(waiting.popleft(), output)
+                self._finish(waiting.popleft(), output, done.images)
                 progress.advance(task)
+            if len(self.failures) == self.images:
+                output.discard()
+                why = "; ".join(reason for reason, _ in _grouped(self.failures)) or "there is none"
+                raise BagError(
+                    f"None of {self.images} images could be used, so there is no {self._options.output}: {why}"
+                )
 
     def _note(self) -> dict[str, str]:
         """What the output is made from: an interrupted run goes on only with the same."""
         options = self._options
         bundle = hashlib.sha256((options.bundle / MANIFEST).read_bytes()).hexdigest()
-        rest = (options.anchors_topic, options.anchors_transform, options.anchors_max_age, options.near, options.far)
-        asked = (sorted(self._sources), *rest, options.ycbcr, options.results)
+        asked = (sorted(self._sources), options.sensors, options.asked, options.ycbcr, options.results)
         counts = {topic: self._bag.counts[topic] for topic in sorted(self._bag.counts)}
         return {"bundle": bundle, "source": options.source.name, "options": repr(asked), "messages": repr(counts)}
 
-    def _look_ahead(self) -> None:
-        """Every topic's first camera_info, which may come after the first image, and all static transforms."""
-        missing = {source.info for source in self._sources.values() if source.info}
-        for item in self._bag.messages(missing):
-            if item.topic in missing:
-                self._infos[item.topic] = self._bag.decode(item)
-                missing.discard(item.topic)
-            if not missing:
-                break
-        if self._options.anchors_topic and self._given is None:
-            for item in self._bag.messages([STATIC]):
-                self._transforms.add(self._bag.decode(item))
-
     def _numbered(self) -> Iterator[tuple[int, Item]]:
         """Images in their order; what lies between them is remembered."""
-        infos = {source.info for source in self._sources.values() if source.info}
-        ranges = {self._options.anchors_topic} - {""}
         number = 0
-        for item in self._bag.messages({*self._sources, *infos, *ranges}):
-            if item.topic in infos:
-                self._remember_info(item)
-            elif item.topic in ranges:
-                self._ranges = self._bag.decode(item)
-            else:
+        for item in self._bag.messages({*self._sources, *self._scene.topics}):
+            if item.topic in self._sources:
                 self.images += 1
                 yield number, item
                 number += 1
-
-    def _remember_info(self, item: Item) -> None:
-        self._infos[item.topic] = self._bag.decode(item)
-        for rectified in (False, True):
-            self._cameras.pop((item.topic, rectified), None)
+            else:
+                self._scene.take(item)
 
     def _started(self, number: int, item: Item) -> Waiting:
         """Raises ImageError."""
         source, message = self._sources[item.topic], self._bag.decode(item)
         compressed = self._bag.topics[item.topic] == COMPRESSED
         picture = read_compressed(message) if compressed else read_image(message, self._options.ycbcr)
-        info = self._infos.get(source.info)
-        evidence = self._evidence(source, message.header)
+        known = self._scene.known(source, message.header, picture.size)
+        info = self._scene.info(source)
         future = self._estimator.submit(picture.image, picture.color)
-        return Waiting(source, number, item.time, message.header, picture, info, evidence, future)
+        return Waiting(source, number, item.time, message.header, picture, info, known, future)
 
-    def _evidence(self, source: Source, header: Any) -> Evidence:
-        found = Evidence(self._camera(source), near=self._options.near, far=self._options.far)
-        ranges = self._ranges
-        if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > self._options.anchors_max_age:
-            return found
-        transform = self._given or self._transforms.between(ranges.header.frame_id, header.frame_id)
-        return found._replace(points=transform(read_points(ranges)))
-
-    def _camera(self, source: Source) -> Camera | None:
-        key = (source.info, source.rectified)
-        if key not in self._cameras:
-            info = self._infos.get(source.info)
-            self._cameras[key] = None if info is None else Camera.from_camera_info(info, source.rectified)
-        return self._cameras[key]
-
-    def _finish(self, one: Waiting, output: Output) -> None:
+    def _finish(self, one: Waiting, output: Output, written: int) -> None:
+        """written: images whose results are there already, from before an interruption."""
         try:
             result = one.future.result()
         except ImageError as error:
             self.failures.append(str(error))
             return
-        geometry, reason = calibrated(result, one.evidence)
-        self.depth = reason or explain(geometry)
-        everything = outputs.messages(geometry, one.picture, one.evidence.camera, outputs.TOPICS, self._options.results)
+        geometry = self._calibrated(one, result)
+        if one.number < written:
+            return
+        everything = outputs.messages(geometry, one.picture, one.known.camera, outputs.TOPICS, self._options.results)
         for name, fields in everything.items():
             output.write(
                 one.source.result(name), outputs.TOPICS[name], _message(name, one.header, fields), one.time, one.number
@@ -300,9 +261,16 @@ class _Work:
             info = type(one.info)(**{**vars(one.info), "header": one.header})
             output.write(one.source.result("camera_info"), INFO, info, one.time, one.number)
 
-
-def _seconds(header: Any) -> float:
-    return float(header.stamp.sec + header.stamp.nanosec / 1e9)
+    def _calibrated(self, one: Waiting, result: Geometry) -> Geometry:
+        """With depth where anything tells it, steady from image to image."""
+        refusal: CalibrationError | None = None
+        if self._steady and result.prediction is not None and (said := facts(one.known, self._options.asked)):
+            try:
+                result = self._trackers[one.source.topic].update(result, **said)
+            except CalibrationError as error:
+                refusal = error
+        geometry, self.depth = calibrated(result, refusal, one.known, self._options.asked)
+        return geometry
 
 
 def _message(name: str, header: Any, fields: outputs.Fields) -> Any:

@@ -58,6 +58,8 @@ class Bag:
             if path.suffix != ".mcap":
                 raise BagError(f"{path} cannot be read as a ROS 2 bag: {error}.") from error
             bag._count_cut(error)
+            if not bag.counts.total():
+                raise BagError(f"{path} is no mcap file, or nothing of it can be read: {bag.cut}.") from error
         if not bag.counts.total():
             raise BagError(f"{path} holds no messages.")
         return bag

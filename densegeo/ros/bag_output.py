@@ -29,6 +29,13 @@ class Written(NamedTuple):
     image: int
 
 
+class Done(NamedTuple):
+    """images: how many an interrupted run had come to; written: of how many there are results, the rest failed."""
+
+    images: int = 0
+    written: int = 0
+
+
 class Output:
     """path: where the bag will be. note: what it is made from; a partial file with another note starts anew."""
 
@@ -37,11 +44,12 @@ class Output:
         self._note = dict(note)
         self._channels: dict[str, int] = {}
         self._writer: Any = None  # while open; mcap's types are incomplete
+        self._discarded = False
 
     @contextmanager
-    def open(self) -> Iterator[int]:
+    def open(self) -> Iterator[Done]:
         """Gives how many images are done already. The file takes its name when the block ends; when that raises, it
-        stays under its hidden one.
+        stays under its hidden one, unless it is discarded.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.new")
@@ -57,7 +65,13 @@ class Output:
                 self._writer.finish()
                 stream.flush()
                 os.fsync(stream.fileno())
+                if self._discarded:
+                    self.partial.unlink()
         os.replace(self.partial, self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind; for a block that then raises."""
+        self._discarded = True
 
     def write(self, topic: str, kind: str, message: Any, time: int, image: int) -> None:
         """One message, of a type of `STORE`. image: its number, from 0, in the order in which images are written."""
@@ -70,16 +84,16 @@ class Output:
             self._channels[made.topic] = self._writer.register_channel(made.topic, "cdr", schema)
         self._writer.add_message(self._channels[made.topic], made.time, made.data, made.time, made.image)
 
-    def _take_over(self) -> int:
+    def _take_over(self) -> Done:
         """What an interrupted run wrote, without its last image, of which messages may be missing."""
         group: list[Written] = []
-        done = 0
+        done = Done()
         for made in self._earlier():
             if group and group[0].image != made.image:
                 for whole in group:
                     self._add(whole)
                 group = []
-                done = made.image
+                done = Done(made.image, done.written + 1)
             group.append(made)
         return done
 

@@ -11,6 +11,8 @@ from densegeo.arguments import Backend, Bundle, Device
 from densegeo.errors import ConfigError
 from densegeo.ros import outputs
 from densegeo.ros.bag import Options, run
+from densegeo.ros.bag_scene import Sensors
+from densegeo.ros.metric import Asked
 
 
 def bag(
@@ -27,6 +29,13 @@ def bag(
         str, typer.Option(help='"x y z qx qy qz qw" of their frame in the camera\'s. Default: from /tf_static.')
     ] = "",
     anchors_max_age: Annotated[float, typer.Option(help="Seconds between an image and its ranges at most.")] = 0.2,
+    camera_height: Annotated[
+        float, typer.Option(help="Metres of the camera over the floor; makes depth metric where a floor is seen.")
+    ] = 0.0,
+    imu_topic: Annotated[str, typer.Option(help="Imu messages: which way is up, for --camera-height.")] = "",
+    imu_transform: Annotated[
+        str, typer.Option(help='"x y z qx qy qz qw" of its frame in the camera\'s. Default: from /tf_static.')
+    ] = "",
     near: Annotated[float, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = 0.0,
     far: Annotated[float, typer.Option(help="Depth in metres of the farthest point.")] = 0.0,
     depth_encoding: Annotated[str, typer.Option(help="Metres: 32FC1, or millimetres in 16 bits: 16UC1.")] = "32FC1",
@@ -38,9 +47,9 @@ def bag(
 ) -> None:
     """The images of a ROS 2 bag -> another bag with depth, normals, points and camera_info, no ROS needed.
 
-    Results lie beside each image topic under TOPIC/densegeo/, with the images' stamps and frames: depth (metres) or
-    relative_depth (no unit), normals, points (with metres and a camera_info), camera_info. An interrupted run goes on
-    where it ended when the same command is given again.
+    Results lie beside each image topic under TOPIC/densegeo/, with the images' stamps and frames: depth (metres), or
+    relative_depth (the prediction) and with a camera_info depth_up_to_scale (true shape, unit unknown); normals, points
+    (with metres and a camera_info), camera_info. An interrupted run goes on when the same command is given again.
     """
     failures = run(
         Options(
@@ -48,11 +57,14 @@ def bag(
             source=source,
             output=output,
             image_topics=tuple(image_topic),
-            anchors_topic=anchors_topic,
-            anchors_transform=_numbers(anchors_transform),
-            anchors_max_age=anchors_max_age,
-            near=near,
-            far=far,
+            sensors=Sensors(
+                anchors_topic=anchors_topic,
+                anchors_transform=_numbers("--anchors-transform", anchors_transform),
+                anchors_max_age=anchors_max_age,
+                imu_topic=imu_topic,
+                imu_transform=_numbers("--imu-transform", imu_transform),
+            ),
+            asked=Asked(near, far, camera_height),
             ycbcr=ycbcr,
             results=outputs.Options(cast(outputs.DepthEncoding, depth_encoding), points_stride),
             overwrite=overwrite,
@@ -64,8 +76,8 @@ def bag(
         raise typer.Exit(1)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise ConfigError(f"--anchors-transform is seven numbers, x y z qx qy qz qw, not {text!r}.") from None
+        raise ConfigError(f"{option} is seven numbers, x y z qx qy qz qw, not {text!r}.") from None

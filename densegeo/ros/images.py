@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL.ExifTags import Base
 
-from densegeo.colors import COLORS, Color
+from densegeo.colors import COLORS, Color, color_row
 from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.bayer import demosaic
+from densegeo.size import Size
 
 # sensor_msgs/image_encodings.hpp, and "nv12" as Isaac ROS' nodes call it
 
@@ -58,6 +62,19 @@ class Picture(NamedTuple):
 
     image: NDArray[Any] | bytes
     color: Color
+
+    @property
+    def size(self) -> Size | None:
+        """Of the upright picture; None where its bytes do not tell."""
+        if not isinstance(self.image, bytes):
+            ycbcr = color_row(self.color).ycbcr
+            return Size(*self.image.shape[1::-1]) if ycbcr is None else ycbcr.size(self.image.shape)
+        try:
+            with Pillow.open(io.BytesIO(self.image)) as opened:
+                sideways = opened.getexif().get(Base.Orientation, 1) > 4
+                return Size(*(opened.size[::-1] if sideways else opened.size))
+        except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
+            return None
 
 
 # Of YCbCr: what follows the layout in the names of `densegeo.colors`.

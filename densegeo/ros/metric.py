@@ -1,4 +1,7 @@
-"""From what a robot knows of a scene to metres, and why there are none."""
+"""From what a robot knows of a scene to depth, and why it is metric or not.
+
+What is known goes to a `ScaleTracker`, by `Stream.put` or by its own `update`, which take the same facts.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +10,113 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import CalibrationError
+from densegeo.errors import CalibrationError, ConfigError
+from densegeo.ros.ranges import Transform
+from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
 
+Float64 = NDArray[np.float64]
 
-class Evidence(NamedTuple):
-    """camera: a `Camera`, or None where it is unknown. points: measured, (N, 3) metres in the camera's frame. near,
-    far: the scene's smallest and largest depth in metres, 0: unknown.
+
+class Known(NamedTuple):
+    """What is known of one image. camera: of its pixels, or None where it is unknown. points: measured, (N, 3) metres
+    in the camera's frame. up: (3,) against gravity, there too. lacking: what was to be known and is not, in words.
     """
 
-    camera: Any = None
-    points: NDArray[np.float64] | None = None
+    camera: Camera | None = None
+    points: Float64 | None = None
+    up: Float64 | None = None
+    lacking: tuple[str, ...] = ()
+
+    def without(self, what: str) -> Known:
+        """With one more thing that is lacking."""
+        return self._replace(lacking=(*self.lacking, what))
+
+
+class Asked(NamedTuple):
+    """What holds for all images, in metres, 0 where it is unknown: the scene's smallest and largest depth, and the
+    camera's height over the floor.
+    """
+
     near: float = 0.0
     far: float = 0.0
+    camera_height: float = 0.0
 
 
-def anchors_of(evidence: Evidence, size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """The points that an image of `size` sees: pixels (M, 2) and z-depths (M,); None where there are none."""
-    if evidence.points is None or evidence.camera is None or not len(evidence.points):
-        return None
-    uv = evidence.camera.at(size).project(evidence.points)
-    with np.errstate(invalid="ignore"):
-        seen = (uv >= -0.5).all(axis=1) & (uv < np.array(size) - 0.5).all(axis=1)
-    if not seen.any():
-        return None
-    return uv[seen], evidence.points[seen, 2]
-
-
-def calibrated(geometry: Geometry, evidence: Evidence) -> tuple[Geometry, str]:
-    """In metres where the evidence allows it, else as it is; and a reason where it does not, "" otherwise."""
-    if geometry.prediction is None or geometry.depth_kind == "metric":
-        return geometry, ""
-    anchors = anchors_of(evidence, geometry.source_size)
+def known_of(camera: Camera | None, size: tuple[int, int] | None) -> Known:
+    """The camera at an image's size; lacking where it is of another picture, or there is none."""
+    if camera is None:
+        return Known().without("no camera_info has come")
+    if size is None:  # the picture's own decoder will tell what is wrong with it
+        return Known()
     try:
-        if anchors is not None:
-            return geometry.to_metric(anchors=anchors), ""
-        if evidence.far > 0:
-            return geometry.to_metric(near=evidence.near, far=evidence.far), ""
-    except CalibrationError as error:
-        return geometry, f"relative: {error}"
-    return geometry, ""
+        return Known(camera.at(size))
+    except ConfigError as error:
+        return Known().without(f"camera_info is of another picture: {error}")
 
 
-def explain(geometry: Geometry) -> str:
-    """In a few words why depth is metric, or why it is not."""
+def turned(up: Float64, into: Transform) -> Float64:
+    """A direction from its own frame into the camera's."""
+    return np.asarray(into.rotation @ up)
+
+
+def facts(known: Known, asked: Asked) -> dict[str, Any]:
+    """What `Stream.put` and `ScaleTracker.update` take of it."""
+    if known.camera is None:
+        return {}
+    found: dict[str, Any] = {"intrinsics": known.camera}
+    if (anchors := _anchors(known)) is not None:
+        found["anchors"] = anchors
+    if asked.camera_height > 0:
+        found["camera_height"] = asked.camera_height
+        if known.up is not None:
+            found["up"] = known.up
+    return found
+
+
+def _anchors(known: Known) -> tuple[Float64, Float64] | None:
+    """The points that the image sees: pixels (M, 2) and z-depths (M,); None where there are none."""
+    if known.points is None or known.camera is None or known.camera.size is None or not len(known.points):
+        return None
+    uv = known.camera.project(known.points)
+    with np.errstate(invalid="ignore"):
+        seen = (uv >= -0.5).all(axis=1) & (uv < np.array(known.camera.size) - 0.5).all(axis=1)
+    return (uv[seen], known.points[seen, 2]) if seen.any() else None
+
+
+def calibrated(
+    geometry: Geometry, refusal: CalibrationError | None, known: Known, asked: Asked
+) -> tuple[Geometry, str]:
+    """As a tracker left it, or between near and far where it is not metric; and in words why it is metric, or not."""
     if geometry.prediction is None:
-        return "not there: the model has normals alone"
+        return geometry, "not there: the model has normals alone"
+    if geometry.depth_kind != "metric" and asked.far > 0:
+        try:
+            geometry = geometry.to_metric(near=asked.near, far=asked.far)
+        except CalibrationError as error:
+            refusal = error
     if geometry.depth_kind == "metric":
-        return f"metric: {geometry.calibration}" if geometry.calibration is not None else "metric"
-    return f"relative ({geometry.depth_kind}): nothing measures it. Set near and far, or anchors and camera_info"
+        return geometry, "; ".join((f"metric{_told(geometry)}{_uncertain(geometry)}", *known.lacking))
+    because = "; ".join(filter(None, (str(refusal).rstrip(".") if refusal else "", *known.lacking)))
+    because = because or "nothing measures it: set camera_height, anchors, or near and far"
+    if geometry.depth_kind == "up_to_scale":
+        return geometry, f"up to scale{_told(geometry)}, its unit unknown{_uncertain(geometry)}: {because}"
+    return geometry, f"relative ({geometry.depth_kind}): {because}"
+
+
+def _told(geometry: Geometry) -> str:
+    sources = geometry.calibration.sources if geometry.calibration else ()
+    return f", from {' and '.join(sources)}" if sources else ""
+
+
+def uncertainty(geometry: Geometry) -> float:
+    """Of the line that leads to depth, a relative standard deviation at the image's median; NaN where it is unknown."""
+    if geometry.calibration is None or geometry.prediction is None or not geometry.valid.any():
+        return float("nan")
+    middle = np.median(geometry.prediction[geometry.valid][::37])
+    return float(geometry.calibration.uncertainty(np.asarray(middle, dtype=np.float64)))
+
+
+def _uncertain(geometry: Geometry) -> str:
+    spread = uncertainty(geometry)
+    return f", give or take {100 * spread:.2g} %" if np.isfinite(spread) else ""

@@ -24,6 +24,7 @@ MOST_MILLIMETRES = 65535
 # what is published -> its type; "camera_info" is the image's own
 TOPICS: Mapping[str, str] = {
     "depth": "sensor_msgs/msg/Image",
+    "depth_up_to_scale": "sensor_msgs/msg/Image",
     "relative_depth": "sensor_msgs/msg/Image",
     "normals": "sensor_msgs/msg/Image",
     "points": "sensor_msgs/msg/PointCloud2",
@@ -49,12 +50,16 @@ class Options:
 
 
 def possible(geometry: Geometry, camera: object | None) -> set[str]:
-    """Which topics a result has something for: metres are "depth", anything else "relative_depth"."""
+    """Which topics a result has something for: metres are "depth", anything else the prediction, "relative_depth", and
+    true shape in an unknown unit "depth_up_to_scale" as well.
+    """
     found = {"normals"} if geometry.normals is not None else set()
     if geometry.depth_kind == "metric":
         found |= {"depth", "points"} if camera is not None else {"depth"}
     elif geometry.depth_kind is not None:
         found.add("relative_depth")
+    if geometry.depth_kind == "up_to_scale":
+        found.add("depth_up_to_scale")
     return found
 
 
@@ -67,6 +72,8 @@ def messages(
     for topic in (topic for topic in TOPICS if topic in able and topic in wanted):
         if topic == "depth":
             found[topic] = depth_image(geometry.depth, options.depth_encoding)
+        elif topic == "depth_up_to_scale":
+            found[topic] = float_image(geometry.depth)
         elif topic == "relative_depth":
             found[topic] = float_image(relative_depth(geometry))
         elif topic == "normals":

@@ -24,9 +24,11 @@ from densegeo.runtime.tensorfile import tensor_offsets
 
 def open_backend(directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE) -> TensorRTBackend:
     """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
+    opened = open_device(device)
     if not manifest.engines:
-        raise BackendError(f"{directory} has no TensorRT engines. Build some: {renew_command(manifest, directory)}")
-    return TensorRTBackend(directory, manifest, open_device(device), sharing)
+        renew = renew_command(manifest, directory, architecture=architecture_of(opened))
+        raise BackendError(f"{directory} has no TensorRT engines. Build some: {renew}")
+    return TensorRTBackend(directory, manifest, opened, sharing)
 
 
 def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:

@@ -21,16 +21,21 @@ pytest.importorskip("mcap_ros2")
 from mcap.reader import make_reader
 from mcap.writer import Writer as McapWriter
 from mcap_ros2.decoder import DecoderFactory
+from PIL import Image as Pillow
 from rosbags.rosbag2 import StoragePlugin
 
 from densegeo.cli import main
-from densegeo.errors import BagError, ConfigError
+from densegeo.errors import BagError, BundleError, ConfigError
 from densegeo.ros.bag import Options, run
 from densegeo.ros.bag_input import Bag
+from densegeo.ros.bag_scene import Sensors
+from densegeo.ros.metric import Asked
 from densegeo.ros.ranges import Transform
 from densegeo.runtime import Camera, Estimator
+from densegeo.runtime.ready import find_bundle
 from tests.support.bags import HEIGHT, WIDTH, camera_messages, pictures, write_bag
-from tests.support.ros import camera_info, cloud, image, transform
+from tests.support.project import ROOT
+from tests.support.ros import camera_info, cloud, image, reading, transform
 
 MOUNTED = [0.0, -0.2, 0.0, 0.5, -0.5, 0.5, 0.5]  # a lidar above the camera: x forward, y left, z up
 
@@ -61,7 +66,7 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
         wanted = [estimator(picture).to_metric(near=0.5, far=10.0) for picture in pictures(4)]
     for source in (folder, file):
         output = tmp_path / f"{source.name}.out.mcap"
-        assert run(Options(bundle, source, output, near=0.5, far=10.0)) == 0
+        assert run(Options(bundle, source, output, asked=Asked(0.5, 10.0))) == 0
         found = read(output)
         base = "/camera/image_raw/densegeo"
         assert set(found) == {f"{base}/{name}" for name in ("depth", "normals", "points", "camera_info")}
@@ -98,16 +103,15 @@ def test_metres_from_a_lidar_in_the_bag(bundle: Path, tmp_path: Path) -> None:
     mount = transform([x, y, z, -0.5, 0.5, -0.5, 0.5], "base", "camera_optical")
     everything = [("/tf_static", 0.5, lifted), ("/tf_static", 0.6, mount), *messages]
     source = write_bag(tmp_path / "in", sorted(everything, key=lambda one: one[1]))
-    given = tuple(MOUNTED)
-    for name, options in (("tf", {}), ("given", {"anchors_transform": given})):
+    for name, given in (("tf", ()), ("given", tuple(MOUNTED))):
         output = tmp_path / f"{name}.mcap"
-        assert run(Options(bundle, source, output, anchors_topic="/lidar", **options)) == 0  # type: ignore[arg-type]
+        assert run(Options(bundle, source, output, sensors=Sensors("/lidar", given))) == 0
         depths = read(output)["/camera/image_raw/densegeo/depth"]
         for message, geometry in zip(depths, true, strict=True):
             np.testing.assert_allclose(array(message)[..., 0], geometry.depth, rtol=1e-3)
     bare = write_bag(tmp_path / "bare", sorted(messages, key=lambda one: one[1]))
     with pytest.raises(BagError, match=r"/tf_static does not say how 'lidar' lies to 'camera_optical'"):
-        run(Options(bundle, bare, tmp_path / "none.mcap", anchors_topic="/lidar"))
+        run(Options(bundle, bare, tmp_path / "none.mcap", sensors=Sensors("/lidar")))
     assert not (tmp_path / "none.mcap").exists()
 
 
@@ -153,6 +157,37 @@ def test_a_bag_that_was_cut_off_gives_what_it_holds(bundle: Path, tmp_path: Path
     assert stamps == [*range(1, 1 + opened.counts["/camera/image_raw"])]
 
 
+def test_a_bag_of_broken_images_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    """No finished file without a result, and nothing half-written either."""
+    messages = camera_messages(count=3)
+    for _, _, message in messages[::2]:
+        message.step = 3
+    source = write_bag(tmp_path / "in", messages)
+    with pytest.raises(BagError, match=r"None of 3 images could be used, so there is no .*out.mcap: .*3 bytes a row"):
+        run(Options(bundle, source, tmp_path / "out.mcap"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_depth_of_one_camera_is_steady(tmp_path: Path) -> None:
+    """The same picture three times, a reading of a range finder beside the first alone: metres in all three."""
+    hall = np.asarray(Pillow.open(ROOT / "densegeo" / "photographs" / "hall.jpg").convert("RGB").resize((192, 144)))
+    messages: list[tuple[str, float, Any]] = []
+    for at in (1.0, 2.0, 3.0):
+        messages.append(("/c/image", at, image(hall, "rgb8", at=at)))
+        messages.append(("/c/camera_info", at, camera_info(192, 144, focal=166.0, at=at)))
+    messages.insert(0, ("/range", 0.95, reading(3.0, at=0.95)))
+    source = write_bag(tmp_path / "in", messages)
+    ahead = (0.0, 0.5, 0.0, 0.5, -0.5, 0.5, 0.5)  # half a metre under the camera
+    output = tmp_path / "out.mcap"
+    assert run(Options(find_bundle("fe2e-tiny"), source, output, sensors=Sensors("/range", ahead))) == 0
+    first, second, third = (
+        array(message)[..., 0] for message in read(tmp_path / "out.mcap")["/c/image/densegeo/depth"]
+    )
+    np.testing.assert_allclose(first[99, 96], 3.0, rtol=0.05)
+    for later in (second, third):
+        np.testing.assert_allclose(later, first, rtol=0.02)
+
+
 def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_path: Path, capfd: Any) -> None:
     messages = camera_messages()
     messages[2][2].step = 3
@@ -173,12 +208,16 @@ def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_pat
             r"no topic /camera/image; it has /camera/camera_info, /camera",
         ),
         ({"image_topics": ("/camera/camera_info",)}, BagError, "is of type sensor_msgs/msg/CameraInfo, not"),
-        ({"anchors_topic": "/scan"}, BagError, "no topic /scan"),
-        ({"anchors_topic": "/camera/camera_info"}, BagError, "anchors are one of sensor_msgs/msg/PointCloud2"),
-        ({"near": 2.0}, ConfigError, "belong together"),
-        ({"near": math.nan, "far": math.nan}, ConfigError, "belong together"),
+        ({"sensors": Sensors("/scan")}, BagError, "no topic /scan"),
+        ({"sensors": Sensors("/camera/camera_info")}, BagError, "anchors are one of sensor_msgs/msg/PointCloud2"),
+        ({"sensors": Sensors(imu_topic="/imu")}, ConfigError, "--camera-height alone needs"),
+        ({"sensors": Sensors(imu_topic="/imu"), "asked": Asked(camera_height=1.0)}, BagError, "no topic /imu"),
+        ({"asked": Asked(near=2.0)}, ConfigError, "belong together"),
+        ({"asked": Asked(math.nan, math.nan)}, ConfigError, "belong together"),
+        ({"asked": Asked(camera_height=-1.0)}, ConfigError, "metres above 0"),
         ({"ycbcr": "bt2020"}, ConfigError, "bt709-full"),
-        ({"anchors_transform": (1.0, 2.0)}, ConfigError, "seven numbers"),
+        ({"sensors": Sensors("/camera/camera_info", (1.0, 2.0))}, BagError, "anchors are"),
+        ({"bundle": Path("none"), "source": Path("none")}, BundleError, "none is not a densegeo bundle"),
         ({"output": Path("x.bag")}, ConfigError, r"name it x\.mcap"),
     ],
 )
@@ -199,7 +238,7 @@ def test_what_is_no_bag_is_refused(bundle: Path, tmp_path: Path) -> None:
 
     assert "does not exist" in refused(tmp_path / "none")
     (tmp_path / "text.mcap").write_text("no bag")
-    assert "holds no messages" in refused(tmp_path / "text.mcap")
+    assert "is no mcap file, or nothing of it can be read" in refused(tmp_path / "text.mcap")
     (tmp_path / "text.db3").write_text("no bag")
     assert "cannot be read as a ROS 2 bag" in refused(tmp_path / "text.db3")
     folder = write_bag(tmp_path / "in", camera_messages(count=1))
@@ -238,10 +277,14 @@ def test_a_bag_never_takes_the_place_of_its_source(bundle: Path, tmp_path: Path,
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int) -> None:
-    """Killed at any moment, and started again, to the same file as a run that was not."""
-    source = write_bag(tmp_path / "in", camera_messages(count=60))
+@pytest.mark.parametrize(("how", "asked"), [(signal.SIGKILL, Asked(0.5, 10.0)), (signal.SIGINT, Asked())])
+def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int, asked: Asked) -> None:
+    """Killed at any moment, and started again, to the same file as a run that was not: with depth of each image by
+    itself, and with depth that rests on the images before.
+    """
+    messages = camera_messages(count=40)
+    messages[2][2].step = 3  # an image that fails before the interruption is not forgotten
+    source = write_bag(tmp_path / "in", messages)
     code = """
 import sys, time
 from pathlib import Path
@@ -249,9 +292,10 @@ from densegeo.ros import bag, bag_output
 bag_output.CHUNK = 200_000
 finish = bag._Work._finish
 bag._Work._finish = lambda *given: (finish(*given), time.sleep(0.02))
-print(bag.run(bag.Options(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))), flush=True)
+near, far = map(float, sys.argv[1:3])
+print(bag.run(bag.Options(*map(Path, sys.argv[3:]), asked=bag.Asked(near, far))), flush=True)
 """
-    command = [sys.executable, "-c", code, str(bundle), str(source)]
+    command = [sys.executable, "-c", code, str(asked.near), str(asked.far), str(bundle), str(source)]
     output = tmp_path / "out.mcap"
     partial = tmp_path / ".out.mcap.partial"
     process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -266,10 +310,10 @@ print(bag.run(bag.Options(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]
     before = partial.stat().st_size
     assert before
     done = subprocess.run([*command, str(output)], capture_output=True, text=True)
-    assert done.stdout.strip() == "0", done.stderr
-    assert "60 of 60 images done" in done.stderr
+    assert done.stdout.strip() == "1", done.stderr
+    assert "39 of 40 images done" in done.stderr
     assert not partial.exists()
-    assert run(Options(bundle, source, tmp_path / "whole.mcap")) == 0
+    assert run(Options(bundle, source, tmp_path / "whole.mcap", asked=asked)) == 1
     resumed, whole = read_in_order(output), read_in_order(tmp_path / "whole.mcap")
     assert [one[:2] for one in resumed] == [one[:2] for one in whole]
     for (topic, _, ours), (_, _, theirs) in zip(resumed, whole, strict=True):

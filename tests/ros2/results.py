@@ -10,9 +10,23 @@ import numpy as np
 from PIL import Image as Pillow
 
 from densegeo.runtime import Camera, Geometry
+from densegeo.runtime.ready import find_bundle
+from densegeo.runtime.tracker import ScaleTracker
 from tests.ros2.common import HEIGHT, INFO, RANGE, WIDTH, case, picture, wanted
-from tests.ros2.robot import BEST_EFFORT, CLEANUP, CONFIGURE, DEACTIVATE, RELIABLE, RESULTS, robot, until
-from tests.support.ros import STORE, T, camera_info, cloud, header, image
+from tests.ros2.robot import (
+    ACTIVATE,
+    BEST_EFFORT,
+    CLEANUP,
+    CONFIGURE,
+    DEACTIVATE,
+    RELIABLE,
+    RESULTS,
+    Client,
+    robot,
+    until,
+)
+from tests.support.project import ROOT
+from tests.support.ros import STORE, T, camera_info, cloud, header, image, imu, reading
 
 
 def expected(topic: str, geometry: Geometry, rgb: np.ndarray, stride: int = 4, at: float = 1.5) -> Any:
@@ -105,7 +119,7 @@ def relative_depth_is_called_so(bundle: Path) -> None:
         assert not client.raw["depth"]
         assert not client.raw["points"]
         until(lambda: client.values().get("images published") == "1", "published")
-        assert client.values()["depth"].startswith("relative (log_affine)"), client.values()
+        assert client.values()["depth"].startswith("relative (log_affine): "), client.values()
 
 
 @case
@@ -221,7 +235,67 @@ def anchors_make_metres(bundle: Path) -> None:
         (depth,) = client.results("depth", 1)
         np.testing.assert_allclose(floats(depth)[..., 0], true.depth, rtol=1e-3)
         client.send("image", image(pixels, "rgb8", at=2.5))  # a second after the last ranges
-        client.results("relative_depth", 1)
+        client.results("depth", 2)  # the frame before knew
+        assert not client.raw["relative_depth"]
+        until(lambda: "no ranges lie within 0.2 s of the image" in client.values()["depth"], "and that is said")
+
+
+@case
+def one_fact_makes_metres(_: Path) -> None:
+    """A camera's height and an IMU; nothing; one reading of a range finder, which later frames remember. The numbers
+    are those of the estimator and a tracker.
+    """
+    hall = np.asarray(Pillow.open(ROOT / "densegeo" / "photographs" / "hall.jpg").convert("RGB").resize((192, 144)))
+    geometry, camera = wanted(find_bundle("fe2e-tiny"), hall), Camera.of(camera_info(192, 144, focal=166.0))
+    ahead = "[0.0, 0.0, 0.0, 0.5, -0.5, 0.5, 0.5]"  # x forward, y left, z up, at the camera
+    up = np.array([0.1, -0.97, -0.15]) / np.linalg.norm([0.1, -0.97, -0.15])
+    measured = [9.8 * up[2], -9.8 * up[0], -9.8 * up[1]]  # in that frame
+    asked = {"bundle": "fe2e-tiny", "camera_height": 1.6, "imu": True, "imu_transform": ahead}
+
+    def see(client: Client, at: float, *topics: str) -> list[Any]:
+        before = [len(client.raw[topic]) for topic in topics]
+        client.send("camera_info", camera_info(192, 144, focal=166.0, at=at))
+        time.sleep(0.2)
+        client.send("image", image(hall, "rgb8", at=at))
+        return [floats(client.results(t, n + 1)[-1])[..., 0] for t, n in zip(topics, before, strict=True)]
+
+    def depth(**facts: Any) -> np.ndarray:
+        return ScaleTracker().update(geometry, camera, **facts).depth
+
+    with robot(asked) as (client, _):
+        client.listen("depth", "depth_up_to_scale", "relative_depth")
+        client.connected("image", image(hall, "rgb8"))
+        client.connected("camera_info", INFO)
+        client.connected("imu", imu(measured))
+        time.sleep(1)
+        for number in range(3):
+            client.send("imu", imu(measured, at=1.3 + number / 10))
+        (found,) = see(client, 1.5, "depth")
+        np.testing.assert_allclose(found, depth(camera_height=1.6, up=up), rtol=1e-4)
+        until(
+            lambda: client.values()["depth"].startswith("metric, from normals and the camera's height, "), "it says why"
+        )
+        assert 0 < float(client.values()["depth uncertainty percent"]) < 60
+        assert client.change(DEACTIVATE)
+        assert client.change(CLEANUP)
+        assert all(one.successful for one in client.set(camera_height=0.0, imu=False, anchors="Range"))
+        assert client.set(anchors_transform=[0.0, 0.0, 0.0, 0.5, -0.5, 0.5, 0.5])[0].successful
+        assert client.change(CONFIGURE)
+        assert client.change(ACTIVATE)
+        client.connected("anchors", reading(3.0))
+        time.sleep(1)
+        shape, relative = see(client, 2.5, "depth_up_to_scale", "relative_depth")
+        np.testing.assert_allclose(shape, depth(), rtol=1e-4)
+        np.testing.assert_array_equal(relative, geometry.prediction)
+        until(lambda: "its unit unknown" in client.values()["depth"], "it says what is missing")
+        assert client.values()["depth"].endswith("no ranges have come"), client.values()
+        assert len(client.raw["depth"]) == 1, "without metres there is no depth"
+        client.send("anchors", reading(3.0, at=3.5))
+        (metric,) = see(client, 3.5, "depth")
+        u, v = np.rint(camera.project([[0.0, 0.0, 1.0]])[0]).astype(int)
+        np.testing.assert_allclose(metric[v, u], 3.0, rtol=0.05)
+        (later,) = see(client, 9.0, "depth")  # long after the reading
+        np.testing.assert_allclose(later, metric, rtol=0.02)
 
 
 @case

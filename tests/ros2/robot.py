@@ -23,13 +23,14 @@ from rcl_interfaces.srv import DescribeParameters, GetParameters, SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image, LaserScan, PointCloud2, Range
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu, LaserScan, PointCloud2, Range
 
 from tests.support.ros import STORE
 
 CONFIGURE, CLEANUP, ACTIVATE, DEACTIVATE, SHUTDOWN = 1, 2, 3, 4, 5
-CLASSES = {cls.__name__: cls for cls in (CameraInfo, CompressedImage, Image, LaserScan, PointCloud2, Range)}
-RESULTS = {"depth": Image, "relative_depth": Image, "normals": Image, "points": PointCloud2, "camera_info": CameraInfo}
+CLASSES = {cls.__name__: cls for cls in (CameraInfo, CompressedImage, Image, Imu, LaserScan, PointCloud2, Range)}
+RESULTS = dict.fromkeys(("depth", "depth_up_to_scale", "relative_depth", "normals"), Image)
+RESULTS |= {"points": PointCloud2, "camera_info": CameraInfo}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PATIENCE = 60.0  # seconds; a loaded machine is slow
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from tests.ros2.environment import run
+from tests.support.project import ROOT
 from tests.support.toy_bundle import make_toy_bundle
 
 
@@ -24,6 +25,8 @@ def main() -> int:
     seconds = asked.seconds
     name = "latency_is_the_calls" if asked.latency else "a_publisher_at_ten_times_the_rate"
     os.environ["DENSEGEO_SOAK_S"] = str(seconds)
+    if asked.latency:
+        os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] = str(ROOT / "ros2" / "densegeo_ros" / "config" / "fastdds.xml")
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_toy_bundle(Path(folder) / "toy")
         done = run("tests.ros2.cases", str(bundle), name, timeout=seconds + 300)

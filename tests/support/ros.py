@@ -83,3 +83,31 @@ def transform(numbers: list[float], parent: str, child: str) -> Any:
     )
     stamped = T["geometry_msgs/msg/TransformStamped"](header=header(0, parent), child_frame_id=child, transform=moved)
     return T["tf2_msgs/msg/TFMessage"](transforms=[stamped])
+
+
+def imu(acceleration: list[float], *, turning: list[float] | None = None, at: float = 1.5, frame: str = "imu") -> Any:
+    """Acceleration in m/s^2, turning in rad/s; None: it has no gyroscope."""
+    vector = T["geometry_msgs/msg/Vector3"]
+    unknown, known = np.array([-1.0, *[0.0] * 8]), np.zeros(9)
+    return T["sensor_msgs/msg/Imu"](
+        header=header(at, frame),
+        orientation=T["geometry_msgs/msg/Quaternion"](x=0.0, y=0.0, z=0.0, w=1.0),
+        orientation_covariance=unknown,
+        angular_velocity=vector(*(turning or [0.0] * 3)),
+        angular_velocity_covariance=known if turning else unknown,
+        linear_acceleration=vector(*acceleration),
+        linear_acceleration_covariance=known,
+    )
+
+
+def reading(metres: float, *, at: float = 1.5, frame: str = "range") -> Any:
+    """A range finder's."""
+    return T["sensor_msgs/msg/Range"](
+        header=header(at, frame),
+        radiation_type=1,
+        field_of_view=0.05,
+        min_range=0.1,
+        max_range=30.0,
+        range=metres,
+        variance=0.0,
+    )

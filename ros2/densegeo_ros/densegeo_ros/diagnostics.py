@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -12,17 +13,24 @@ from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
 
+_COUNTED = ("received", "missed", "published", "idle", "skipped", "failed")
+_UNKNOWN = 2**63 - 1  # and above: the middleware does not number messages (rmw/types.h)
+
+
 @dataclass
 class Tally:
     """Counts since the node was configured, and since the last report. Threads may share it.
 
-    counts: received (image messages), published (images whose results were), dropped (replaced by newer ones before
-    the network was free), idle (nobody subscribes), skipped (max_rate), failed, lost (by the middleware).
+    counts: received (image messages), missed (sent since the first one and not received), published (images whose
+    results were), dropped (replaced by newer ones before the network was free), idle (nobody subscribes), skipped
+    (max_rate), failed, lost (messages of any topic that the middleware told of).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     depth: str = "no image yet"  # why it is metric, or why not
+    uncertainty: float = math.nan  # of depth, relative
     problems: dict[str, str] = field(default_factory=dict)  # what stays until it is mended -> a sentence
+    _number: int = 0  # the last image's, by its publisher
     _since: Counter[str] = field(default_factory=Counter)
     _times: dict[str, list[float]] = field(default_factory=dict)
     _errors: list[str] = field(default_factory=list)
@@ -32,6 +40,13 @@ class Tally:
         with self._lock:
             self.counts[name] += times
             self._since[name] += times
+
+    def receive(self, number: int) -> None:
+        """An image message; number: how many its publisher had sent with it, 0 where the middleware does not count."""
+        if 0 < self._number < number < _UNKNOWN:
+            self.count("missed", number - self._number - 1)
+        self._number = number
+        self.count("received")
 
     def observe(self, milliseconds: Mapping[str, float]) -> None:
         """Times of one image by stage."""
@@ -64,8 +79,12 @@ class Tally:
             "images received per second": f"{received / seconds:.2f}",
             "images published per second": f"{published / seconds:.2f}",
             "depth": self.depth,
+            "depth uncertainty percent": "" if math.isnan(self.uncertainty) else f"{100 * self.uncertainty:.2g}",
             **{f"{stage} ms": f"{sum(found) / len(found):.2f}" for stage, found in times.items()},
-            **{f"images {what}": str(self.counts[what]) for what in ("received", "published", "idle", "skipped")},
+            **{
+                f"images {what}": str(self.counts[what])
+                for what in ("received", "missed", "published", "idle", "skipped")
+            },
             "images dropped": str(self.counts["dropped"] + dropped),
             "images failed": str(self.counts["failed"]),
             "messages lost": str(self.counts["lost"]),

@@ -19,12 +19,12 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from densegeo.errors import BackendError, ConfigError, DensegeoError, ImageError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture, read_compressed, read_image
-from densegeo.ros.metric import Evidence, calibrated, explain
+from densegeo.ros.metric import Asked, Known, calibrated, facts, known_of, uncertainty
 from densegeo.runtime import Camera, Estimator
 from densegeo.runtime.stream import FrameResult
 from densegeo_ros import convert, parameters, qos
 from densegeo_ros.diagnostics import Tally
-from densegeo_ros.sensors import RANGE_SENSORS, Frames, Sensor
+from densegeo_ros.sensors import RANGE_SENSORS, Frames, ImuSensor, RangeSensor
 from densegeo_ros.worker import Worker
 
 SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in ("SUCCESS", "FAILURE", "ERROR"))
@@ -37,7 +37,7 @@ class Given(NamedTuple):
     header: Any
     picture: Picture
     info: CameraInfo | None
-    evidence: Evidence
+    known: Known
 
 
 class GeometryNode(LifecycleNode):
@@ -49,10 +49,10 @@ class GeometryNode(LifecycleNode):
         super().__init__("geometry", **options)
         parameters.declare(self)
         self.add_on_set_parameters_callback(self._check_parameters)
-        self._values = SimpleNamespace()
+        self._values, self._asked = SimpleNamespace(), Asked()
         self._estimator: Estimator | None = None
         self._worker: Worker | None = None
-        self._sensors: dict[str, Sensor] = {}
+        self._sensors: list[RangeSensor | ImuSensor] = []
         self._infos: OrderedDict[int, CameraInfo] = OrderedDict()
         self._camera: tuple[Any, Camera | None] = (None, None)
         self._inputs: list[Any] = []
@@ -108,13 +108,14 @@ class GeometryNode(LifecycleNode):
         values = self._values = parameters.read(self)
         if self._timer is None:
             self._timer = self.create_timer(values.diagnostics_period, self._report)
+        self._asked = Asked(values.near, values.far, values.camera_height)
         self._sensors = self._make_sensors(values)
         self._estimator = Estimator(
             values.bundle, values.backend, values.device, fit=values.fit, timeout_s=values.timeout_s
         )
         has = self._estimator.manifest.decode.has
-        lacking = {} if has("depth") else {"depth", "relative_depth", "points"}
-        lacking = lacking or (set() if has("normals") else {"normals"})
+        lacking = set() if has("depth") else {"depth", "depth_up_to_scale", "relative_depth", "points"}
+        lacking |= set() if has("normals") else {"normals", "depth_up_to_scale"}
         for topic, kind in convert.CLASSES.items():
             if topic not in lacking:
                 self._results[topic] = self._publisher(kind, f"~/{topic}")
@@ -132,8 +133,8 @@ class GeometryNode(LifecycleNode):
         kind, topic = (CompressedImage, "image/compressed") if compressed else (Image, "image")
         self._subscribe(kind, topic, self._on_image)
         self._subscribe(CameraInfo, "camera_info", self._on_camera_info)
-        if "anchors" in self._sensors:
-            self._subscribe(RANGE_SENSORS[self._values.anchors], "anchors", self._sensors["anchors"].take)
+        for sensor in self._sensors:
+            self._subscribe(sensor.kind, sensor.topic, sensor.take)
         return super().on_activate(state)
 
     def _stop(self) -> None:
@@ -161,11 +162,14 @@ class GeometryNode(LifecycleNode):
             self.destroy_timer(self._timer)
             self._timer = None
 
-    def _make_sensors(self, values: SimpleNamespace) -> dict[str, Sensor]:
-        if not values.anchors:
-            return {}
-        frames = Frames(self, values.anchors_transform, "anchors_transform")
-        return {"anchors": Sensor(frames, values.anchors_max_age)}
+    def _make_sensors(self, values: SimpleNamespace) -> list[RangeSensor | ImuSensor]:
+        found: list[RangeSensor | ImuSensor] = []
+        if values.anchors:
+            frames = Frames(self, values.anchors_transform, "anchors_transform")
+            found.append(RangeSensor(RANGE_SENSORS[values.anchors], frames, values.anchors_max_age))
+        if values.imu:
+            found.append(ImuSensor(Frames(self, values.imu_transform, "imu_transform")))
+        return found
 
     def _subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
         name = self.resolve_topic_name(topic)
@@ -198,8 +202,8 @@ class GeometryNode(LifecycleNode):
         while len(self._infos) > KEPT:
             self._infos.popitem(last=False)
 
-    def _on_image(self, message: Any) -> None:
-        self._tally.count("received")
+    def _on_image(self, message: Any, about: Any) -> None:
+        self._tally.receive(about["publication_sequence_number"] or 0)
         if self.get_parameter("lazy").value and not self._wanted():
             self._tally.count("idle")
             return
@@ -211,7 +215,7 @@ class GeometryNode(LifecycleNode):
         assert self._worker is not None
         try:
             given = self._given(message)
-            self._worker.put(given.picture.image, given.picture.color, given)
+            self._worker.put(given.picture.image, given.picture.color, given, **self._facts(given.known))
         except BackendError as error:
             self._on_failure(error)
         except (ImageError, ConfigError) as error:
@@ -220,13 +224,18 @@ class GeometryNode(LifecycleNode):
     def _given(self, message: Any) -> Given:
         """Raises ImageError, and ConfigError for a camera_info that is none."""
         picture = read_compressed(message) if hasattr(message, "format") else read_image(message, self._values.ycbcr)
-        header, values = message.header, self._values
-        stamp = convert.nanoseconds(header)
-        info = self._infos.get(stamp) or next(reversed(self._infos.values()), None)
-        evidence = Evidence(self._camera_of(info), near=values.near, far=values.far)
-        if "anchors" in self._sensors:
-            evidence = evidence._replace(points=self._sensors["anchors"].points(stamp, header.frame_id))
-        return Given(header, picture, info, evidence)
+        header = message.header
+        info = self._infos.get(convert.nanoseconds(header)) or next(reversed(self._infos.values()), None)
+        camera = self._camera_of(info)
+        known = known_of(camera, None if camera is None else picture.size)
+        for sensor in self._sensors:
+            known = sensor.add(known, header)
+        return Given(header, picture, info, known)
+
+    def _facts(self, known: Known) -> dict[str, Any]:
+        """What the stream is told. The camera alone gives depth of an unknown unit: only where somebody wants that."""
+        found = facts(known, self._asked)
+        return found if self._sensors or self._asked.camera_height or "depth_up_to_scale" in self._wanted() else {}
 
     def _camera_of(self, info: CameraInfo | None) -> Camera | None:
         """Made anew only when the calibration changes. Raises ConfigError."""
@@ -255,10 +264,10 @@ class GeometryNode(LifecycleNode):
         if result.error is not None:
             self._reject(result.error)
             return
-        geometry, reason = calibrated(result.geometry, given.evidence)
-        self._tally.depth = reason or explain(geometry)
+        geometry, self._tally.depth = calibrated(result.geometry, result.refusal, given.known, self._asked)
+        self._tally.uncertainty = uncertainty(geometry)
         options = outputs.Options(self.get_parameter("depth_encoding").value, self.get_parameter("points_stride").value)
-        fields = outputs.messages(geometry, given.picture, given.evidence.camera, self._wanted(), options)
+        fields = outputs.messages(geometry, given.picture, given.known.camera, self._wanted(), options)
         for topic, content in fields.items():
             self._results[topic].publish(convert.message(topic, given.header, content))
         if given.info is not None and "camera_info" in self._wanted():

@@ -63,6 +63,18 @@ ROWS = (
     Row("lazy", True, "Run the network only while a result has a subscriber.", live=True),
     Row("near", 0.0, "Smallest depth of the scene in metres; with `far`, depth is metric. 0: unknown.", (0.0, 1e4)),
     Row("far", 0.0, "Largest depth of the scene in metres. 0: unknown.", (0.0, 1e4)),
+    Row(
+        "camera_height",
+        0.0,
+        "Metres of the camera over the floor; with camera_info, depth is metric where a floor is seen. 0: unknown.",
+        (0.0, 1000.0),
+    ),
+    Row("imu", False, "Take from the Imu messages on the topic imu which way is up, for camera_height."),
+    Row(
+        "imu_transform",
+        [0.0],
+        "x y z qx qy qz qw of the IMU's frame in the camera's optical frame; one 0: looked up with tf2.",
+    ),
     Row("anchors", "", "The type of measured ranges on the topic anchors; empty: there are none.", choices=SENSORS),
     Row(
         "anchors_transform",
@@ -88,7 +100,10 @@ def read(node: LifecycleNode) -> SimpleNamespace:
             raise ConfigError(reason)
     if (values.near > 0) != (values.far > 0) or values.near > values.far:
         raise ConfigError(f"near and far belong together, with near < far; they are {values.near} and {values.far}.")
-    values.anchors_transform = transform_of(values.anchors_transform)
+    if values.imu and not values.camera_height:
+        raise ConfigError("imu says which way is up, which camera_height alone needs: set camera_height too.")
+    for name in ("anchors_transform", "imu_transform"):
+        setattr(values, name, transform_of(getattr(values, name)))
     return values
 
 

@@ -1,17 +1,17 @@
-"""What else measures: ranges for anchors, in the camera's frame."""
+"""What else measures: ranges for anchors, and an IMU for up, in the camera's frame."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
 from rclpy.time import Time
-from sensor_msgs.msg import LaserScan, PointCloud2, Range
+from sensor_msgs.msg import Imu, LaserScan, PointCloud2, Range
 
-from densegeo.errors import ConfigError
+from densegeo.errors import ConfigError, ImageError
+from densegeo.ros.gravity import Gravity
+from densegeo.ros.metric import Known, turned
 from densegeo.ros.ranges import IDENTITY, Transform, read_points
 from densegeo_ros.convert import nanoseconds
 
@@ -20,7 +20,7 @@ KEPT = 20  # messages of a sensor
 
 
 class Frames:
-    """Transforms between frames: one that a parameter gave, or tf2's.
+    """Transforms between a sensor's frame and a camera's: the one that a parameter gave, or tf2's.
 
     Raises ConfigError where none is given and tf2_ros is not installed.
     """
@@ -50,26 +50,57 @@ class Frames:
         return self._found.get((source, target))
 
 
-class Sensor:
-    """The last messages of one topic, and the frame they are in."""
+class RangeSensor:
+    """The last ranges of a topic: points of what is known of an image."""
 
-    def __init__(self, frames: Frames, max_age: float) -> None:
-        self._frames, self._max_age = frames, max_age
+    topic = "anchors"
+
+    def __init__(self, kind: type, frames: Frames, max_age: float) -> None:
+        self.kind, self._frames, self._max_age = kind, frames, max_age
         self._messages: deque[Any] = deque(maxlen=KEPT)
 
     def take(self, message: Any) -> None:
         """A subscription's callback."""
         self._messages.append(message)
 
-    def nearest(self, stamp: int) -> Any:
-        """The message nearest in time to a stamp in nanoseconds, or None where all are too old or too new."""
+    def add(self, known: Known, header: Any) -> Known:
+        """With the points nearest in time to an image's header, or with why there are none."""
+        stamp = nanoseconds(header)
         near = min(list(self._messages), key=lambda one: abs(nanoseconds(one.header) - stamp), default=None)
         if near is None or abs(nanoseconds(near.header) - stamp) > self._max_age * 1e9:
-            return None
-        return near
+            what = "have come" if near is None else f"lie within {self._max_age:g} s of the image"
+            return known.without(f"no ranges {what}")
+        into = self._frames.between(near.header.frame_id, header.frame_id)
+        if into is None:
+            return known.without(_unknown(near.header.frame_id, header.frame_id))
+        try:
+            return known._replace(points=into(read_points(near)))
+        except ImageError as error:
+            return known.without(str(error).rstrip("."))
 
-    def points(self, stamp: int, frame: str) -> NDArray[np.float64] | None:
-        """Points (N, 3) in metres in the camera's frame, or None where there is nothing to be had."""
-        message = self.nearest(stamp)
-        transform = message and self._frames.between(message.header.frame_id, frame)
-        return None if transform is None else transform(read_points(message))
+
+class ImuSensor:
+    """The gravity that an IMU's topic measures: up of what is known of an image."""
+
+    topic, kind = "imu", Imu
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames, self._gravity = frames, Gravity()
+
+    def take(self, message: Any) -> None:
+        """A subscription's callback."""
+        self._gravity.take(message)
+
+    def add(self, known: Known, header: Any) -> Known:
+        """With the direction at an image's header, or with why there is none."""
+        up = self._gravity.up(nanoseconds(header) / 1e9)
+        if up is None:
+            return known.without(self._gravity.problem)
+        into = self._frames.between(self._gravity.frame, header.frame_id)
+        if into is None:
+            return known.without(_unknown(self._gravity.frame, header.frame_id))
+        return known._replace(up=turned(up, into))
+
+
+def _unknown(source: str, target: str) -> str:
+    return f"tf2 does not know how {source!r} lies to {target!r}"

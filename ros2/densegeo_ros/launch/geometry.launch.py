@@ -15,6 +15,7 @@ TOPICS = {
     "image/compressed": "/camera/image_raw/compressed",
     "camera_info": "/camera/camera_info",
     "anchors": "/scan",
+    "imu": "/imu/data_raw",
 }
 
 

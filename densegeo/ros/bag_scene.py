@@ -1,0 +1,138 @@
+"""What a bag says of the scene beside its images: cameras, transforms, ranges and gravity, read as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from densegeo.ros.bag_input import Bag, Item
+from densegeo.ros.gravity import Gravity
+from densegeo.ros.metric import Known, known_of, turned
+from densegeo.ros.ranges import Transform, read_points
+from densegeo.ros.static import StaticTransforms
+from densegeo.runtime.camera import Camera
+
+STATIC = "/tf_static"
+
+
+@dataclass(frozen=True)
+class Sensors:
+    """Topics of ranges and of an IMU, "" for none, and where they sit: seven numbers, () where /tf_static says it.
+
+    anchors_max_age: seconds.
+    """
+
+    anchors_topic: str = ""
+    anchors_transform: tuple[float, ...] = ()
+    anchors_max_age: float = 0.2
+    imu_topic: str = ""
+    imu_transform: tuple[float, ...] = ()
+
+
+class Source(NamedTuple):
+    """An image topic. info: its camera_info's topic, or "" where there is none."""
+
+    topic: str
+    info: str
+
+    @property
+    def rectified(self) -> bool:
+        """By ROS' convention on names (image_proc)."""
+        return "image_rect" in self.topic
+
+    def result(self, name: str) -> str:
+        """The topic of a result."""
+        return f"{base(self.topic)}/densegeo/{name}"
+
+
+def base(topic: str) -> str:
+    """Without the transport's suffix."""
+    return topic.removesuffix("/compressed")
+
+
+class Scene:
+    """topics: those to `take`, message by message. Raises ConfigError for transforms that are none."""
+
+    def __init__(self, bag: Bag, sources: Collection[Source], sensors: Sensors) -> None:
+        self._bag, self._sensors = bag, sensors
+        self._infos: dict[str, Any] = {}
+        self._cameras: dict[tuple[str, bool], Camera | None] = {}
+        self._ranges: Any = None
+        self._gravity = Gravity()
+        self._static = StaticTransforms()
+        self._given = {
+            topic: Transform.of(given)
+            for topic, given in (
+                (sensors.anchors_topic, sensors.anchors_transform),
+                (sensors.imu_topic, sensors.imu_transform),
+            )
+            if topic and given
+        }
+        infos = {source.info for source in sources if source.info}
+        self._look_ahead(infos, {sensors.anchors_topic, sensors.imu_topic} - {""} - set(self._given))
+        self.topics = infos | ({sensors.anchors_topic, sensors.imu_topic} - {""})
+
+    def take(self, item: Item) -> None:
+        """A message of one of `topics`."""
+        message = self._bag.decode(item)
+        if item.topic == self._sensors.anchors_topic:
+            self._ranges = message
+        elif item.topic == self._sensors.imu_topic:
+            self._gravity.take(message)
+        else:
+            self._infos[item.topic] = message
+            for rectified in (False, True):
+                self._cameras.pop((item.topic, rectified), None)
+
+    def info(self, source: Source) -> Any:
+        """The newest camera_info, or None."""
+        return self._infos.get(source.info)
+
+    def known(self, source: Source, header: Any, size: tuple[int, int] | None) -> Known:
+        """Of an image, by what was taken until now. Raises BagError where a sensor's place is not known."""
+        found = known_of(self._camera(source), size)
+        for topic, add in ((self._sensors.anchors_topic, self._add_ranges), (self._sensors.imu_topic, self._add_up)):
+            found = add(found, header) if topic else found
+        return found
+
+    def _add_ranges(self, found: Known, header: Any) -> Known:
+        ranges, most = self._ranges, self._sensors.anchors_max_age
+        if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > most:
+            return found.without(f"no ranges lie within {most:g} s before the image")
+        into = self._between(self._sensors.anchors_topic, ranges.header.frame_id, header.frame_id)
+        return found._replace(points=into(read_points(ranges)))
+
+    def _add_up(self, found: Known, header: Any) -> Known:
+        up = self._gravity.up(_seconds(header))
+        if up is None:
+            return found.without(self._gravity.problem)
+        return found._replace(
+            up=turned(up, self._between(self._sensors.imu_topic, self._gravity.frame, header.frame_id))
+        )
+
+    def _between(self, topic: str, source: str, target: str) -> Transform:
+        return self._given.get(topic) or self._static.between(source, target)
+
+    def _camera(self, source: Source) -> Camera | None:
+        key = (source.info, source.rectified)
+        if key not in self._cameras:
+            info = self._infos.get(source.info)
+            self._cameras[key] = None if info is None else Camera.from_camera_info(info, source.rectified)
+        return self._cameras[key]
+
+    def _look_ahead(self, infos: set[str], placed: set[str]) -> None:
+        """Every topic's first camera_info, which may come after the first image, and all static transforms."""
+        missing = set(infos)
+        for item in self._bag.messages(missing):
+            if item.topic in missing:
+                self._infos[item.topic] = self._bag.decode(item)
+                missing.discard(item.topic)
+            if not missing:
+                break
+        for item in self._bag.messages([STATIC]) if placed else ():
+            self._static.add(self._bag.decode(item))
+
+
+def _seconds(header: Any) -> float:
+    return float(header.stamp.sec + header.stamp.nanosec / 1e9)
