@@ -72,7 +72,15 @@ class BodyTooLargeError(RequestError):
 
 
 class MediaTypeError(RequestError):
-    """A body of a type or an encoding that the server does not read, or an answer asked for that it cannot write."""
+    """A body of a type or an encoding that the server does not read."""
+
+
+class NotAcceptableError(RequestError):
+    """An answer asked for of a type that the server does not write."""
+
+
+class MethodError(RequestError):
+    """An address asked with another method than it takes."""
 
 
 class SlowRequestError(RequestError):

@@ -42,6 +42,19 @@ def cache_directory() -> Path:
     return path
 
 
+def readable_by_others(path: Path) -> str | None:
+    """Why others than this user and root can read a file that is secret, and what to do; None where they cannot.
+
+    A group that may read counts as others unless it is the user's own primary group. Raises OSError.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    status = path.stat()
+    if status.st_mode & stat.S_IROTH or (status.st_mode & stat.S_IRGRP and status.st_gid != os.getegid()):
+        return f"can be read by others (mode {stat.S_IMODE(status.st_mode):o}): say `chmod 600 {path}`"
+    return None
+
+
 def writable_by_others(path: Path) -> str | None:
     """Why others than this user and root can write a file or directory, and what to do; None where they cannot.
 

@@ -147,7 +147,7 @@ def from_range(kind: DepthKind, values: NDArray[Any], near: float, far: float) -
     Raises CalibrationError unless 0 < near < far and the prediction is not flat.
     """
     near, far = number("near", near), number("far", far)
-    if not (np.isfinite(near) and np.isfinite(far) and 0 < near < far):
+    if not (np.isfinite(near) and np.isfinite(far) and np.finfo(np.float32).tiny <= near < far):
         raise CalibrationError(f"near and far must be finite metres with 0 < near < far, not {near} and {far}.")
     doubt_metres("near and far", near, stacklevel=3)
     percentiles(values)

@@ -23,6 +23,8 @@ FAILURES: tuple[tuple[type[e.DensegeoError], Failure], ...] = (
     (e.BodyTooLargeError, Failure(413, "too_large")),
     (e.ImageFormatError, Failure(415, "media_type")),
     (e.MediaTypeError, Failure(415, "media_type")),
+    (e.NotAcceptableError, Failure(406, "media_type")),
+    (e.MethodError, Failure(405, "not_found")),
     (e.SlowRequestError, Failure(408, "slow")),
     (e.UnauthorizedError, Failure(401, "unauthorized")),
     (e.ForbiddenError, Failure(403, "forbidden")),

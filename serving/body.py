@@ -57,7 +57,7 @@ def unpack(body: bytes, windows: int, options: Options) -> bytes:
     try:
         found = machine.decompress(body, options.max_body + 1)
     except zlib.error as error:
-        raise RequestError(f"The body cannot be unpacked: {error}.") from None
+        raise RequestError(f"The body cannot be unpacked: {str(error).rstrip('.')}.") from None
     if len(found) > options.max_body:
         raise _too_large(options)
     if not machine.eof or machine.unused_data:

@@ -17,7 +17,15 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
-from densegeo.errors import BusyError, DensegeoError, ForbiddenError, NotFoundError, UnauthorizedError
+from densegeo.errors import (
+    BusyError,
+    DensegeoError,
+    ForbiddenError,
+    MethodError,
+    NotFoundError,
+    RequestError,
+    UnauthorizedError,
+)
 from densegeo.serving.answers import error_response, failure
 from densegeo.serving.body import ClientGoneError
 from densegeo.serving.logs import FIELDS, request_id
@@ -80,9 +88,13 @@ class Front:
         except ClientGoneError:
             exchange.status = GONE
         except HTTPException as error:  # of the router: 404 and 405
-            unknown = NotFoundError(f"There is nothing at {scope['method']} {scope['path'][:200]}; /docs says what is.")
-            exchange.fail(unknown, failure(unknown).reason)
-            response = error_response(error.status_code, str(unknown), type(unknown).__name__)
+            allowed = (error.headers or {}).get("Allow")
+            refused: RequestError = NotFoundError(f"There is nothing at {scope['path'][:200]}; /docs says what is.")
+            if error.status_code == 405:
+                refused = MethodError(f"{scope['path'][:200]} takes {allowed}, not {scope['method'][:20]}; see /docs.")
+            status, reason = failure(refused)
+            exchange.fail(refused, reason)
+            response = error_response(status, str(refused), type(refused).__name__)
             response.headers.update(error.headers or {})
             await self._send(response, scope, receive, exchange)
         except DensegeoError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from densegeo.errors import ConfigError
+from densegeo.files import readable_by_others
 
 MIB = 2**20
 MAX_PIXELS = 25_000_000  # of one picture; three bytes each, and four times that as float32
@@ -76,12 +77,15 @@ class Options:
 def read_token(path: Path) -> bytes:
     """The token that a file holds, without the line's end. Raises ConfigError."""
     try:
+        reason = readable_by_others(path)
         token = path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"The token file {path} cannot be read: {error.strerror or error}.") from error
+    if reason is not None:
+        raise ConfigError(f"The token file {path} {reason}.")
     if len(token) < TOKEN_BYTES or not token.isascii() or b" " in token:
         raise ConfigError(
             f"{path} must hold one token of at least {TOKEN_BYTES} ASCII characters without spaces. Make one: "
-            f"`openssl rand -hex 32 > {path}`"
+            f"`(umask 077; openssl rand -hex 32 > {path})`"
         )
     return token

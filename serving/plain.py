@@ -15,8 +15,10 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from densegeo.errors import MediaTypeError, RequestError
-from densegeo.runtime import Camera, Geometry
+from densegeo.errors import ConfigError, MediaTypeError, MissingOutputError, NotAcceptableError, RequestError
+from densegeo.formats import RESULTS
+from densegeo.outputs import Decode
+from densegeo.runtime import Geometry
 from densegeo.serving.body import parts
 from densegeo.serving.metres import METRES, Metres, read_metres
 from densegeo.serving.options import Options
@@ -39,8 +41,8 @@ ANSWERS = (
     Answer("application/x-npz", "npz", "arrays for numpy: prediction, normals, valid, and depth when metric"),
     Answer("application/json", "json", "the same as JSON, with what was said of them"),
     Answer("image/png", "png16", "16-bit millimetres, 0 where there is none; metric results alone"),
-    Answer("model/ply", "ply", "a point cloud with normals; metric results with intrinsics"),
-    Answer("model/gltf-binary", "glb", "a point cloud for viewers; metric results with intrinsics"),
+    Answer("model/ply", "ply", "a point cloud with normals; needs intrinsics, which alone give a shape of unknown unit"),
+    Answer("model/gltf-binary", "glb", "a mesh for viewers; the same"),
 )
 
 
@@ -48,10 +50,6 @@ class Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The form's fields beside the picture and what makes the result metric."""
 
     model: Annotated[str | None, Meta(description="A model's name; the server's first one by default.")] = None
-    intrinsics: Annotated[
-        tuple[float, float, float, float] | None,
-        Meta(description="fx, fy, cx, cy in pixels of the upright picture, pixel centres at integers."),
-    ] = None
     outputs: Annotated[
         Annotated[list[Literal["depth", "normals"]], Meta(min_length=1)] | None,
         Meta(description="Which are wanted, commas between; all that there are by default."),
@@ -89,7 +87,8 @@ async def read_form(request: Request, body: bytes, options: Options) -> Asked:
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, AssertionError) as error:
-        raise RequestError(f"The form cannot be read: {getattr(error, 'message', error)}.") from None
+        why = str(getattr(error, "message", error)).rstrip(".")
+        raise RequestError(f"The form cannot be read: {why}.") from None
     named = form.multi_items()
     if len({name for name, _ in named}) != len(named):
         raise RequestError("The form has a field twice; each is given once.")
@@ -104,27 +103,27 @@ def _read_texts(texts: Mapping[str, Any]) -> tuple[Fields, Metres]:
     unknown = [name for name in texts if name not in (*FIELDS, *METRES)]
     if unknown:
         raise RequestError(f"There is no field {unknown[0][:60]!r}; there are {', '.join((IMAGE, *FIELDS, *METRES))}.")
+    empty = [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
+    if empty:
+        raise RequestError(f"The field {empty[0]} is empty: give it a value, or leave it out.")
     given: dict[str, Any] = {name: value for name, value in texts.items() if name in FIELDS}
-    for name in ("intrinsics", "outputs"):
-        if isinstance(text := given.get(name), str):
-            given[name] = [part.strip() for part in text.strip().strip("[]").split(",")]
+    if isinstance(text := given.get("outputs"), str):
+        given["outputs"] = [part.strip() for part in text.strip().strip("[]").split(",")]
     try:
         fields = msgspec.convert(given, Fields, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(f"The form's fields cannot be read: {error}.") from None
-    if fields.intrinsics is not None:
-        Camera.of(fields.intrinsics)  # before anything runs
     return fields, read_metres({name: value for name, value in texts.items() if name in METRES})
 
 
 def choose_answer(accept: str | None) -> Answer:
-    """The media type that the client wants most of those there are, by its Accept header. Raises MediaTypeError."""
+    """The media type that the client wants most of those there are, by its Accept header. Raises NotAcceptableError."""
     ranked = sorted(_accepted(accept or "*/*"), key=lambda pair: -pair[1])
     for wanted, quality in ranked:
         for answer in ANSWERS if quality > 0 else ():
             if wanted in (answer.media_type, "*/*", f"{answer.media_type.partition('/')[0]}/*"):
                 return answer
-    raise MediaTypeError(
+    raise NotAcceptableError(
         f"None of {', '.join(answer.media_type for answer in ANSWERS)} is accepted: Accept is {(accept or '')[:80]!r}."
     )
 
@@ -145,12 +144,38 @@ def _accepted(header: str) -> list[tuple[str, float]]:
     return found
 
 
+def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
+    """Raise, before anything runs, what `write_geometry` would raise whatever the picture."""
+    for wanted in asked.fields.outputs or ():
+        if not decode.has(wanted):
+            there = " and ".join(output.kind for output in decode.outputs)
+            raise MissingOutputError(f"There are no {wanted} to be had: this model has {there}.")
+    geometry = asked.metres.rehearse(decode)
+    row = RESULTS[answer.format]
+    if row.needs != "nothing" and asked.fields.outputs is not None and "depth" not in asked.fields.outputs:
+        raise RequestError(f"{answer.media_type} holds depth, and outputs leaves it out: add depth, or accept another.")
+    if row.needs == "metres":
+        geometry.require_depth(row.about, metres=True)
+    elif row.needs == "depth" and not _to_scale(asked, answer):
+        geometry.require_depth(row.about)
+    if row.intrinsics and asked.metres.intrinsics is None:
+        raise ConfigError(f"{answer.media_type} needs the camera: give intrinsics, fx,fy,cx,cy.")
+
+
 def write_geometry(asked: Asked, answer: Answer, geometry: Geometry) -> bytes:
     """The answer's file. Raises what `to_metric` and `Geometry.encode` raise."""
-    wanted = asked.fields.outputs
-    metric = asked.metres.apply(geometry)
+    wanted, intrinsics = asked.fields.outputs, asked.metres.intrinsics
+    found = asked.metres.apply(geometry)
+    if intrinsics is not None and _to_scale(asked, answer):
+        found = found.to_scale(intrinsics)
     if wanted is not None and "depth" not in wanted:
-        metric = dataclasses.replace(metric, prediction=None, depth_kind=None, calibration=None)
+        found = dataclasses.replace(found, prediction=None, depth_kind=None, calibration=None)
     if wanted is not None and "normals" not in wanted:
-        metric = dataclasses.replace(metric, normals=None)
-    return metric.encode(answer.format, intrinsics=asked.fields.intrinsics, image=asked.picture)
+        found = dataclasses.replace(found, normals=None)
+    return found.encode(answer.format, intrinsics=intrinsics, image=asked.picture)
+
+
+def _to_scale(asked: Asked, answer: Answer) -> bool:
+    """Whether a shape is wanted, of which nothing tells the unit."""
+    shape = RESULTS[answer.format].needs == "depth"
+    return shape and not asked.metres.given and asked.metres.intrinsics is not None

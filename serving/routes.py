@@ -118,7 +118,7 @@ ROWS = (
     Row("GET", "/metrics", "prometheus", "Counts and times, in Prometheus' text format."),
     Row("GET", "/v2", "server", "Name, version and extensions of this server.", gives=ServerMetadata),
     Row("GET", "/v2/health/live", "live", "Whether the server answers.", open=True, gives=Health),
-    Row("GET", "/v2/health/ready", "ready", "200 when every model takes requests, else 503.", open=True, gives=Health),
+    Row("GET", "/v2/health/ready", "ready", "200 when every model that was not unloaded takes requests.", open=True, gives=Health),
     Row("GET", "/v2/models", "models", "Names of the models.", gives=ModelList),
     Row("GET", MODEL, "model", "Inputs and outputs of a model.", gives=ModelMetadata),
     Row("GET", VERSIONED, "model", "The same, of one version.", gives=ModelMetadata),
@@ -265,6 +265,7 @@ class Handlers:
         self._note(request, model, images=1, format=answer.format)
         deadline = Deadline(asked.fields.deadline_ms, request.state.arrived)
         with model.lease() as estimator:
+            plain.rehearse(asked, answer, estimator.manifest.decode)
             (geometry,) = await self._service.estimate(estimator, [asked.picture], deadline)
         self._tracing.stages(geometry.timings)
         written = await self._service.run(lambda: plain.write_geometry(asked, answer, geometry))

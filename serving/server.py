@@ -42,6 +42,31 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _check_tls(options: Options) -> None:
+    """Raises ConfigError that names the file, and never asks for a password."""
+    if options.tls_certificate is None or options.tls_key is None:
+        return
+    for option, path in (("--tls-certificate", options.tls_certificate), ("--tls-key", options.tls_key)):
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{option} {path} cannot be read: {error.strerror or error}.") from error
+        wanted = b"CERTIFICATE" if option == "--tls-certificate" else b"PRIVATE KEY"
+        if b"-----BEGIN " not in text or wanted not in text:
+            raise ConfigError(f"{option} {path} is no PEM file with a {wanted.decode().lower()}.")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.tls_certificate, options.tls_key, password=lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        if reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"--tls-key {options.tls_key} is not the key of {options.tls_certificate}.") from error
+        raise ConfigError(
+            f"--tls-certificate {options.tls_certificate} and --tls-key {options.tls_key} cannot be used: {reason}. They "
+            "are PEM files, the key without a password."
+        ) from error
+
+
 class Server(uvicorn.Server):
     """Ends on SIGTERM and SIGINT after what was accepted is answered, at the second signal at once.
 
@@ -49,6 +74,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, service: Service, options: Options) -> None:
+        _check_tls(options)
         config = uvicorn.Config(
             app,
             http=_protocol(options),
@@ -65,10 +91,7 @@ class Server(uvicorn.Server):
             ssl_certfile=options.tls_certificate,
             ssl_keyfile=options.tls_key,
         )
-        try:
-            config.load()
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"The TLS certificate or key cannot be used: {error}.") from error
+        config.load()
         super().__init__(config)
         self.exit_code = 0
         self._service, self._options = service, options

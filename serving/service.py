@@ -49,8 +49,9 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every model can take requests."""
-        return not (self.draining or self.hung) and all(model.current for model in self.models.values())
+        """Whether every model that is to take requests can: all but those that were unloaded."""
+        models = self.models.values()
+        return not (self.draining or self.hung) and all(model.current for model in models if model.wanted)
 
     def model(self, name: str | None, version: str | None = None) -> Model:
         """The model of a name, or the default. Raises NotFoundError, also for another version than the current."""

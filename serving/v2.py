@@ -103,6 +103,7 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
     parameters = _known(asked.parameters)
     metres = read_metres({name: value for name, value in parameters.items() if name in METRES})
     outputs = _outputs(asked, parameters, decode, metres)
+    metres.rehearse(decode)
     pixels = _pixels(asked.inputs, binary, most)
     batched = pixels.ndim == 4
     images = list(pixels) if batched else [pixels]

@@ -52,7 +52,7 @@ def known_of(camera: Camera | None, size: tuple[int, int] | None) -> Known:
     try:
         return Known(camera.at(size))
     except ConfigError as error:
-        return Known().without(f"camera_info is of another picture: {error}")
+        return Known().without(f"camera_info is of another picture: {str(error).rstrip('.')}")
 
 
 def turned(up: Float64, into: Transform) -> Float64:

@@ -11,13 +11,16 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+import tritonclient.http as triton
 from PIL import Image
 
 from densegeo.runtime import Estimator, Geometry
+from densegeo.runtime.ready import find_bundle
 from densegeo.serving import plain
 from densegeo.serving.metres import METRES
 from densegeo.serving.routes import ROWS
-from tests.support.serving import Served
+from tests.support.project import ROOT
+from tests.support.serving import Served, metrics, served
 
 METRIC = {"near": "1", "far": "4"}
 CAMERA = {"intrinsics": "50,50,30,22"}
@@ -103,6 +106,11 @@ def test_anchors(server: Served, picture: np.ndarray, result: Geometry) -> None:
         (None, {"deadline_ms": "0"}, 400, "RequestError"),
         (None, {"deadline_ms": "0.001"}, 504, "DeadlineError"),
         (None, {"anchors": "[[0, 0, 1]]"}, 400, "CalibrationError"),
+        (None, {"near": "", "far": "2"}, 400, "RequestError"),
+        (None, {"camera_height": "1.2"}, 400, "CalibrationError"),
+        (None, {"camera_height": "high", **CAMERA}, 400, "RequestError"),
+        (None, {"up": "0,-1", "camera_height": "1", **CAMERA}, 400, "RequestError"),
+        (None, {"size": "[[1, 2], [3, 4]]", **CAMERA}, 400, "RequestError"),
         (None, {"model": "other"}, 404, "NotFoundError"),
         (None, {"model": "../bundle"}, 404, "NotFoundError"),
     ],
@@ -120,8 +128,65 @@ def test_what_an_answer_needs_is_said(server: Served, picture: np.ndarray) -> No
     answer = post(server, encoded(picture), "model/ply", **METRIC)
     assert (answer.status_code, answer.json()["type"]) == (400, "ConfigError")
     answer = post(server, encoded(picture), "text/html")
-    assert (answer.status_code, answer.json()["type"]) == (415, "MediaTypeError")
+    assert (answer.status_code, answer.json()["type"]) == (406, "NotAcceptableError")
     assert "application/x-npz" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields", "name", "says"),
+    [
+        ("*/*", {"near": "5", "far": "1"}, "CalibrationError", "0 < near < far"),
+        ("*/*", {"near": "1e-320", "far": "1e-310"}, "CalibrationError", "0 < near < far"),
+        ("*/*", {"scale": "nan", "shift": "0"}, "CalibrationError", "finite"),
+        ("*/*", {"scale": "2", "shift": "-1000"}, "CalibrationError", "no pixel a depth"),
+        ("*/*", {"anchors": "[]"}, "CalibrationError", "anchors is empty"),
+        ("*/*", {"anchors": "[[3, 4, -1]]"}, "CalibrationError", "positive metres"),
+        ("*/*", {**METRIC, "anchors": "[[3, 4, 1]]"}, "CalibrationError", "exactly one of"),
+        ("*/*", {"camera_height": "-1", **CAMERA}, "CalibrationError", "metres above 0"),
+        ("*/*", {"camera_height": "1"}, "CalibrationError", "needs intrinsics"),
+        ("*/*", {"up": "0,-1,0", **CAMERA}, "CalibrationError", "give camera_height too"),
+        ("*/*", {"size": "[[1, 2], [3, 4], 0]", **CAMERA}, "CalibrationError", "above 0"),
+        ("image/png", {}, "NotMetricError", "millimetres"),
+        ("image/png", {"outputs": "normals"}, "RequestError", "outputs leaves it out"),
+        ("model/ply", METRIC, "ConfigError", "give intrinsics"),
+        ("model/gltf-binary", {}, "NotMetricError", "alibrate"),
+    ],
+)
+def test_what_no_picture_could_go_with_is_refused_before_anything_runs(
+    server: Served, picture: np.ndarray, accept: str, fields: dict[str, str], name: str, says: str
+) -> None:
+    ran = metrics(server.url)['densegeo_requests_accepted_total{model="bundle"}']
+    answer = post(server, encoded(picture), accept, **fields)
+    assert (answer.status_code, answer.json()["type"]) == (400, name), answer.text
+    assert says in answer.json()["error"]
+    assert ".." not in answer.json()["error"].replace("...", "")
+    assert metrics(server.url)['densegeo_requests_accepted_total{model="bundle"}'] == ran
+
+
+def test_facts_that_intrinsics_help(tmp_path: Path) -> None:
+    """A height, two pixels, one anchor: the numbers of `to_metric`; the camera alone: a shape of unknown unit."""
+    hall = Image.open(ROOT / "densegeo" / "photographs" / "hall.jpg").convert("RGB").resize((192, 144))
+    bundle, given, lens = find_bundle("fe2e-tiny"), encoded(np.asarray(hall)), (166.0, 166.0, 95.5, 71.5)
+    with Estimator(bundle, device="cpu") as estimator:
+        geometry = estimator(given)
+    camera = {"intrinsics": "166,166,95.5,71.5"}
+    with served(bundle) as server:
+        for fields, facts in (
+            ({"camera_height": "1.6", "up": "[0.1, -0.97, -0.15]"}, {"camera_height": 1.6, "up": (0.1, -0.97, -0.15)}),
+            ({"size": "[[60, 120], [130, 121], 1.5]"}, {"size": (((60, 120), (130, 121)), 1.5)}),
+            ({"anchors": "[[96, 100, 3.0]]"}, {"anchors": ([[96, 100]], [3.0])}),
+        ):
+            answer = post(server, given, **fields, **camera)
+            with np.load(io.BytesIO(answer.content)) as arrays:
+                np.testing.assert_array_equal(arrays["depth"], geometry.to_metric(lens, **facts).depth)  # type: ignore[arg-type]
+        cloud = post(server, given, "model/ply", **camera)
+        assert cloud.content == geometry.to_scale(lens).encode("ply", intrinsics=lens, image=given)
+        asked = triton.InferInput("image", [144, 192, 3], "UINT8")
+        asked.set_data_from_numpy(np.asarray(hall))
+        client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+        parameters = {"camera_height": 1.6, "intrinsics": "[166, 166, 95.5, 71.5]"}
+        depth = client.infer("fe2e-tiny", [asked], parameters=parameters).as_numpy("depth")
+        np.testing.assert_array_equal(depth, geometry.to_metric(lens, camera_height=1.6).depth)
 
 
 def test_other_bodies(server: Served, picture: np.ndarray) -> None:

@@ -100,12 +100,16 @@ def test_the_token_is_wanted(strict: Served, header: str | None) -> None:
 
 def test_a_token_is_long_and_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "token"
+    path.touch(0o600)
     for content in (b"", b"short\n", b"two words are not a token", b"\xff" * 20):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="openssl rand"):
             read_token(path)
     path.write_bytes(TOKEN + b"\n")
     assert read_token(path) == TOKEN
+    path.chmod(0o604)
+    with pytest.raises(ConfigError, match=r"can be read by others \(mode 604\): say `chmod 600 .*token`"):
+        read_token(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_token(tmp_path / "none")
 
@@ -263,9 +267,20 @@ def test_tls(toy_bundle: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{running.url}/v2/health/ready", verify=context).status_code == 200
         with pytest.raises(httpx.ConnectError, match="certificate"):
             httpx.get(f"{running.url}/v2/health/ready")
-    key.write_text("nothing")
-    with pytest.raises(ConfigError, match="TLS"), served(toy_bundle, tls_certificate=certificate, tls_key=key):
-        pass
+    other = tmp_path / "other.pem"
+    authority.issue_cert("localhost").private_key_pem.write_to_path(other)
+    cut = tmp_path / "cut.pem"
+    cut.write_bytes(key.read_bytes()[:200])
+    for files, says in (
+        ((certificate, tmp_path / "none.pem"), "--tls-key .*none.pem cannot be read: No such file"),
+        ((key, key), "--tls-certificate .*key.pem is no PEM file with a certificate"),
+        ((certificate, certificate), "--tls-key .* is no PEM file with a private key"),
+        ((certificate, other), "other.pem is not the key of .*chain.pem"),
+        ((certificate, cut), "cannot be used: .*without a password"),
+    ):
+        chosen = {"tls_certificate": files[0], "tls_key": files[1]}
+        with pytest.raises(ConfigError, match=says), served(toy_bundle, **chosen):
+            pass
 
 
 def test_options_are_checked() -> None:

@@ -211,6 +211,8 @@ def test_bad_inputs(server: Served, changes: dict[str, Any], says: str) -> None:
         ({"parameters": {"sequence_id": 1}}, "RequestError", "sequence_id"),
         ({"parameters": {"near": 1}}, "CalibrationError", "near with far"),
         ({"parameters": {"near": 5, "far": 1}}, "CalibrationError", "near"),
+        ({"parameters": {"camera_height": 1.0}}, "CalibrationError", "needs intrinsics"),
+        ({"parameters": {"size": "[[1, 2], [3, 4], -1]", "intrinsics": "50,50,8,8"}}, "CalibrationError", "above 0"),
         ({"parameters": {"anchors": "[[1, 2]]"}}, "RequestError", "anchors"),
         ({"parameters": {"anchors": "[[1, 2"}}, "RequestError", "metric"),
         ({"parameters": {"timeout": -1}}, "RequestError", "microseconds"),
@@ -273,7 +275,11 @@ def test_unknown_models_and_addresses(server: Served, client: triton.InferenceSe
     ):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status, path
-        assert answer.json()["type"] == "NotFoundError"
+        assert answer.json()["type"] == ("MethodError" if status == 405 else "NotFoundError")
+    refused = httpx.put(f"{server.url}/v2")
+    assert refused.json()["error"].startswith("/v2 takes ")
+    assert "GET" in refused.headers["allow"]
+    assert refused.headers["allow"] in refused.json()["error"]
 
 
 def test_models_are_listed_and_indexed(toy_bundle: Path, tmp_path: Path) -> None:
@@ -286,7 +292,8 @@ def test_models_are_listed_and_indexed(toy_bundle: Path, tmp_path: Path) -> None
             index = client.get_model_repository_index()
             assert [(row["name"], row["state"]) for row in index] == [("bundle", "READY"), ("second", "UNAVAILABLE")]
             assert "unloaded" in index[1]["reason"]
-            assert not client.is_server_ready()
+            assert client.is_server_ready(), "what is not to take requests is not waited for"
+            assert not client.is_model_ready("second")
             with pytest.raises(InferenceServerException, match="not loaded"):
                 client.infer("second", asked(np.zeros((16, 16, 3), np.uint8)))
             client.load_model("second")
