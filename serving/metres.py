@@ -131,8 +131,9 @@ def read_metres(given: dict[str, Any]) -> Metres:
     try:
         for name in _STRUCTURED:
             if isinstance(text := given.get(name), str):
-                listed = text if text.lstrip().startswith("[") else f"[{text}]"
-                given = given | {name: msgspec.json.decode(listed.encode())}
+                nested = text.lstrip().startswith("[")
+                listed = msgspec.json.decode(text.encode()) if nested else [part.strip() for part in text.split(",")]
+                given = given | {name: listed}
         return msgspec.convert(given, Metres, strict=False)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise RequestError(f"What should make the result metric cannot be read: {error}.") from None

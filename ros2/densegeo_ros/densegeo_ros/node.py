@@ -38,6 +38,7 @@ class Given(NamedTuple):
     picture: Picture
     info: CameraInfo | None
     known: Known
+    wanted: frozenset[str]  # results that had subscribers when it came
 
 
 class GeometryNode(LifecycleNode):
@@ -204,7 +205,8 @@ class GeometryNode(LifecycleNode):
 
     def _on_image(self, message: Any, about: Any) -> None:
         self._tally.receive(about["publication_sequence_number"] or 0)
-        if self.get_parameter("lazy").value and not self._wanted():
+        wanted = self._wanted()
+        if self.get_parameter("lazy").value and not wanted:
             self._tally.count("idle")
             return
         rate, now = self.get_parameter("max_rate").value, self.get_clock().now().nanoseconds
@@ -214,14 +216,14 @@ class GeometryNode(LifecycleNode):
         self._last_run = now
         assert self._worker is not None
         try:
-            given = self._given(message)
-            self._worker.put(given.picture.image, given.picture.color, given, **self._facts(given.known))
+            given = self._given(message, wanted)
+            self._worker.put(given.picture.image, given.picture.color, given, **self._facts(given))
         except BackendError as error:
             self._on_failure(error)
         except (ImageError, ConfigError) as error:
             self._reject(error)
 
-    def _given(self, message: Any) -> Given:
+    def _given(self, message: Any, wanted: frozenset[str]) -> Given:
         """Raises ImageError, and ConfigError for a camera_info that is none."""
         picture = read_compressed(message) if hasattr(message, "format") else read_image(message, self._values.ycbcr)
         header = message.header
@@ -230,12 +232,12 @@ class GeometryNode(LifecycleNode):
         known = known_of(camera, None if camera is None else picture.size)
         for sensor in self._sensors:
             known = sensor.add(known, header)
-        return Given(header, picture, info, known)
+        return Given(header, picture, info, known, wanted)
 
-    def _facts(self, known: Known) -> dict[str, Any]:
+    def _facts(self, given: Given) -> dict[str, Any]:
         """What the stream is told. The camera alone gives depth of an unknown unit: only where somebody wants that."""
-        found = facts(known, self._asked)
-        return found if self._sensors or self._asked.camera_height or "depth_up_to_scale" in self._wanted() else {}
+        measured = self._sensors or self._asked.camera_height
+        return facts(given.known, self._asked) if measured or "depth_up_to_scale" in given.wanted else {}
 
     def _camera_of(self, info: CameraInfo | None) -> Camera | None:
         """Made anew only when the calibration changes. Raises ConfigError."""
@@ -267,17 +269,18 @@ class GeometryNode(LifecycleNode):
         geometry, self._tally.depth = calibrated(result.geometry, result.refusal, given.known, self._asked)
         self._tally.uncertainty = uncertainty(geometry)
         options = outputs.Options(self.get_parameter("depth_encoding").value, self.get_parameter("points_stride").value)
-        fields = outputs.messages(geometry, given.picture, given.known.camera, self._wanted(), options)
+        fields = outputs.messages(geometry, given.picture, given.known.camera, given.wanted, options)
+        header = convert.header(given.header)
         for topic, content in fields.items():
-            self._results[topic].publish(convert.message(topic, given.header, content))
-        if given.info is not None and "camera_info" in self._wanted():
+            self._results[topic].publish(convert.message(topic, header, content))
+        if given.info is not None and "camera_info" in given.wanted:
             self._results["camera_info"].publish(convert.camera_info(given.header, given.info))
         self._tally.count("published")
         age = (self.get_clock().now().nanoseconds - convert.nanoseconds(given.header)) / 1e6
         self._tally.observe({**geometry.timings, "stamp to publication": age})
 
-    def _wanted(self) -> set[str]:
-        return {topic for topic, publisher in self._results.items() if publisher.get_subscription_count()}
+    def _wanted(self) -> frozenset[str]:
+        return frozenset(topic for topic, publisher in self._results.items() if publisher.get_subscription_count())
 
     # What goes wrong
 
