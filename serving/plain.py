@@ -41,7 +41,7 @@ ANSWERS = (
     Answer("application/x-npz", "npz", "arrays for numpy: prediction, normals, valid, and depth when metric"),
     Answer("application/json", "json", "the same as JSON, with what was said of them"),
     Answer("image/png", "png16", "16-bit millimetres, 0 where there is none; metric results alone"),
-    Answer("model/ply", "ply", "a point cloud with normals; needs intrinsics, which alone give a shape of unknown unit"),
+    Answer("model/ply", "ply", "a point cloud with normals; needs intrinsics, which alone give a shape without a unit"),
     Answer("model/gltf-binary", "glb", "a mesh for viewers; the same"),
 )
 

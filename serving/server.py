@@ -62,8 +62,8 @@ def _check_tls(options: Options) -> None:
         if reason == "KEY_VALUES_MISMATCH":
             raise ConfigError(f"--tls-key {options.tls_key} is not the key of {options.tls_certificate}.") from error
         raise ConfigError(
-            f"--tls-certificate {options.tls_certificate} and --tls-key {options.tls_key} cannot be used: {reason}. They "
-            "are PEM files, the key without a password."
+            f"--tls-certificate {options.tls_certificate} and --tls-key {options.tls_key} cannot be used: {reason}. "
+            "They are PEM files, the key without a password."
         ) from error
 
 

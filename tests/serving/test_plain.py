@@ -138,7 +138,7 @@ def test_what_an_answer_needs_is_said(server: Served, picture: np.ndarray) -> No
         ("*/*", {"near": "5", "far": "1"}, "CalibrationError", "0 < near < far"),
         ("*/*", {"near": "1e-320", "far": "1e-310"}, "CalibrationError", "0 < near < far"),
         ("*/*", {"scale": "nan", "shift": "0"}, "CalibrationError", "finite"),
-        ("*/*", {"scale": "2", "shift": "-1000"}, "CalibrationError", "no pixel a depth"),
+        ("*/*", {"scale": "2", "shift": "-1000"}, "CalibrationError", "Every pixel has no depth"),
         ("*/*", {"anchors": "[]"}, "CalibrationError", "anchors is empty"),
         ("*/*", {"anchors": "[[3, 4, -1]]"}, "CalibrationError", "positive metres"),
         ("*/*", {**METRIC, "anchors": "[[3, 4, 1]]"}, "CalibrationError", "exactly one of"),
