@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -73,17 +74,7 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         self._check()
         if self.camera_height is not None and not decode.has("normals"):
             raise MissingOutputError("camera_height needs normals, to find the floor, and this model has none.")
-        height, width = PROBE.height, PROBE.width
-        prediction = np.linspace(0, 1, height * width, dtype=np.float32).reshape(height, width)
-        normals = np.full((height, width, 3), (0, 0, -1), np.float32)
-        depth = decode.has("depth")
-        probe = Geometry(
-            prediction if depth else None,
-            decode.depth_kind if depth else None,
-            normals if decode.has("normals") else None,
-            np.ones((height, width), bool),
-            PROBE,
-        )
+        probe = _probe(decode)
         if self._facts:  # what they say hangs on the picture; that metres come of them does not
             return probe.to_metric(near=1.0, far=2.0)
         return msgspec.structs.replace(self, up=None, intrinsics=None).apply(probe)
@@ -118,6 +109,21 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("camera_height", "size"):
             if getattr(self, name) is not None and self.intrinsics is None:
                 raise CalibrationError(f"{name} needs intrinsics: give them too.")
+
+
+@lru_cache(maxsize=16)
+def _probe(decode: Decode) -> Geometry:
+    """A small result of a model's kinds, with all of a prediction's range."""
+    shape = (PROBE.height, PROBE.width)
+    prediction = np.linspace(0, 1, PROBE.width * PROBE.height, dtype=np.float32).reshape(shape)
+    normals = np.full((*shape, 3), (0, 0, -1), np.float32)
+    return Geometry(
+        prediction if decode.has("depth") else None,
+        decode.depth_kind,
+        normals if decode.has("normals") else None,
+        np.ones(shape, bool),
+        PROBE,
+    )
 
 
 METRES = Metres.__struct_fields__
