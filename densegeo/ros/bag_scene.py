@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from densegeo.errors import ImageError
 from densegeo.ros.bag_input import Bag, Item
 from densegeo.ros.gravity import Gravity
-from densegeo.ros.metric import Known, known_of, turned
+from densegeo.ros.metric import Known, turned
 from densegeo.ros.ranges import Transform, read_points
 from densegeo.ros.static import StaticTransforms
-from densegeo.runtime.camera import Camera
 
 STATIC = "/tf_static"
 
@@ -57,7 +57,7 @@ class Scene:
     def __init__(self, bag: Bag, sources: Collection[Source], sensors: Sensors) -> None:
         self._bag, self._sensors = bag, sensors
         self._infos: dict[str, Any] = {}
-        self._cameras: dict[tuple[str, bool], Camera | None] = {}
+        self._cameras: dict[tuple[str, bool], Known] = {}
         self._ranges: Any = None
         self._gravity = Gravity()
         self._static = StaticTransforms()
@@ -91,7 +91,7 @@ class Scene:
 
     def known(self, source: Source, header: Any, size: tuple[int, int] | None) -> Known:
         """Of an image, by what was taken until now. Raises BagError where a sensor's place is not known."""
-        found = known_of(self._camera(source), size)
+        found = self._camera(source).at(size)
         for topic, add in ((self._sensors.anchors_topic, self._add_ranges), (self._sensors.imu_topic, self._add_up)):
             found = add(found, header) if topic else found
         return found
@@ -101,7 +101,10 @@ class Scene:
         if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > most:
             return found.without(f"no ranges lie within {most:g} s before the image")
         into = self._between(self._sensors.anchors_topic, ranges.header.frame_id, header.frame_id)
-        return found._replace(points=into(read_points(ranges)))
+        try:
+            return found._replace(points=into(read_points(ranges)))
+        except ImageError as error:
+            return found.without(str(error))
 
     def _add_up(self, found: Known, header: Any) -> Known:
         up = self._gravity.up(_seconds(header))
@@ -114,11 +117,10 @@ class Scene:
     def _between(self, topic: str, source: str, target: str) -> Transform:
         return self._given.get(topic) or self._static.between(source, target)
 
-    def _camera(self, source: Source) -> Camera | None:
+    def _camera(self, source: Source) -> Known:
         key = (source.info, source.rectified)
         if key not in self._cameras:
-            info = self._infos.get(source.info)
-            self._cameras[key] = None if info is None else Camera.from_camera_info(info, source.rectified)
+            self._cameras[key] = Known.of(self._infos.get(source.info), source.rectified)
         return self._cameras[key]
 
     def _look_ahead(self, infos: set[str], placed: set[str]) -> None:

@@ -28,9 +28,28 @@ class Known(NamedTuple):
     up: Float64 | None = None
     lacking: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, info: object | None, rectified: bool) -> Known:
+        """By a camera_info, before an image's size is known; lacking where there is none, or it has no calibration."""
+        if info is None:
+            return cls().without("no camera_info has come")
+        try:
+            return cls(Camera.from_camera_info(info, rectified))
+        except ConfigError as error:
+            return cls().without(f"camera_info cannot be used: {error}")
+
+    def at(self, size: tuple[int, int] | None) -> Known:
+        """With the camera of an image's size; lacking where it is of another picture. None: the picture is not read."""
+        if self.camera is None or size is None:
+            return self._replace(camera=None)
+        try:
+            return self._replace(camera=self.camera.at(size))
+        except ConfigError as error:
+            return self._replace(camera=None).without(f"camera_info is of another picture: {error}")
+
     def without(self, what: str) -> Known:
-        """With one more thing that is lacking."""
-        return self._replace(lacking=(*self.lacking, what))
+        """With one more thing that is lacking, in words."""
+        return self._replace(lacking=(*self.lacking, what.rstrip(".")))
 
 
 class Asked(NamedTuple):
@@ -41,18 +60,6 @@ class Asked(NamedTuple):
     near: float = 0.0
     far: float = 0.0
     camera_height: float = 0.0
-
-
-def known_of(camera: Camera | None, size: tuple[int, int] | None) -> Known:
-    """The camera at an image's size; lacking where it is of another picture, or there is none."""
-    if camera is None:
-        return Known().without("no camera_info has come")
-    if size is None:  # the picture's own decoder will tell what is wrong with it
-        return Known()
-    try:
-        return Known(camera.at(size))
-    except ConfigError as error:
-        return Known().without(f"camera_info is of another picture: {str(error).rstrip('.')}")
 
 
 def turned(up: Float64, into: Transform) -> Float64:

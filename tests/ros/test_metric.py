@@ -15,12 +15,13 @@ pytest.importorskip("rosbags")
 from densegeo.errors import CalibrationError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture
-from densegeo.ros.metric import Asked, Known, calibrated, facts, known_of, turned, uncertainty
+from densegeo.ros.metric import Asked, Known, calibrated, facts, turned, uncertainty
 from densegeo.ros.ranges import Transform
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.tracker import ScaleTracker
 from densegeo.size import Size
+from tests.support.ros import camera_info
 
 SIZE = Size(128, 96)
 CAMERA = Camera(110.0, 110.0, 63.5, 47.5, SIZE)
@@ -66,7 +67,7 @@ def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked:
     if "points" in more:  # what a range finder beside the axis measures
         u, v = 70, 60
         more = {"points": CAMERA.rays(SIZE)[v, u].astype(np.float64)[None] * depth[v, u]}
-    found, why = run(geometry, known_of(CAMERA, SIZE)._replace(**more), asked)
+    found, why = run(geometry, Known(CAMERA)._replace(**more), asked)
     assert found.depth_kind == "metric"
     np.testing.assert_allclose(found.depth, depth, rtol=0.05)
     assert re.fullmatch(rf"metric, from normals and {source}, give or take [0-9.]+ %", why), why
@@ -76,7 +77,7 @@ def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked:
 
 def test_a_camera_alone_gives_a_shape_without_a_unit(room: tuple[Geometry, np.ndarray]) -> None:
     geometry, depth = room
-    found, why = run(geometry, known_of(CAMERA, SIZE).without("no ranges have come"), Asked())
+    found, why = run(geometry, Known(CAMERA).without("no ranges have come"), Asked())
     assert why.startswith("up to scale, from normals, its unit unknown")
     assert why.endswith(": no ranges have come")
     made = outputs.messages(
@@ -102,7 +103,7 @@ def test_why_there_are_no_metres(room: tuple[Geometry, np.ndarray]) -> None:
     wall = Geometry(
         geometry.prediction, "log_affine", np.full_like(geometry.normals, (0, 0, -1)), geometry.valid, SIZE, model="m"
     )
-    found, why = run(wall, known_of(CAMERA, SIZE), Asked(camera_height=1.0))
+    found, why = run(wall, Known(CAMERA), Asked(camera_height=1.0))
     assert found.depth_kind == "log_affine"
     assert why.startswith("relative (log_affine): "), why
     assert "ormals" in why or "scale" in why
@@ -110,23 +111,29 @@ def test_why_there_are_no_metres(room: tuple[Geometry, np.ndarray]) -> None:
     assert calibrated(alone, None, Known(), Asked())[1] == "not there: the model has normals alone"
 
 
-def test_another_pictures_camera_is_said_and_not_used() -> None:
-    known = known_of(CAMERA, (100, 20))
+def test_a_camera_that_is_none_or_anothers_is_said_and_not_used() -> None:
+    info = camera_info(128, 96)
+    seen = Known.of(info, False)
+    assert seen.at(SIZE).camera == Camera.from_camera_info(info)
+    half = seen.at((64, 48)).camera
+    assert half is not None
+    assert half.fx == 50.0
+    known = seen.at((100, 20))
     assert known.camera is None
     assert "camera_info is of another picture" in known.lacking[0]
     assert facts(known, Asked(camera_height=1.0)) == {}
-    assert known_of(None, SIZE).lacking == ("no camera_info has come",)
-    half = known_of(CAMERA, (64, 48)).camera
-    assert half is not None
-    assert half.fx == 55.0
+    assert Known.of(None, False).at(SIZE).lacking == ("no camera_info has come",)
+    info.k[0] = 0.0
+    (why,) = Known.of(info, False).at(SIZE).lacking
+    assert why.startswith("camera_info cannot be used: ")
 
 
 def test_points_beside_and_behind_are_no_anchors() -> None:
     points = np.array([[0, 0, 2.0], [9, 0, 2.0], [0, 0, -2.0]])
-    uv, metres = facts(known_of(CAMERA, SIZE)._replace(points=points), Asked())["anchors"]
+    uv, metres = facts(Known(CAMERA)._replace(points=points), Asked())["anchors"]
     np.testing.assert_allclose(uv, [[63.5, 47.5]])
     np.testing.assert_array_equal(metres, [2.0])
-    assert "anchors" not in facts(known_of(CAMERA, SIZE)._replace(points=points[1:]), Asked())
+    assert "anchors" not in facts(Known(CAMERA)._replace(points=points[1:]), Asked())
 
 
 def test_up_turns_with_its_sensor() -> None:

@@ -19,8 +19,8 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from densegeo.errors import BackendError, ConfigError, DensegeoError, ImageError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture, read_compressed, read_image
-from densegeo.ros.metric import Asked, Known, calibrated, facts, known_of, uncertainty
-from densegeo.runtime import Camera, Estimator
+from densegeo.ros.metric import Asked, Known, calibrated, facts, uncertainty
+from densegeo.runtime import Estimator
 from densegeo.runtime.stream import FrameResult
 from densegeo_ros import convert, parameters, qos
 from densegeo_ros.diagnostics import Tally
@@ -55,7 +55,7 @@ class GeometryNode(LifecycleNode):
         self._worker: Worker | None = None
         self._sensors: list[RangeSensor | ImuSensor] = []
         self._infos: OrderedDict[int, CameraInfo] = OrderedDict()
-        self._camera: tuple[Any, Camera | None] = (None, None)
+        self._camera: tuple[Any, Known] = (None, Known.of(None, False))
         self._inputs: list[Any] = []
         self._results: dict[str, Any] = {}
         self._tally, self._last_run, self._reported = Tally(), 0, self.get_clock().now()
@@ -224,12 +224,12 @@ class GeometryNode(LifecycleNode):
             self._reject(error)
 
     def _given(self, message: Any, wanted: frozenset[str]) -> Given:
-        """Raises ImageError, and ConfigError for a camera_info that is none."""
+        """Raises ImageError."""
         picture = read_compressed(message) if hasattr(message, "format") else read_image(message, self._values.ycbcr)
         header = message.header
         info = self._infos.get(convert.nanoseconds(header)) or next(reversed(self._infos.values()), None)
-        camera = self._camera_of(info)
-        known = known_of(camera, None if camera is None else picture.size)
+        seen = self._camera_of(info)
+        known = seen if seen.camera is None else seen.at(picture.size)
         for sensor in self._sensors:
             known = sensor.add(known, header)
         return Given(header, picture, info, known, wanted)
@@ -239,10 +239,10 @@ class GeometryNode(LifecycleNode):
         measured = self._sensors or self._asked.camera_height
         return facts(given.known, self._asked) if measured or "depth_up_to_scale" in given.wanted else {}
 
-    def _camera_of(self, info: CameraInfo | None) -> Camera | None:
-        """Made anew only when the calibration changes. Raises ConfigError."""
+    def _camera_of(self, info: CameraInfo | None) -> Known:
+        """Made anew only when the calibration changes."""
         if info is None:
-            return None
+            return Known.of(None, False)
         key = (
             *info.k,
             *info.d,
@@ -254,7 +254,7 @@ class GeometryNode(LifecycleNode):
             repr(info.roi),
         )
         if self._camera[0] != key:
-            self._camera = key, Camera.from_camera_info(info, self._values.rectified)
+            self._camera = key, Known.of(info, self._values.rectified)
         return self._camera[1]
 
     # What goes out, in the worker's thread

@@ -76,7 +76,7 @@ class RangeSensor:
         try:
             return known._replace(points=into(read_points(near)))
         except ImageError as error:
-            return known.without(str(error).rstrip("."))
+            return known.without(str(error))
 
 
 class ImuSensor:
