@@ -169,10 +169,10 @@ def test_a_bag_of_broken_images_leaves_nothing(bundle: Path, tmp_path: Path) -> 
 
 
 def test_depth_of_one_camera_is_steady(tmp_path: Path) -> None:
-    """The same picture three times, a reading of a range finder beside the first alone: metres in all three."""
+    """The same picture twice, a reading of a range finder beside the first alone: metres in both."""
     hall = np.asarray(Pillow.open(ROOT / "densegeo" / "photographs" / "hall.jpg").convert("RGB").resize((192, 144)))
     messages: list[tuple[str, float, Any]] = []
-    for at in (1.0, 2.0, 3.0):
+    for at in (1.0, 2.0):
         messages.append(("/c/image", at, image(hall, "rgb8", at=at)))
         messages.append(("/c/camera_info", at, camera_info(192, 144, focal=166.0, at=at)))
     messages.insert(0, ("/range", 0.95, reading(3.0, at=0.95)))
@@ -180,12 +180,9 @@ def test_depth_of_one_camera_is_steady(tmp_path: Path) -> None:
     ahead = (0.0, 0.5, 0.0, 0.5, -0.5, 0.5, 0.5)  # half a metre under the camera
     output = tmp_path / "out.mcap"
     assert run(Options(find_bundle("fe2e-tiny"), source, output, sensors=Sensors("/range", ahead))) == 0
-    first, second, third = (
-        array(message)[..., 0] for message in read(tmp_path / "out.mcap")["/c/image/densegeo/depth"]
-    )
+    first, second = (array(message)[..., 0] for message in read(tmp_path / "out.mcap")["/c/image/densegeo/depth"])
     np.testing.assert_allclose(first[99, 96], 3.0, rtol=0.05)
-    for later in (second, third):
-        np.testing.assert_allclose(later, first, rtol=0.02)
+    np.testing.assert_allclose(second, first, rtol=0.02)
 
 
 def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_path: Path, capfd: Any) -> None:
