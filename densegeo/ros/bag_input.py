@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mcap.exceptions import EndOfFile
+from mcap.exceptions import EndOfFile, InvalidMagic
 from mcap.records import Channel, Message, Schema
 from mcap.stream_reader import StreamReader
 from rosbags.rosbag2 import Reader, ReaderError
@@ -111,6 +111,8 @@ class Bag:
                     elif isinstance(record, Message):
                         channel = channels[record.channel_id]
                         yield schemas[channel.schema_id].name, Item(channel.topic, record.log_time, record.data)
+        except InvalidMagic:
+            self.cut = "it does not begin as one"
         except EndOfFile:
             self.cut = "it was cut off"
         except Exception as error:  # what is raised for damage is of many types, of compression libraries too
