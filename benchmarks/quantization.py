@@ -8,6 +8,7 @@ ONNX Runtime, their floats in float32; the fp8 bundle as a GPU gets it, its floa
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,14 @@ from rich.progress import track
 from densegeo.benchmarks.accuracy import Options, Row, measure, score_table
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import SIZE, VIEWS, synthetic_split
+from densegeo.benchmarks.layouts import Split
+from densegeo.benchmarks.metrics import angles
 from densegeo.calibration.command import calibrate
 from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
 from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
+from densegeo.runtime import Estimator
 from densegeo.training.render import view
 
 MODEL, SEED, SPLIT = "fe2e-tiny", 0, "calibration"
@@ -85,7 +89,7 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
         plan(float_bundle, images, folder / "planned", kind)
     plan(float_bundle, images, folder / "attention", "fp8", attention=True)
     plan(float_bundle, images, folder / "naive", "fp8", "max", everything=True)
-    split, rows, shares = synthetic_split(views), [], {}
+    split, rows, shares, places = synthetic_split(views), [], {}, {}
     console = Console()
     for name, (precision, base, calibration, backend) in BUNDLES.items():
         options = BuildOptions(
@@ -95,17 +99,21 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
             base=base,
             calibration=folder / calibration if calibration else None,
         )
-        row = measure([build_bundle(options)], split, Options(backend, "cpu"), console)[-1]
+        places[name] = build_bundle(options), backend
+        row = measure([places[name][0]], split, Options(backend, "cpu"), console)[-1]
         rows.append(msgspec.structs.replace(row, predictor=name))
         if calibration:
             planned = load_plan(folder / calibration, precision)
             shares[name] = planned.parameters / planned.linear_parameters
     Console(width=180).print(score_table(split, rows))
-    changes = {row.predictor: change(row, rows[0]) for row in rows[1:]}
+    moves = moved(places, split)
+    changes = {row.predictor: change(row, rows[0]) | moves[row.predictor] for row in rows[1:]}
     for name, found in changes.items():
         share = f", {shares[name]:.1%} of the linears' parameters in 8 bits" if name in shares else ""
         console.print(
-            f"{name}: AbsRel {found['abs_rel']:+.2%}, normals {found['normals']:+.3f}°{share}", soft_wrap=True
+            f"{name}: AbsRel {found['abs_rel']:+.2%}, normals' error {found['normals']:+.3f}°, normals moved by "
+            f"{found['moved']:.2f}° in the mean, {found['moved_worst']:.2f}° in the worst view{share}",
+            soft_wrap=True,
         )
     if json_file is not None:
         report = {
@@ -118,6 +126,24 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
             **machine,
         }
         write_json(json_file, report)
+
+
+def moved(places: dict[str, tuple[Path, str]], split: Split) -> dict[str, dict[str, float]]:
+    """Degrees between each bundle's normals and the first one's: the mean over all views, and over the worst view.
+
+    places: name -> the bundle, and what runs it.
+    """
+    estimators = {name: Estimator(bundle, backend, "cpu") for name, (bundle, backend) in places.items()}
+    found: dict[str, list[float]] = {name: [] for name in places}
+    for sample in split.samples():
+        made = {name: estimator(sample.rgb).normals for name, estimator in estimators.items()}
+        exact, *_ = made.values()
+        for name, normals in made.items():
+            assert normals is not None and exact is not None  # noqa: PT018
+            found[name].append(float(angles(normals, exact).mean()))
+    for estimator in estimators.values():
+        estimator.close()
+    return {name: {"moved": statistics.mean(views), "moved_worst": max(views)} for name, views in found.items()}
 
 
 def change(row: Row, exact: Row) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class BackendRow:
     installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
     providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. verified_only: "auto" takes it
     only for a bundle that `densegeo verify` passed on this machine. shows_layers: whether calibration can see what
-    enters the layers. untried: what `doctor` says before anything was run, and without_gpu where no GPU is.
+    enters the layers. shares_threads: whether it can be told how many calls share the CPU's threads. untried: what
+    `doctor` says before anything was run, and without_gpu where no GPU is.
     """
 
     name: str
@@ -65,6 +66,7 @@ class BackendRow:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     verified_only: bool = False
     shows_layers: bool = False
+    shares_threads: bool = False
     untried: str = "not tried here"
     without_gpu: str = "no GPU was found"
 
@@ -146,6 +148,7 @@ BACKENDS = (
         distributions=(("openvino",),),
         install='pip install "densegeo[openvino]"',
         devices=("cpu",),
+        shares_threads=True,
     ),
     BackendRow(
         name="torch",

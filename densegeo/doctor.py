@@ -61,6 +61,27 @@ class Backend(msgspec.Struct, frozen=True):
     detail: str
 
 
+class Offered(msgspec.Struct, frozen=True):
+    """An extra as it stands here. have: its distributions that are installed, with their versions."""
+
+    name: str
+    purpose: str
+    have: dict[str, str]
+    lacks: list[str]
+    install: str  # the command; empty where nothing is to be installed
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """What `densegeo verify` found of a bundle. said: what was wrong, or empty."""
+
+    bundle: str
+    backend: str
+    device: str
+    good: bool
+    said: str
+    when: str
+
+
 class Report(msgspec.Struct, frozen=True):
     densegeo: str
     broken: str  # what is wrong with densegeo's own installation; empty: nothing
@@ -74,9 +95,9 @@ class Report(msgspec.Struct, frozen=True):
     backends: list[Backend]
     gpus: list[str]
     gpu_note: str
-    missing: dict[str, str]  # extra -> the command that installs it
+    extras: list[Offered]
     warnings: list[str]
-    verified: list[str]  # "BUNDLE with BACKEND" of what `densegeo verify` passed here
+    verified: list[Verified]  # all that `densegeo verify` found here, failures too
     suits: str  # what `densegeo build` would make for this machine, and why
 
 
@@ -100,18 +121,18 @@ def examine() -> Report:
         backends=[line for row in BACKENDS for line in _examined(row, bool(gpus))],
         gpus=gpus,
         gpu_note=gpu_note,
-        missing=_missing(),
+        extras=_extras(),
         warnings=_warnings(),
         verified=_verified(),
         suits=_suits(),
     )
 
 
-def _verified() -> list[str]:
+def _verified() -> list[Verified]:
     try:
-        from densegeo.runtime.verified import all_verified
+        from densegeo.runtime.verified import findings
 
-        return [f"{bundle} with {backend}" for bundle, backend in all_verified()]
+        return [Verified(one.bundle, one.backend, one.device, one.good, one.said, one.when) for one in findings()]
     except Exception:  # a broken installation is told elsewhere
         return []
 
@@ -266,19 +287,19 @@ def _colon_fields(path: str) -> dict[str, str]:
     return fields
 
 
-def _missing() -> dict[str, str]:
-    """Extras that are not fully installed -> the command for each. `cpu` and `gpu` are alternatives."""
-    missing = {}
+def _extras() -> list[Offered]:
+    """Every extra. `cpu` and `gpu` are alternatives: with one of them here, the other need not be installed."""
+    found = []
     for extra in EXTRAS:
+        have = {name: number for name in extra.distributions if (number := version(name)) is not None}
+        lacks = [name for name in extra.distributions if name not in have]
+        install = f'pip install "densegeo[{extra.name}]"' if lacks else ""
         if extra.name == "cpu" and version("onnxruntime-gpu") is not None:
-            continue
-        absent = [name for name in extra.distributions if version(name) is None]
-        if absent:
-            command = f'pip install "densegeo[{extra.name}]"'
-            if extra.name == "gpu" and version("onnxruntime") is not None:
-                command = f"pip uninstall -y onnxruntime && {command}"
-            missing[extra.name] = command
-    return missing
+            install = ""
+        if extra.name == "gpu" and lacks and version("onnxruntime") is not None:
+            install = f"pip uninstall -y onnxruntime && {install}"
+        found.append(Offered(extra.name, extra.purpose, have, lacks, install))
+    return found
 
 
 def _warnings() -> list[str]:
@@ -288,11 +309,6 @@ def _warnings() -> list[str]:
             "uninstall both, then install exactly one."
         ]
     return []
-
-
-def purpose(extra_name: str) -> str:
-    """What an extra is for, in a few words."""
-    return next(extra.purpose for extra in EXTRAS if extra.name == extra_name)
 
 
 def print_report(report: Report) -> None:
@@ -316,7 +332,7 @@ def print_report(report: Report) -> None:
         ("gpus", "\n".join(report.gpus) or "none found"),
         ("", report.gpu_note),
         ("suits it", report.suits),
-        ("verified here", "\n".join(report.verified) or "nothing yet: densegeo verify BUNDLE"),
+        ("verified here", "\n".join(map(_in_words, report.verified)) or "nothing yet: densegeo verify BUNDLE"),
     ):
         machine.add_row(key, escape(value))
     backends = Table("backend", "version", "usable", "", show_edge=False)
@@ -327,11 +343,17 @@ def print_report(report: Report) -> None:
     if report.broken:
         console.print(f"[bold red]broken[/] {escape(report.broken)}\n", soft_wrap=True)
     console.print(machine, "", backends, sep="\n")
-    if report.missing:
-        extras = Table("missing extra", "for", "install with", show_edge=False)
-        for name, command in report.missing.items():
-            extras.add_row(name, purpose(name), escape(command))
-        console.print("", extras, sep="\n")
+    extras = Table("extra", "for", "here", "install with", show_edge=False)
+    for extra in report.extras:
+        part = f"[yellow]without {', '.join(extra.lacks)}[/]" if extra.have else "no"
+        here = part if extra.lacks else "[green]yes[/]"
+        extras.add_row(extra.name, extra.purpose, here, escape(extra.install))
+    console.print("", extras, sep="\n")
     for warning in report.warnings:
         console.print(f"[bold yellow]warning[/] {escape(warning)}")
     console.print("\n`densegeo verify BUNDLE` shows whether a bundle's numbers come out right on this machine.")
+
+
+def _in_words(one: Verified) -> str:
+    with_what = f"{one.bundle} with {one.backend} on {one.device}, {one.when}"
+    return f"{with_what}: {'passed' if one.good else f'failed, {one.said}'}"

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from densegeo.infer_options import require_outputs
 from densegeo.inference import Making, Tally, run_images
-from densegeo.inputs import Found, Input, in_words
+from densegeo.inputs import Found, Input, in_words, is_live
 from densegeo.notices import Notice, Notices
 from densegeo.progress import progress
 from densegeo.records import Results, bundle_record
@@ -81,7 +81,9 @@ def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally
 
 def _all(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
     images, films = ([item for item in todo if item.film == film] for film in (False, True))
-    with Estimator(asked.bundle, **asked.estimator) as estimator:
+    together = asked.workers if any(not is_live(item.path) for item in films) else len(images)
+    calls = max(1, min(asked.workers, together, os.cpu_count() or 1))
+    with Estimator(asked.bundle, **asked.estimator, calls_at_once=calls) as estimator:
         if images:
             with progress("images", len(images), console, quiet=asked.quiet) as advance:
                 run_images(estimator, images, making, results, tally, asked.workers, advance)

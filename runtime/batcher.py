@@ -27,6 +27,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from weakref import WeakSet
 
 from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DeadlineError, DensegeoError, ShutdownError
+from densegeo.given import is_number, require_whole
 from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.queueing import BoundedQueue, Entry
 
@@ -52,12 +53,12 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "lanes", "together"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number above 0, not {value!r}.")
-        if not 0 <= self.max_wait_ms < math.inf:
+            require_whole(name, getattr(self, name))
+        if not (is_number(self.max_wait_ms) and 0 <= self.max_wait_ms < math.inf):
             raise ConfigError(f"max_wait_ms must be 0 or more milliseconds, not {self.max_wait_ms!r}.")
-        if self.timeout_s is not None and not 0 < self.timeout_s <= threading.TIMEOUT_MAX:
+        if self.timeout_s is not None and not (
+            is_number(self.timeout_s) and 0 < self.timeout_s <= threading.TIMEOUT_MAX
+        ):
             raise ConfigError(f"timeout_s must be seconds above 0, or None for no limit, not {self.timeout_s!r}.")
 
 

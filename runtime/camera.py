@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import ConfigError
+from densegeo.given import one_of, path_of, shown, size_of
 from densegeo.runtime import camera_info
 from densegeo.runtime.lens import LENSES, Lens, distort, undistort
 from densegeo.size import Size
@@ -82,12 +83,8 @@ class Camera:
         """
         if not (isinstance(degrees, (int, float)) and 0 < degrees < 180):
             raise ConfigError(f"A field of view is in degrees between 0 and 180, not {degrees!r}.")
-        if axis not in ("x", "y", "diagonal"):
-            raise ConfigError(f'axis must be "x", "y" or "diagonal", not {axis!r}.')
-        try:
-            width, height = (int(value) for value in size)
-        except (TypeError, ValueError):
-            raise ConfigError(f"size is that of the image, (width, height) in pixels, not {size!r}.") from None
+        one_of("axis", axis, ("x", "y", "diagonal"))
+        width, height = size_of("size", size)
         extent = {"x": width, "y": height, "diagonal": math.hypot(width, height)}[axis]
         focal = 0.5 * extent / math.tan(math.radians(degrees) / 2)
         return cls(focal, focal, 0.5 * (width - 1), 0.5 * (height - 1), Size(width, height))
@@ -111,13 +108,13 @@ class Camera:
     @classmethod
     def read(cls, path: str | Path, rectified: bool = False) -> Camera:
         """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON. Raises ConfigError."""
-        return cls.from_camera_info(camera_info.load(Path(path)), rectified)
+        return cls.from_camera_info(camera_info.load(path_of("path", path)), rectified)
 
     def at(self, size: tuple[int, int]) -> Camera:
         """The camera of the same picture at `size` (width, height). Raises ConfigError when this one's size has
         another aspect ratio: then the picture was cropped, and only its maker knows where.
         """
-        wanted = Size(*size)
+        wanted = size_of("size", size)
         if self.size is None or self.size == wanted:
             return replace(self, size=wanted)
         x, y = wanted.width / self.size.width, wanted.height / self.size.height
@@ -133,14 +130,15 @@ class Camera:
         """The camera of the same picture at `size`, whatever its aspect ratio. Raises ConfigError without a size."""
         if self.size is None:
             raise ConfigError("Only the camera of an image of known size can be stretched to another.")
-        x, y = size[0] / self.size.width, size[1] / self.size.height
+        wanted = size_of("size", size)
+        x, y = wanted.width / self.size.width, wanted.height / self.size.height
         return replace(
             self,
             fx=self.fx * x,
             fy=self.fy * y,
             cx=(self.cx + 0.5) * x - 0.5,
             cy=(self.cy + 0.5) * y - 0.5,
-            size=Size(*size),
+            size=wanted,
         )
 
     def rays(self, size: tuple[int, int]) -> Float:
@@ -151,15 +149,15 @@ class Camera:
         return _rays(self.at(size))
 
     def rays_at(self, uv: ArrayLike) -> Float64:
-        """(N, 3) rays of pixels uv (N, 2) (column, row) of this camera's own image."""
-        points = np.asarray(uv, dtype=np.float64)
+        """(N, 3) rays of pixels uv (N, 2) (column, row) of this camera's own image. Raises ConfigError."""
+        points = _rows("uv", uv, 2)
         x, y = (points[:, 0] - self.cx) / self.fx, (points[:, 1] - self.cy) / self.fy
         x, y = undistort(x, y, self.lens, self.distortion)
         return np.stack([x, y, np.ones_like(x)], axis=-1)
 
     def project(self, points: ArrayLike) -> Float64:
-        """Pixels (N, 2) (column, row) of points (N, 3) in the camera's frame; NaN behind it."""
-        xyz = np.asarray(points, dtype=np.float64)
+        """Pixels (N, 2) (column, row) of points (N, 3) in the camera's frame; NaN behind it. Raises ConfigError."""
+        xyz = _rows("points", points, 3)
         with np.errstate(all="ignore"):
             z = np.where(xyz[:, 2] > 0, xyz[:, 2], np.nan)
             x, y = distort(xyz[:, 0] / z, xyz[:, 1] / z, self.lens, self.distortion)
@@ -186,6 +184,17 @@ class Camera:
 
 
 CameraLike: TypeAlias = Camera | Mapping[str, Any] | ArrayLike | object  # what `Camera.of` takes
+
+
+def _rows(name: str, given: ArrayLike, columns: int) -> Float64:
+    """(N, columns) numbers."""
+    try:
+        rows = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        rows = np.empty(0)
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise ConfigError(f"{name} must be an array of numbers of shape (N, {columns}), not {shown(given)}.")
+    return rows
 
 
 def _pinhole(values: Float64) -> tuple[float, float, float, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -17,20 +16,17 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from densegeo.errors import ConfigError
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
+from densegeo.given import one_of, shown
 from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import MILLIMETRES_MAX, Geometry
 from densegeo.runtime.meshes import glb_part, ply_part
 from densegeo.runtime.pictures import depth_picture, grey_picture, normals_picture, photograph
+from densegeo.runtime.png import write_png
 
 NORMALS_FRAME = "opencv (x right, y down, z forward; unit, towards the camera)"
-# Of zlib, by bytes a value. Measured on maps of 1920x1080 (processor time, file): normals 352 ms, 653 kB at level 6,
-# 130 ms, 917 kB at level 1, 108 ms, 687 kB by runs; millimetres 294 ms, 723 kB; 84 ms, 1008 kB; 78 ms, 1458 kB.
-PNG_OPTIONS = {1: {"compress_level": 1, "compress_type": zlib.Z_RLE}, 2: {"compress_level": 1}}
 
 DType = Literal["float32", "float16"]
 Part = Callable[[BinaryIO], object]
@@ -120,8 +116,9 @@ def _meaning(geometry: Geometry) -> str:
 def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
     if not isinstance(name, str) or name not in RESULTS:
         raise ConfigError(f"There is no format {name!r}; choose from {', '.join(RESULTS)}.")
-    if extras.dtype not in ("float32", "float16"):
-        raise ConfigError(f'dtype must be "float32" or "float16", not {extras.dtype!r}.')
+    one_of("dtype", extras.dtype, ("float32", "float16"))
+    if extras.source is not None and not isinstance(extras.source, Mapping):
+        raise ConfigError(f"source must be a mapping that JSON can hold, or None, not {shown(extras.source)}.")
     row = RESULTS[name]
     if row.outputs == ("depth",):
         geometry.require_prediction(f"{name} file")
@@ -196,14 +193,9 @@ def _png(job: Job, row: ResultFormat) -> Parts:
         found["depth_color.png"] = _picture(lambda: depth_picture(geometry), job.metadata | look)
     if geometry.normals is not None:
         frame = {"densegeo.normals_frame": "opengl (x right, y up, z to the viewer), RGB = (n + 1) / 2"}
-        found["normals.png"] = _picture(lambda: normals_picture(_opengl(geometry)), job.metadata | frame)
+        normals = geometry.normals
+        found["normals.png"] = _picture(lambda: normals_picture(normals), job.metadata | frame)
     return found
-
-
-def _opengl(geometry: Geometry) -> NDArray[np.float32]:
-    normals = geometry.normals_in("opengl")
-    assert normals is not None
-    return normals
 
 
 def _grey(bits: int) -> Callable[[Job, ResultFormat], Parts]:
@@ -221,11 +213,7 @@ def _png16(job: Job, row: ResultFormat) -> Parts:
 
 def _picture(picture: Callable[[], NDArray[Any]], meta: dict[str, str]) -> Part:
     def write(stream: BinaryIO) -> None:
-        info = PngInfo()
-        for key, value in meta.items():
-            info.add_text(key, value)
-        values = picture()
-        Image.fromarray(values).save(stream, format="PNG", pnginfo=info, **PNG_OPTIONS[values.itemsize])
+        write_png(stream, picture(), meta)
 
     return write
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from densegeo.colors import Color
 from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
+from densegeo.given import is_number, one_of, require_flags, require_whole
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.backends.sharing import Sharing
@@ -55,6 +56,8 @@ class Estimator:
     and not by a container's share of them; with torch it holds for the whole process). resolution: "image" gives
     results at the image's size, "network" as the network made them, without resizing them up (always by way of the
     host); intrinsics and pictures are of the image all the same, anchors of the result.
+    calls_at_once: how many calls, from as many threads of the caller, share the CPU's threads among them: more images a
+    second, each of them later (openvino; other backends share them as calls come).
     truncated: take JPEGs without their last bytes, as some cameras send them; what is missing is grey.
     For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
     how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
@@ -101,15 +104,15 @@ class Estimator:
         truncated: bool = False,
         priority: int = 0,
         memory_limit: int | None = None,
+        calls_at_once: int = 1,
     ) -> None:
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads must be a whole number above 0, or None, not {threads!r}.")
-        if resolution not in ("image", "network"):
-            raise ConfigError(f'resolution must be "image" or "network", not {resolution!r}.')
-        if fit not in ("stretch", "pad"):
-            raise ConfigError(f'fit must be "stretch" or "pad", not {fit!r}.')
-        if preprocessing not in ("densegeo", "authors"):
-            raise ConfigError(f'preprocessing must be "densegeo" or "authors", not {preprocessing!r}.')
+        require_whole("calls_at_once", calls_at_once)
+        require_whole("threads", threads, none=True)
+        require_whole("max_pixels", max_pixels)
+        one_of("resolution", resolution, ("image", "network"))
+        one_of("fit", fit, ("stretch", "pad"))
+        one_of("preprocessing", preprocessing, ("densegeo", "authors"))
+        require_flags(check_digests=check_digests, keep_replaced=keep_replaced, truncated=truncated)
         if preprocessing == "authors" and fit == "pad":
             raise ConfigError('The authors\' preprocessing stretches: use fit="stretch" with it.')
         options = BatchOptions(max_batch, max_wait_ms, max_queue, timeout_s)
@@ -119,7 +122,8 @@ class Estimator:
         if not manifest.buckets:
             raise BundleError(f"{directory} has no buckets. Rebuild it with at least one `--size WxH`.")
         check_files(directory, manifest, digests=check_digests)
-        opened = open_backend(backend, directory, manifest, device, threads, Sharing(priority, memory_limit))
+        sharing = Sharing(priority, memory_limit)
+        opened = open_backend(backend, directory, manifest, device, threads, sharing, calls_at_once)
         original.require(there=True)
         self._original: Original | None = None if keep_replaced else original
         again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
@@ -142,6 +146,7 @@ class Estimator:
             truncated=truncated,
             priority=priority,
             memory_limit=memory_limit,
+            calls_at_once=calls_at_once,
         )
         self._start(opened, manifest, options, fit, preprocessing, max_pixels, resolution, truncated=truncated)
 
@@ -216,7 +221,7 @@ class Estimator:
         Raises ImageError, QueueFullError, ShutdownError after `close`, BackendTimeoutError after a hang. The future
         raises DeadlineError, BackendError, BackendTimeoutError, ShutdownError or `concurrent.futures.CancelledError`.
         """
-        if deadline_ms is not None and not deadline_ms > 0:
+        if deadline_ms is not None and not (is_number(deadline_ms) and deadline_ms > 0):
             raise ConfigError(f"deadline_ms must be milliseconds above 0, not {deadline_ms!r}.")
         return self._service.submit(image, color, value_range, math.inf if deadline_ms is None else deadline_ms)
 
@@ -288,7 +293,7 @@ class Estimator:
         are any, "normals" (B, H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
         """
         self._require()
-        shape = tuple(rgb.shape)
+        shape = tuple(getattr(rgb, "shape", ()))
         for bucket in self.manifest.buckets:
             if shape == (bucket.batch, 3, bucket.height, bucket.width):
                 break

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
+from densegeo.given import one_of, path_of, shown
 from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned
@@ -120,8 +121,12 @@ class Geometry:
         from densegeo.runtime.calibrate import Facts, in_metres
 
         kind, prediction = self.space, self.require_prediction("depth")
+        one_of("method", method, ("robust", "least_squares"))
+        if prior is not None and not isinstance(prior, Calibration):
+            raise CalibrationError(f"prior must be the `calibration` of a result, not {shown(prior)}.")
         facts = Facts(anchors, camera_height, up, size, method, prior)
-        given = [name for name, pair in (("scale", (scale, shift)), ("near", (near, far))) if pair != (None, None)]
+        pairs = {"scale": (scale, shift), "near": (near, far)}
+        given = [name for name, (one, other) in pairs.items() if one is not None or other is not None]
         given += ["facts"] if facts.any else []
         if len(given) != 1:
             raise CalibrationError(
@@ -265,7 +270,8 @@ class Geometry:
         from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import save
 
-        return save(self, Path(directory), formats, stem, Extras(intrinsics, image, color, dtype, source, drop_flying))
+        extras = Extras(intrinsics, image, color, dtype, source, drop_flying)
+        return save(self, path_of("directory", directory), formats, stem, extras)
 
     def visualize(
         self, image: object = None, *, color: str = "rgb", span: tuple[float, float] | None = None
@@ -341,6 +347,6 @@ class Geometry:
 
 def axes_of(frame: Frame) -> Matrix:
     """Of `FRAMES`; ConfigError for a name that is none."""
-    if frame not in FRAMES:
-        raise ConfigError(f"There is no frame {frame!r}; choose {', '.join(FRAMES)}.")
+    if not isinstance(frame, str) or frame not in FRAMES:
+        raise ConfigError(f"There is no frame {shown(frame)}; choose {', '.join(FRAMES)}.")
     return FRAMES[frame]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from densegeo.errors import ConfigError
+from densegeo.given import is_number, shown
+from densegeo.outputs import FRAMES
 from densegeo.runtime.colormap import colorize
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import load_image
 from densegeo.runtime.resample import resize_rgb
 
+_OPENGL = np.float32(127.5) * np.diag(np.array(FRAMES["opengl"], dtype=np.float32))  # its axes' signs, scaled
 Span = tuple[float, float]  # in metres where the depth kind is "metric", else in the prediction's own values
 
 
@@ -68,8 +72,8 @@ def grey_picture(geometry: Geometry, bits: int) -> tuple[NDArray[Any], dict[str,
 
 
 def normals_picture(normals: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(H, W, 3) OpenGL-frame normals -> RGB = (n + 1) / 2; black where there is none."""
-    scaled: NDArray[np.float32] = normals * np.float32(127.5)
+    """(H, W, 3) OpenCV normals -> RGB = (n + 1) / 2 of the OpenGL frame; black where there is none."""
+    scaled: NDArray[np.float32] = normals * _OPENGL
     scaled += np.float32(128.0)  # rounds where the cast cuts
     if not np.isfinite(scaled.min()):
         np.nan_to_num(scaled, copy=False, nan=0.0)
@@ -96,17 +100,17 @@ def side_by_side(geometry: Geometry, image: object = None, color: str = "rgb", s
         tiles.append(photograph(geometry, image, color))
     if geometry.prediction is not None:
         tiles.append(depth_picture(geometry, span))
-    normals = geometry.normals_in("opengl")
-    if normals is not None:
-        tiles.append(normals_picture(normals))
+    if geometry.normals is not None:
+        tiles.append(normals_picture(geometry.normals))
     return Image.fromarray(np.concatenate(tiles, axis=1))
 
 
 def _ends(geometry: Geometry, span: Span) -> Span:
     """What `farness` is at the near and at the far end of a span."""
-    low, high = span
-    if not low < high:
-        raise ConfigError(f"span must be two numbers, the smaller one first, not {span!r}.")
+    numbers = list(span) if isinstance(span, Iterable) else []
+    if not (len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]):
+        raise ConfigError(f"span must be two numbers, the smaller one first, not {shown(span)}.")
+    low, high = numbers
     if geometry.depth_kind == "disparity_affine":
         return -high, -low
     if geometry.depth_kind in ("log_affine", "affine"):

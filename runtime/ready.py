@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from densegeo.errors import BundleError
+from densegeo.given import shown
+
 FOLDER = Path(__file__).parent / "bundles"  # made by `make ready-bundle`
 
 
@@ -14,8 +17,16 @@ def names() -> list[str]:
 
 
 def find_bundle(given: str | os.PathLike[str]) -> Path:
-    """The directory that is meant: the given one, or, if nothing is there, the ready bundle of that name."""
-    path = Path(given)
+    """The directory that is meant: the given one, or, if nothing is there, the ready bundle of that name.
+
+    Raises BundleError for what is no path.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise BundleError(
+            "A bundle is given by its directory's path, as text or as a pathlib.Path, or by the name of one that comes "
+            f"with densegeo ({', '.join(names())}), not by {shown(given)}."
+        )
+    path = Path(os.fsdecode(given))
     return FOLDER / path if not path.exists() and os.fspath(given) in names() else path
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from weakref import WeakSet
 
-from densegeo.colors import Color
+from densegeo.colors import Color, color_row
 from densegeo.errors import ShutdownError
 from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.levels import Range
+from densegeo.runtime.levels import Range, check_range
 from densegeo.runtime.runner import Runner
 from densegeo.runtime.stream import Stream
 from densegeo.runtime.ways import Job
@@ -57,6 +57,8 @@ class Service:
     def stream(self, latest: bool, color: Color, depth: int, value_range: Range | None = None) -> Stream:
         """See `Estimator.stream`."""
         self._require()
+        color_row(color)
+        check_range(value_range)
         with self._lock:
             self._require_open()
             stream = Stream(

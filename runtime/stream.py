@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
+from densegeo.given import is_number, require_whole, shown
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Process
@@ -79,8 +80,7 @@ class Stream:
     def __init__(
         self, submit: Callable[[object], Future[Geometry]], metrics: Metrics, *, latest: bool, depth: int
     ) -> None:
-        if not isinstance(depth, int) or depth < 1:
-            raise ConfigError(f"depth must be a whole number above 0, not {depth!r}.")
+        require_whole("depth", depth)
         self._submit, self._metrics, self._latest, self._depth = submit, metrics, latest, depth
         self._process = Process()
         self._producer = threading.Lock()  # one `put` at a time keeps the order when latest=False
@@ -166,6 +166,8 @@ class Stream:
         Raises DeadlineError (a TimeoutError) when there is none by then, which leaves it for the next call, and
         ShutdownError when the stream is closed and all was read.
         """
+        if timeout is not None and not is_number(timeout):
+            raise ConfigError(f"timeout must be seconds, or None for no limit, not {shown(timeout)}.")
         end = None if timeout is None else time.monotonic() + timeout
         found = self._next(end)
         if found is None:
@@ -176,8 +178,11 @@ class Stream:
     def subscribe(self, callback: Callable[[FrameResult], object]) -> threading.Thread:
         """Call `callback` with every result, in a thread of its own that ends when the stream does; returns it.
 
-        What the callback raises is logged, and the next result comes all the same.
+        What the callback raises is logged, and the next result comes all the same. Raises ConfigError for what is not
+        callable.
         """
+        if not callable(callback):
+            raise ConfigError(f"A callback is a function of one argument, not {shown(callback)}.")
 
         def deliver() -> None:
             for result in self:

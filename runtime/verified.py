@@ -1,33 +1,55 @@
-"""Which bundles passed `densegeo verify` on this machine, by backend: a small file each among the user's state."""
+"""What `densegeo verify` found on this machine, by bundle and backend: a small file each among the user's state."""
 
 from __future__ import annotations
 
 import hashlib
+from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
+from densegeo.files import atomic_write
 from densegeo.runtime import state
 from densegeo.runtime.bundle import MANIFEST
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """bundle: its path. good: whether its numbers came out right; said: if not, what was wrong. when: local time."""
+
+    bundle: str
+    backend: str
+    device: str
+    good: bool
+    said: str
+    when: str
 
 
 def is_verified(bundle: Path, backend: str) -> bool:
     """Whether this very bundle passed with this backend on this machine."""
     marker = _marker(bundle, backend)
-    return marker is not None and marker.is_file()
+    found = None if marker is None else _read(marker)
+    return found is not None and found.good
 
 
-def mark_verified(bundle: Path, backend: str) -> None:
-    """Remember that it passed. A state directory that cannot be written is no error: nothing is remembered then."""
+def remember(bundle: Path, backend: str, device: str, wrong: str = "") -> None:
+    """Keep what was found, in place of what was found before. wrong: empty where the bundle passed.
+
+    A state directory that cannot be written is no error: then nothing is remembered.
+    """
     marker = _marker(bundle, backend)
+    when = datetime.now().isoformat(" ", "minutes")
+    found = Finding(str(bundle.resolve()), backend, device, not wrong, wrong, when)
     try:
         if marker is not None:
             marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            marker.write_text(f"{bundle.resolve()} {backend}\n")
+            with atomic_write(marker) as partial:
+                partial.write_bytes(msgspec.json.encode(found))
     except OSError:
         pass
 
 
 def forget(bundle: Path, backend: str) -> None:
-    """A bundle that failed is not verified any more."""
+    """Nothing is known of a bundle until it is verified again."""
     marker = _marker(bundle, backend)
     try:
         if marker is not None:
@@ -36,17 +58,18 @@ def forget(bundle: Path, backend: str) -> None:
         pass
 
 
-def all_verified() -> list[tuple[Path, str]]:
-    """(bundle, backend) of what passed on this machine and is still the same bundle."""
-    found = set()
-    for marker in state.folder("verified").glob("*"):
-        try:
-            path, _, backend = marker.read_text().strip().rpartition(" ")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if path and _marker(Path(path), backend) == marker:
-            found.add((Path(path), backend))
-    return sorted(found)
+def findings() -> list[Finding]:
+    """Of bundles that are still the same ones, on this machine."""
+    found = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
+    here = [one for marker, one in found if one and _marker(Path(one.bundle), one.backend) == marker]
+    return sorted(here, key=lambda one: (one.bundle, one.backend))
+
+
+def _read(marker: Path) -> Finding | None:
+    try:
+        return msgspec.json.decode(marker.read_bytes(), type=Finding)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def _marker(bundle: Path, backend: str) -> Path | None:

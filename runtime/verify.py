@@ -52,14 +52,23 @@ class Verdict(msgspec.Struct, frozen=True):
         """What is beyond its bound, a broken stage before what follows from it."""
         return [check for check in (*self.stages, *self.served) if not within(check)]
 
+    @property
+    def in_words(self) -> str:
+        """The first that is wrong, where there is one."""
+        if not self.wrong:
+            return "nothing was compared"
+        first = self.wrong[0]
+        return (
+            f"{first.output} at {first.bucket} ({first.reference}) is off by {first.error:.1e}, {first.bound:.0e} is "
+            "allowed"
+        )
+
     def require_good(self, bundle: Path, consequence: str = "") -> None:
         """Raises BackendError that names what is wrong, after the words in `consequence`."""
         if not self.good:
-            first = self.wrong[0]
             raise BackendError(
                 f"{consequence}{bundle} does not give its reference outputs with {self.backend} on {self.device}: "
-                f"{first.output} at {first.bucket} ({first.reference}) is off by {first.error:.1e}, {first.bound:.0e} "
-                f"is allowed. Do not use it here with {self.backend}; `densegeo verify {bundle} --backend "
+                f"{self.in_words}. Do not use it here with {self.backend}; `densegeo verify {bundle} --backend "
                 f"{self.backend}` shows all."
             )
 
@@ -94,9 +103,15 @@ def verify(
     with opened(backend) as estimator:
         if not frames_on_cpu:
             verified.forget(directory, estimator.backend)  # until it passes again
-        verdict = _verdict(estimator, directory)
-    if verdict.good and not frames_on_cpu:
-        verified.mark_verified(directory, verdict.backend)
+        try:
+            verdict = _verdict(estimator, directory)
+        except BackendError as error:
+            if not frames_on_cpu:
+                verified.remember(directory, estimator.backend, estimator.device, wrong=str(error))
+            raise
+    if not frames_on_cpu:
+        wrong = "" if verdict.good else verdict.in_words
+        verified.remember(directory, verdict.backend, verdict.device, wrong)
     return verdict
 
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.formats import SIDECAR
+from densegeo.given import shown
 from densegeo.runtime.encoders import Extras, Part, parts
 from densegeo.runtime.geometry import Geometry
 
 
 def encode(geometry: Geometry, name: str, file: str, extras: Extras) -> bytes:
     """One format's bytes; see `Geometry.encode`."""
+    if not isinstance(file, str):
+        raise ConfigError(f'file must be a file\'s name, such as "normals.png", not {shown(file)}.')
     found = parts(geometry, name, extras)
     if not file and len(found) > 1:
         raise ConfigError(f"{name} is several files here: name one of them, file={' or '.join(map(repr, found))}.")
@@ -33,10 +36,12 @@ def save(geometry: Geometry, directory: Path, formats: Sequence[str], stem: str,
     """Write all formats or nothing; the paths written, in order. See `Geometry.save`."""
     if isinstance(formats, str):
         formats = (formats,)
-    if os.path.basename(stem) != stem:
-        raise ConfigError(f"stem must be a plain name without folders, not {stem!r}.")
+    if not isinstance(formats, Iterable):
+        raise ConfigError(f'formats must be names of formats, such as ("npz", "png"), not {shown(formats)}.')
+    if not isinstance(stem, str) or os.path.basename(stem) != stem:
+        raise ConfigError(f"stem must be a plain name without folders, not {shown(stem)}.")
     planned: dict[Path, Part] = {}
-    for name in dict.fromkeys(formats):
+    for name in formats:
         for file, part in parts(geometry, name, extras).items():
             planned[directory / (f"{stem}_{file}" if stem else file)] = part
     _write_together(directory, planned)

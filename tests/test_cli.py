@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from densegeo import cli
-from densegeo.doctor import examine
+from densegeo.doctor import EXTRAS, examine
+from densegeo.runtime import verified
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import ENOUGH, Conditions, Measured, advice, remember
 from densegeo.runtime.ready import find_bundle
-from densegeo.runtime.verified import forget, mark_verified
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration
@@ -250,12 +250,25 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert "onnxruntime" in said
     assert "nothing yet: densegeo verify" in said
     bundle = find_bundle("fe2e-tiny")
-    mark_verified(bundle, "onnxruntime")
+    verified.remember(bundle, "onnxruntime", "cpu")
+    verified.remember(bundle, "openvino", "cpu", wrong="normals at 64x48 are off by 2")
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["verified"] == [f"{bundle.resolve()} with onnxruntime"]
-    forget(bundle, "onnxruntime")
-    assert examine().verified == []
+    found = [(one["bundle"], one["backend"], one["good"], one["said"]) for one in report["verified"]]
+    assert found == [
+        (str(bundle.resolve()), "onnxruntime", True, ""),
+        (str(bundle.resolve()), "openvino", False, "normals at 64x48 are off by 2"),
+    ]
+    extras = {extra["name"]: extra for extra in report["extras"]}
+    assert [*extras] == [extra.name for extra in EXTRAS]  # there or not
+    assert (extras["cpu"]["lacks"], extras["cpu"]["install"], [*extras["cpu"]["have"]]) == ([], "", ["onnxruntime"])
+    assert extras["gpu"]["install"].startswith("pip uninstall -y onnxruntime && ")
+    assert run("doctor") == 0
+    said = capsys.readouterr().out
+    for words in ("passed", "failed, normals at 64x48", "densegeo[gpu]", "read HEIC", "suits it", "--precision"):
+        assert words in " ".join(said.split()), words
+    verified.forget(bundle, "onnxruntime")
+    assert [one.good for one in examine().verified] == [False]
     assert re.match(r"--backend \w+ --precision \w+ \(backend: .*; precision: ", report["suits"])
     assert report["cpu_count"] >= 1
     assert report["gpu_note"]

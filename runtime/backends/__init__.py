@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from densegeo.backends import BACKENDS, BackendRow
 from densegeo.colors import Color
 from densegeo.errors import BackendError, ConfigError
+from densegeo.given import require_text
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.sharing import ALONE, Sharing, check_sharing
@@ -85,14 +86,18 @@ def open_backend(
     device: str,
     threads: int | None = None,
     sharing: Sharing = ALONE,
+    calls_at_once: int = 1,
 ) -> Backend:
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
-    threads: of the CPU, that the networks may use; None leaves that to the library. Where both are "auto" and NVIDIA's
+    threads: of the CPU, that the networks may use; None leaves that to the library. calls_at_once: among how many calls
+    they are shared, where the backend can be told. Where both are "auto" and NVIDIA's
     driver is here, any that runs on the GPU comes before all on the CPU. Raises ConfigError for an unknown name and for
     `sharing` where no GPU is used, BackendError when it is not installed or cannot run this bundle ("auto": when none
     can; the message names every reason).
     """
+    require_text("backend", name, '"auto" or "onnxruntime"')
+    require_text("device", device, '"auto", "cpu" or "cuda:0"')
     check_sharing(sharing)
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
@@ -108,6 +113,7 @@ def open_backend(
             try:
                 module, _, function = row.opens.partition(":")
                 given = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
+                given |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
                 backend: Backend = getattr(import_module(module), function)(
                     directory, manifest, where, sharing, **given
                 )

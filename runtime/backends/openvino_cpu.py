@@ -26,10 +26,15 @@ _ROW = backend_row("openvino")
 
 
 def open_backend(
-    directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE, threads: int | None = None
+    directory: Path,
+    manifest: Manifest,
+    device: str,
+    sharing: Sharing = ALONE,
+    threads: int | None = None,
+    calls_at_once: int = 1,
 ) -> OpenVinoBackend:
     """The backend of `densegeo.backends`' table; it shares no GPU. Raises BackendError, ConfigError, BundleError."""
-    return OpenVinoBackend(directory, manifest, device, threads)
+    return OpenVinoBackend(directory, manifest, device, threads, calls_at_once)
 
 
 class OpenVinoBackend(GraphBackend):
@@ -38,8 +43,10 @@ class OpenVinoBackend(GraphBackend):
     name = _ROW.name
     device = "cpu"
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, threads: int | None = None) -> None:
-        self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINT}
+    def __init__(
+        self, directory: Path, manifest: Manifest, device: str, threads: int | None = None, calls_at_once: int = 1
+    ) -> None:
+        self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINT, "NUM_STREAMS": calls_at_once}
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
         _require_cpu(device)

@@ -27,7 +27,7 @@ from densegeo.runtime.bundle import (
 from densegeo.runtime.engine_log import parse_log, read_log
 from densegeo.runtime.engines import check_engine, fingerprint, select_engine
 from densegeo.runtime.measured import Conditions
-from densegeo.runtime.verified import is_verified, mark_verified
+from densegeo.runtime.verified import is_verified, remember
 from tests.support.absent import BUILD_SIDE, run_without, start_without
 from tests.support.checkpoints import leftovers
 
@@ -87,7 +87,7 @@ def test_another_architecture_is_added_and_other_settings_replace(
     """What was verified and measured with engines that are gone says nothing any more; other engines stay."""
     first = read_manifest(bundle)
     remembered(first)
-    mark_verified(bundle, "tensorrt")
+    remember(bundle, "tensorrt", "cuda:0")
     done = renew(bundle, (89,), RTX, Console(quiet=True))
     assert [engine.architectures for engine in done.added] == [["sm_89"]] * 3
     assert done.replaced == []
@@ -98,7 +98,7 @@ def test_another_architecture_is_added_and_other_settings_replace(
     assert second.build_key == first.build_key
     assert not is_verified(bundle, "tensorrt")
     assert len(list(state.folder("measured").glob("*.json"))) == 1
-    mark_verified(bundle, "tensorrt")
+    remember(bundle, "tensorrt", "cuda:0")
     other = msgspec.structs.replace(RTX, optimization_level=0)
     again = renew(bundle, (86,), other, Console(quiet=True))
     third = read_manifest(bundle)

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -199,3 +200,14 @@ def test_a_fresh_process_needs_no_torch_and_reports_to_nobody(bundle: Path) -> N
     assert roots.isdisjoint(
         {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors", "openvino_telemetry"}
     )
+
+
+def test_calls_that_share_the_threads(toy_bundle: Path, picture: np.ndarray) -> None:
+    with Estimator(toy_bundle, "openvino") as one, Estimator(toy_bundle, "openvino", calls_at_once=2) as two:
+        wanted = one(picture).prediction
+        for estimator, streams in ((one, 1), (two, 2)):
+            loaded = [*estimator._backend._graphs.values()]  # type: ignore[attr-defined]
+            assert {graph.get_property("NUM_STREAMS") for graph in loaded} == {streams}
+        with ThreadPoolExecutor(3) as pool:
+            for geometry in pool.map(two, [picture] * 6):
+                np.testing.assert_allclose(geometry.prediction, wanted, atol=1e-6)

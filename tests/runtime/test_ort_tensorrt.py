@@ -18,7 +18,7 @@ from densegeo.runtime.backends import open_backend
 from densegeo.runtime.backends import ort as ort_module
 from densegeo.runtime.backends.ort import ALL_OR_NONE, CPU, CUDA, TENSORRT, choose_provider, engine_cache, open_tensorrt
 from densegeo.runtime.bundle import Quantization, read_manifest
-from densegeo.runtime.verified import mark_verified
+from densegeo.runtime.verified import remember
 
 NAME = "onnxruntime-tensorrt"
 ROW = backend_row(NAME)
@@ -192,6 +192,6 @@ def test_auto_takes_it_only_for_what_was_verified(
     bundle = new_bundle()
     with pytest.raises(BackendError, match=rf"not verified on this machine; `densegeo verify .* --backend {NAME}`"):
         open_backend("auto", bundle, read_manifest(bundle), "auto")
-    mark_verified(bundle, NAME)
+    remember(bundle, NAME, "cuda:0")
     assert open_backend("auto", bundle, read_manifest(bundle), "auto").device == "cuda:0"
     assert "tensorrt" not in sys.modules

@@ -25,7 +25,7 @@ from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_na
 from densegeo.runtime.backends.tensorrt_network import Network
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, TensorSpec, read_manifest
 from densegeo.runtime.resample import Placement, whole
-from densegeo.runtime.verified import forget, is_verified, mark_verified
+from densegeo.runtime.verified import forget, is_verified, remember
 from densegeo.size import Size
 
 CONTRACT = LaunchContract(
@@ -234,13 +234,13 @@ def test_auto_takes_no_backend_that_was_not_verified_here(
     monkeypatch.setattr(type(row), "available", lambda self: True)
     with pytest.raises(BackendError, match=r"not verified on this machine; `densegeo verify .* --backend tensorrt`"):
         open_backend("auto", bundle, manifest, "auto")
-    mark_verified(bundle, "tensorrt")
+    remember(bundle, "tensorrt", "cuda:0")
     assert is_verified(bundle, "tensorrt")
     assert not is_verified(bundle, "onnxruntime")
     with pytest.raises(BackendError, match="no TensorRT engines"):  # now it is tried
         open_backend("auto", bundle, manifest, "auto")
     (bundle / "manifest.json").write_bytes((bundle / "manifest.json").read_bytes() + b"\n")
     assert not is_verified(bundle, "tensorrt")  # another bundle by now
-    mark_verified(bundle, "tensorrt")
+    remember(bundle, "tensorrt", "cuda:0")
     forget(bundle, "tensorrt")
     assert not is_verified(bundle, "tensorrt")

@@ -17,7 +17,7 @@ from densegeo.errors import BackendError, BundleError
 from densegeo.runtime import Estimator, faults, verify
 from densegeo.runtime.bundle import Bucket, read_manifest, write_manifest
 from densegeo.runtime.tensorfile import read_tensors
-from densegeo.runtime.verified import is_verified
+from densegeo.runtime.verified import findings, is_verified
 from densegeo.runtime.ways import HostWay, Job
 from densegeo.size import Size
 
@@ -107,6 +107,9 @@ def test_a_wrong_bundle_is_named_with_its_first_wrong_stage(new_bundle: NewBundl
     bundle = new_bundle(references=1.1)
     verdict = verify.verify(bundle, "onnxruntime", "cpu")
     assert verdict.wrong[0].output == "encoder"
+    (found,) = [one for one in findings() if one.bundle == str(bundle)]  # as `densegeo doctor` tells
+    assert (found.backend, found.good) == ("onnxruntime", False)
+    assert "encoder at 64x48" in found.said
     with pytest.raises(BackendError, match=r"No speed: .*encoder at 64x48 .* off by 9\.1e-02.*densegeo verify"):
         verdict.require_good(bundle, "No speed: ")
 
