@@ -6,6 +6,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from densegeo.errors import ConfigError
 from densegeo.size import Size
@@ -64,9 +65,9 @@ def is_number(value: object) -> bool:
 def size_of(name: str, value: object) -> Size:
     """(width, height), whole numbers above 0. Raises ConfigError for anything else."""
     try:
-        width, height = value  # type: ignore[misc]
-        size = Size(int(width), int(height))
-        if (*size,) == (width, height) and min(size) > 0:
+        sides: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]
+        size = Size(*(int(side) for side in sides))
+        if tuple(size) == sides and min(size) > 0:
             return size
     except (TypeError, ValueError, OverflowError):
         pass

@@ -36,7 +36,7 @@ def write_png(stream: BinaryIO, picture: NDArray[Any], text: Mapping[str, str]) 
     for name, data, *_ in info.chunks:
         _chunk(stream, name, data)
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, _STRATEGY[size])
-    _chunk(stream, b"IDAT", packer.compress(_filtered(picture)) + packer.flush())
+    _chunk(stream, b"IDAT", packer.compress(_filtered(picture).data) + packer.flush())
     _chunk(stream, b"IEND", b"")
 
 
