@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from click.testing import Result
 from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.linear_model import LinearRegression
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from densegeo.benchmarks import accuracy
 from densegeo.benchmarks.accuracy import Options, Prediction, constant, evaluate, vertical_gradient
