@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from densegeo.benchmarks import noisy
 from densegeo.benchmarks.noisy import observed, shape_error
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
 from densegeo.runtime import Estimator
@@ -34,6 +35,27 @@ def test_normals_give_the_shape(noise: float, degrees: float, bound: float) -> N
         geometry, _ = observed(seen(index), rng, noise, degrees)
         errors.append(shape_error(seen(index), geometry.to_scale(seen(index).intrinsics).depth))
     assert np.mean(errors) <= bound
+
+
+def test_its_uncertainty_is_that_of_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of noise that is smooth over 8 pixels, and several times larger where noise goes together over 32."""
+    rng, off, spreads = np.random.default_rng(4), [], {8.0: [], 32.0: []}
+    for smooth, found_spreads in spreads.items():
+        monkeypatch.setattr(noisy, "SMOOTH", smooth)
+        for index in range(8):
+            geometry, truth = observed(seen(index), rng, 0.005, 5.0)
+            try:
+                found = geometry.to_scale(seen(index).intrinsics).calibration
+            except CalibrationError:  # too uncertain
+                found_spreads.append(1.0)
+                continue
+            assert found is not None
+            found_spreads.append(np.sqrt(found.variance[0]) / found.scale)
+            off.append(abs(np.log(found.scale / truth)) / found_spreads[-1])
+    assert len(off) >= 14
+    assert 0.3 <= np.mean(np.array(off) < 1) <= 0.95
+    assert np.max(off) < 4
+    assert np.median(spreads[32.0]) > 2 * np.median(spreads[8.0])
 
 
 def test_it_is_quick_enough_for_a_camera() -> None:
@@ -125,6 +147,17 @@ def test_more_anchors_make_it_more_certain() -> None:
         spreads.append(float(np.median(found.calibration.uncertainty(geometry.prediction))))
         np.testing.assert_allclose(found.depth, depth, rtol=0.02)
     assert spreads[0] > spreads[1] > spreads[2]
+
+
+def test_anchors_everywhere_say_more_than_as_many_in_one_half() -> None:
+    geometry, depth = room()
+    rows, columns = (grid.ravel() for grid in np.mgrid[4:HEIGHT:8, 4:WIDTH:8])
+    spreads = []
+    for uv in (np.stack([columns, rows], 1), np.stack([columns // 2, rows], 1)):
+        found = geometry.to_metric(anchors=(uv, depth[uv[:, 1], uv[:, 0]])).calibration
+        assert found is not None
+        spreads.append(float(np.median(found.uncertainty(geometry.prediction))))
+    assert spreads[0] < 0.8 * spreads[1]
 
 
 def wall(geometry: Geometry) -> Geometry:
