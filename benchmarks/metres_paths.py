@@ -24,9 +24,9 @@ def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     """One sequence with one of `EVIDENCE`. Ways: frames "alone"; "tracked", with the motion given; "tracked, motion
     unknown"; "best line" through the true depth of each frame, below which no line can come.
 
-    jump: mean change of the error of ln(depth) on fixed points. line: median over the points, the part that is not the
-    network's own flicker. error: AbsRel. resets: frames at which the tracker began anew. off: each frame's median error
-    of ln(depth), None where there is no result.
+    Frames whose unit is still unknown count as none. jump: mean change of the error of ln(depth) on fixed points. line:
+    median over the points, the part that is not the network's own flicker. error: AbsRel. resets: frames at which the
+    tracker began anew. off: each frame's median error of ln(depth), None where there is no result.
     """
     rng = np.random.default_rng([seed, 24])
     facts = [EVIDENCE[evidence](row, rng) for row in rows]
@@ -66,7 +66,8 @@ def _followed(
     for index, (row, given) in enumerate(zip(rows, facts, strict=True)):
         count, seen = tracker.resets if tracker else 0, row.view
         try:
-            depth = way(row, given).depth
+            found_here = way(row, given)
+            depth = found_here.depth if found_here.depth_kind == "metric" else None
         except CalibrationError:
             depth = None
         if tracker and tracker.resets != count:

@@ -178,7 +178,7 @@ def _coverage_picture(found: Record) -> Any:
     axes.axvspan(*WITHIN, color="0.5", alpha=0.25, label="68 %, give or take 10")
     axes.set_yticks(places, list(shares))
     axes.set(xlabel="share of the errors within one standard deviation", xlim=(0, 1))
-    axes.legend(frameon=False, loc="lower left", framealpha=1)
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
 
 

@@ -116,7 +116,7 @@ class Stream:
         """Hand in a frame; returns its id (by default its number, from 0). stamp: anything, comes back as it is.
 
         intrinsics, camera_height: hold for later frames too. anchors, up: this frame's. See `Geometry.to_metric`.
-        motion: (4, 4), points of the camera at the last `put` into the camera now.
+        motion: (4, 4), points of the camera at the last `put` into the camera now; the identity: it stands still.
         With latest=True the image is read later: do not overwrite an array after handing it in.
         Raises ShutdownError when the stream or its estimator is closed, BackendTimeoutError after a hang (with
         latest=True the frame's result carries it), BackendError in a process that was forked since.

@@ -152,8 +152,9 @@ class ScaleTracker:
         """The next frame with its depth: "metric" once anything told metres, else "up_to_scale".
 
         The arguments are those of `Geometry.to_metric`; motion: (4, 4), points of the last frame's camera into this
-        one's. `calibration` holds the line's uncertainty. Raises CalibrationError where nothing is known of the line
-        yet (also when normals alone were to tell and do not).
+        one's, the identity for a camera that stands still. Without it the camera may have moved, which makes the
+        prediction less certain and evidence weigh more. `calibration` holds the line's uncertainty.
+        Raises CalibrationError where nothing is known of the line yet (also when normals alone were to tell and do not).
         """
         motion = None if motion is None else checked_motion(motion)
         camera = None if intrinsics is None else geometry.camera(intrinsics)
