@@ -154,7 +154,7 @@ class ScaleTracker:
         The arguments are those of `Geometry.to_metric`; motion: (4, 4), points of the last frame's camera into this
         one's, the identity for a camera that stands still. Without it the camera may have moved, which makes the
         prediction less certain and evidence weigh more. `calibration` holds the line's uncertainty.
-        Raises CalibrationError where nothing is known of the line yet (also when normals alone were to tell and do not).
+        Raises CalibrationError where nothing is known of the line yet, also when normals alone were to tell and do not.
         """
         motion = None if motion is None else checked_motion(motion)
         camera = None if intrinsics is None else geometry.camera(intrinsics)
