@@ -105,6 +105,8 @@ def own_predictions(rows: list[Recorded], seed: int) -> Record:
             assert found.calibration is not None
             if facts:
                 errors[name].append(abs_rel(seen, found.depth))
+                if best is None:
+                    continue
                 off = _line(found.calibration, p[valid]) - _line(best, p[valid])
                 sigmas = np.abs(off) / found.calibration.uncertainty(p[valid])
             else:
@@ -136,12 +138,14 @@ def _facts(row: Recorded, rng: np.random.Generator) -> dict[str, Record]:
     }
 
 
-def _best(row: Recorded) -> Calibration:
+def _best(row: Recorded) -> Calibration | None:
+    """None where depth runs against the prediction."""
     rows, columns = (index[::7] for index in np.nonzero(row.view.valid))
     anchors = (np.stack([columns, rows], axis=1), row.view.depth[rows, columns])
-    found = row.geometry.to_metric(anchors=anchors).calibration
-    assert found is not None
-    return found
+    try:
+        return row.geometry.to_metric(anchors=anchors).calibration
+    except CalibrationError:
+        return None
 
 
 def _line(calibration: Calibration, p: NDArray[Any]) -> NDArray[Any]:
@@ -189,7 +193,7 @@ def scan_line(held_out: list[Recorded]) -> Record:
     """
     line, depth, refused = [], [], 0
     for row in track(held_out, "one scan line"):
-        seen, valid = row.view, row.view.valid
+        seen, valid, best = row.view, row.view.valid, _best(row)
         middle = SIZE.height // 2
         columns = np.nonzero(valid[middle])[0][::4]
         anchors = (np.stack([columns, np.full(len(columns), middle)], axis=1), seen.depth[middle, columns])
@@ -198,10 +202,12 @@ def scan_line(held_out: list[Recorded]) -> Record:
         except CalibrationError:
             refused += 1
             continue
+        if best is None:
+            continue
         assert found is not None
         p = row.geometry.require_prediction("depth")[valid]
         reported = _rms(found.uncertainty(p))
-        line.append(reported / _rms(_line(found, p) - _line(_best(row), p)))
+        line.append(reported / _rms(_line(found, p) - _line(best, p)))
         depth.append(np.hypot(reported, found.residual) / _rms(_line(found, p) - np.log(seen.depth[valid])))
     return {"refused": refused} | {
         name: {"median_ratio": float(np.median(values)), "within_a_factor_of_two": _near(values)}

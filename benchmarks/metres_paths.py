@@ -109,16 +109,8 @@ def fixed_points(now: View, before: View, motion: Float64) -> tuple[Any, Any]:
 
 
 def _somewhere(row: Recorded, rng: np.random.Generator) -> Record:
-    return _readings(row, rng, 1)
-
-
-def _anywhere(row: Recorded, rng: np.random.Generator) -> Record:
-    return _readings(row, rng, 10)
-
-
-def _readings(row: Recorded, rng: np.random.Generator, count: int) -> Record:
     rows, columns = np.nonzero(row.view.valid)
-    at = rng.permutation(len(rows))[:count]
+    at = rng.integers(len(rows), size=1)
     return {"anchors": (np.stack([columns[at], rows[at]], axis=1), row.view.depth[rows[at], columns[at]])}
 
 
@@ -139,7 +131,6 @@ def _height(row: Recorded, rng: np.random.Generator) -> Record:
 
 EVIDENCE: dict[str, Callable[[Recorded, np.random.Generator], Record]] = {
     "one reading at a random pixel": _somewhere,
-    "ten readings at random pixels": _anywhere,
     "one reading straight ahead": _ahead,
     "the camera's height": _height,
 }
