@@ -1,7 +1,8 @@
 """Metres without a lidar, measured: scale from normals under noise, a network's own predictions with one more fact,
 anchors with outliers, a wrong model, and moving cameras. docs/metres.md says what the rows mean.
 
-    python benchmarks/metres.py --json benchmarks/results/metres_cpu.json     # --quick: a tenth of everything
+    python benchmarks/metres.py --part views --json benchmarks/results/metres_views_cpu.json
+    python benchmarks/metres.py --part paths --json benchmarks/results/metres_paths_cpu.json
 
 Rendered views and their predictions are kept in out/metres; the first run makes them, about a second each.
 """
@@ -276,30 +277,47 @@ def milliseconds() -> float:
     return 1e3 * min(spent[1:])
 
 
+def of_views(estimator: Estimator, count: int) -> Record:
+    rows = {seed: recorded.views(estimator, seed, count) for seed in (SEED, SECOND_SEED)}
+    return {
+        "milliseconds_640x480": milliseconds(),
+        "noise": {str(seed): noise_table(rows[seed]) for seed in rows},
+        "own_predictions": [own_predictions(rows[seed], seed) for seed in rows],
+        "anchors": anchors_table(rows[SEED]),
+        "scan_line": scan_line(rows[SEED]),
+        "motorcycle": motorcycle(estimator),
+    }
+
+
+def of_paths(estimator: Estimator, sequences: int, frames: int) -> Record:
+    cut = frames * 2 // 3
+    paths = [recorded.path(estimator, seed, frames) for seed in range(sequences)]
+    with_cut = recorded.path(estimator, 100, frames, cut)
+    return {
+        "paths": {
+            evidence: [moving_camera(rows, evidence, seed) for seed, rows in enumerate(track(paths, evidence))]
+            for evidence in EVIDENCE
+        },
+        "cut": {"at": cut} | {name: moving_camera(with_cut, name, 100) for name in EVIDENCE},
+    }
+
+
 def main(
+    part: Annotated[str, typer.Option(help="views or paths; by default both.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of everything.")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the result here.")] = None,  # noqa: UP045
 ) -> None:
     """All tables, printed as JSON."""
+    if part not in ("", "views", "paths"):
+        raise typer.BadParameter(f"There is no part {part!r}; choose views or paths.", param_hint="--part")
     warnings.simplefilter("ignore", CalibrationWarning)
     count, sequences, frames = (10, 1, 12) if quick else (100, 10, FRAMES)
     result: Record = {"environment": environment(("numpy", "onnxruntime", "scikit-image"))}
-    result["milliseconds_640x480"] = milliseconds()
     with Estimator("fe2e-tiny") as estimator:
-        rows = {seed: recorded.views(estimator, seed, count) for seed in (SEED, SECOND_SEED)}
-        result["noise"] = {str(seed): noise_table(rows[seed]) for seed in rows}
-        result["own_predictions"] = [own_predictions(rows[seed], seed) for seed in rows]
-        result["anchors"] = anchors_table(rows[SEED])
-        result["scan_line"] = scan_line(rows[SEED])
-        result["motorcycle"] = motorcycle(estimator)
-        paths = [recorded.path(estimator, seed, frames) for seed in range(sequences)]
-        result["paths"] = {
-            evidence: [moving_camera(rows, evidence, seed) for seed, rows in enumerate(track(paths, evidence))]
-            for evidence in EVIDENCE
-        }
-        cut = frames * 2 // 3
-        rows_with_cut = recorded.path(estimator, 100, frames, cut)
-        result["cut"] = {"at": cut} | {name: moving_camera(rows_with_cut, name, 100) for name in EVIDENCE}
+        if part in ("", "views"):
+            result |= of_views(estimator, count)
+        if part in ("", "paths"):
+            result |= of_paths(estimator, sequences, frames)
     Console().print_json(data=result)
     if json_file is not None:
         write_json(json_file, result)

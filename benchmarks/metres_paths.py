@@ -29,6 +29,7 @@ def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     tracker began anew. off: each frame's median error of ln(depth), None where there is no result.
     """
     rng = np.random.default_rng([seed, 24])
+    rows = [row for row in rows if row.view.valid.any()]  # not those that show the sky alone
     facts = [EVIDENCE[evidence](row, rng) for row in rows]
     ways: dict[str, Callable[[Recorded, Record], Geometry]] = {
         "alone": lambda row, given: row.geometry.to_metric(row.view.intrinsics, **given),

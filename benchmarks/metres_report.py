@@ -31,9 +31,11 @@ WITHIN = (0.58, 0.78)  # of the errors, that one standard deviation should cover
 Record = dict[str, Any]
 
 
-def main(result: Annotated[Path, typer.Argument(help="What benchmarks/metres.py --json wrote.")]) -> None:
+def main(results: Annotated[list[Path], typer.Argument(help="What benchmarks/metres.py --json wrote.")]) -> None:
     """Rewrite the tables between the page's markers, and its pictures beside it."""
-    found = json.loads(result.read_text())
+    found: Record = {}
+    for result in results:
+        found |= json.loads(result.read_text())
     text = PAGE.read_text()
     for name, table in TABLES.items():
         marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
