@@ -83,12 +83,12 @@ def _followed(
                 found["jump"].append(float(np.nanmean(np.abs(change))))
                 found["line"].append(float(abs(np.nanmedian(change))))
         last, before = gap, seen
-    part = max(1, len(found["error"]) // 4)
+    errors = found["error"]
+    part = max(1, len(errors) // 4)
+    quarters = {"error_first_quarter": errors[:part], "error_last_quarter": errors[-part:]}
     return {
-        "frames": len(found["error"]),
-        **{name: float(np.mean(values)) for name, values in found.items()},
-        "error_first_quarter": float(np.mean(found["error"][:part])),
-        "error_last_quarter": float(np.mean(found["error"][-part:])),
+        "frames": len(errors),
+        **{name: float(np.mean(values)) if values else None for name, values in (found | quarters).items()},
         "resets": resets,
         "off": off,
     }

@@ -128,7 +128,7 @@ def _paths(found: Record) -> list[str]:
         for way in ("alone", "tracked", "tracked, motion unknown", "best line"):
 
             def mean(name: str, way: str = way, runs: list[Record] = runs) -> float:
-                return float(np.mean([run[way][name] for run in runs if name in run[way]]))
+                return float(np.mean([run[way][name] for run in runs if run[way].get(name) is not None]))
 
             steadier = [mean(name, "alone") / mean(name) for name in ("jump", "line")]
             row = [evidence if way == "alone" else "", way, f"{mean('jump'):.4f}", f"{mean('line'):.4f}"]
