@@ -198,7 +198,7 @@ BASE, DEPTH = room()
         (lambda: BASE.to_metric(K, size=([[1, 1]], 1.0)), CalibrationError, "pair"),
         (lambda: BASE.to_metric(K, size=([[1, 1], [999, 9]], 1.0)), CalibrationError, "outside"),
         (lambda: BASE.to_metric(anchors=([[1, 1]], [1.0])), CalibrationError, "intrinsics"),
-        (lambda: BASE.to_metric(K, anchors=([[1, 1]], [1.0]), method="ransac"), CalibrationError, "method"),
+        (lambda: BASE.to_metric(K, anchors=([[1, 1]], [1.0]), method="ransac"), ConfigError, "method"),
         (lambda: BASE.to_metric(scale=1, shift=0, anchors=([[1, 1]], [1.0])), CalibrationError, "exactly"),
         (lambda: BASE.to_metric(prior=BASE.to_metric(scale=1, shift=0).calibration),
          CalibrationError, "no uncertainty"),
