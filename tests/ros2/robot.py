@@ -116,7 +116,11 @@ class Client:
         kind = message.__msgtype__
         if topic not in self._publishers:
             self._publishers[topic] = self.node.create_publisher(CLASSES[kind.rpartition("/")[2]], topic, qos)
-        self._publishers[topic].publish(bytes(STORE.serialize_cdr(message, kind)))
+        self.send_encoded(topic, bytes(STORE.serialize_cdr(message, kind)))
+
+    def send_encoded(self, topic: str, message: bytes) -> None:
+        """A message's CDR bytes, to a topic that has a publisher."""
+        self._publishers[topic].publish(message)
 
     def connected(self, topic: str, message: Any, qos: QoSProfile = RELIABLE) -> None:
         """Make the publisher, and wait until the node listens to it."""
