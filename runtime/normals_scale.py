@@ -25,6 +25,7 @@ _LAGS = (2, 4, 8, 16)  # grid pixels that a path spans
 _SATURATED = 0.003  # predictions this close to 0 or 1 may be clamped ones
 _GRAZING = 0.08  # smallest -n . r: flatter surfaces amplify the normals' noise without bound
 _RATIO = 0.1  # noise of p over noise of the normals' direction (radians), see docs/metres.md
+_NEAR, _CLIPPED = 12, 0.4  # grid pixels, share: where so much is saturated, the rest of it is so but for its noise
 _CORRELATED = 8.0  # grid pixels over which noise is smooth
 _GRID = np.exp(np.linspace(np.log(0.1), np.log(16.0), 18)).astype(np.float32)
 _TRIED = 1600  # paths by which the start is chosen
@@ -98,8 +99,9 @@ class _Grid:
     @classmethod
     def of(cls, prediction: Float, normals: Float, valid: NDArray[np.bool_], camera: Camera) -> _Grid:
         block = max(1, round(min(prediction.shape) / _SIDE))
-        usable = valid & (np.abs(prediction - np.float32(0.5)) < 0.5 - _SATURATED)
-        p, n, whole = _blocks(prediction, block), _blocks(normals, block), _every(usable, block)
+        inside = np.abs(prediction - np.float32(0.5)) < 0.5 - _SATURATED
+        p, n, whole = _blocks(prediction, block), _blocks(normals, block), _every(valid & inside, block)
+        whole &= _around(~_every(inside | ~valid, block), _NEAR) < _CLIPPED
         height, width = p.shape
         coarse = replace(
             camera,
@@ -131,6 +133,17 @@ def _blocks(plane: Float, block: int) -> Float:
     for offset in range(1, block):
         found += rows[:, offset::block]
     return np.asarray(found / np.float32(block * block))
+
+
+def _around(plane: NDArray[np.bool_], reach: int) -> Float:
+    """(h, w) -> the share of True in the square of pixels that are at most `reach` rows and columns away."""
+    sums = np.cumsum(np.cumsum(np.pad(plane.astype(np.float32), ((1, 0), (1, 0))), axis=0), axis=1)
+    (top, below), (left, right) = (
+        (np.maximum(i - reach, 0), np.minimum(i + reach + 1, len(i))) for i in map(np.arange, plane.shape)
+    )
+    count = (below - top)[:, None] * (right - left)
+    found = sums[below][:, right] - sums[top][:, right] - sums[below][:, left] + sums[top][:, left]
+    return np.asarray(found / count, dtype=np.float32)
 
 
 def _every(plane: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
