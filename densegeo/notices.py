@@ -1,6 +1,4 @@
-"""What is warned of during a run, by Python's warnings and by the log: told apart by source, counted, each kind shown
-once. The command line prints nothing of it raw.
-"""
+"""What is warned of, by Python's warnings and by the log, told apart by source: nothing of it is printed raw."""
 
 from __future__ import annotations
 
@@ -28,12 +26,10 @@ class Notice:
     count: int = 0
 
 
-class Notices:
-    """The warnings of one run, from any of its threads. show: gets the first of each kind, as it comes."""
+class Heard:
+    """Warnings from any thread, told apart by what they are about."""
 
-    def __init__(self, show: Callable[[Notice], object] = lambda notice: None) -> None:
-        self.kinds: dict[str, Notice] = {}
-        self._show, self._lock = show, threading.Lock()
+    def __init__(self) -> None:
         self._subject: ContextVar[tuple[str, list[str]]] = ContextVar("densegeo-subject")
 
     @contextmanager
@@ -43,7 +39,7 @@ class Notices:
         with warnings.catch_warnings():
             for category in (UserWarning, RuntimeWarning):  # others are for programmers
                 warnings.simplefilter("always", category)
-            warnings.showwarning = lambda message, *rest, **more: self._take(str(message))
+            warnings.showwarning = lambda message, *rest, **more: self._warned(str(message))
             logging.getLogger().addHandler(handler)
             try:
                 yield
@@ -52,7 +48,7 @@ class Notices:
 
     @contextmanager
     def about(self, source: str) -> Iterator[list[str]]:
-        """Inside, in this thread, warnings are about `source`; gives their texts, each once, as they come."""
+        """Inside, in this context, warnings are about `source`; gives their texts, each once, as they come."""
         texts: list[str] = []
         token = self._subject.set((source, texts))
         try:
@@ -60,11 +56,30 @@ class Notices:
         finally:
             self._subject.reset(token)
 
+    def _warned(self, text: str) -> None:
+        """By Python's warnings; what the log says comes to `_take`."""
+        self._take(text)
+
     def _take(self, text: str) -> None:
         source, texts = self._subject.get(("", []))
         if text in texts:
             return
         texts.append(text)
+        self._new(text, source)
+
+    def _new(self, text: str, source: str) -> None:
+        """A text that was not said of this source before."""
+
+
+class Notices(Heard):
+    """The warnings of one run. show: gets the first of each kind, as it comes."""
+
+    def __init__(self, show: Callable[[Notice], object] = lambda notice: None) -> None:
+        super().__init__()
+        self.kinds: dict[str, Notice] = {}
+        self._show, self._lock = show, threading.Lock()
+
+    def _new(self, text: str, source: str) -> None:
         with self._lock:
             kind = self.kinds.setdefault(_NUMBER.sub("#", text), Notice(text, source))
             kind.count += 1

@@ -5,10 +5,12 @@ Files are first written under temporary names and renamed together at the end: a
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from densegeo.errors import ConfigError, ResourceError
@@ -16,6 +18,13 @@ from densegeo.formats import SIDECAR
 from densegeo.given import shown
 from densegeo.runtime.encoders import Extras, Part, parts
 from densegeo.runtime.geometry import Geometry
+
+# What helps against an error of the system's.
+_ADVICE = {
+    errno.ENAMETOOLONG: "give the image, or stem, a shorter name",
+    errno.ENOSPC: "free space or choose another folder",
+    errno.EDQUOT: "free space or choose another folder",
+}
 
 
 def encode(geometry: Geometry, name: str, file: str, extras: Extras) -> bytes:
@@ -55,17 +64,21 @@ def _sidecar_last(names: Iterable[Path]) -> list[Path]:
 
 def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
     staged: list[tuple[Path, Path]] = []
+    placed: list[tuple[Path, Path | None]] = []  # a final name, and where the file lies that it had before
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for final in _sidecar_last(planned):
             # shorter than the final name, which may be as long as names can be
-            staged.append((final.with_name(f".{secrets.token_hex(6)}"), final))
+            staged.append((_hidden(final), final))
             with open(staged[-1][0], "wb") as stream:
                 planned[final](stream)
         for temporary, final in staged:
+            placed.append((final, _kept(final)))
             os.replace(temporary, final)
     except BaseException as error:  # Ctrl-C too must leave nothing behind
+        for final, before in placed:
+            _quietly(partial(os.replace, before, final) if before else final.unlink)
         for temporary, _ in staged:
             _quietly(temporary.unlink)
         for folder in made:
@@ -73,12 +86,33 @@ def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
         if isinstance(error, OSError):
             raise ResourceError(
                 f"The results cannot be written to {directory}: {error.strerror or error}. "
-                "Nothing was left there; free space or choose another folder."
+                f"Nothing of them was left there; {_ADVICE.get(error.errno or 0, 'choose another folder')}."
             ) from error
         raise
+    for _, before in placed:
+        if before:
+            _quietly(before.unlink)
 
 
-def _quietly(action: Callable[[], None]) -> None:
+def _hidden(final: Path) -> Path:
+    return final.with_name(f".{secrets.token_hex(6)}")
+
+
+def _kept(final: Path) -> Path | None:
+    """A second name of the file that is about to be replaced; None where there is none. Raises OSError."""
+    if not os.path.lexists(final):
+        return None
+    if final.is_dir() and not final.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
+    kept = _hidden(final)
+    try:
+        os.link(final, kept, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without links
+        os.replace(final, kept)
+    return kept
+
+
+def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
     except OSError:

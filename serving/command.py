@@ -14,7 +14,7 @@ import typer
 from densegeo.backends import NAMES
 from densegeo.runtime import Estimator
 from densegeo.runtime.ready import find_bundle
-from densegeo.serving.logs import FIELDS, start_logging
+from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
 from densegeo.serving.models import Open, open_models
 from densegeo.serving.options import MAX_PIXELS, MIB, Options, read_token
 from densegeo.serving.routes import application
@@ -115,7 +115,8 @@ def run(bundles: list[Path], opens: Open, options: Options) -> int:
     for model in service.models.values():
         model.load()
         log.info("loaded", extra={FIELDS: {"model": model.name, "version": model.version}})
-    server.run([bound])
+    with WARNINGS.collected():
+        server.run([bound])
     if service.hung:  # its thread cannot be stopped, and must not meet the interpreter's end
         logging.shutdown()
         os._exit(EXIT_HUNG)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import json
 import logging
 import time
 from typing import Any
@@ -28,7 +29,7 @@ from densegeo.errors import (
 )
 from densegeo.serving.answers import error_response, failure
 from densegeo.serving.body import ClientGoneError
-from densegeo.serving.logs import FIELDS, request_id
+from densegeo.serving.logs import FIELDS, WARNINGS, request_id
 from densegeo.serving.metrics import ServingMetrics
 from densegeo.serving.options import Options
 from densegeo.serving.service import Service
@@ -38,7 +39,9 @@ log = logging.getLogger("densegeo.serving")
 
 GONE = 499  # in logs and counts: the client left, nothing was answered
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_EXPOSED = "Inference-Header-Content-Length, X-Request-ID, Retry-After"
+WARNINGS_HEADER = "X-Densegeo-Warnings"
+_MOST_HEADER = 2000  # characters; clients and proxies refuse long headers
+_EXPOSED = f"Inference-Header-Content-Length, X-Request-ID, Retry-After, {WARNINGS_HEADER}"
 
 
 class Front:
@@ -67,7 +70,10 @@ class Front:
         self._metrics.open.set(self._open)
         facts = {"http.request.method": scope["method"], "densegeo.request_id": exchange.id}
         try:
-            with self._tracing.request(scope["method"], headers, facts) as span:
+            with (
+                WARNINGS.about(exchange.id) as exchange.warnings,
+                self._tracing.request(scope["method"], headers, facts) as span,
+            ):
                 await self._answer(scope, headers, receive, exchange)
                 if span is not None:
                     span.update_name(f"{scope['method']} {exchange.route}")
@@ -83,7 +89,12 @@ class Front:
             if response is not None:
                 await response(scope, receive, exchange.send)
                 return
-            scope["app"], scope["state"] = self, {"arrived": exchange.started, "fields": exchange.fields}
+            scope["app"] = self
+            scope["state"] = {
+                "arrived": exchange.started,
+                "fields": exchange.fields,
+                "warnings": exchange.warnings,
+            }
             await self._router(scope, receive, exchange.send)
         except ClientGoneError:
             exchange.status = GONE
@@ -181,6 +192,7 @@ class Front:
             "ms": round(1e3 * seconds, 3),
             "client": (scope.get("client") or ("",))[0],
             **exchange.fields,
+            **({"warnings": exchange.warnings} if exchange.warnings else {}),
         }
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={FIELDS: fields})
 
@@ -194,6 +206,7 @@ class _Exchange:
         self.status = 0
         self.reason: str | None = None
         self.fields: dict[str, Any] = {}
+        self.warnings: list[str] = []
         self._scope, self._send, self._service = scope, send, service
         origin = headers.get("origin")
         self._origin = origin if origin in options.origins else None
@@ -215,6 +228,8 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self.id
             headers["X-Content-Type-Options"] = "nosniff"
+            if self.warnings:
+                headers[WARNINGS_HEADER] = _as_header(self.warnings)
             if self._origin is not None:
                 headers["Access-Control-Allow-Origin"] = self._origin
                 headers["Access-Control-Expose-Headers"] = _EXPOSED
@@ -222,3 +237,11 @@ class _Exchange:
             if self._service.draining or self._service.hung:
                 headers["Connection"] = "close"
         await self._send(message)
+
+
+def _as_header(texts: list[str]) -> str:
+    """A JSON list in ASCII: all texts, or as many of the first as a header should hold."""
+    most = len(texts)
+    while most and len(json.dumps(texts[:most])) > _MOST_HEADER:
+        most -= 1
+    return json.dumps(texts[:most] or [texts[0][: _MOST_HEADER // 8]])

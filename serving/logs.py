@@ -10,6 +10,10 @@ from datetime import datetime, timezone
 
 import msgspec
 
+from densegeo.notices import Heard
+
+log = logging.getLogger("densegeo.serving")
+
 FIELDS = "densegeo_fields"  # the attribute of a log record that holds further fields
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -28,6 +32,19 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+class RequestWarnings(Heard):
+    """What is warned of while a request is answered belongs to it; anything else becomes a line of its own."""
+
+    def _warned(self, text: str) -> None:
+        if self._subject.get(None) is None:
+            log.warning(text)
+        else:
+            self._take(text)
+
+
+WARNINGS = RequestWarnings()
 
 
 def start_logging() -> None:

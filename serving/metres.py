@@ -13,6 +13,7 @@ from msgspec import Meta
 from densegeo.errors import CalibrationError, MissingOutputError, RequestError
 from densegeo.outputs import Decode
 from densegeo.runtime import Camera, Geometry
+from densegeo.serving.logs import WARNINGS
 from densegeo.size import Size
 
 Anchor = tuple[float, float, float]
@@ -77,7 +78,8 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         probe = _probe(decode)
         if self._facts:  # what they say hangs on the picture; that metres come of them does not
             return probe.to_metric(near=1.0, far=2.0)
-        return msgspec.structs.replace(self, up=None, intrinsics=None).apply(probe)
+        with WARNINGS.about("the probe"):  # what it warns of, the picture's own result may be free of
+            return msgspec.structs.replace(self, up=None, intrinsics=None).apply(probe)
 
     @property
     def _facts(self) -> bool:

@@ -6,7 +6,7 @@ The fields are those of `Fields`, and the answers those of `ANSWERS`; the descri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -162,8 +162,11 @@ def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
         raise ConfigError(f"{answer.media_type} needs the camera: give intrinsics, fx,fy,cx,cy.")
 
 
-def write_geometry(asked: Asked, answer: Answer, geometry: Geometry) -> bytes:
-    """The answer's file. Raises what `to_metric` and `Geometry.encode` raise."""
+def write_geometry(asked: Asked, answer: Answer, geometry: Geometry, warned: Sequence[str] = ()) -> bytes:
+    """The answer's file. warned: texts of warnings, which grow meanwhile; JSON has them as `warnings`.
+
+    Raises what `to_metric` and `Geometry.encode` raise.
+    """
     wanted, intrinsics = asked.fields.outputs, asked.metres.intrinsics
     found = asked.metres.apply(geometry)
     if intrinsics is not None and _to_scale(asked, answer):
@@ -172,7 +175,10 @@ def write_geometry(asked: Asked, answer: Answer, geometry: Geometry) -> bytes:
         found = dataclasses.replace(found, prediction=None, depth_kind=None, calibration=None)
     if wanted is not None and "normals" not in wanted:
         found = dataclasses.replace(found, normals=None)
-    return found.encode(answer.format, intrinsics=intrinsics, image=asked.picture)
+    written = found.encode(answer.format, intrinsics=intrinsics, image=asked.picture)
+    if answer.format == "json":
+        return b'{"warnings": ' + msgspec.json.encode(warned) + b", " + written.lstrip()[1:]
+    return written
 
 
 def _to_scale(asked: Asked, answer: Answer) -> bool:

@@ -260,7 +260,7 @@ class Handlers:
         self._tracing.stages(geometries[0].timings)
 
         def write() -> tuple[bytes, int]:
-            answer, header = v2.write_inference(asked, model.name, version, geometries)
+            answer, header = v2.write_inference(asked, model.name, version, geometries, request.state.warnings)
             return (_packed(answer, coding), header) if coding else (answer, header)
 
         answer, header = await self._service.run(write)
@@ -275,7 +275,8 @@ class Handlers:
             plain.rehearse(asked, answer, estimator.manifest.decode)
             (geometry,) = await self._service.estimate(estimator, [asked.picture], deadline)
         self._tracing.stages(geometry.timings)
-        written = await self._service.run(lambda: plain.write_geometry(asked, answer, geometry))
+        warned = request.state.warnings
+        written = await self._service.run(lambda: plain.write_geometry(asked, answer, geometry, warned))
         return Response(written, 200, media_type=answer.media_type)
 
     def _named(self, request: Request) -> Model:

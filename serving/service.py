@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 from densegeo.errors import BackendTimeoutError, DeadlineError, NotFoundError
@@ -63,15 +65,16 @@ class Service:
         return found
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Call in one of the threads."""
-        return await asyncio.wrap_future(self._pool.submit(call))
+        """Call in one of the threads, in this context: what is warned of there is the request's."""
+        return await asyncio.wrap_future(self._pool.submit(copy_context().run, call))
 
     async def estimate(self, estimator: Estimator, images: Sequence[object], deadline: Deadline) -> list[Geometry]:
         """One geometry an image. When one fails, or this is cancelled, those that still wait are not run.
 
         estimator: leased of its model. Raises what `Estimator.submit` and its futures raise.
         """
-        submission = self._pool.submit(self._submit, estimator, images, deadline)
+        submit = partial(self._submit, estimator, images, deadline)
+        submission = self._pool.submit(copy_context().run, submit)
         try:
             futures = await asyncio.wrap_future(submission)
         except asyncio.CancelledError:

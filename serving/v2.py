@@ -67,12 +67,13 @@ class TensorOut(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An inference response."""
+    """An inference response. parameters.warnings: what was warned of, a line each; absent where nothing was."""
 
     model_name: str
     model_version: str
     outputs: list[TensorOut]
     id: str = ""
+    parameters: dict[str, str] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +111,13 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
     return Inference(asked.id, images, batched, metres, outputs, _deadline(parameters))
 
 
-def write_inference(asked: Inference, model: str, version: str, geometries: Sequence[Geometry]) -> tuple[bytes, int]:
-    """The response's body, and its JSON's length; 0 where there is nothing else. Raises CalibrationError."""
+def write_inference(
+    asked: Inference, model: str, version: str, geometries: Sequence[Geometry], warned: Sequence[str] = ()
+) -> tuple[bytes, int]:
+    """The response's body, and its JSON's length; 0 where there is nothing else. Raises CalibrationError.
+
+    warned: texts of warnings, which grow meanwhile.
+    """
     metric = [asked.metres.apply(geometry) for geometry in geometries]
     described, behind = [], []
     for name, as_bytes in asked.binary.items():
@@ -123,7 +129,8 @@ def write_inference(asked: Inference, model: str, version: str, geometries: Sequ
         else:
             how = {"data": _numbers(array)}
         described.append(TensorOut(name=name, datatype="FP32", shape=list(array.shape), **how))
-    header = msgspec.json.encode(Answer(model_name=model, model_version=version, id=asked.id, outputs=described))
+    told = {"warnings": "\n".join(warned)} if warned else {}
+    header = msgspec.json.encode(Answer(model, version, described, asked.id, told))
     return b"".join([header, *behind]), len(header) if behind else 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densegeo.errors import ConfigError, MissingOutputError, NotMetricError
+from densegeo.errors import ConfigError, MissingOutputError, NotMetricError, ResourceError
 from densegeo.formats import RESULTS
 from densegeo.outputs import FRAMES
 from densegeo.runtime.encoders import ENCODERS
@@ -227,3 +227,21 @@ def test_print_says_kind_size_and_range(relative: Geometry, metric: Geometry) ->
     assert "none" in str(alone).splitlines()[1]
     assert "none" in str(made(normals=False)).splitlines()[2]
     assert "\n" not in repr(relative)
+
+
+def test_what_was_there_is_there_again_when_not_all_can_be_put(relative: Geometry, tmp_path: Path) -> None:
+    relative.save(tmp_path, ("npy", "json"), stem="a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "a_geometry.json").unlink()
+    (tmp_path / "a_geometry.json").mkdir()  # the last that is put
+    (tmp_path / "a_normals.npy").unlink()
+    with pytest.raises(ResourceError, match=r"a_geometry.json is a folder\. Nothing of them was left"):
+        made(kind="affine").save(tmp_path, ("npy", "json"), stem="a")
+    (tmp_path / "a_geometry.json").rmdir()
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after == {name: data for name, data in before.items() if name not in ("a_geometry.json", "a_normals.npy")}
+    with pytest.raises(ResourceError, match=r"too long.*shorter name"):
+        relative.save(tmp_path / "new" / "folder", ("npz", "json"), stem="b" * 245)
+    assert not (tmp_path / "new").exists()
+    relative.save(tmp_path, ("npy", "json"), stem="a")
+    assert {path.name for path in tmp_path.iterdir()} == set(before)  # no second names stay

@@ -257,7 +257,10 @@ def test_a_hang_ends_the_process() -> None:
 @pytest.mark.integration
 def test_interrupted_and_wrong(toy_bundle: Path, tmp_path: Path) -> None:
     with started(toy_bundle, "--drain", "0") as server:
+        infer(server, 0.5, toy_bundle.name, near=3000.0, far=4000.0)
         assert server.end(signal.SIGINT) == EXIT_INTERRUPTED
+        assert all("level" in line for line in server.log), server.log  # JSON, also of what was warned of
+        assert ["millimetres" in line["warnings"][0] for line in server.log if "warnings" in line] == [True]
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("short")
