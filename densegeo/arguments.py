@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from densegeo.backends import NAMES
+from densegeo.errors import DensegeoError
 
 
 def find_bundle(given: str) -> Path:
@@ -24,6 +26,38 @@ def find_bundle(given: str) -> Path:
     return path
 
 
+def known_backend(given: str) -> str:
+    """`auto` or a backend's name: BadParameter for anything else."""
+    if given not in ("auto", *NAMES):
+        raise typer.BadParameter(f"There is no {given!r}; choose auto, {', '.join(NAMES)}.")
+    return given
+
+
+def known_device(given: str) -> str:
+    """auto, cpu, cuda or cuda:N: BadParameter for anything else."""
+    from densegeo.runtime.backends import parse_device
+
+    try:
+        parse_device(given)
+    except DensegeoError as error:
+        raise typer.BadParameter(str(error)) from error
+    return given
+
+
+def above_zero(given: float) -> float:
+    """BadParameter for 0, less, and what is not finite."""
+    if not 0 < given < math.inf:
+        raise typer.BadParameter(f"must be above 0, not {given:g}.")
+    return given
+
+
+def not_negative(given: float) -> float:
+    """BadParameter for less than 0 and what is not finite."""
+    if not 0 <= given < math.inf:
+        raise typer.BadParameter(f"must be 0 or more, not {given:g}.")
+    return given
+
+
 Bundle = Annotated[
     Path,
     typer.Argument(
@@ -34,9 +68,13 @@ Bundle = Annotated[
     ),
 ]
 Backend = Annotated[
-    str, typer.Option(help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the first of them that can.")
+    str,
+    typer.Option(
+        callback=known_backend,
+        help=f"What runs the bundle: {', '.join(NAMES)}; `auto` takes the first of them that can.",
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(callback=known_device, help="auto, cpu, cuda or cuda:N.")]
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Number = Optional[float]  # noqa: UP045
 Whole = Optional[int]  # noqa: UP045

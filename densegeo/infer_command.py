@@ -9,7 +9,6 @@ import typer
 
 from densegeo import infer_options as checked
 from densegeo.arguments import Backend, Bundle, Device, Number, Whole
-from densegeo.backends import NAMES
 from densegeo.formats import RESULTS
 
 
@@ -104,8 +103,6 @@ def infer(
     checked.choice("--preprocessing", preprocessing, ("densegeo", "authors"))
     if preprocessing == "authors" and fit == "pad":
         raise typer.BadParameter("--preprocessing authors stretches: leave --fit pad out.", param_hint="--fit")
-    checked.choice("--backend", backend, ("auto", *NAMES))
-    checked.require_device(device)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is a file; name a folder.", param_hint="--output")
     checked.choice("--resolution", resolution, ("image", "network"))

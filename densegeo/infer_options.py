@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from densegeo.backends import installed
-from densegeo.errors import ConfigError, DensegeoError
+from densegeo.errors import ConfigError
 from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ def require_what_formats_need(making: Making) -> None:
                 f"{row.name} needs the camera: give --fov, --camera, or --fx, --fy, --cx and --cy.",
                 param_hint="--format",
             )
+    if making.drop_flying and not any(RESULTS[name].needs == "depth" for name in making.formats):
+        shapes = " or ".join(name for name, row in RESULTS.items() if row.needs == "depth")
+        raise typer.BadParameter(f"is about {shapes}: add --format.", param_hint="--drop-flying")
 
 
 def require_outputs(making: Making, manifest: Manifest) -> None:
@@ -99,16 +102,6 @@ def choice(option: str, value: str, among: tuple[str, ...]) -> str:
     if value not in among:
         raise typer.BadParameter(f"There is no {value!r}; choose {', '.join(among)}.", param_hint=option)
     return value
-
-
-def require_device(device: str) -> None:
-    """auto, cpu, cuda or cuda:N."""
-    from densegeo.runtime.backends import parse_device
-
-    try:
-        parse_device(device)
-    except DensegeoError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
 def depth_range(near: float | None, far: float | None) -> tuple[float, float] | None:

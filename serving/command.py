@@ -11,14 +11,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from densegeo.backends import NAMES
+from densegeo.arguments import Backend, Device, Whole, above_zero, find_bundle, not_negative
+from densegeo.errors import ConfigError
 from densegeo.runtime import Estimator
-from densegeo.runtime.ready import find_bundle
 from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
 from densegeo.serving.models import Open, open_models
 from densegeo.serving.options import MAX_PIXELS, MIB, Options, read_token
 from densegeo.serving.routes import application
-from densegeo.serving.server import EXIT_HUNG, Server, listen
+from densegeo.serving.server import EXIT_HUNG, Server, check_tls, listen
 from densegeo.serving.service import Service
 
 log = logging.getLogger("densegeo.serving")
@@ -35,25 +35,36 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone can connect.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="0 takes a free one, which the log says.")] = 8000,
-    backend: Annotated[str, typer.Option(help=f"What runs the bundles: {', '.join(NAMES)}.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_batch: Annotated[int, typer.Option(help="Waiting images of one size that are run together.")] = 8,
-    max_wait_ms: Annotated[float, typer.Option(help="How long the first of them waits for company.")] = 0.0,
-    max_queue: Annotated[int, typer.Option(help="Images that may wait; more are answered with 503.")] = 64,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, which the log says.")] = 8000,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Waiting images of one size that are run together.")] = 8,
+    max_wait_ms: Annotated[
+        float, typer.Option(callback=not_negative, help="How long the first of them waits for company.")
+    ] = 0.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 503.")] = 64,
     threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Of the CPU, for the networks; by default the backend's library decides."),
+        Whole, typer.Option(min=1, help="Of the CPU, for the networks; by default the backend's library decides.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(help=f"Seconds for one run; a backend that takes longer ends the process with {EXIT_HUNG}.")
+        float,
+        typer.Option(
+            callback=above_zero,
+            help=f"Seconds for one run; a backend that takes longer ends the process with {EXIT_HUNG}.",
+        ),
     ] = 60.0,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request, unpacked.")] = 64 * MIB,
-    max_pixels: Annotated[int, typer.Option(help="Of a picture; larger ones are not decoded.")] = MAX_PIXELS,
-    max_requests: Annotated[int, typer.Option(help="Answered at once; more get 503.")] = 128,
-    body_timeout: Annotated[float, typer.Option(help="Seconds in which a request's body must arrive.")] = 30.0,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, unpacked.")] = 64 * MIB,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture; larger ones are not decoded.")] = MAX_PIXELS,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answered at once; more get 503.")] = 128,
+    body_timeout: Annotated[
+        float, typer.Option(callback=above_zero, help="Seconds in which a request's body must arrive.")
+    ] = 30.0,
     drain: Annotated[
-        float, typer.Option(help="Seconds after SIGTERM in which requests are still taken while `ready` says no.")
+        float,
+        typer.Option(
+            callback=not_negative,
+            help="Seconds after SIGTERM in which requests are still taken while `ready` says no.",
+        ),
     ] = 1.0,
     token_file: Annotated[
         Optional[Path],  # noqa: UP045
@@ -77,20 +88,24 @@ def serve(
     ] = None,
 ) -> None:
     """Answer over HTTP: the KServe v2 protocol, POST /v1/geometry, and a page at /."""
-    options = Options(
-        host=host,
-        port=port,
-        token=None if token_file is None else read_token(token_file),
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        origins=frozenset(allow_origin or ()),
-        hosts=frozenset(name.lower() for name in allow_host or ()),
-        max_body=max_body,
-        max_pixels=max_pixels,
-        max_requests=max_requests,
-        body_s=body_timeout,
-        drain_s=drain,
-    )
+    try:
+        options = Options(
+            host=host,
+            port=port,
+            token=None if token_file is None else read_token(token_file),
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            origins=frozenset(allow_origin or ()),
+            hosts=frozenset(name.lower() for name in allow_host or ()),
+            max_body=max_body,
+            max_pixels=max_pixels,
+            max_requests=max_requests,
+            body_s=body_timeout,
+            drain_s=drain,
+        )
+        check_tls(options)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
     opens = partial(
         Estimator,
         backend=backend,
@@ -109,7 +124,10 @@ def serve(
 
 def run(bundles: list[Path], opens: Open, options: Options) -> int:
     """Serve until told to end; the code that the process should end with. Raises ConfigError, BundleError ..."""
-    service = Service(open_models(bundles, opens))
+    try:
+        service = Service(open_models(bundles, opens))
+    except ConfigError as error:  # names
+        raise typer.BadParameter(str(error), param_hint="BUNDLE") from error
     bound = listen(options.host, options.port)
     server = Server(application(service, options), service, options)
     for model in service.models.values():

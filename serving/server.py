@@ -42,7 +42,7 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _check_tls(options: Options) -> None:
+def check_tls(options: Options) -> None:
     """Raises ConfigError that names the file, and never asks for a password."""
     if options.tls_certificate is None or options.tls_key is None:
         return
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, service: Service, options: Options) -> None:
-        _check_tls(options)
+        check_tls(options)
         config = uvicorn.Config(
             app,
             http=_protocol(options),

@@ -70,6 +70,11 @@ ENDINGS: dict[str, tuple[Callable[[Path, Path], list[object]], int, str]] = {
     "no bundle": (lambda photos, bundle: ["nobundle", photos], 2, "nobundle is not a densegeo bundle"),
     "a folder that is no bundle": (lambda photos, bundle: [photos, photos], 2, "it has no manifest.json"),
     "a wrong option": (lambda photos, bundle: [bundle, photos, "--value-range", "9", "1"], 2, "smaller one first"),
+    "an option without its format": (
+        lambda photos, bundle: [bundle, photos, "--drop-flying", "-f", "npz", "--near", 1, "--far", 4],
+        2,
+        "is about ply or glb",
+    ),
     "half an option": (lambda photos, bundle: [bundle, photos, "--value-range", "9"], 2, "unable to parse"),
     "nothing to work on": (lambda photos, bundle: [bundle, photos / "none*"], 2, "matches no image"),
     "results that are there": (done_already, 2, "2 of 2 results are in"),

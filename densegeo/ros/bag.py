@@ -16,12 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from densegeo.errors import BagError, CalibrationError, ConfigError, ImageError, ResourceError
+from densegeo.notices import Notices
 from densegeo.ros import outputs
 from densegeo.ros.bag_input import STORE, Bag, Item
 from densegeo.ros.bag_output import Output
 from densegeo.ros.bag_scene import Scene, Sensors, Source, base
-from densegeo.ros.images import ENCODINGS, Picture, check_conversion, read_compressed, read_image
+from densegeo.ros.images import Picture, check_conversion, check_format, read_compressed, read_image
 from densegeo.ros.metric import Asked, Known, calibrated, facts
+from densegeo.ros.ranges import Transform
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.geometry import Geometry
@@ -30,6 +32,7 @@ from densegeo.runtime.tracker import ScaleTracker
 RAW, COMPRESSED, INFO = (f"sensor_msgs/msg/{name}" for name in ("Image", "CompressedImage", "CameraInfo"))
 IMU = "sensor_msgs/msg/Imu"
 RANGES = tuple(f"sensor_msgs/msg/{name}" for name in ("PointCloud2", "LaserScan", "Range"))
+_SHOWN = 20  # reasons that are printed
 AHEAD = 2  # images in the estimator while results are written
 
 
@@ -64,20 +67,22 @@ class Waiting(NamedTuple):
 
 
 def run(options: Options) -> int:
-    """Work through the bag and print a summary; returns how many images failed, and 1 more for a bag that was cut off.
+    """Work through the bag and print a summary; returns how many images failed, 1 more for a bag that was cut off, and
+    1 more where metres were asked for and no image got any.
 
     Raises BagError and other densegeo errors for what keeps it from beginning or going on, and where no image could be
     used, so that there is no output.
     """
     read_manifest(options.bundle)
-    _check(options)
+    check(options)
     bag = Bag.open(options.source)
     sources = choose(bag, options.image_topics)
     check_topic(bag, options.sensors.anchors_topic, RANGES, "anchors are")
     check_topic(bag, options.sensors.imu_topic, (IMU,), "an IMU's topic is")
     console = Console(stderr=True)
+    notices = Notices(lambda notice: _say(console, "yellow", "warning", notice.text))
     try:
-        with Estimator(options.bundle, options.backend, options.device) as estimator:
+        with notices.collected(), Estimator(options.bundle, options.backend, options.device) as estimator:
             work = _Work(bag, sources, options, estimator)
             work.run(console)
     except OSError as error:
@@ -86,15 +91,24 @@ def run(options: Options) -> int:
     console.print(f"{done} of {work.images} images done, results in {escape(str(options.output))}", soft_wrap=True)
     console.print(f"depth is {escape(work.depth)}", soft_wrap=True)
     for reason, times in _grouped(work.failures):
-        console.print(f"[red]failed[/] {times} images: {escape(reason)}", soft_wrap=True, highlight=False)
+        _say(console, "red", "failed", f"{times} images: {reason}")
     if bag.cut:
         console.print(
             f"[red]incomplete[/] {escape(str(bag.path))}: {escape(bag.cut)}; the rest was used", soft_wrap=True
         )
-    return len(work.failures) + bool(bag.cut)
+    for notice in (notice for notice in notices.kinds.values() if notice.count > 1):
+        _say(console, "yellow", "warning", f"{notice.count} times, first: {notice.text}")
+    lacking = len(work.without_metres)
+    for reason, times in _grouped(work.without_metres)[:_SHOWN]:
+        _say(console, "yellow", "no metres", f"{times} of {work.images} images: {reason}")
+    return len(work.failures) + bool(bag.cut) + (0 < lacking == done)
 
 
-def _check(options: Options) -> None:
+def _say(console: Console, colour: str, word: str, text: str) -> None:
+    console.print(f"[{colour}]{word}[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def check(options: Options) -> None:
     """Raises ConfigError for options that cannot be, before the bag is looked at."""
     if options.output.suffix != ".mcap":
         raise ConfigError(f"The output is one mcap file: name it {options.output.with_suffix('.mcap')}.")
@@ -111,6 +125,23 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--camera-height is metres above 0, not {height:g}.")
     if options.sensors.imu_topic and not height:
         raise ConfigError("--imu-topic says which way is up, which --camera-height alone needs: give it too.")
+    sensors = options.sensors
+    if far and (height or sensors.anchors_topic):
+        other = "--camera-height" if height else "--anchors-topic"
+        raise ConfigError(f"Give either --near and --far or {other}, not both: each says where metres come from.")
+    if not 0 <= sensors.anchors_max_age < math.inf:
+        raise ConfigError(f"--anchors-max-age is 0 or more seconds, not {sensors.anchors_max_age:g}.")
+    for name, topic, given in (
+        ("anchors", sensors.anchors_topic, sensors.anchors_transform),
+        ("imu", sensors.imu_topic, sensors.imu_transform),
+    ):
+        if given and not topic:
+            raise ConfigError(f"--{name}-transform says where a sensor sits: give --{name}-topic too.")
+        if given:
+            try:
+                Transform.of(given)
+            except ConfigError as error:
+                raise ConfigError(f"--{name}-transform: {error}") from error
 
 
 def choose(bag: Bag, asked: Sequence[str]) -> list[Source]:
@@ -126,11 +157,14 @@ def choose(bag: Bag, asked: Sequence[str]) -> list[Source]:
         return [Source(topic, _info_of(bag, topic)) for topic in dict.fromkeys(asked)]
     images = [topic for topic, kind in bag.topics.items() if kind in (RAW, COMPRESSED)]
     plain = [topic for topic in images if topic == base(topic) or base(topic) not in images]
-    found = [Source(topic, info) for topic in sorted(plain) if (info := _info_of(bag, topic)) and _pictures(bag, topic)]
-    if found:
+    seen = {topic: _no_pictures(bag, topic) for topic in sorted(plain) if _info_of(bag, topic)}
+    if found := [Source(topic, _info_of(bag, topic)) for topic, why in seen.items() if not why]:
         return found
     if not images:
         raise BagError(f"{bag.path} has no image topic; it has {', '.join(sorted(bag.topics))}.")
+    if seen:
+        reasons = " ".join(f"{topic}: {why}" for topic, why in seen.items())
+        raise BagError(f"No image topic of {bag.path} that has a camera_info holds pictures. {reasons}")
     places = ", ".join(f"{topic} (looked for {_info_name(topic)})" for topic in images)
     raise BagError(
         f"No image topic of {bag.path} has a camera_info: {places}. With --image-topic it is used without one: depth "
@@ -155,13 +189,16 @@ def _info_of(bag: Bag, topic: str) -> str:
     return name if bag.topics.get(name) == INFO else ""
 
 
-def _pictures(bag: Bag, topic: str) -> bool:
-    """Whether a topic's first message is a picture; depth cameras publish images that are none."""
+def _no_pictures(bag: Bag, topic: str) -> str:
+    """Why a topic's first message is no picture, or ""."""
     first = next(iter(bag.messages([topic])), None)
     if first is None:
-        return False
-    message = bag.decode(first)
-    return "compressedDepth" not in message.format if hasattr(message, "format") else message.encoding in ENCODINGS
+        return "It has no message."
+    try:
+        check_format(bag.decode(first))
+    except ImageError as error:
+        return str(error)
+    return ""
 
 
 def _grouped(failures: Sequence[str]) -> list[tuple[str, int]]:
@@ -169,16 +206,21 @@ def _grouped(failures: Sequence[str]) -> list[tuple[str, int]]:
 
 
 class _Work:
-    """One run. images: of the chosen topics, worked on or done before. depth: why it is metric, or why not."""
+    """One run. images: of the chosen topics, worked on or done before. depth: why it is metric, or why not.
+
+    without_metres: why, of each image that has none although they were asked for.
+    """
 
     def __init__(self, bag: Bag, sources: Sequence[Source], options: Options, estimator: Estimator) -> None:
         self._bag, self._options, self._estimator = bag, options, estimator
         self._sources = {source.topic: source for source in sources}
         self.images, self.failures, self.depth = 0, list[str](), "not known: no image was worked on"
+        self.without_metres: list[str] = []
         self._scene = Scene(bag, sources, options.sensors)
         self._trackers = {source.topic: ScaleTracker() for source in sources}
         # depth that rests on the frames before it needs them again when a run goes on
         measured = options.asked.camera_height > 0 or options.sensors.anchors_topic
+        self._metres_asked = bool(measured or options.asked.far)
         alone = any(source.info for source in sources) and not options.asked.far
         self._steady = bool(measured or alone)
 
@@ -270,6 +312,8 @@ class _Work:
             except CalibrationError as error:
                 refusal = error
         geometry, self.depth = calibrated(result, refusal, one.known, self._options.asked)
+        if self._metres_asked and geometry.depth_kind != "metric":
+            self.without_metres.append(self.depth.partition(": ")[2])
         return geometry
 
 

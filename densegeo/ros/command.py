@@ -7,10 +7,11 @@ from typing import Annotated, cast
 
 import typer
 
-from densegeo.arguments import Backend, Bundle, Device
+from densegeo.arguments import Backend, Bundle, Device, Number
 from densegeo.errors import ConfigError
+from densegeo.infer_options import choice, depth_range
 from densegeo.ros import outputs
-from densegeo.ros.bag import Options, run
+from densegeo.ros.bag import Options, check, run
 from densegeo.ros.bag_scene import Sensors
 from densegeo.ros.metric import Asked
 
@@ -36,10 +37,10 @@ def bag(
     imu_transform: Annotated[
         str, typer.Option(help='"x y z qx qy qz qw" of its frame in the camera\'s. Default: from /tf_static.')
     ] = "",
-    near: Annotated[float, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = 0.0,
-    far: Annotated[float, typer.Option(help="Depth in metres of the farthest point.")] = 0.0,
+    near: Annotated[Number, typer.Option(help="Depth in metres of the nearest point; goes with --far.")] = None,
+    far: Annotated[Number, typer.Option(help="Depth in metres of the farthest point.")] = None,
     depth_encoding: Annotated[str, typer.Option(help="Metres: 32FC1, or millimetres in 16 bits: 16UC1.")] = "32FC1",
-    points_stride: Annotated[int, typer.Option(help="Every n-th pixel along both sides becomes a point.")] = 4,
+    points_stride: Annotated[int, typer.Option(min=1, help="Every n-th pixel along both sides becomes a point.")] = 4,
     ycbcr: Annotated[str, typer.Option(help="How nv12, yuyv, uyvy become RGB: bt709, full, bt709-full.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     backend: Backend = "auto",
@@ -51,33 +52,40 @@ def bag(
     relative_depth (the prediction) and with a camera_info depth_up_to_scale (true shape, unit unknown); normals, points
     (with metres and a camera_info), camera_info. An interrupted run goes on when the same command is given again.
     """
-    failures = run(
-        Options(
-            bundle=bundle,
-            source=source,
-            output=output,
-            image_topics=tuple(image_topic),
-            sensors=Sensors(
-                anchors_topic=anchors_topic,
-                anchors_transform=_numbers("--anchors-transform", anchors_transform),
-                anchors_max_age=anchors_max_age,
-                imu_topic=imu_topic,
-                imu_transform=_numbers("--imu-transform", imu_transform),
-            ),
-            asked=Asked(near, far, camera_height),
-            ycbcr=ycbcr,
-            results=outputs.Options(cast(outputs.DepthEncoding, depth_encoding), points_stride),
-            overwrite=overwrite,
-            backend=backend,
-            device=device,
-        )
+    options = Options(
+        bundle=bundle,
+        source=source,
+        output=output,
+        image_topics=tuple(image_topic),
+        sensors=Sensors(
+            anchors_topic=anchors_topic,
+            anchors_transform=_numbers("--anchors-transform", anchors_transform),
+            anchors_max_age=anchors_max_age,
+            imu_topic=imu_topic,
+            imu_transform=_numbers("--imu-transform", imu_transform),
+        ),
+        asked=Asked(*(depth_range(near, far) or (0.0, 0.0)), camera_height),
+        ycbcr=ycbcr,
+        results=outputs.Options(_encoding(depth_encoding), points_stride),
+        overwrite=overwrite,
+        backend=backend,
+        device=device,
     )
-    if failures:
+    try:
+        check(options)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    if run(options):
         raise typer.Exit(1)
+
+
+def _encoding(text: str) -> outputs.DepthEncoding:
+    return cast(outputs.DepthEncoding, choice("--depth-encoding", text, outputs.DEPTH_ENCODINGS))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise ConfigError(f"{option} is seven numbers, x y z qx qy qz qw, not {text!r}.") from None
+        hint = f"is seven numbers, x y z qx qy qz qw, not {text!r}."
+        raise typer.BadParameter(hint, param_hint=option) from None

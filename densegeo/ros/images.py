@@ -95,10 +95,7 @@ def read_image(message: Any, ycbcr: str = "") -> Picture:
     Raises ImageError for an encoding that is no picture and for data that does not fit the message's own numbers.
     """
     name = str(message.encoding)
-    encoding = ENCODINGS.get(name)
-    if encoding is None:
-        hint = " It is a depth image, not a picture." if name.endswith(("UC1", "FC1", "SC1")) else ""
-        raise ImageError(f"The encoding {name!r} is not one of {', '.join(ENCODINGS)}.{hint}")
+    encoding = _encoding(name)
     pixels = _rows(message, encoding, name)
     if encoding.color.startswith(("nv12", "yuyv", "uyvy")):
         check_conversion(ycbcr)
@@ -109,6 +106,21 @@ def read_image(message: Any, ycbcr: str = "") -> Picture:
     if encoding.bits == 16:
         pixels = pixels.astype(np.float32) / np.float32(65535)
     return Picture(pixels, encoding.color)
+
+
+def check_format(message: Any) -> None:
+    """Raises ImageError for an Image or a CompressedImage that holds no picture; depth cameras publish such."""
+    if not hasattr(message, "format"):
+        _encoding(str(message.encoding))
+    elif "compressedDepth" in message.format:
+        raise ImageError(f"The format {message.format!r} is a depth image's, not a picture's.")
+
+
+def _encoding(name: str) -> Encoding:
+    if name in ENCODINGS:
+        return ENCODINGS[name]
+    hint = " It is a depth image, not a picture." if name.endswith(("UC1", "FC1", "SC1")) else ""
+    raise ImageError(f"The encoding {name!r} is not one of {', '.join(ENCODINGS)}.{hint}")
 
 
 def read_compressed(message: Any) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -213,7 +214,10 @@ def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_pat
         ({"asked": Asked(math.nan, math.nan)}, ConfigError, "belong together"),
         ({"asked": Asked(camera_height=-1.0)}, ConfigError, "metres above 0"),
         ({"ycbcr": "bt2020"}, ConfigError, "bt709-full"),
-        ({"sensors": Sensors("/camera/camera_info", (1.0, 2.0))}, BagError, "anchors are"),
+        ({"sensors": Sensors("/camera/camera_info", (1.0, 2.0))}, ConfigError, "--anchors-transform: A transform"),
+        ({"sensors": Sensors(imu_transform=(0.0,) * 6 + (1.0,))}, ConfigError, "give --imu-topic too"),
+        ({"sensors": Sensors("/scan", anchors_max_age=math.nan)}, ConfigError, "0 or more seconds, not nan"),
+        ({"sensors": Sensors("/scan"), "asked": Asked(1.0, 4.0)}, ConfigError, "or --anchors-topic, not both"),
         ({"bundle": Path("none"), "source": Path("none")}, BundleError, "none is not a densegeo bundle"),
         ({"output": Path("x.bag")}, ConfigError, r"name it x\.mcap"),
     ],
@@ -251,13 +255,65 @@ def test_an_existing_output_stays(bundle: Path, tmp_path: Path, capsys: Any) -> 
     output.write_bytes(b"mine")
     with pytest.raises(SystemExit) as ended:
         main(["bag", str(bundle), str(source), str(output)])
-    assert ended.value.code == 1
-    assert "exists. Choose another name, or say --overwrite" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "exists. Choose another name, or say --overwrite" in words(capsys)
     assert output.read_bytes() == b"mine"
     with pytest.raises(SystemExit) as ended:
         main(["bag", str(bundle), str(source), str(output), "--overwrite", "--points-stride", "8"])
     assert ended.value.code == 0
     assert read(output)
+
+
+def words(capsys: Any) -> str:
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--near", "2", "--far", "1"], "0 < near < far"),
+        (["--far", "1"], "give both or neither"),
+        (["--depth-encoding", "mono16"], "There is no 'mono16'"),
+        (["--points-stride", "-1"], "'--points-stride'"),
+        (["--anchors-transform", "1 2 x"], "--anchors-transform: is seven num"),
+        (["--imu-transform", "1 2 3"], "give --imu-topic too"),
+        (["--camera-height", "-2"], "--camera-height is metres above 0"),
+        (["--near", "1", "--far", "2", "--camera-height", "2"], "either --near and --far or --camera-height"),
+        (["--backend", "tf"], "There is no 'tf'"),
+        (["--device", "tpu"], "'--device'"),
+    ],
+)
+def test_wrong_options_end_with_2(bundle: Path, tmp_path: Path, capsys: Any, given: list[str], says: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bag", str(bundle), str(tmp_path), str(tmp_path / "out.mcap"), *given])
+    assert ended.value.code == 2
+    assert says in words(capsys)
+
+
+def test_an_encoding_that_is_not_read_is_named(bundle: Path, tmp_path: Path) -> None:
+    messages = camera_messages(count=2)
+    for _, _, message in messages[::2]:
+        message.encoding = "jpeg2000"
+    source = write_bag(tmp_path / "in", messages)
+    with pytest.raises(BagError, match=r"that has a camera_info holds pictures.*image_raw: The encoding 'jpeg2000'"):
+        run(Options(bundle, source, tmp_path / "out.mcap"))
+
+
+def test_images_without_metres_are_counted(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    """One colour everywhere gives the toy one prediction everywhere."""
+    flat = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    messages = camera_messages(count=3)
+    messages[2] = (messages[2][0], messages[2][1], image(flat, "rgb8", at=messages[2][1]))
+    asked = Asked(1.0, 5.0)
+    some = Options(bundle, write_bag(tmp_path / "some", messages), tmp_path / "some.mcap", asked=asked)
+    assert run(some) == 0
+    assert "no metres 1 of 3 images: The prediction is flat" in words(capsys)
+    for number in (0, 4):
+        messages[number] = (messages[number][0], messages[number][1], image(flat, "rgb8", at=messages[number][1]))
+    none = Options(bundle, write_bag(tmp_path / "none", messages), tmp_path / "none.mcap", asked=asked)
+    assert run(none) == 1
+    assert "no metres 3 of 3 images" in words(capsys)
+    assert run(dataclasses.replace(none, output=tmp_path / "relative.mcap", asked=Asked())) == 0
 
 
 @pytest.mark.parametrize("folder", [True, False])

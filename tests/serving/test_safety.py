@@ -17,6 +17,7 @@ import pytest
 import trustme
 from PIL import Image
 
+from densegeo.cli import main
 from densegeo.errors import BundleError, ConfigError
 from densegeo.runtime import Estimator
 from densegeo.serving.models import Model
@@ -302,3 +303,28 @@ def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="Cannot listen"):
         listen("127.0.0.1", taken.getsockname()[1])
     taken.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--port", "-1"], "'--port'"),
+        (["--max-requests", "0"], "'--max-requests'"),
+        (["--threads", "0"], "'--threads'"),
+        (["--timeout", "nan"], "'--timeout': must be above 0"),
+        (["--body-timeout", "inf"], "'--body-timeout': must be above 0"),
+        (["--max-wait-ms", "-1"], "'--max-wait-ms': must be 0 or more"),
+        (["--drain", "-1"], "'--drain': must be 0 or more"),
+        (["--backend", "tf"], "There is no 'tf'"),
+        (["--device", "tpu"], "'--device'"),
+        (["--tls-key", "none.pem"], "--tls-certificate and --tls-key"),
+        (["--token-file", "none"], "The token file none cannot be read"),
+        (["nobundle"], "nobundle is not a densegeo bundle"),
+        (["fe2e-tiny"], "Two bundles are called fe2e-tiny"),
+    ],
+)
+def test_wrong_options_end_with_2(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "fe2e-tiny", *given])
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
