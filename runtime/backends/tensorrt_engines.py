@@ -24,11 +24,18 @@ from densegeo.runtime.tensorfile import tensor_offsets
 
 def open_backend(directory: Path, manifest: Manifest, device: str, sharing: Sharing = ALONE) -> TensorRTBackend:
     """Load and record the engines. Raises BackendError where TensorRT, a GPU or a fitting engine is missing."""
-    opened = open_device(device)
     if not manifest.engines:
-        renew = renew_command(manifest, directory, architecture=architecture_of(opened))
+        renew = renew_command(manifest, directory, architecture=_architecture(device))
         raise BackendError(f"{directory} has no TensorRT engines. Build some: {renew}")
-    return TensorRTBackend(directory, manifest, opened, sharing)
+    return TensorRTBackend(directory, manifest, open_device(device), sharing)
+
+
+def _architecture(device: str) -> int | None:
+    """Of the device, or None where there is none."""
+    try:
+        return architecture_of(open_device(device))
+    except BackendError:
+        return None
 
 
 def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:

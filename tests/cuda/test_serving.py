@@ -47,7 +47,7 @@ def test_other_models_and_rewrites(model: str, without: tuple[str, ...], child: 
     assert said["worst_error"] <= 1e-5
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_mutation_is_noticed(child: Child, with_engines: Build) -> None:
     done = child(RUN, "lazy", with_engines("fe2e"), "--mutate", "all")

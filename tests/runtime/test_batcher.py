@@ -32,8 +32,19 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 T = 30  # seconds: far longer than anything here takes
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def before() -> None:
+    """The threads of estimators that other tests keep open are not this test's."""
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
+
+
 def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("densegeo")}
+    found = set(threading.enumerate()) - BEFORE
+    return {thread.name for thread in found if thread.name.startswith("densegeo")}
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_files(page: Tab, tmp_path: Path) -> None:
     page.run("document.querySelector('#download').click()")
     page.until("document.querySelector('#status').className === 'bad'")
     page.problems.clear()  # the console notes the 400
-    assert text(page, "#status").startswith("NotMetricError: ")
+    assert text(page, "#status").startswith("CalibrationError: Normals do not tell the scale")
 
 
 def test_the_camera(page: Tab) -> None:
