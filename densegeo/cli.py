@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -25,6 +26,7 @@ _EXPORT_LIBRARIES = frozenset(
 )
 _SERVE_LIBRARIES = frozenset({"starlette", "uvicorn", "python_multipart", "prometheus_client", "anyio"})
 _BAG_LIBRARIES = frozenset({"mcap", "rosbags"})
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HEAVY = {
     "build": "densegeo.export.command",
     "engines": "densegeo.export.engines_command",
@@ -90,6 +92,10 @@ def guarded(call: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:  # of a file that has a name
+            raise
+        _fail(f"Standard output, or the disk of a file, takes nothing more: {error.strerror}.")
 
 
 def _termination(error: BaseException | None) -> Terminated | None:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from densegeo.formats import SIDECAR
 from densegeo.infer_options import require_outputs
 from densegeo.inference import Making, Tally, run_images
 from densegeo.inputs import Found, Input, in_words, is_live
@@ -105,6 +106,13 @@ def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> lis
         return items
     if asked.skip_existing:
         states = {item: results.state(item) for item in items}
+        if damaged := [item for item, state in states.items() if state == "unreadable"]:
+            raise typer.BadParameter(
+                f"{len(damaged)} of {len(items)} results in {asked.output} cannot be read (the first: "
+                f"{damaged[0].name}_{SIDECAR}): it is damaged, or no result. Remove it, replace all with --overwrite, "
+                "or choose another folder.",
+                param_hint="--skip-existing",
+            )
         if foreign := [item for item, state in states.items() if state == "foreign"]:
             raise typer.BadParameter(
                 f"{len(foreign)} of {len(items)} results in {asked.output} were made of other images, by another "
@@ -115,6 +123,8 @@ def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> lis
         whole = [item for item, state in states.items() if state == "whole"]
         if whole:
             tally.skipped["done before"] = len(whole)
+            if refused := sum(map(results.refused, whole)):
+                tally.skipped["frames that were refused when their films were done"] = refused
         return [item for item, state in states.items() if state != "whole"]
     if there := [item for item in items if results.existing(item)]:
         raise typer.BadParameter(

@@ -21,7 +21,8 @@ from densegeo.runtime.bundle import MANIFEST, Manifest, sha256_file
 JOURNAL = "results.jsonl"
 # Of an image's result: none; all formats, of this image by this bundle with these options; the same, but incomplete or
 # of another content of the file; of another file, by another bundle or with other options.
-State = Literal["absent", "whole", "stale", "foreign"]
+# "unreadable": its geometry.json is damaged.
+State = Literal["absent", "whole", "stale", "foreign", "unreadable"]
 
 
 def bundle_record(directory: Path, manifest: Manifest) -> dict[str, str]:
@@ -69,7 +70,11 @@ class Results:
         if f"{stem}_{SIDECAR}" not in self._names(folder):
             return "stale" if self.existing(item) else "absent"
         try:
-            record = json.loads((folder / f"{stem}_{SIDECAR}").read_bytes())["source"]
+            sidecar = json.loads((folder / f"{stem}_{SIDECAR}").read_bytes())
+        except (OSError, ValueError):
+            return "unreadable"
+        try:
+            record = sidecar["source"]
             facts = os.stat(item.path)
             same = (record["path"], record["bytes"], record["modified_ns"]) == (
                 item.path,
@@ -85,8 +90,13 @@ class Results:
             there = self._names(folder)
             files = all(any(f"{stem}_{file}" in there for file in group) for group in self._wanted(item))
             return "whole" if same and formats and files else "stale"
-        except (OSError, ValueError, KeyError, TypeError):  # not made by this command, or damaged
+        except (OSError, ValueError, KeyError, TypeError):  # not made by this command
             return "foreign"
+
+    def refused(self, item: Input) -> int:
+        """Frames that were left out of a film that is whole."""
+        folder, stem = self.where(item)
+        return int(json.loads((folder / f"{stem}_{SIDECAR}").read_bytes()).get("refused", 0)) if item.film else 0
 
     def clear(self, item: Input, kept: Iterable[Path]) -> None:
         """Remove what an earlier result had in other formats, so that all files of a name are of one result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
@@ -118,12 +120,14 @@ class Stream:
         intrinsics, camera_height: hold for later frames too. anchors, up: this frame's. See `Geometry.to_metric`.
         motion: (4, 4), points of the camera at the last `put` into the camera now; the identity: it stands still.
         With latest=True the image is read later: do not overwrite an array after handing it in.
-        Raises ShutdownError when the stream or its estimator is closed, BackendTimeoutError after a hang (with
-        latest=True the frame's result carries it), BackendError in a process that was forked since.
+        Raises ConfigError for facts of another type or shape; ShutdownError when the stream or its estimator is
+        closed; BackendTimeoutError after a hang (with latest=True the frame's result carries it); BackendError in a
+        process that was forked since.
         """
         self._process.require()
         given = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
         facts = {name: value for name, value in given.items() if value is not None}
+        _check_types(**facts)
         facts["motion"] = None if motion is None else checked_motion(motion)
         if intrinsics is not None:
             facts["intrinsics"] = Camera.of(intrinsics)
@@ -320,6 +324,28 @@ class Stream:
     def _require_open(self) -> None:
         if self._closed:
             raise ShutdownError("This stream is closed. Make a new one with Estimator.stream().")
+
+
+def _check_types(intrinsics: object = None, camera_height: object = None, anchors: Any = None, up: Any = None) -> None:
+    """Raises ConfigError for what is no such fact, whatever the frame; what a frame says against one is its refusal."""
+    if camera_height is not None and not (is_number(camera_height) and 0 < camera_height < math.inf):  # type: ignore[operator]
+        raise ConfigError(f"camera_height must be metres above 0, not {shown(camera_height)}.")
+    if up is not None and _shape(up) != (3,):
+        raise ConfigError(f"up must be three numbers, against gravity in the camera's frame, not {shown(up)}.")
+    if anchors is not None:
+        uv, metres = map(_shape, anchors) if isinstance(anchors, (tuple, list)) and len(anchors) == 2 else (None, None)
+        if uv is None or metres is None or len(uv) != 2 or uv[1] != 2 or metres != uv[:1]:
+            raise ConfigError(
+                f"anchors must be a pair (uv, metres) of numbers, uv (N, 2) and metres (N,), not {shown(anchors)}."
+            )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of numbers; None for anything else."""
+    try:
+        return np.asarray(value, dtype=np.float64).shape
+    except (TypeError, ValueError):
+        return None
 
 
 def _after(first: Any, second: Any) -> Any:

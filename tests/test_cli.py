@@ -231,6 +231,21 @@ def test_errors_show_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_standard_output_is_an_error(bundle: Path) -> None:
+    code = "import sys\nfrom densegeo.cli import main\nmain(sys.argv[1:])"
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", code, "inspect", str(bundle), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "takes nothing more" in process.stderr
+
+
 @pytest.mark.parametrize("command", ["build", "calibrate"])
 def test_missing_extra_is_explained(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -167,6 +167,9 @@ def test_a_frame_that_is_refused_does_not_end_its_film(
     sidecar = json.loads((out / "walk_geometry.json").read_text())
     assert (sidecar["frames"], sidecar["refused"]) == (4, 2)
     assert run("infer", toy_bundle, film, "-o", out, *options, "--skip-existing") == 0  # they would be refused again
+    captured = capsys.readouterr()
+    assert "1 done before, 2 frames that were refused when" in captured.err
+    assert json.loads(captured.out)["skipped"]["frames that were refused when their films were done"] == 2
 
 
 def test_a_film_of_refused_frames_leaves_nothing(

@@ -297,6 +297,20 @@ def test_lists_and_standard_input(
         read_list(str(tmp_path / "none.txt"))
 
 
+def test_a_record_that_cannot_be_read_is_said_so(
+    toy_bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("infer", toy_bundle, photos / "deep", "-o", out, "-f", "json") == 0
+    (found,) = out.glob("a_geometry.json")
+    found.write_bytes(found.read_bytes()[:100])  # cut off
+    capsys.readouterr()
+    assert run("infer", toy_bundle, photos / "deep", "-o", out, "-f", "json", "--skip-existing") == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "results in" in said
+    assert "a_geometry.json): it is damaged" in said
+
+
 def test_another_source_is_not_taken_for_the_same(
     toy_bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,3 +316,24 @@ def test_frames_come_in_metres(estimator: Estimator, gate: Gate) -> None:
             stream.put(constant_image(0.5), intrinsics=(1, 2))
         with pytest.raises(ConfigError, match="motion"):
             stream.put(constant_image(0.5), motion=np.eye(3))
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_facts_of_another_type_are_refused_at_once(estimator: Estimator, latest: bool) -> None:
+    """And the stream goes on without the frame."""
+    wrong: list[dict[str, object]] = [
+        {"camera_height": [1.0, 2.0]},
+        {"camera_height": -1.0},
+        {"up": "y"},
+        {"up": (0.0, -1.0)},
+        {"anchors": 5},
+        {"anchors": ([[1, 2], [3, 4]], [1.0])},
+        {"anchors": ([[1, 2]], ["far"])},
+        {"intrinsics": "K"},
+        {"motion": "still"},
+    ]
+    with estimator.stream(latest=latest) as stream:
+        for facts in wrong:
+            with pytest.raises(ConfigError, match=next(iter(facts)) if "intrinsics" not in facts else "ntrinsics"):
+                stream.put(constant_image(0.5), **facts)  # type: ignore[arg-type]
+        assert stream.put(constant_image(0.5), anchors=(np.empty((0, 2)), np.empty(0)), up=np.float32([0, -1, 0])) == 0
