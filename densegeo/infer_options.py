@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,24 @@ if TYPE_CHECKING:
     from densegeo.inputs import Found
     from densegeo.runtime.bundle import Manifest
     from densegeo.runtime.camera import Camera
+
+
+# What errors and warnings advise, in Python's words -> the options that do the same.
+_ADVICE = (
+    (r"value_range=\(([^,()]+), ([^,()]+)\)", r"--value-range \1 \2"),
+    (r"Give \w+ anchors or more(, or near and far)?", "Give --near and --far"),
+    (
+        r"(image file is truncated.*)\. Copy or download it again\.",
+        r"\1. Copy or download it again, or take a JPEG without its end with --truncated.",
+    ),
+)
+
+
+def in_options(text: str) -> str:
+    """An error or a warning, its advice in the command line's words."""
+    for pattern, option in _ADVICE:
+        text = re.sub(pattern, option, text)
+    return text
 
 
 def inputs_of(arguments: list[str], list_file: str | None, output: Path, making: Making) -> Found:

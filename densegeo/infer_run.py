@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from densegeo.formats import SIDECAR
-from densegeo.infer_options import require_outputs
+from densegeo.infer_options import in_options, require_outputs
 from densegeo.inference import Making, Tally, run_images
 from densegeo.inputs import Found, Input, in_words, is_live
 from densegeo.notices import Notice, Notices
@@ -186,14 +186,14 @@ def _record(asked: Run, tally: Tally, count: int) -> dict[str, Any]:
         "output": _as_text(str(asked.output)),
         "done": tally.done,
         "failed": [
-            {"source": _as_text(failure.source), "error": _as_text(failure.reason)}
+            {"source": _as_text(failure.source), "error": _as_text(in_options(failure.reason))}
             | ({} if failure.frame is None else {"frame": failure.frame})
             for failure in tally.failures
         ],
         "skipped": dict(tally.skipped),
         "not_reached": count - tally.done - sum(failure.frame is None for failure in tally.failures),
         "warnings": [
-            {"warning": _as_text(notice.text), "first": _as_text(notice.source), "count": notice.count}
+            {"warning": _as_text(in_options(notice.text)), "first": _as_text(notice.source), "count": notice.count}
             for notice in notices
         ],
         "seconds": round(tally.seconds, 3),
@@ -202,7 +202,7 @@ def _record(asked: Run, tally: Tally, count: int) -> dict[str, Any]:
 
 
 def _say(console: Console, colour: str, word: str, text: str) -> None:
-    console.print(f"[{colour}]{word}[/] {escape(_as_text(text))}", soft_wrap=True, highlight=False)
+    console.print(f"[{colour}]{word}[/] {escape(_as_text(in_options(text)))}", soft_wrap=True, highlight=False)
 
 
 def _of(source: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from densegeo.size import Size
 
 Anchor = tuple[float, float, float]
 Pixel = tuple[float, float]
+_TYPES = {"float": "a number", "array": "a list", "str": "text", "bool": "true or false", "int": "a whole number"}
 PROBE = Size(8, 8)
 _STRUCTURED = ("anchors", "up", "size", "intrinsics")  # JSON in text, where they come as text
 
@@ -144,4 +146,13 @@ def read_metres(given: dict[str, Any]) -> Metres:
                 given = given | {name: listed}
         return msgspec.convert(given, Metres, strict=False)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise RequestError(f"What should make the result metric cannot be read: {error}.") from None
+        raise RequestError(f"What should make the result metric cannot be read: {_in_words(str(error))}.") from None
+
+
+def _in_words(error: str) -> str:
+    """Of a value of another type, without its decoder's notation."""
+    found = re.fullmatch(r"Expected `(\w+).*`, got `(.+)` - at `\$\.(\w+).*`", error)
+    if found is None:
+        return error
+    wanted, got, name = found.groups()
+    return f"{name} must be {_TYPES.get(wanted, wanted)}, not {_TYPES.get(got, got)}"

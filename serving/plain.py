@@ -15,7 +15,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from densegeo.errors import ConfigError, MediaTypeError, MissingOutputError, NotAcceptableError, RequestError
+from densegeo.errors import (
+    ConfigError,
+    MediaTypeError,
+    MissingOutputError,
+    NotAcceptableError,
+    NotMetricError,
+    RequestError,
+)
 from densegeo.formats import RESULTS
 from densegeo.outputs import Decode
 from densegeo.runtime import Geometry
@@ -155,7 +162,12 @@ def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
     if row.needs != "nothing" and asked.fields.outputs is not None and "depth" not in asked.fields.outputs:
         raise RequestError(f"{answer.media_type} holds depth, and outputs leaves it out: add depth, or accept another.")
     if row.needs == "metres":
-        geometry.require_depth(row.about, metres=True)
+        geometry.require_prediction(row.about)
+        if geometry.depth_kind != "metric":
+            raise NotMetricError(
+                f"{answer.media_type} holds millimetres, and nothing tells the unit: give near and far, scale and "
+                "shift, or a fact: anchors, or with intrinsics camera_height or size."
+            )
     elif row.needs == "depth" and not _to_scale(asked, answer):
         geometry.require_depth(row.about)
     if row.intrinsics and asked.metres.intrinsics is None:

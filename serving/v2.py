@@ -181,7 +181,8 @@ def _outputs(asked: Body, parameters: dict[str, Any], decode: Decode, metres: Me
         if wanted.name == "depth" and "depth" not in there and decode.has("depth"):
             raise NotMetricError(
                 "There is no output depth in this request: the prediction is known only up to a scale and a shift. Say "
-                "in the request's parameters what fixes them: near and far, scale and shift, or anchors."
+                "in the request's parameters what fixes them: near and far, scale and shift, or a fact: anchors, or "
+                "with intrinsics camera_height or size."
             )
         if wanted.name not in there:
             raise RequestError(f"There is no output {wanted.name[:60]!r}; there are {', '.join(there)}.")

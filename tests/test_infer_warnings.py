@@ -74,6 +74,8 @@ def test_warnings_name_their_images_and_are_counted(
     assert f"warning 3 times, first of {raw}/0.png: An image uses 14" in shown
     assert "levels.py" not in shown  # the place in the code says nothing to a user
     (told,) = json.loads(captured.out)["warnings"]
+    assert "say --value-range 0 16383" in told["warning"]
+    assert "value_range" not in captured.err
     assert (told["first"], told["count"]) == (f"{raw}/0.png", 3)
     lines = journal(tmp_path / "out")
     assert "value_range=(0, 16383)" in lines["2"]["warnings"][0]
@@ -121,3 +123,14 @@ def test_images_darker_than_the_range_that_was_said(
     arguments = ("infer", toy_bundle, raw, "-f", "json", "-o", tmp_path / "out", "--value-range", 0, WHITE)
     assert run(*arguments) == 0
     assert f"warning {raw}/bright.png: An image has no value above" in said(capfd.readouterr().err)
+
+
+def test_a_jpeg_without_its_end_gets_an_option(
+    toy_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:-900])
+    assert run("infer", toy_bundle, tmp_path / "cut.jpg", "-o", tmp_path / "out") == 1
+    assert "with --truncated" in said(capfd.readouterr().err)
+    assert run("infer", toy_bundle, tmp_path / "cut.jpg", "-o", tmp_path / "out", "--truncated") == 0

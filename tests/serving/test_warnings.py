@@ -65,3 +65,13 @@ def test_each_request_has_its_own(server: Served, picture: np.ndarray) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda fields: post(server, picture, "application/json", **fields), asked))
     assert [bool(answer.json()["warnings"]) for answer in answers] == [False, True] * 4
+
+
+def test_errors_speak_of_fields(server: Served, picture: np.ndarray) -> None:
+    def said(accept: str, **fields: str) -> str:
+        answer = post(server, picture, accept, **fields)
+        assert answer.status_code == 400
+        return str(answer.json()["error"])
+
+    assert "scale must be a number, not text" in said("*/*", scale="wide", shift="1")
+    assert "image/png holds millimetres, and nothing tells the unit" in said("image/png", intrinsics="50,50,30,22")
