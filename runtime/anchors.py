@@ -148,7 +148,8 @@ def _independent(points: Float64, shape: tuple[int, ...]) -> float:
     return cells / (left * len(points))
 
 
-def _checked(size: Size, anchors: Any) -> tuple[Float64, Float64]:
+def anchors_of(anchors: Any) -> tuple[Float64, Float64]:
+    """uv (N, 2) and metres (N,). Raises CalibrationError for what is no such pair."""
     try:
         uv, metres = anchors
     except (TypeError, ValueError):
@@ -159,6 +160,11 @@ def _checked(size: Size, anchors: Any) -> tuple[Float64, Float64]:
         raise CalibrationError(f"Anchors must be numbers: uv (N, 2) and metres (N,). {error}") from error
     if points.ndim != 2 or points.shape[1] != 2 or depths.shape != points.shape[:1]:
         raise CalibrationError(f"Anchors must be uv (N, 2) and metres (N,), not {points.shape} and {depths.shape}.")
+    return points, depths
+
+
+def _checked(size: Size, anchors: Any) -> tuple[Float64, Float64]:
+    points, depths = anchors_of(anchors)
     if not len(depths):
         raise CalibrationError("There are too few anchors: none.")
     if not (np.isfinite(points).all() and np.isfinite(depths).all()):

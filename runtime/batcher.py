@@ -27,7 +27,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from weakref import WeakSet
 
 from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DeadlineError, DensegeoError, ShutdownError
-from densegeo.given import is_number, require_whole
+from densegeo.given import number_of, shown, whole_of
 from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.queueing import BoundedQueue, Entry
 
@@ -53,13 +53,18 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "lanes", "together"):
-            require_whole(name, getattr(self, name))
-        if not (is_number(self.max_wait_ms) and 0 <= self.max_wait_ms < math.inf):
-            raise ConfigError(f"max_wait_ms must be 0 or more milliseconds, not {self.max_wait_ms!r}.")
-        if self.timeout_s is not None and not (
-            is_number(self.timeout_s) and 0 < self.timeout_s <= threading.TIMEOUT_MAX
-        ):
-            raise ConfigError(f"timeout_s must be seconds above 0, or None for no limit, not {self.timeout_s!r}.")
+            object.__setattr__(self, name, whole_of(name, getattr(self, name)))
+        wait = number_of(self.max_wait_ms)
+        if wait is None or not 0 <= wait < math.inf:
+            raise ConfigError(f"max_wait_ms must be 0 or more milliseconds, not {shown(self.max_wait_ms)}.")
+        object.__setattr__(self, "max_wait_ms", wait)
+        if self.timeout_s is not None:
+            limit = number_of(self.timeout_s)
+            if limit is None or not 0 < limit <= threading.TIMEOUT_MAX:
+                raise ConfigError(
+                    f"timeout_s must be seconds above 0, or None for no limit, not {shown(self.timeout_s)}."
+                )
+            object.__setattr__(self, "timeout_s", limit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from densegeo.errors import CalibrationError, MissingOutputError
+from densegeo.given import number_of, one_of
 from densegeo.outputs import DepthKind
-from densegeo.runtime.anchors import LOCAL_ERROR, AnchorFit, Method, check_inside, fit_anchors, resized, sample
+from densegeo.runtime.anchors import (
+    LOCAL_ERROR,
+    METHODS,
+    AnchorFit,
+    Method,
+    anchors_of,
+    check_inside,
+    fit_anchors,
+    resized,
+    sample,
+)
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.edges import flying_pixels
 from densegeo.runtime.evidence import Evidence
-from densegeo.runtime.floor import floor_evidence
-from densegeo.runtime.metric import SPACES, Calibration, doubt_metres, percentiles
+from densegeo.runtime.floor import checked_up, floor_evidence
+from densegeo.runtime.metric import SPACES, Calibration, doubt_metres, percentiles, require_calibration
 from densegeo.runtime.normals_scale import scale_from_normals
 from densegeo.size import Size
 
@@ -28,7 +39,10 @@ _SIZE_FORM = "size must be a pair (uv, metres): uv (2, 2), two pixels; metres, t
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caller knows of an image beside its intrinsics; see `Geometry.to_metric`."""
+    """What a caller knows of an image beside its intrinsics; see `Geometry.to_metric`.
+
+    Raises ConfigError for no method, CalibrationError for anchors and a direction that cannot be.
+    """
 
     anchors: Any = None
     camera_height: float | None = None
@@ -37,27 +51,43 @@ class Facts:
     method: Method = "robust"
     prior: Calibration | None = None
 
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        if self.anchors is not None:
+            object.__setattr__(self, "anchors", anchors_of(self.anchors))
+        if self.up is not None:
+            checked_up(self.up)
+
     @property
     def any(self) -> bool:
-        """Whether there is one that knows of metres."""
-        return not (self.anchors is None and self.camera_height is None and self.size is None and self.prior is None)
+        """Whether there is one; up only says where another one points."""
+        return self.metres or self.prior is not None
+
+    @property
+    def metres(self) -> bool:
+        """Whether one of them knows of metres."""
+        measured = (self.anchors, self.camera_height, self.size)
+        return any(fact is not None for fact in measured) or (self.prior is not None and self.prior.metric)
 
 
 def normals_evidence(geometry: Geometry, camera: Camera) -> Evidence:
     """Of the scale. Raises CalibrationError with the reason where normals do not tell, MissingOutputError without."""
-    prediction, kind = geometry.require_prediction("depth"), geometry.space
-    if geometry.normals is None:
-        raise MissingOutputError(
-            f"{geometry.model or 'This model'} has no normals to take the scale from. Give three anchors or more, or "
-            "near and far."
-        )
-    if kind != "log_affine":
-        raise CalibrationError(
-            f"Normals give the scale of log depth alone, and this result is {kind}. Give three anchors or more, or "
-            "near and far."
-        )
+    prediction = geometry.require_prediction("depth")
+    if never := _never(geometry):
+        raise (MissingOutputError if geometry.normals is None else CalibrationError)(never)
+    assert geometry.normals is not None
     found = scale_from_normals(prediction, geometry.normals, geometry.valid, camera)
     return Evidence.of(1.0, 0.0, found.value, found.sigma, "normals")
+
+
+def _never(geometry: Geometry) -> str:
+    """Why the normals of no result of this model tell the scale; empty where they may."""
+    other = "Give three anchors or more, or near and far."
+    if geometry.normals is None:
+        return f"{geometry.model or 'This model'} has no normals to take the scale from. {other}"
+    if geometry.space != "log_affine":
+        return f"Normals give the scale of log depth alone, and this result is {geometry.space}. {other}"
+    return ""
 
 
 def up_to_scale(geometry: Geometry, camera: Camera) -> Calibration:
@@ -67,12 +97,17 @@ def up_to_scale(geometry: Geometry, camera: Camera) -> Calibration:
     middle = float(np.median(geometry.require_prediction("depth")[geometry.valid]))
     variance = 1 / float(evidence.information[0, 0])
     spread = (variance, variance * middle**2, -variance * middle)
-    return Calibration("log_affine", scale, -scale * middle, sources=evidence.sources, variance=spread)
+    return Calibration("log_affine", scale, -scale * middle, sources=evidence.sources, variance=spread, metric=False)
 
 
 def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibration:
     """From facts, and from normals where the camera is known. Raises CalibrationError when they do not suffice."""
     kind = geometry.space
+    if not facts.metres:
+        raise CalibrationError(
+            "The unit of this prior is unknown (to_scale made it, or a tracker that was told no metres): it tells the "
+            "scale alone. Give a fact in metres with it: anchors, camera_height or size."
+        )
     evidence, reason = gather(geometry, camera, facts)
     fit: AnchorFit | None = None
     if facts.anchors is not None:
@@ -94,8 +129,8 @@ def anchor_fit(geometry: Geometry, facts: Facts, known: Evidence, reason: Calibr
     return fit_anchors(geometry.space, prediction, trusted, facts.anchors, facts.method, known, reason, source)
 
 
-def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None) -> Calibration:
-    """The line that evidence of rank 2 gives. Raises CalibrationError for a scale that is not positive."""
+def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None, *, metric: bool = True) -> Calibration:
+    """The line that evidence of rank 2 gives, in metres or not. Raises CalibrationError unless scale is positive."""
     (scale, shift), covariance = evidence.line, evidence.covariance
     if not (scale > 0 and math.isfinite(shift)):
         raise CalibrationError(
@@ -103,7 +138,7 @@ def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None) 
         )
     variance = (float(covariance[0, 0]), float(covariance[1, 1]), float(covariance[0, 1]))
     found = (fit.residual, fit.inliers, fit.count) if fit else (float("nan"), 0, 0)
-    return Calibration(kind, scale, shift, *found, sources=evidence.sources, variance=variance)
+    return Calibration(kind, scale, shift, *found, sources=evidence.sources, variance=variance, metric=metric)
 
 
 def gather(
@@ -114,10 +149,11 @@ def gather(
     percentiles(prediction[geometry.valid])
     evidence, reason = Evidence.nothing(), None
     if facts.prior is not None:
-        if facts.prior.kind != kind:
-            raise CalibrationError(f"The prior is of {facts.prior.kind} depth, this result is {kind}.")
+        require_calibration("prior", facts.prior, kind)
         evidence += facts.prior.prior_for(prediction[geometry.valid])
-    if camera is not None and kind == "log_affine" and geometry.normals is not None:
+    if never := _never(geometry):
+        reason = CalibrationError(never)
+    elif camera is not None:
         try:
             evidence += normals_evidence(geometry, camera)
         except CalibrationError as error:
@@ -142,11 +178,11 @@ def _size_evidence(
     """Of two pixels that are so many metres apart: with the scale known, of the shift."""
     kind, prediction, source = geometry.space, geometry.require_prediction("depth"), Size(*geometry.source_size)
     try:
-        uv, metres = size
-        points, metres = np.asarray(uv, dtype=np.float64), float(metres)
+        uv, length = size
+        points, metres = np.asarray(uv, dtype=np.float64), number_of(length)
     except (TypeError, ValueError):
         raise CalibrationError(_SIZE_FORM) from None
-    if points.shape != (2, 2) or not (np.isfinite(points).all() and math.isfinite(metres) and metres > 0):
+    if metres is None or points.shape != (2, 2) or not (np.isfinite([*points.flat, metres]).all() and metres > 0):
         raise CalibrationError(_SIZE_FORM)
     doubt_metres("size", metres, stacklevel=5)
     check_inside(source, points, "pixels of size")

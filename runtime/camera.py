@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import ConfigError
-from densegeo.given import one_of, path_of, shown, size_of
+from densegeo.given import items_of, number_of, one_of, path_of, require_flags, shown, size_of
 from densegeo.runtime import camera_info
 from densegeo.runtime.lens import LENSES, Lens, distort, undistort
 from densegeo.size import Size
@@ -36,7 +36,8 @@ class Camera:
     images of other sizes and the same aspect ratio are taken as resized ones, and the numbers follow.
     lens, distortion: ROS' distortion models with their coefficients in OpenCV's order: "plumb_bob" (k1 k2 p1 p2 [k3]),
     "rational_polynomial" (k1 k2 p1 p2 k3 k4 k5 k6), "equidistant" (k1 k2 k3 k4). Empty: none.
-    Raises ConfigError for numbers that cannot be those of a camera.
+    Any pair is taken as a size, any sequence of numbers as a distortion. Raises ConfigError for what cannot be those of
+    a camera.
     """
 
     fx: float
@@ -48,11 +49,19 @@ class Camera:
     distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("fx", "fy", "cx", "cy"):
+            given = getattr(self, name)
+            if (number := number_of(given)) is None:
+                raise ConfigError(f"{name} must be a number, in pixels, not {shown(given)}.")
+            object.__setattr__(self, name, number)
+        object.__setattr__(self, "distortion", _coefficients(self.distortion))
+        if self.size is not None:
+            object.__setattr__(self, "size", size_of("size", self.size))
         numbers = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
         if not all(map(math.isfinite, numbers)) or self.fx <= 0 or self.fy <= 0:
             raise ConfigError("Intrinsics must be finite with positive focal lengths, in pixels.")
-        if self.lens not in LENSES:
-            raise ConfigError(f"There is no distortion model {self.lens!r}; choose from {', '.join(LENSES)}.")
+        if not isinstance(self.lens, str) or self.lens not in LENSES:
+            raise ConfigError(f"There is no distortion model {shown(self.lens)}; choose from {', '.join(LENSES)}.")
         if len(self.distortion) not in LENSES[self.lens]:
             counts = " or ".join(str(count) for count in LENSES[self.lens] if count)
             raise ConfigError(f"{self.lens} has {counts} coefficients, not {len(self.distortion)}.")
@@ -81,12 +90,13 @@ class Camera:
         """Square pixels and a centred axis, from the angle that an image of `size` (width, height) covers along x, y
         or its diagonal. Raises ConfigError unless 0 < degrees < 180, and for what is no size.
         """
-        if not (isinstance(degrees, (int, float)) and 0 < degrees < 180):
-            raise ConfigError(f"A field of view is in degrees between 0 and 180, not {degrees!r}.")
+        angle = number_of(degrees)
+        if angle is None or not 0 < angle < 180:
+            raise ConfigError(f"A field of view is in degrees between 0 and 180, not {shown(degrees)}.")
         one_of("axis", axis, ("x", "y", "diagonal"))
         width, height = size_of("size", size)
         extent = {"x": width, "y": height, "diagonal": math.hypot(width, height)}[axis]
-        focal = 0.5 * extent / math.tan(math.radians(degrees) / 2)
+        focal = 0.5 * extent / math.tan(math.radians(angle) / 2)
         return cls(focal, focal, 0.5 * (width - 1), 0.5 * (height - 1), Size(width, height))
 
     @classmethod
@@ -98,6 +108,7 @@ class Camera:
         column (a stereo baseline) move a rectified camera and do not change its rays in its own frame.
         Raises ConfigError for an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
         """
+        require_flags(rectified=rectified)
         found = camera_info.read(info, rectified)
         fx, fy, cx, cy = _pinhole(found.matrix)
         bin_x, bin_y = found.binning
@@ -107,8 +118,15 @@ class Camera:
 
     @classmethod
     def read(cls, path: str | Path, rectified: bool = False) -> Camera:
-        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON. Raises ConfigError."""
-        return cls.from_camera_info(camera_info.load(path_of("path", path)), rectified)
+        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON. Raises ConfigError, which
+        names the file.
+        """
+        file = path_of("path", path)
+        info = camera_info.load(file)
+        try:
+            return cls.from_camera_info(info, rectified)
+        except ConfigError as error:
+            raise ConfigError(f"The camera file {file} cannot be used. {error}") from error
 
     def at(self, size: tuple[int, int]) -> Camera:
         """The camera of the same picture at `size` (width, height). Raises ConfigError when this one's size has
@@ -184,6 +202,14 @@ class Camera:
 
 
 CameraLike: TypeAlias = Camera | Mapping[str, Any] | ArrayLike | object  # what `Camera.of` takes
+
+
+def _coefficients(given: object) -> tuple[float, ...]:
+    items = items_of(given)
+    numbers = [number for number in map(number_of, items or ()) if number is not None]
+    if items is not None and len(numbers) == len(items):
+        return tuple(numbers)
+    raise ConfigError(f"distortion must be a sequence of numbers, not {shown(given)}.")
 
 
 def _rows(name: str, given: ArrayLike, columns: int) -> Float64:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import ConfigError
+from densegeo.given import number_of, shown
 from densegeo.runtime.lens import LENSES, Lens
 
 _MATRICES = {"k": ("k", "K", "camera_matrix"), "p": ("p", "P", "projection_matrix")}
@@ -77,10 +78,10 @@ def read(info: object, rectified: bool) -> Info:
     lens = _MODELS[name]
     if not any(distortion) and lens != "equidistant":
         distortion = ()
-    binning = tuple(max(int(_field(info, (f"binning_{axis}",), 0)), 1) for axis in "xy")
+    binning = tuple(max(_count(info, f"binning_{axis}"), 1) for axis in "xy")
     roi = _field(info, ("roi",), {})
-    x, y, width, height = (int(_field(roi, (key,), 0)) for key in ("x_offset", "y_offset", "width", "height"))
-    full = [int(_field(info, (key, f"image_{key}"), 0)) for key in ("width", "height")]
+    x, y, width, height = (_count(roi, key) for key in ("x_offset", "y_offset", "width", "height"))
+    full = [_count(info, key, f"image_{key}") for key in ("width", "height")]
     seen = (width or full[0], height or full[1])
     return Info(
         matrix=matrix,
@@ -100,6 +101,19 @@ def _field(value: object, names: tuple[str, ...], default: Any) -> Any:
         elif hasattr(value, name):
             return getattr(value, name)
     return default
+
+
+def _count(value: object, *names: str) -> int:
+    """Pixels, or how many; 0 where it has none of these fields."""
+    for name in names:
+        given = _field(value, (name,), None)
+        if given is None:
+            continue
+        number = number_of(given)
+        if number is None or not (number >= 0 and number.is_integer()):
+            raise ConfigError(f"A CameraInfo's {name} must be a whole number, 0 or more, not {shown(given)}.")
+        return int(number)
+    return 0
 
 
 def _numbers(info: object, names: tuple[str, ...], required: str | None) -> NDArray[np.float64]:

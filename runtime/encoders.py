@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from densegeo.errors import ConfigError
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
-from densegeo.given import one_of, shown
+from densegeo.given import one_of, require_flags, shown
 from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import MILLIMETRES_MAX, Geometry
 from densegeo.runtime.meshes import glb_part, ply_part
@@ -117,8 +117,8 @@ def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
     if not isinstance(name, str) or name not in RESULTS:
         raise ConfigError(f"There is no format {name!r}; choose from {', '.join(RESULTS)}.")
     one_of("dtype", extras.dtype, ("float32", "float16"))
-    if extras.source is not None and not isinstance(extras.source, Mapping):
-        raise ConfigError(f"source must be a mapping that JSON can hold, or None, not {shown(extras.source)}.")
+    require_flags(drop_flying=extras.drop_flying)
+    _require_json(extras.source)
     row = RESULTS[name]
     if row.outputs == ("depth",):
         geometry.require_prediction(f"{name} file")
@@ -134,6 +134,17 @@ def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
         except ImportError as error:
             raise ConfigError(f"{name} needs {row.module}. Install it: pip install densegeo[{row.extra}].") from error
     return row
+
+
+def _require_json(source: object) -> None:
+    if source is None:
+        return
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"source must be a mapping that JSON can hold, or None, not {shown(source)}.")
+    try:
+        json.dumps(dict(source), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"source must be what JSON can hold, not {shown(source)}: {error}.") from error
 
 
 def _npy(job: Job, row: ResultFormat) -> Parts:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from densegeo.colors import Color
 from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
-from densegeo.given import is_number, one_of, require_flags, require_whole
+from densegeo.given import number_of, one_of, require_flags, shown, whole_of
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.backends.sharing import Sharing
@@ -106,9 +106,8 @@ class Estimator:
         memory_limit: int | None = None,
         calls_at_once: int = 1,
     ) -> None:
-        require_whole("calls_at_once", calls_at_once)
-        require_whole("threads", threads, none=True)
-        require_whole("max_pixels", max_pixels)
+        calls_at_once, max_pixels = whole_of("calls_at_once", calls_at_once), whole_of("max_pixels", max_pixels)
+        threads = None if threads is None else whole_of("threads", threads, none=True)
         one_of("resolution", resolution, ("image", "network"))
         one_of("fit", fit, ("stretch", "pad"))
         one_of("preprocessing", preprocessing, ("densegeo", "authors"))
@@ -221,9 +220,10 @@ class Estimator:
         Raises ImageError, QueueFullError, ShutdownError after `close`, BackendTimeoutError after a hang. The future
         raises DeadlineError, BackendError, BackendTimeoutError, ShutdownError or `concurrent.futures.CancelledError`.
         """
-        if deadline_ms is not None and not (is_number(deadline_ms) and deadline_ms > 0):
-            raise ConfigError(f"deadline_ms must be milliseconds above 0, not {deadline_ms!r}.")
-        return self._service.submit(image, color, value_range, math.inf if deadline_ms is None else deadline_ms)
+        within = math.inf if deadline_ms is None else number_of(deadline_ms)
+        if within is None or not within > 0:
+            raise ConfigError(f"deadline_ms must be milliseconds above 0, not {shown(deadline_ms)}.")
+        return self._service.submit(image, color, value_range, within)
 
     def stream(
         self, latest: bool = True, color: Color = "rgb", depth: int = 4, *, value_range: Range | None = None

@@ -6,8 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from densegeo.errors import CalibrationError, MissingOutputError
+from densegeo.given import number_of, shown
 from densegeo.runtime.anchors import LOCAL_ERROR, SHARED
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.evidence import Evidence
@@ -40,9 +42,10 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
         geometry.calibration is None or geometry.calibration.kind != "log_affine"
     ):
         raise CalibrationError("camera_height needs log-affine depth. Give three anchors or more.")
-    if not (isinstance(height, (int, float)) and math.isfinite(height) and height > 0):
-        raise CalibrationError(f"camera_height must be metres above 0, not {height!r}.")
-    doubt_metres("camera_height", height, stacklevel=5)
+    metres = number_of(height)
+    if metres is None or not (math.isfinite(metres) and metres > 0):
+        raise CalibrationError(f"camera_height must be metres above 0, not {shown(height)}.")
+    doubt_metres("camera_height", metres, stacklevel=5)
     if not known.information[0, 0] > 0:
         raise CalibrationError("camera_height needs the scale, which normals do not tell here. Give anchors.")
     step = max(1, math.isqrt(geometry.valid.size // _SAMPLES))
@@ -58,7 +61,7 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
     scale, _ = known.line
     heights = scale * p[level] + np.log(below[level])  # ln(height) - t
     floor = _lowest(heights, int(usable.sum()))
-    x, y = p[level][floor], math.log(height) - np.log(below[level][floor])  # ln(depth) there
+    x, y = p[level][floor], math.log(metres) - np.log(below[level][floor])  # ln(depth) there
     edges = np.quantile(x, np.linspace(0, 1, _BANDS + 1))
     bands = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, _BANDS - 1)
     under = below[level][floor]
@@ -70,14 +73,20 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
     return Evidence.of(a, 1.0, values, sigma, "the camera's height")
 
 
+def checked_up(up: Any) -> NDArray[np.float64]:
+    """(3,) float64. Raises CalibrationError for what is no direction."""
+    try:
+        direction = np.asarray(up, dtype=np.float64)
+    except (TypeError, ValueError):
+        direction = np.empty(0)
+    if direction.shape != (3,) or not np.isfinite(direction).all() or not direction.any():
+        raise CalibrationError("up must be three numbers: the direction against gravity in the camera's frame.")
+    return direction
+
+
 def _up(normals: Any, up: Any) -> Any:
     if up is not None:
-        try:
-            direction = np.asarray(up, dtype=np.float64)
-        except (TypeError, ValueError):
-            direction = np.empty(0)
-        if direction.shape != (3,) or not np.isfinite(direction).all() or not direction.any():
-            raise CalibrationError("up must be three numbers: the direction against gravity in the camera's frame.")
+        direction = checked_up(up)
         direction = direction / np.linalg.norm(direction)
         if direction[1] > 0.5:
             raise CalibrationError("up points down in the image: it is against gravity, with y downwards (0, -1, 0).")

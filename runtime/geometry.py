@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
-from densegeo.given import one_of, path_of, shown
+from densegeo.given import path_of, require_flags, shown
 from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned
 from densegeo.runtime.edges import flying_pixels
-from densegeo.runtime.metric import SPACES, Calibration, from_parameters, from_range, metric_depth
+from densegeo.runtime.metric import SPACES, Calibration, from_parameters, from_range, metric_depth, require_calibration
 from densegeo.size import Size
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Geometry:
         """
         from densegeo.runtime.calibrate import up_to_scale
 
-        return self.calibrated(up_to_scale(self, self.camera(intrinsics)), "up_to_scale")
+        return self.calibrated(up_to_scale(self, self.camera(intrinsics)))
 
     def to_metric(
         self,
@@ -113,7 +113,8 @@ class Geometry:
         floor's own normals, for a camera that is level within 35 degrees.
         size: (uv, metres), two pixels (2, 2) of the source image and their distance.
         prior: the `calibration` of the last frame, whose line this one's should be near: counted as 2 % less certain in
-        scale and depth than it was, so that a chain of priors forgets. `ScaleTracker` reads off how frames differ.
+        scale and depth than it was, so that a chain of priors forgets. Of one whose unit is unknown (`to_scale`) the
+        scale alone counts. `ScaleTracker` reads off how frames differ.
         `calibration` says what it rests on, how well anchors are met, and how uncertain it is.
         Raises CalibrationError when these do not determine a positive scale, or the result is metric already, and
         MissingOutputError of normals alone; a CalibrationWarning where anchors or intrinsics look wrong.
@@ -121,16 +122,18 @@ class Geometry:
         from densegeo.runtime.calibrate import Facts, in_metres
 
         kind, prediction = self.space, self.require_prediction("depth")
-        one_of("method", method, ("robust", "least_squares"))
-        if prior is not None and not isinstance(prior, Calibration):
-            raise CalibrationError(f"prior must be the `calibration` of a result, not {shown(prior)}.")
+        if prior is not None:
+            require_calibration("prior", prior, kind)
         facts = Facts(anchors, camera_height, up, size, method, prior)
         pairs = {"scale": (scale, shift), "near": (near, far)}
         given = [name for name, (one, other) in pairs.items() if one is not None or other is not None]
         given += ["facts"] if facts.any else []
+        if not given and up is not None:
+            raise CalibrationError("up only says where the floor is: give camera_height, in metres over it, too.")
         if len(given) != 1:
             raise CalibrationError(
-                "Give exactly one of: scale and shift; near and far; facts (anchors=(uv, metres), camera_height, size)."
+                "Give exactly one of: scale and shift; near and far; facts (anchors=(uv, metres), camera_height, size, "
+                "prior)."
             )
         if facts.any:
             calibration = in_metres(self, None if intrinsics is None else self.camera(intrinsics), facts)
@@ -140,7 +143,7 @@ class Geometry:
             calibration = from_range(kind, prediction[self.valid], near, far)
         else:
             raise CalibrationError("Two numbers are needed: give scale with shift, or near with far.")
-        return self.calibrated(calibration, "metric")
+        return self.calibrated(calibration)
 
     @property
     def space(self) -> DepthKind:
@@ -151,12 +154,13 @@ class Geometry:
             raise CalibrationError("This result is metric already; calibrate the one the estimator returned.")
         return self.calibration.kind if self.calibration is not None else self.depth_kind
 
-    def calibrated(self, calibration: Calibration, kind: Literal["metric", "up_to_scale"]) -> Geometry:
-        """A copy of that kind, by a line in the prediction's own space.
+    def calibrated(self, calibration: Calibration) -> Geometry:
+        """A copy by a line in the prediction's own space, of kind "metric", or "up_to_scale" where its unit is unknown.
 
         Pixels without a positive depth that float32 holds become invalid: a CalibrationWarning says how many. Raises
-        CalibrationError when that is all of them.
+        CalibrationError when that is all of them, and for the calibration of another kind of depth.
         """
+        require_calibration("calibration", calibration, self.space)
         valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
         if lost := int(self.valid.sum()) - int(valid.sum()):
             line = f"{SPACES[calibration.kind].text}, with scale {calibration.scale:.4g}, shift {calibration.shift:.4g}"
@@ -165,6 +169,7 @@ class Geometry:
                 raise CalibrationError(f"Every pixel has {words} Check the numbers' units and signs.")
             share = f"{lost} of {int(self.valid.sum())} pixels have"
             warnings.warn(f"{share} {words} They are invalid now.", CalibrationWarning, stacklevel=3)
+        kind: DepthKind = "metric" if calibration.metric else "up_to_scale"
         return replace(self, depth_kind=kind, valid=valid, calibration=calibration)
 
     def normals_in(self, frame: Frame) -> Float | None:
@@ -182,6 +187,7 @@ class Geometry:
         is only a guess they disagree everywhere. (Anchors are never taken from pixels beside a step in depth.)
         Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
         """
+        require_flags(drop_flying=drop_flying)
         depth, camera = self.depth, self.camera(intrinsics)
         assert camera.size is not None
         points = camera.rays(camera.size) * depth[..., None]

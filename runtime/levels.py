@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.errors import ConfigError, ImageError, ImageWarning
+from densegeo.given import number_of, shown
 
 Range = tuple[float, float]  # the values of black and of white
 _DEPTHS = (8, 10, 12, 14)  # bits that cameras put into types of more
@@ -20,14 +21,14 @@ def check_range(value_range: object) -> None:
     if value_range is None:
         return
     try:
-        low, high = (float(value) for value in value_range)  # type: ignore[attr-defined]
-        good = bool(np.isfinite([low, high]).all()) and low < high
+        low, high = (number_of(value) for value in value_range)  # type: ignore[attr-defined]
+        good = low is not None and high is not None and bool(np.isfinite([low, high]).all()) and low < high
     except (TypeError, ValueError):
         good = False
     if not good:
         raise ConfigError(
             "value_range must be the values of black and of white, such as (0, 4095) for an image of 12 bits, not "
-            f"{value_range!r}."
+            f"{shown(value_range)}."
         )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import CalibrationError, CalibrationWarning
+from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError
+from densegeo.given import number_of, shown
 from densegeo.outputs import DepthKind
 from densegeo.runtime.evidence import Evidence
 
@@ -48,7 +49,8 @@ class Calibration:
     kind: the depth kind before. scale, shift: the line in that kind's space (metres).
     residual: RMS over all anchors in that space, NaN when none were given. inliers: anchors whose depth is met within a
     factor of 1.25; count: those given. sources: what the line rests on. variance: of the scale, of the shift, and their
-    covariance; NaN where the numbers were given. Of a result whose unit is unknown the shift makes the median depth 1.
+    covariance; NaN where the numbers were given. metric: whether depth is in metres; otherwise its unit is unknown, and
+    the shift makes the median depth 1.
     """
 
     kind: DepthKind
@@ -59,6 +61,7 @@ class Calibration:
     count: int = 0
     sources: tuple[str, ...] = ()
     variance: tuple[float, float, float] = (float("nan"),) * 3
+    metric: bool = True
 
     @property
     def covariance(self) -> NDArray[np.float64]:
@@ -68,12 +71,23 @@ class Calibration:
 
     def prior_for(self, prediction: NDArray[Any]) -> Evidence:
         """The line as evidence for the next frame's, whose valid predictions (N,) these are: widened by `DRIFT`.
+        Where its unit is unknown, of the scale alone.
 
-        Raises CalibrationError when its uncertainty is unknown.
+        Raises CalibrationError when its uncertainty is unknown, ConfigError for no numbers.
         """
         if not np.isfinite(self.variance).all():
-            raise CalibrationError("This calibration has no uncertainty: its numbers were given. Give anchors with it.")
-        middle = float(np.median(prediction))
+            given = f" ({', '.join(self.sources)})" if self.sources else ""
+            raise CalibrationError(
+                f"The prior has no uncertainty, for its numbers were given{given}: it cannot be weighed, whatever "
+                "comes with it. Leave it out, or take the calibration of a result from anchors, a height or a size."
+            )
+        values = _numbers(prediction)
+        if not values.size:
+            raise CalibrationError("The prediction has no valid pixels, so that a prior says nothing of it.")
+        middle = float(np.median(values))
+        if not self.metric:
+            sigma = math.hypot(math.sqrt(self.variance[0]), DRIFT * self.scale)
+            return Evidence.of(1.0, 0.0, self.scale, sigma, "the prior's scale")
         with np.errstate(all="ignore"):
             unit = float(np.abs(SPACES[self.kind].slope(SPACES[self.kind].back(self.scale * middle + self.shift))))
         drift = drift_noise(middle, DRIFT * self.scale, DRIFT * (unit if np.isfinite(unit) else 1.0))
@@ -82,13 +96,32 @@ class Calibration:
     def uncertainty(self, prediction: NDArray[Any]) -> NDArray[Any]:
         """Relative standard deviation of depth at each prediction, from that of the line; NaN where it is unknown.
 
-        The network's own error at a place comes on top.
+        The network's own error at a place comes on top. Raises ConfigError for no numbers.
         """
         scale, shift, mixed = self.variance
+        prediction = _numbers(prediction)
         value = self.scale * prediction + self.shift
         spread = np.sqrt(np.maximum(scale * prediction**2 + 2 * mixed * prediction + shift, 0))
         with np.errstate(all="ignore"):
             return np.asarray(spread / np.abs(SPACES[self.kind].slope(SPACES[self.kind].back(value))))
+
+
+def _numbers(prediction: object) -> NDArray[Any]:
+    try:
+        values = np.asarray(prediction)
+    except ValueError:  # rows of several lengths
+        values = np.empty(0, dtype=object)
+    if values.dtype.kind not in "uif":
+        raise ConfigError(f"A prediction is an array of numbers, not {shown(prediction)}.")
+    return values
+
+
+def require_calibration(name: str, value: object, kind: DepthKind) -> None:
+    """Raises CalibrationError for anything but the calibration of depth of this kind."""
+    if not isinstance(value, Calibration):
+        raise CalibrationError(f"{name} must be the `calibration` of a result, not {shown(value)}.")
+    if value.kind != kind:
+        raise CalibrationError(f"The {name} is of {shown(value.kind)} depth, this result is {kind}.")
 
 
 def drift_noise(middle: float, scale: float, value: float) -> NDArray[np.float64]:
@@ -119,12 +152,9 @@ def from_parameters(kind: DepthKind, scale: float, shift: float) -> Calibration:
 
 def number(name: str, value: object) -> float:
     """A float whose magnitude float32 holds, or an infinity or NaN. Raises CalibrationError for anything else."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise ValueError
-        found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise CalibrationError(f"{name} must be a number, not {value!r}.") from None
+    found = number_of(value)
+    if found is None:
+        raise CalibrationError(f"{name} must be a number, not {shown(value)}.")
     if math.isfinite(found) and abs(found) > float(np.finfo(np.float32).max):
         raise CalibrationError(f"{name} must be within float32's range, not {value!r}.")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from densegeo.errors import ConfigError
-from densegeo.given import is_number, shown
+from densegeo.given import items_of, number_of, shown
 from densegeo.outputs import FRAMES
 from densegeo.runtime.colormap import colorize
 from densegeo.runtime.geometry import Geometry
@@ -107,10 +106,10 @@ def side_by_side(geometry: Geometry, image: object = None, color: str = "rgb", s
 
 def _ends(geometry: Geometry, span: Span) -> Span:
     """What `farness` is at the near and at the far end of a span."""
-    numbers = list(span) if isinstance(span, Iterable) else []
-    if not (len(numbers) == 2 and all(map(is_number, numbers)) and numbers[0] < numbers[1]):
+    numbers = [number_of(end) for end in items_of(span) or ()]
+    low, high = numbers if len(numbers) == 2 else (None, None)
+    if low is None or high is None or not low < high:
         raise ConfigError(f"span must be two numbers, the smaller one first, not {shown(span)}.")
-    low, high = numbers
     if geometry.depth_kind == "disparity_affine":
         return -high, -low
     if geometry.depth_kind in ("log_affine", "affine"):

@@ -21,13 +21,13 @@ def find_bundle(given: str | os.PathLike[str]) -> Path:
 
     Raises BundleError for what is no path.
     """
-    if not isinstance(given, (str, os.PathLike)):
+    if not isinstance(given, (str, os.PathLike)) or "\0" in os.fsdecode(given):
         raise BundleError(
             "A bundle is given by its directory's path, as text or as a pathlib.Path, or by the name of one that comes "
             f"with densegeo ({', '.join(names())}), not by {shown(given)}."
         )
     path = Path(os.fsdecode(given))
-    return FOLDER / path if not path.exists() and os.fspath(given) in names() else path
+    return FOLDER / path if not os.path.exists(path) and os.fspath(given) in names() else path
 
 
 def beside(bundle: Path, ending: str) -> Path:

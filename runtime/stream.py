@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
-from densegeo.given import is_number, require_whole, shown
+from densegeo.given import number_of, require_flags, shown, whole_of
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Process
@@ -82,8 +82,8 @@ class Stream:
     def __init__(
         self, submit: Callable[[object], Future[Geometry]], metrics: Metrics, *, latest: bool, depth: int
     ) -> None:
-        require_whole("depth", depth)
-        self._submit, self._metrics, self._latest, self._depth = submit, metrics, latest, depth
+        require_flags(latest=latest)
+        self._submit, self._metrics, self._latest, self._depth = submit, metrics, latest, whole_of("depth", depth)
         self._process = Process()
         self._producer = threading.Lock()  # one `put` at a time keeps the order when latest=False
         self._changed = threading.Condition()  # guards what follows
@@ -170,13 +170,14 @@ class Stream:
         Raises DeadlineError (a TimeoutError) when there is none by then, which leaves it for the next call, and
         ShutdownError when the stream is closed and all was read.
         """
-        if timeout is not None and not is_number(timeout):
+        seconds = math.inf if timeout is None else number_of(timeout)
+        if seconds is None or math.isnan(seconds):
             raise ConfigError(f"timeout must be seconds, or None for no limit, not {shown(timeout)}.")
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if seconds > threading.TIMEOUT_MAX else time.monotonic() + seconds
         found = self._next(end)
         if found is None:
             self._require_open()
-            raise DeadlineError(f"No result within {timeout:g} s. It comes with a later call.")
+            raise DeadlineError(f"No result within {seconds:g} s. It comes with a later call.")
         return found
 
     def subscribe(self, callback: Callable[[FrameResult], object]) -> threading.Thread:

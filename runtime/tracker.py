@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from densegeo.errors import CalibrationError, ConfigError
+from densegeo.given import shown
 from densegeo.runtime.anchors import AnchorFit, Method, sample
 from densegeo.runtime.calibrate import Facts, anchor_fit, finished, gather
 from densegeo.runtime.camera import Camera, CameraLike
@@ -154,15 +155,18 @@ class ScaleTracker:
         The arguments are those of `Geometry.to_metric`; motion: (4, 4), points of the last frame's camera into this
         one's, the identity for a camera that stands still. Without it the camera may have moved, which makes the
         prediction less certain and evidence weigh more. `calibration` holds the line's uncertainty.
-        Raises CalibrationError where nothing is known of the line yet, also when normals alone were to tell and do not.
+        Raises CalibrationError where nothing is known of the line yet, also when normals alone were to tell and do not,
+        and ConfigError for what is no result.
         """
+        if not isinstance(geometry, Geometry):
+            raise ConfigError(f"geometry must be a result of an estimator, a Geometry, not {shown(geometry)}.")
         motion = None if motion is None else checked_motion(motion)
         camera = None if intrinsics is None else geometry.camera(intrinsics)
         facts = Facts(anchors, camera_height, up, size, method)
         predicted = self._predicted(geometry, intrinsics, motion)
         first = predicted.rank == 0
         evidence, fit, reason = self._measured(geometry, camera, facts, predicted)
-        if facts.any and evidence.information[1, 1] > 0 and not self._metres:
+        if facts.metres and evidence.information[1, 1] > 0 and not self._metres:
             # the first word of metres: the unit so far was made up
             predicted = _unitless(predicted)
             self._metres = True
@@ -198,9 +202,9 @@ class ScaleTracker:
         sources = tuple(
             dict.fromkeys(source.split(" ")[-1] if "anchor" in source else source for source in state.sources)
         )
-        found = finished(geometry.space, replace(state, sources=sources), fit)
+        found = finished(geometry.space, replace(state, sources=sources), fit, metric=self._metres)
         self._state = replace(state, sources=sources)
-        result = geometry.calibrated(found, "metric" if self._metres else "up_to_scale")
+        result = geometry.calibrated(found)
         self._last = result
         return result
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.formats import SIDECAR
-from densegeo.given import shown
+from densegeo.given import items_of, shown
 from densegeo.runtime.encoders import Extras, Part, parts
 from densegeo.runtime.geometry import Geometry
 
@@ -43,14 +43,13 @@ def encode(geometry: Geometry, name: str, file: str, extras: Extras) -> bytes:
 
 def save(geometry: Geometry, directory: Path, formats: Sequence[str], stem: str, extras: Extras) -> list[Path]:
     """Write all formats or nothing; the paths written, in order. See `Geometry.save`."""
-    if isinstance(formats, str):
-        formats = (formats,)
-    if not isinstance(formats, Iterable):
+    names = [formats] if isinstance(formats, str) else items_of(formats)
+    if names is None:
         raise ConfigError(f'formats must be names of formats, such as ("npz", "png"), not {shown(formats)}.')
-    if not isinstance(stem, str) or os.path.basename(stem) != stem:
+    if not isinstance(stem, str) or os.path.basename(stem) != stem or "\0" in stem:
         raise ConfigError(f"stem must be a plain name without folders, not {shown(stem)}.")
     planned: dict[Path, Part] = {}
-    for name in formats:
+    for name in names:
         for file, part in parts(geometry, name, extras).items():
             planned[directory / (f"{stem}_{file}" if stem else file)] = part
     _write_together(directory, planned)
@@ -65,7 +64,7 @@ def _sidecar_last(names: Iterable[Path]) -> list[Path]:
 def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
     staged: list[tuple[Path, Path]] = []
     placed: list[tuple[Path, Path | None]] = []  # a final name, and where the file lies that it had before
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    made = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for final in _sidecar_last(planned):

@@ -98,7 +98,7 @@ def open_backend(
     """
     require_text("backend", name, '"auto" or "onnxruntime"')
     require_text("device", device, '"auto", "cpu" or "cuda:0"')
-    check_sharing(sharing)
+    sharing = check_sharing(sharing)
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")

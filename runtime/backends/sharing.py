@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from densegeo.errors import BackendError, ConfigError
+from densegeo.given import integer_of, shown
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 
 FLOAT = 4  # bytes
@@ -40,13 +41,19 @@ class Need(NamedTuple):
         return self.shared + sum(self.buckets[name] for name in names) + max(self.workspaces[name] for name in names)
 
 
-def check_sharing(sharing: Sharing) -> None:
-    """Raises ConfigError for what no device could do."""
-    priority, limit = sharing
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise ConfigError(f"priority must be an integer, 0 or below as CUDA's streams have it, not {priority!r}.")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ConfigError(f"memory_limit must be a number of bytes above 0, not {limit!r}.")
+def check_sharing(sharing: Sharing) -> Sharing:
+    """In Python's own integers. Raises ConfigError for what no device could do."""
+    priority = integer_of(sharing.priority)
+    if priority is None:
+        raise ConfigError(
+            f"priority must be an integer, 0 or below as CUDA's streams have it, not {shown(sharing.priority)}."
+        )
+    if sharing.memory_limit is None:
+        return Sharing(priority)
+    limit = integer_of(sharing.memory_limit)
+    if limit is None or limit < 1:
+        raise ConfigError(f"memory_limit must be a number of bytes above 0, not {shown(sharing.memory_limit)}.")
+    return Sharing(priority, limit)
 
 
 def require_priority(priority: int, first: int, last: int, device: str) -> None:

@@ -225,3 +225,24 @@ def test_a_file_that_is_no_calibration(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ConfigError, match="neither"):
         Camera.read(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_height", "tall"), ("image_width", "-640"), ("binning_y", "[2]"), ("x_offset", "1.5"), ("width", "true")],
+)
+def test_a_camera_file_with_a_bad_count_names_file_and_key(key: str, value: str, tmp_path: Path) -> None:
+    fields = {"camera_matrix": "{data: [400, 0, 320, 0, 400, 240, 0, 0, 1]}", key: value}
+    if key == "x_offset":
+        fields["roi"] = f"{{{key}: {fields.pop(key)}}}"
+    file = tmp_path / "camera.yaml"
+    file.write_text("".join(f"{name}: {text}\n" for name, text in fields.items()))
+    with pytest.raises(ConfigError, match=rf"camera\.yaml .*{key} must be a whole number"):
+        Camera.read(file)
+
+
+def test_any_pair_is_a_size() -> None:
+    for pair in ((128, 96), [128, 96], np.array([128, 96])):
+        camera = Camera(200.0, 200.0, 64.0, 48.0, size=pair)  # type: ignore[arg-type]
+        assert camera.size == Size(128, 96)
+        assert camera.at((64, 48)).fx == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -202,11 +203,42 @@ BASE, DEPTH = room()
         (lambda: BASE.to_metric(scale=1, shift=0, anchors=([[1, 1]], [1.0])), CalibrationError, "exactly"),
         (lambda: BASE.to_metric(prior=BASE.to_metric(scale=1, shift=0).calibration),
          CalibrationError, "no uncertainty"),
+        (lambda: BASE.to_metric(K, prior=BASE.to_metric(near=1, far=9).calibration, anchors=([[9, 9]], [2.0])),
+         CalibrationError, "cannot be weighed, whatever comes with it"),
+        (lambda: BASE.to_metric(K, prior=BASE.to_scale(K).calibration), CalibrationError, "prior is unknown"),
+        (lambda: BASE.to_metric(prior=ScaleTracker().update(BASE, K).calibration), CalibrationError, "or size"),
+        (lambda: BASE.to_metric(K, up=(0, -1, 0)), CalibrationError, "give camera_height"),
+        (lambda: BASE.to_metric(K), CalibrationError, "size, prior"),
     ],
 )  # fmt: skip
 def test_refusals_say_why(call: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()  # type: ignore[operator]
+
+
+def test_a_prior_of_unknown_unit_tells_the_scale_alone() -> None:
+    bare = Geometry(BASE.prediction, "log_affine", None, BASE.valid, BASE.source_size)
+    prior = BASE.to_scale(K).calibration
+    assert prior is not None
+    for far_off in (1.0, 40.0):
+        moved = replace(prior, shift=prior.shift + math.log(far_off))
+        found = bare.to_metric(prior=moved, anchors=([[60, 70]], [float(DEPTH[70, 60])]))
+        assert found.depth_kind == "metric"
+        assert found.calibration is not None
+        assert found.calibration.scale == pytest.approx(prior.scale, rel=1e-6)
+        assert found.depth[70, 60] == pytest.approx(DEPTH[70, 60], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "normals", "words"), [("affine", True, "this result is affine"), ("log_affine", False, "has no normals")]
+)
+def test_too_few_anchors_of_a_model_whose_normals_never_tell(kind: str, normals: bool, words: str) -> None:
+    p = np.exp(BASE.prediction)
+    given = Geometry(p, kind, BASE.normals if normals else None, BASE.valid, BASE.source_size)  # type: ignore[arg-type]
+    for camera in (K, None):
+        with pytest.raises(CalibrationError, match=words) as caught:
+            given.to_metric(camera, anchors=([[20, 70], [60, 70]], [2.0, 2.1]))
+        assert "intrinsics" not in str(caught.value)
 
 
 def test_anchors_in_millimetres_are_doubted() -> None:
