@@ -329,7 +329,8 @@ class Stream:
 
 def _check_types(intrinsics: object = None, camera_height: object = None, anchors: Any = None, up: Any = None) -> None:
     """Raises ConfigError for what is no such fact, whatever the frame; what a frame says against one is its refusal."""
-    if camera_height is not None and not (is_number(camera_height) and 0 < camera_height < math.inf):  # type: ignore[operator]
+    height = number_of(camera_height)
+    if camera_height is not None and (height is None or not 0 < height < math.inf):
         raise ConfigError(f"camera_height must be metres above 0, not {shown(camera_height)}.")
     if up is not None and _shape(up) != (3,):
         raise ConfigError(f"up must be three numbers, against gravity in the camera's frame, not {shown(up)}.")
