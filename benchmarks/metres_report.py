@@ -1,6 +1,6 @@
 """What benchmarks/metres.py measured as the tables and pictures of docs/metres.md.
 
-python benchmarks/metres_report.py benchmarks/results/metres_cpu.json
+python benchmarks/metres_report.py benchmarks/results/metres_views_cpu.json benchmarks/results/metres_paths_cpu.json
 """
 
 from __future__ import annotations
