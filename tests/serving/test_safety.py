@@ -323,7 +323,10 @@ def test_options_are_checked() -> None:
         (["fe2e-tiny"], "Two bundles are called fe2e-tiny"),
     ],
 )
-def test_wrong_options_end_with_2(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_end_with_2(
+    given: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("densegeo.serving.command.start_logging", lambda: None)  # it would be this process's
     with pytest.raises(SystemExit) as ended:
         main(["serve", "fe2e-tiny", *given])
     assert ended.value.code == 2
