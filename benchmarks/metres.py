@@ -61,7 +61,9 @@ def noise_table(rows: list[Recorded]) -> list[Record]:
                 errors.append(shape_error(seen, found.depth))
             except CalibrationError:
                 refused += 1
-                errors.append(shape_error(seen, np.exp(2.1 * geometry.require_prediction("depth"))))
+                errors.append(
+                    shape_error(seen, np.exp(GUESSES["training views' scale"] * geometry.require_prediction("depth")))
+                )
         sigmas = np.array(inside)
         table.append(
             {

@@ -22,7 +22,7 @@ _STEP = 6  # pixels between the points that are followed
 
 def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     """One sequence with one of `EVIDENCE`. Ways: frames "alone"; "tracked", with the motion given; "tracked, motion
-    unknown"; "best line" through the true depth of each frame, below which no line can come.
+    unknown"; "best line" through the true depth of each frame.
 
     Frames whose unit is still unknown count as none. jump: mean change of the error of ln(depth) on fixed points. line:
     median over the points, the part that is not the network's own flicker. error: AbsRel. resets: frames at which the

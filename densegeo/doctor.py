@@ -17,6 +17,7 @@ import msgspec
 
 from densegeo.architectures import ARCHITECTURES
 from densegeo.backends import BACKENDS, ENGINES, BackendRow
+from densegeo.findings import Finding
 
 _FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime", "serving")
 # CPU flags (as Linux names them) that decide how fast low precision is.
@@ -71,17 +72,6 @@ class Offered(msgspec.Struct, frozen=True):
     install: str  # the command; empty where nothing is to be installed
 
 
-class Verified(msgspec.Struct, frozen=True):
-    """What `densegeo verify` found of a bundle. said: what was wrong, or empty."""
-
-    bundle: str
-    backend: str
-    device: str
-    good: bool
-    said: str
-    when: str
-
-
 class Report(msgspec.Struct, frozen=True):
     densegeo: str
     broken: str  # what is wrong with densegeo's own installation; empty: nothing
@@ -97,7 +87,7 @@ class Report(msgspec.Struct, frozen=True):
     gpu_note: str
     extras: list[Offered]
     warnings: list[str]
-    verified: list[Verified]  # all that `densegeo verify` found here, failures too
+    verified: list[Finding]  # all that `densegeo verify` found here, failures too
     suits: str  # what `densegeo build` would make for this machine, and why
 
 
@@ -128,11 +118,11 @@ def examine() -> Report:
     )
 
 
-def _verified() -> list[Verified]:
+def _verified() -> list[Finding]:
     try:
         from densegeo.runtime.verified import findings
 
-        return [Verified(one.bundle, one.backend, one.device, one.good, one.said, one.when) for one in findings()]
+        return findings()
     except Exception:  # a broken installation is told elsewhere
         return []
 
@@ -354,6 +344,6 @@ def print_report(report: Report) -> None:
     console.print("\n`densegeo verify BUNDLE` shows whether a bundle's numbers come out right on this machine.")
 
 
-def _in_words(one: Verified) -> str:
+def _in_words(one: Finding) -> str:
     with_what = f"{one.bundle} with {one.backend} on {one.device}, {one.when}"
     return f"{with_what}: {'passed' if one.good else f'failed, {one.said}'}"

@@ -9,19 +9,9 @@ from pathlib import Path
 import msgspec
 
 from densegeo.files import atomic_write
+from densegeo.findings import Finding
 from densegeo.runtime import state
 from densegeo.runtime.bundle import MANIFEST
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """bundle: its path. good: whether its numbers came out right; said: if not, what was wrong. when: local time."""
-
-    bundle: str
-    backend: str
-    device: str
-    good: bool
-    said: str
-    when: str
 
 
 def is_verified(bundle: Path, backend: str) -> bool:
