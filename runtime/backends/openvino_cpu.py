@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from densegeo.backends import backend_row
 from densegeo.errors import BackendError, ConfigError
 from densegeo.runtime.backends.graphs import GraphBackend
+from densegeo.runtime.backends.openvino_cache import CompiledModels
 from densegeo.runtime.backends.sharing import ALONE, Sharing
 from densegeo.runtime.bundle import Graph, Manifest
 
@@ -55,6 +56,7 @@ class OpenVinoBackend(GraphBackend):
             self._core: Any = self._openvino.Core()
         except Exception as error:  # a broken installation raises more than ImportError
             raise BackendError(f"openvino cannot be imported ({error}). Reinstall it: {_ROW.install}.") from error
+        self._models = CompiledModels(self._openvino, self._core, directory, manifest, self._options)
         self._start(directory, manifest)
 
     def _infer(self, loaded: Any, graph: Graph, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -69,12 +71,15 @@ class OpenVinoBackend(GraphBackend):
         return output
 
     def _load(self, path: Path) -> Any:
-        try:
+        def read() -> Any:
             steps = self._openvino.preprocess.PrePostProcessor(self._core.read_model(path))
             # numpy has no bf16: such outputs would come back as arrays of another type
             steps.input(0).tensor().set_element_type(self._openvino.Type.f32)
             steps.output(0).tensor().set_element_type(self._openvino.Type.f32)
-            return self._core.compile_model(steps.build(), "CPU", self._options)
+            return steps.build()
+
+        try:
+            return self._models.load(path.name, read)
         except Exception as error:
             raise BackendError(f"OpenVINO cannot load {path}: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,12 @@ from numpy.typing import NDArray
 
 from densegeo.backends import BACKENDS, BackendRow, backend_row
 from densegeo.errors import BackendError
-from densegeo.files import cache_directory
 from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
-from densegeo.runtime import state
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.backends.sharing import ALONE, Sharing, networks_need, require_room
 from densegeo.runtime.bundle import STAGES, Graph, Manifest
+from densegeo.runtime.kept import kept_at
 
 if TYPE_CHECKING:
     from densegeo.runtime.backends.cuda_frames import CudaFrames
@@ -281,11 +279,11 @@ def _tensorrt_options(index: str, manifest: Manifest) -> dict[str, str]:
 
 def engine_cache(manifest: Manifest, index: str) -> Path | None:
     """The folder of a bundle's engines for a GPU of this machine, by its index; None where there can be no cache."""
-    facts = [manifest.build_key, index, state.machine()]
-    facts += [f"{name} {file.sha256}" for name, file in sorted(manifest.files.items())]
+    files = (f"{name} {file.sha256}" for name, file in sorted(manifest.files.items()))
+    folder = kept_at(CACHE, manifest.build_key, index, *files)
     try:
-        folder = cache_directory() / CACHE / hashlib.sha256("\n".join(facts).encode()).hexdigest()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder is not None:
+            folder.mkdir(mode=0o700, exist_ok=True)
     except OSError:
         return None
     return folder

@@ -6,17 +6,14 @@ A way that is off is not taken, however fast: its error may be at most twice the
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from densegeo.files import atomic_write, cache_directory
 from densegeo.kernels.attention import fastest
-from densegeo.runtime import state
+from densegeo.runtime.kept import keep, kept_at, read_kept
 
 FOLDER = "torch-choices"  # among the user's cache
 FACTOR = 2.0
@@ -31,16 +28,15 @@ def decide(what: str, ways: Ways, exact: Callable[[], Tensor], device: torch.dev
     what: names the work, shapes and types included; with the device's name and the libraries' versions it is what the
     choice is remembered by. exact: the result in float64, or its `part` along the first axis.
     """
-    path = _place(what, ways, device)
-    if path is not None and path.is_file() and (known := path.read_text()) in ways:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    path = kept_at(FOLDER, what, *ways, name, torch.__version__)
+    if (known := (read_kept(path) or b"").decode(errors="replace")) in ways:
         log.info("%s: %s, as timed before on this device", what, known)
         return known
     good = _good(what, ways, exact(), part)
     chosen = fastest(good, device) if len(good) > 1 else next(iter(good))
     log.info("%s: %s, of %s", what, chosen, ", ".join(good))
-    if path is not None:
-        with atomic_write(path) as partial:
-            partial.write_text(chosen)
+    keep(path, chosen.encode())
     return chosen
 
 
@@ -62,15 +58,3 @@ def _good(what: str, ways: Ways, exact: Tensor, part: slice) -> dict[str, Callab
             continue
         good[name] = way
     return good
-
-
-def _place(what: str, ways: Ways, device: torch.device) -> Path | None:
-    """The file that remembers it; None where there can be none."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = [what, *ways, name, torch.__version__, state.machine()]
-    try:
-        folder = cache_directory() / FOLDER
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    return folder / hashlib.sha256("\n".join(facts).encode()).hexdigest()

@@ -31,10 +31,6 @@ def measurement(function: Case) -> Case:
     return function
 
 
-def keys(status: Any) -> dict[str, str]:
-    return {pair.key: pair.value for pair in status.values}
-
-
 def picture(seed: int, shape: tuple[int, ...] = (HEIGHT, WIDTH, 3)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

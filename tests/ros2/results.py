@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,12 @@ def results_are_the_estimators_and_rosbags_bytes(bundle: Path) -> None:
     topics = ("depth", "normals", "points", "camera_info")
     with robot({"bundle": bundle, **RANGE}) as (client, _):
         client.listen(*RESULTS)
-        client.connected("image", image(pixels, "rgb8"))
-        client.connected("camera_info", INFO)
-        until(lambda: all(client.node.count_publishers(f"/geometry/{topic}") for topic in topics), "publishers")
-        time.sleep(1)  # the node's publishers must know of the subscriptions, too
+        client.publishes("image", image(pixels, "rgb8"))
+        client.publishes("camera_info", INFO)
+        client.met()
         for count in range(3):
             client.send("camera_info", INFO)
-            time.sleep(0.1)
+            client.took("camera_info", count + 1)
             client.send("image", image(pixels, "rgb8"))
             for topic in topics:
                 client.results(topic, count + 1)
@@ -107,11 +105,11 @@ def relative_depth_is_called_so(bundle: Path) -> None:
     pixels = picture(2)
     with robot({"bundle": bundle}) as (client, _):
         client.listen(*RESULTS)
-        client.connected("image", image(pixels, "bgr8"))
-        client.connected("camera_info", INFO)
-        time.sleep(1)
+        client.publishes("image", image(pixels, "bgr8"))
+        client.publishes("camera_info", INFO)
+        client.met()
         client.send("camera_info", INFO)
-        time.sleep(0.5)
+        client.took("camera_info", 1)
         client.send("image", image(pixels, "bgr8"))
         (relative,) = client.results("relative_depth", 1)
         np.testing.assert_array_equal(floats(relative)[..., 0], wanted(bundle, pixels, "bgr").prediction)
@@ -129,8 +127,8 @@ def every_encoding(bundle: Path) -> None:
 
     with robot({"bundle": bundle, "ycbcr": "bt709-full"}) as (client, _):
         client.listen("normals")
-        client.connected("image", image(picture(0), "rgb8"))
-        time.sleep(1)
+        client.publishes("image", image(picture(0), "rgb8"))
+        client.met()
         for number, (name, encoding) in enumerate(ENCODINGS.items()):
             shape = (HEIGHT, WIDTH, encoding.channels) if encoding.channels > 1 else (HEIGHT, WIDTH)
             shape = (HEIGHT * 3 // 2, WIDTH) if name == "nv12" else shape
@@ -164,11 +162,11 @@ def parameters_are_described_checked_and_obeyed(bundle: Path) -> None:
         assert not refused.successful
         assert "clean it up first" in refused.reason
         client.listen("depth", "points")
-        client.connected("image", image(pixels, "rgb8"))
-        client.connected("camera_info", INFO)
-        time.sleep(1)
+        client.publishes("image", image(pixels, "rgb8"))
+        client.publishes("camera_info", INFO)
+        client.met()
         client.send("camera_info", INFO)
-        time.sleep(0.5)
+        client.took("camera_info", 1)
         assert all(one.successful for one in client.set(depth_encoding="16UC1", points_stride=8))
         client.send("image", image(pixels, "rgb8"))
         (depth,), (points,) = client.results("depth", 1), client.results("points", 1)
@@ -202,8 +200,8 @@ def compressed_images(bundle: Path) -> None:
     )
     with robot({"bundle": bundle, "image_transport": "compressed"}) as (client, _):
         client.listen("normals")
-        client.connected("image/compressed", message)
-        time.sleep(1)
+        client.publishes("image/compressed", message)
+        client.met()
         message.data = message.data[:60]
         client.send("image/compressed", message)
         until(lambda: client.values().get("images failed") == "1", "a broken one is counted")
@@ -224,13 +222,14 @@ def anchors_make_metres(bundle: Path) -> None:
     parameters = {"bundle": bundle, "anchors": "PointCloud2", "anchors_transform": mounted}
     with robot(parameters) as (client, _):
         client.listen("depth", "relative_depth")
-        client.connected("image", image(pixels, "rgb8"))
-        client.connected("anchors", cloud(lidar))
-        client.connected("camera_info", INFO)
-        time.sleep(1)
+        client.publishes("image", image(pixels, "rgb8"))
+        client.publishes("anchors", cloud(lidar))
+        client.publishes("camera_info", INFO)
+        client.met()
         client.send("camera_info", INFO)
         client.send("anchors", cloud(lidar, at=1.45))
-        time.sleep(0.5)
+        client.took("camera_info", 1)
+        client.took("anchors", 1)
         client.send("image", image(pixels, "rgb8"))
         (depth,) = client.results("depth", 1)
         np.testing.assert_allclose(floats(depth)[..., 0], true.depth, rtol=1e-3)
@@ -254,8 +253,9 @@ def one_fact_makes_metres(_: Path) -> None:
 
     def see(client: Client, at: float, *topics: str) -> list[Any]:
         before = [len(client.raw[topic]) for topic in topics]
+        infos = int(client.values()["messages of /camera_info"])
         client.send("camera_info", camera_info(192, 144, focal=166.0, at=at))
-        time.sleep(0.2)
+        client.took("camera_info", infos + 1)
         client.send("image", image(hall, "rgb8", at=at))
         return [floats(client.results(t, n + 1)[-1])[..., 0] for t, n in zip(topics, before, strict=True)]
 
@@ -264,12 +264,13 @@ def one_fact_makes_metres(_: Path) -> None:
 
     with robot(asked) as (client, _):
         client.listen("depth", "depth_up_to_scale", "relative_depth")
-        client.connected("image", image(hall, "rgb8"))
-        client.connected("camera_info", INFO)
-        client.connected("imu", imu(measured))
-        time.sleep(1)
+        client.publishes("image", image(hall, "rgb8"))
+        client.publishes("camera_info", INFO)
+        client.publishes("imu", imu(measured))
+        client.met()
         for number in range(3):
             client.send("imu", imu(measured, at=1.3 + number / 10))
+        client.took("imu", 3)
         (found,) = see(client, 1.5, "depth")
         np.testing.assert_allclose(found, depth(camera_height=1.6, up=up), rtol=1e-4)
         until(
@@ -282,8 +283,8 @@ def one_fact_makes_metres(_: Path) -> None:
         assert client.set(anchors_transform=[0.0, 0.0, 0.0, 0.5, -0.5, 0.5, 0.5])[0].successful
         assert client.change(CONFIGURE)
         assert client.change(ACTIVATE)
-        client.connected("anchors", reading(3.0))
-        time.sleep(1)
+        client.publishes("anchors", reading(3.0))
+        client.met()
         shape, relative = see(client, 2.5, "depth_up_to_scale", "relative_depth")
         np.testing.assert_allclose(shape, depth(), rtol=1e-4)
         np.testing.assert_array_equal(relative, geometry.prediction)
@@ -291,6 +292,7 @@ def one_fact_makes_metres(_: Path) -> None:
         assert client.values()["depth"].endswith("no ranges have come"), client.values()
         assert len(client.raw["depth"]) == 1, "without metres there is no depth"
         client.send("anchors", reading(3.0, at=3.5))
+        client.took("anchors", 1)
         (metric,) = see(client, 3.5, "depth")
         u, v = np.rint(camera.project([[0.0, 0.0, 1.0]])[0]).astype(int)
         np.testing.assert_allclose(metric[v, u], 3.0, rtol=0.05)
@@ -329,7 +331,8 @@ def incompatible_qualities_of_service_are_reported(bundle: Path) -> None:
         assert "asks for more durability" in client.values()["problem: subscriber"]
         assert "/image is incompatible" in process.said
         client.forget_publishers()
-        client.connected("image", message, RELIABLE)
+        client.publishes("image", message, RELIABLE)
+        client.met()
         client.send("image", message)
         client.results("normals", 1)
 
@@ -338,17 +341,18 @@ def incompatible_qualities_of_service_are_reported(bundle: Path) -> None:
 def nothing_is_computed_for_nobody(bundle: Path) -> None:
     pixels = picture(7)
     with robot({"bundle": bundle}) as (client, _):
-        client.connected("image", image(pixels, "rgb8"))
+        client.publishes("image", image(pixels, "rgb8"))
+        client.met()
         for _ in range(4):
             client.send("image", image(pixels, "rgb8"))
         until(lambda: client.values().get("images idle") == "4", "four are idle")
         assert client.values()["images published"] == "0"
         heard = client.listen("normals")
-        time.sleep(1)
+        client.met()
         client.send("image", image(pixels, "rgb8"))
         client.results("normals", 1)
         client.deafen(heard)
-        time.sleep(1)
+        client.met()
         client.send("image", image(pixels, "rgb8"))
         until(lambda: client.values().get("images idle") == "5", "and again")
 
@@ -360,8 +364,8 @@ def bad_images_are_reported_and_the_next_is_used(bundle: Path) -> None:
     broken.data = broken.data[:100]
     with robot({"bundle": bundle}) as (client, _):
         client.listen("normals")
-        client.connected("image", broken)
-        time.sleep(1)
+        client.publishes("image", broken)
+        client.met()
         client.send("image", broken)
         until(lambda: any("100 bytes" in d.message for d in client.diagnostics), "it is in the diagnostics")
         client.send("image", image(pixels[..., 0].view(np.uint8), "32SC1"))

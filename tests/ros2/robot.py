@@ -79,6 +79,7 @@ class Client:
         self.raw: dict[str, list[bytes]] = defaultdict(list)
         self.diagnostics: list[Any] = []
         self._publishers: dict[str, Any] = {}
+        self._listens: set[str] = set()
         self.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: self.diagnostics.extend(m.status), 100)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
@@ -96,6 +97,7 @@ class Client:
 
     def listen(self, *topics: str, qos: QoSProfile = RELIABLE) -> list[Any]:
         """To results of the node."""
+        self._listens.update(topics)
         return [
             self.node.create_subscription(
                 RESULTS[topic],
@@ -109,6 +111,7 @@ class Client:
 
     def deafen(self, subscriptions: list[Any]) -> None:
         for subscription in subscriptions:
+            self._listens.discard(subscription.topic_name.removeprefix("/geometry/"))
             self.node.destroy_subscription(subscription)
 
     def send(self, topic: str, message: Any, qos: QoSProfile = RELIABLE) -> None:
@@ -122,11 +125,32 @@ class Client:
         """A message's CDR bytes, to a topic that has a publisher."""
         self._publishers[topic].publish(message)
 
-    def connected(self, topic: str, message: Any, qos: QoSProfile = RELIABLE) -> None:
-        """Make the publisher, and wait until the node listens to it."""
+    def publishes(self, topic: str, message: Any, qos: QoSProfile = RELIABLE) -> None:
+        """From now on."""
         kind = message.__msgtype__
         self._publishers[topic] = self.node.create_publisher(CLASSES[kind.rpartition("/")[2]], topic, qos)
-        until(lambda: self._publishers[topic].get_subscription_count() > 0, f"the node listens to {topic}")
+
+    def met(self) -> None:
+        """Wait until node and client know of each other's ends of every topic; what is sent before may be lost.
+
+        Each side learns of the other by itself, so that a publisher's own count does not tell.
+        """
+        ends = {f"publishers of /{topic}": 1 for topic in self._publishers}
+        ends |= {f"subscribers of /geometry/{topic}": int(topic in self._listens) for topic in RESULTS}
+        until(lambda: all(one.get_subscription_count() for one in self._publishers.values()), "the node subscribes")
+        seen = len(self.diagnostics)
+
+        def known() -> bool:
+            return any(
+                all(said.get(end, "0") == str(count) for end, count in ends.items())
+                for said in map(keys, self.diagnostics[seen:])
+            )
+
+        until(known, f"the node knows of {ends}")
+
+    def took(self, topic: str, count: int) -> None:
+        """Wait until so many messages of a topic that goes with images have reached the node."""
+        until(lambda: self.values().get(f"messages of /{topic}") == str(count), f"{count} messages of {topic} came")
 
     def forget_publishers(self) -> None:
         for publisher in self._publishers.values():
@@ -171,7 +195,12 @@ class Client:
 
     def values(self) -> dict[str, str]:
         """Of the newest diagnostics."""
-        return {pair.key: pair.value for pair in self.diagnostics[-1].values} if self.diagnostics else {}
+        return keys(self.diagnostics[-1]) if self.diagnostics else {}
+
+
+def keys(status: Any) -> dict[str, str]:
+    """Of a diagnostics' status."""
+    return {pair.key: pair.value for pair in status.values}
 
 
 def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:

@@ -23,7 +23,8 @@ class Tally:
 
     counts: received (image messages), missed (sent since the first one and not received), published (images whose
     results were), dropped (replaced by newer ones before the network was free), idle (nobody subscribes), skipped
-    (max_rate), failed, lost (messages of any topic that the middleware told of).
+    (max_rate), failed, lost (messages of any topic that the middleware told of), and "of TOPIC" (messages that go with
+    images).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -59,8 +60,12 @@ class Tally:
         with self._lock:
             self._errors.append(sentence)
 
-    def report(self, name: str, hardware: str, state: str, seconds: float, dropped: int) -> DiagnosticStatus:
-        """The status since the last report, `seconds` ago. dropped: of the stream that runs."""
+    def report(
+        self, name: str, hardware: str, state: str, seconds: float, dropped: int, links: Mapping[str, int]
+    ) -> DiagnosticStatus:
+        """The status since the last report, `seconds` ago. dropped: of the stream that runs; links: counts of who
+        publishes and subscribes, by what they are called.
+        """
         with self._lock:
             since, times, errors = self._since, self._times, self._errors
             self._since, self._times, self._errors = Counter(), {}, []
@@ -88,6 +93,7 @@ class Tally:
             "images dropped": str(self.counts["dropped"] + dropped),
             "images failed": str(self.counts["failed"]),
             "messages lost": str(self.counts["lost"]),
+            **{what: str(number) for what, number in links.items()},
             "last error": errors[-1] if errors else "",
             **{f"problem: {what}": sentence for what, sentence in self.problems.items()},
         }

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ class GeometryNode(LifecycleNode):
         self._subscribe(kind, topic, self._on_image)
         self._subscribe(CameraInfo, "camera_info", self._on_camera_info)
         for sensor in self._sensors:
-            self._subscribe(sensor.kind, sensor.topic, sensor.take)
+            self._subscribe(sensor.kind, sensor.topic, partial(self._on_reading, sensor))
         return super().on_activate(state)
 
     def _stop(self) -> None:
@@ -198,7 +199,12 @@ class GeometryNode(LifecycleNode):
 
     # What comes in
 
+    def _on_reading(self, sensor: RangeSensor | ImuSensor, message: Any) -> None:
+        self._tally.count(f"of {sensor.topic}")
+        sensor.take(message)
+
     def _on_camera_info(self, info: CameraInfo) -> None:
+        self._tally.count("of camera_info")
         self._infos[convert.nanoseconds(info.header)] = info
         while len(self._infos) > KEPT:
             self._infos.popitem(last=False)
@@ -318,10 +324,17 @@ class GeometryNode(LifecycleNode):
         state = self._state_machine.current_state[1]
         dropped = 0 if self._worker is None else self._worker.dropped
         name = f"{self.get_fully_qualified_name().lstrip('/')}: geometry"
-        status = self._tally.report(name, hardware, state, seconds, dropped)
+        status = self._tally.report(name, hardware, state, seconds, dropped, self._links())
         made = DiagnosticArray(status=[status])
         made.header.stamp = now.to_msg()
         self._diagnostics.publish(made)
+
+    def _links(self) -> dict[str, int]:
+        """Who is at the other end of each topic, and what came of those that go with the images."""
+        found = {f"publishers of {one.topic_name}": qos.publishers(self, one) for one in self._inputs}
+        found |= {f"subscribers of {one.topic_name}": one.get_subscription_count() for one in self._results.values()}
+        beside = ["camera_info", *(sensor.topic for sensor in self._sensors)]
+        return found | {f"messages of {self.resolve_topic_name(t)}": self._tally.counts[f"of {t}"] for t in beside}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -60,6 +60,13 @@ def publisher_events(topic: str, report: Report) -> PublisherEventCallbacks:
     )
 
 
+def publishers(node: Any, subscription: Any) -> int:
+    """How many reach it; before Jazzy how many there are, compatible or not."""
+    if hasattr(subscription, "get_publisher_count"):
+        return int(subscription.get_publisher_count())
+    return int(node.count_publishers(subscription.topic_name))
+
+
 def _those_there_are(kind: Any, **callbacks: Any) -> Any:
     """Events that this ROS does not know are not listened to."""
     known = inspect.signature(kind).parameters

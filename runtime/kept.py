@@ -1,0 +1,63 @@
+"""What was compiled or measured on this machine, kept in the user's cache for the next process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from densegeo.errors import EngineError
+from densegeo.files import atomic_write, cache_directory
+from densegeo.runtime import state
+from densegeo.runtime.engines import check_owner
+
+log = logging.getLogger("densegeo")
+
+
+def kept_at(kind: str, *facts: str) -> Path | None:
+    """The path for what follows from these facts on this machine; None where there can be no cache.
+
+    kind: the folder in the cache, which is made, for this user alone.
+    """
+    try:
+        folder = cache_directory() / kind
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
+    return folder / hashlib.sha256("\n".join([*facts, state.machine()]).encode()).hexdigest()
+
+
+def read_kept(path: Path | None) -> bytes | None:
+    """The file's bytes, or None. What was compiled runs as code, so only this user's files are read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        check_owner(path)
+        return path.read_bytes()
+    except (EngineError, OSError):
+        return None
+
+
+def keep(path: Path | None, content: bytes) -> None:
+    """Write the file, whole or not at all; a cache that cannot be written is no error."""
+    if path is None:
+        return
+    try:
+        with atomic_write(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        log.info("%s is not kept: %s", path, error)
+
+
+def keep_within(folder: Path, capacity: int) -> None:
+    """Remove the files that were used longest ago until the folder holds at most `capacity` bytes."""
+    try:
+        files = [(path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir()]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= capacity:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+    except OSError as error:
+        log.info("%s is not tidied: %s", folder, error)
