@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-thorough test-slow lint ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
+.PHONY: help demo test test-unit test-thorough test-slow lint docs ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
@@ -20,6 +20,7 @@ help:
 	@echo "make soak            the node under ten times its rate for ten minutes"
 	@echo "make ros-lock        pin that environment anew in ros2/test-requirements.txt"
 	@echo "make lint            ruff, mypy, import contracts"
+	@echo "make docs            build the site, strictly, into out/site"
 	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
 	@echo "make constraints     pin every dependency anew in constraints.txt (UPGRADE=--upgrade takes newer versions)"
 	@echo "make resolve         which extra can be installed on which Python and platform, asked of the package index"
@@ -89,6 +90,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 constraints: $(STAMP)
 	$(BIN)/uv --no-config pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate $(UPGRADE) \

@@ -32,8 +32,8 @@ from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.verify import verify
 from densegeo.size import Size
 
-# How far off a score may be: what 8 bits may cost (README), and half a percentage point of a share. Chosen before any
-# score was measured.
+# How far off a score may be: what 8 bits may cost (docs/precisions.md), and half a percentage point of a share. Chosen
+# before any score was measured.
 ERROR, ANGLE, SHARE = 0.02, 0.3, 0.5
 RULES = {
     "error": f"at most {100 * ERROR:g} % above",

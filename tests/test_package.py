@@ -136,7 +136,7 @@ def test_metadata_has_full_addresses(built: Built) -> None:
     home = "https://github.com/densegeo/densegeo"
     picture = f"({home}/raw/v{metadata.version('densegeo')}/models/weights/fe2e-tiny/demo.jpg)"
     assert picture in page
-    for view, path in re.findall(rf"\({home}/(blob|raw)/v[^/]+/([^)]+)\)", page):
+    for view, path in re.findall(rf"\({home}/(blob|raw)/v[^/]+/([^)#]+)[^)]*\)", page):
         assert (ROOT / path).exists(), f"README.md's {view} of {path}"
     urls = dict(text.split(", ", 1) for text in built.facts.get_all("Project-URL") or [])
     assert urls["Source"] == home

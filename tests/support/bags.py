@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from tests.support.ros import STORE, camera_info, image
+from tests.support.ros import STORE, camera_info, cloud, image, imu, transform
 
 WIDTH, HEIGHT = 96, 64
 
@@ -40,3 +40,26 @@ def camera_messages(
         if info:
             found.append((f"{topic.rpartition('/')[0]}/camera_info", at + 0.01, camera_info(WIDTH, HEIGHT, at=at)))
     return found
+
+
+def room(path: Path, count: int = 2) -> Path:
+    """A camera 1.2 m over a floor, with a lidar and an IMU in its place, whose axes are the camera's (/tf_static)."""
+    from densegeo.training.render import view
+
+    seen = view(0, "test", 0, 256, 192)
+    size, focal = seen.depth.shape[::-1], 128 / np.tan(np.radians(75) / 2)
+    v, u = np.mgrid[8 : size[1] : 16, 8 : size[0] : 16]
+    depth = seen.depth[v, u].ravel()
+    rays = np.stack([(u.ravel() - 127.5) / focal, (v.ravel() - 95.5) / focal, np.ones(u.size)], axis=1)
+    points = (rays * depth[:, None])[np.isfinite(depth)].astype(np.float32)
+    same = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    messages = [("/tf_static", 0.1, transform(same, "camera_optical", frame)) for frame in ("lidar", "imu")]
+    for number in range(count):
+        at = 1.0 + number
+        messages += [
+            ("/imu/data_raw", at - 0.02, imu([0.0, -9.81, 0.0], turning=[0.0, 0.0, 0.0], at=at - 0.02)),
+            ("/lidar/points", at - 0.01, cloud(points, at=at - 0.01)),
+            ("/camera/image_raw", at, image(seen.rgb, "rgb8", at=at)),
+            ("/camera/camera_info", at, camera_info(*size, focal=float(focal), at=at)),
+        ]
+    return write_bag(path, messages)

@@ -1,0 +1,123 @@
+"""The pages: links, files and sections that they name, a place for each, and parts that are made from records."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pages import PAGES, commands, prose
+from tests.support.project import ROOT
+
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
+TOOLS = ROOT / "docs" / "tools"
+# Files that a page tells its reader to write.
+TO_WRITE = {"runtime/backends/onnx_reference.py"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings' anchors, as MkDocs and GitHub make them of these plain ones."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", re.sub(r"\]\([^)]*\)", "", head).lower()).strip().replace(" ", "-") for head in heads
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(prose(page)):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {path}"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(page: Path) -> None:
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|json|md|toml|Dockerfile))`", prose(page)):
+        assert path in TO_WRITE or (ROOT / path).is_file(), f"{page.name} names {path}"
+
+
+def test_every_page_has_one_place() -> None:
+    """So does the strict build, of which this is the quick half."""
+    listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    there = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(listed) == sorted({*there, "contributing.md", "security.md", "changelog.md"})
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert {page for page in there if f"]({page})" not in index} == {"index.md"}
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """docs/tools/pages.py as it is run."""
+    monkeypatch.syspath_prepend(TOOLS)
+    return runpy.run_path(str(TOOLS / "pages.py"))
+
+
+def test_made_parts_are_what_their_makers_give(tools: dict[str, Any]) -> None:
+    pytest.importorskip("torch")  # some commands' options are read off the builders
+    for page in tools["PARTS"]:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert tools["renewed"](page, text) == text, f"docs/{page} is stale: `python docs/tools/pages.py`"
+
+
+def test_a_stale_part_is_noticed(tools: dict[str, Any]) -> None:
+    renewed, claims = tools["renewed"], tools["claims"]
+    text = (ROOT / "docs" / "precisions.md").read_text(encoding="utf-8")
+    assert "| `bf16` | 16 |" in text
+    wrong = text.replace("| `bf16` | 16 |", "| `bf16` | 15 |")
+    assert renewed("precisions.md", wrong) == text
+    with pytest.raises(SystemExit, match=r"no place for <!-- precisions -->"):
+        renewed("precisions.md", text.replace("<!-- precisions -->", ""))
+    for field, value in (("tests", ["test_nothing.py"]), ("cpu", "`make nothing`"), ("claim", "{nothing.seconds}")):
+        with pytest.raises(SystemExit, match="there is no"):
+            claims.require({"claim": "x", "cpu": "not shown", field: value})
+    with pytest.raises(SystemExit, match="nothing holds"):
+        claims.require({"claim": "x", "cpu": "surely"})
+    assert claims.filled("{quantization_cpu_zen4.shares.fp8:.1%}") == "99.1 %"
+
+
+def test_sections_that_the_code_cites_exist() -> None:
+    """ "DESIGN section 10" is a heading of docs/design.md, "DESIGN 4.2" the second item of its section 4."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    parts = {part.partition(".")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+    cited = 0
+    for path in ROOT.rglob("*.py"):
+        if {".venv", "build", "out"} & set(path.relative_to(ROOT).parts) or path == Path(__file__):
+            continue
+        for words in re.findall(r"DESIGN(?: sections?)? ((?:\d+(?:\.\d+)?(?:, | and )?)+)", path.read_text()):
+            for number in re.findall(r"\d+(?:\.\d+)?", words):
+                section, _, item = number.partition(".")
+                cited += 1
+                assert section in parts, f"{path} cites DESIGN section {section}"
+                assert not item or f"\n{item}. " in parts[section], f"{path} cites DESIGN {number}"
+    assert cited > 20
+
+
+def test_the_readme_is_short_and_begins_with_what_can_be_tried() -> None:
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 130
+    assert [" ".join(command.words) for command in commands(readme)[:2]] == ["make demo", "make test"]
+
+
+def test_the_citation_has_both_papers() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "densegeo" / "__init__.py").read_text())
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in text
+    for paper in ("2509.04338", "2412.00671"):
+        assert f"arxiv.org/abs/{paper}" in text
+
+
+def test_the_changelog_names_the_bundle_schema() -> None:
+    from densegeo.runtime.bundle import SCHEMA_VERSION
+
+    first = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert f"### Bundle schema\n\nVersion {SCHEMA_VERSION}." in first
+    groups = re.findall(r"^### (.+)$", first, re.MULTILINE)
+    assert set(groups) <= {"Bundle schema", "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert f"**Schema version {SCHEMA_VERSION}.**" in (ROOT / "docs" / "bundle.md").read_text()
