@@ -283,6 +283,7 @@ def one_fact_makes_metres(_: Path) -> None:
         assert client.set(anchors_transform=[0.0, 0.0, 0.0, 0.5, -0.5, 0.5, 0.5])[0].successful
         assert client.change(CONFIGURE)
         assert client.change(ACTIVATE)
+        client.forget_publishers("imu")
         client.publishes("anchors", reading(3.0))
         client.met()
         shape, relative = see(client, 2.5, "depth_up_to_scale", "relative_depth")

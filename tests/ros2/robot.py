@@ -152,10 +152,10 @@ class Client:
         """Wait until so many messages of a topic that goes with images have reached the node."""
         until(lambda: self.values().get(f"messages of /{topic}") == str(count), f"{count} messages of {topic} came")
 
-    def forget_publishers(self) -> None:
-        for publisher in self._publishers.values():
-            self.node.destroy_publisher(publisher)
-        self._publishers.clear()
+    def forget_publishers(self, *topics: str) -> None:
+        """Of these topics, or all."""
+        for topic in topics or tuple(self._publishers):
+            self.node.destroy_publisher(self._publishers.pop(topic))
 
     def call(self, kind: Any, service: str, patience: float = PATIENCE, **fields: Any) -> Any:
         client = self.node.create_client(kind, f"/geometry/{service}")
