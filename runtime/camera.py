@@ -32,12 +32,27 @@ _NARROW, _WIDE = 3.0, 150.0  # degrees; a pinhole outside is more likely a mista
 class Camera:
     """A pinhole camera with an optional distortion.
 
-    fx, fy, cx, cy: pixels. size: of the image they belong to; None: of whatever image they are used with. With a size,
-    images of other sizes and the same aspect ratio are taken as resized ones, and the numbers follow.
-    lens, distortion: ROS' distortion models with their coefficients in OpenCV's order: "plumb_bob" (k1 k2 p1 p2 [k3]),
-    "rational_polynomial" (k1 k2 p1 p2 k3 k4 k5 k6), "equidistant" (k1 k2 k3 k4). Empty: none.
-    Any pair is taken as a size, any sequence of numbers as a distortion. Raises ConfigError for what cannot be those of
-    a camera.
+    Attributes:
+        fx: Focal length along x, in pixels; so is `fy` along y.
+        fy: See `fx`.
+        cx: Column of the principal point, pixel centres at integers; `cy` is its row.
+        cy: See `cx`.
+        size: (width, height) of the image they belong to; None: of whatever image they are used with. With a size,
+            images of other sizes and the same aspect ratio are taken as resized ones, and the numbers follow. Any pair
+            is taken.
+        lens: ROS' distortion model: "plumb_bob", "rational_polynomial" or "equidistant".
+        distortion: Its coefficients in OpenCV's order: k1 k2 p1 p2 [k3]; k1 k2 p1 p2 k3 k4 k5 k6; k1 k2 k3 k4. Empty:
+            none.
+
+    Raises:
+        ConfigError: For what cannot be the numbers of a camera.
+
+    Example:
+        >>> camera = Camera.from_fov(90, (640, 480))
+        >>> round(camera.fx), camera.cx, camera.cy
+        (320, 319.5, 239.5)
+        >>> round(Camera.of(camera).at((320, 240)).fx)
+        160
     """
 
     fx: float
@@ -68,10 +83,14 @@ class Camera:
 
     @classmethod
     def of(cls, intrinsics: CameraLike) -> Camera:
-        """Any form of intrinsics: a Camera; (fx, fy, cx, cy); a matrix 3x3, 3x4, or its 9 or 12 numbers; a ROS
-        CameraInfo, a mapping with its fields, or camera_info's YAML as a mapping.
+        """Any form of intrinsics as a Camera.
 
-        Raises ConfigError for anything else, for skew, and for a camera without a calibration.
+        Args:
+            intrinsics: A Camera; (fx, fy, cx, cy); a matrix 3x3, 3x4, or its 9 or 12 numbers; a ROS CameraInfo, a
+                mapping with its fields, or camera_info's YAML as a mapping.
+
+        Raises:
+            ConfigError: For anything else, for skew, and for a camera without a calibration.
         """
         if isinstance(intrinsics, Camera):
             return intrinsics
@@ -87,8 +106,15 @@ class Camera:
 
     @classmethod
     def from_fov(cls, degrees: float, size: tuple[int, int], axis: Literal["x", "y", "diagonal"] = "x") -> Camera:
-        """Square pixels and a centred axis, from the angle that an image of `size` (width, height) covers along x, y
-        or its diagonal. Raises ConfigError unless 0 < degrees < 180, and for what is no size.
+        """Square pixels and a centred axis, from a field of view.
+
+        Args:
+            degrees: The angle that the image covers, between 0 and 180.
+            size: (width, height) of the image, in pixels.
+            axis: Along which the angle is: "x", "y" or "diagonal".
+
+        Raises:
+            ConfigError: For another angle, and for what is no size.
         """
         angle = number_of(degrees)
         if angle is None or not 0 < angle < 180:
@@ -101,12 +127,17 @@ class Camera:
 
     @classmethod
     def from_camera_info(cls, info: object, rectified: bool = False) -> Camera:
-        """A ROS CameraInfo (ROS 2 or ROS 1, or a mapping with its fields, or camera_info's YAML as a mapping).
+        """From a ROS CameraInfo.
 
-        rectified: the image is the rectified one: its camera is P, without distortion; otherwise K with D. Binning and
-        region of interest are applied as image_geometry does: (c - offset) / binning. The rotation R and P's fourth
-        column (a stereo baseline) move a rectified camera and do not change its rays in its own frame.
-        Raises ConfigError for an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
+        Binning and region of interest are applied as image_geometry does: (c - offset) / binning. The rotation R and
+        P's fourth column (a stereo baseline) move a rectified camera and do not change its rays in its own frame.
+
+        Args:
+            info: Of ROS 2 or ROS 1, or a mapping with its fields, or camera_info's YAML as a mapping.
+            rectified: The image is the rectified one: its camera is P, without distortion; otherwise K with D.
+
+        Raises:
+            ConfigError: For an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
         """
         require_flags(rectified=rectified)
         found = camera_info.read(info, rectified)
@@ -118,8 +149,14 @@ class Camera:
 
     @classmethod
     def read(cls, path: str | Path, rectified: bool = False) -> Camera:
-        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON. Raises ConfigError, which
-        names the file.
+        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON.
+
+        Args:
+            path: The file.
+            rectified: As in `from_camera_info`.
+
+        Raises:
+            ConfigError: The file cannot be read or used; the message names it.
         """
         file = path_of("path", path)
         info = camera_info.load(file)

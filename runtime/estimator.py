@@ -46,39 +46,59 @@ Float = NDArray[np.float32]
 class Estimator:
     """A loaded bundle. Calls are independent of each other, so threads may share one estimator.
 
-    bundle: directory made by `densegeo build`, or the name of a bundle that comes with densegeo ("fe2e-tiny"; a
-    directory of that name wins). backend: "auto" or a name of `backends.BACKENDS`.
-    device: "auto", "cpu", "cuda", "cuda:N". fit: "stretch" fills the bucket, "pad" keeps the aspect ratio.
-    preprocessing: "densegeo" (nearest aspect ratio, antialiased) or "authors" (their sizes and filters).
-    check_digests: also compare every file's SHA-256 (sizes are always compared). max_pixels: larger images
-    are refused before decoding.
-    threads: of the CPU, that the networks may use (None: the backend's library decides, often by the machine's cores
-    and not by a container's share of them; with torch it holds for the whole process). resolution: "image" gives
-    results at the image's size, "network" as the network made them, without resizing them up (always by way of the
-    host); intrinsics and pictures are of the image all the same, anchors of the result.
-    calls_at_once: how many calls, from as many threads of the caller, share the CPU's threads among them: more images a
-    second, each of them later (openvino; other backends share them as calls come).
-    truncated: take JPEGs without their last bytes, as some cameras send them; what is missing is grey.
-    For `submit` and `stream`: max_batch, requests of one bucket that are taken from the queue together; max_wait_ms,
-    how long the oldest waits for company (worth it where several run at once: torch on a GPU, or a bundle built with
-    `--batch`);
-    max_queue, requests that may wait; timeout_s, the longest the backend may take for one run (None: no limit).
-    On a GPU with torch or tensorrt, opening takes the memory and the time that first images would: every size of the
-    bundle is loaded, compiled and recorded, for as many images at once as fit (torch: up to max_batch, tensorrt: as the
-    bundle was built). What does not fit is left out, with a line in the log. onnxruntime and openvino load further
-    sizes when they are first used.
-    A GPU that others use too: priority, of the streams (0, below 0 before other work, as far as the GPU has it; torch
-    and tensorrt); memory_limit, bytes of the GPU's memory (checked before anything is allocated: tensorrt against all
-    that it takes, others against their weights; then held by torch for the whole process, and by ONNX Runtime).
-    Raises BundleError and its kinds for a bad bundle, BackendError, and ConfigError for a bad option.
+    Opening checks the bundle's files and loads its networks. On a GPU with torch or tensorrt it also takes the memory
+    and the time that first images would: every size of the bundle is loaded, compiled and recorded, for as many images
+    at once as fit (torch: up to `max_batch`, tensorrt: as the bundle was built). What does not fit is left out, with a
+    line in the log. onnxruntime and openvino load further sizes when they are first used. Threads start with the first
+    submitted image or frame and end with `close`, which `with` calls.
 
-    metrics: what was counted and timed, direct calls included. Threads start with the first submitted image or frame
-    and end with `close`, which `with` calls.
-
-    When another bundle takes this one's place, the next call raises BundleError, or with keep_replaced goes on with
-    what is in memory (a size that is not, raises it then). In a process that was forked after
+    When another bundle takes this one's place, the next call raises BundleError. In a process that was forked after
     this was made, calls raise BackendError. Pickled (for a process that is spawned, a DataLoader's worker) it is its
     bundle's path and its options, and opens anew there.
+
+    Args:
+        bundle: Directory made by `densegeo build`, or the name of a bundle that comes with densegeo ("fe2e-tiny"; a
+            directory of that name wins).
+        backend: "auto", or a name of `densegeo.backends.BACKENDS`.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        fit: "stretch" fills the bucket, "pad" keeps the aspect ratio.
+        preprocessing: "densegeo" (nearest aspect ratio, antialiased), or "authors" (their sizes and filters).
+        check_digests: Also compare every file's SHA-256; sizes are always compared.
+        max_pixels: Larger images are refused before decoding.
+        max_batch: Of the queue, how many requests of one bucket are taken together.
+        max_wait_ms: Of the queue, how long the oldest request waits for company. Worth it where several run at once:
+            torch on a GPU, or a bundle built with `--batch`.
+        max_queue: How many requests may wait.
+        timeout_s: The longest the backend may take for one run; None for no limit.
+        threads: Of the CPU, that the networks may use. None leaves it to the library, which often counts the machine's
+            cores and not a container's share of them. With torch it holds for the whole process.
+        resolution: "image" gives results at the image's size, "network" as the network made them (always by way of the
+            host). Intrinsics, pictures and anchors are of the image all the same.
+        keep_replaced: When another bundle has taken this one's place, go on with what is in memory; a size that is not
+            raises BundleError then.
+        truncated: Take JPEGs without their last bytes, as some cameras send them; what is missing is grey.
+        priority: Of the streams on a GPU that others use too: 0, or below 0 before other work, as far as the GPU has it
+            (torch and tensorrt).
+        memory_limit: Bytes of the GPU's memory. It is checked before anything is allocated (tensorrt against all that
+            it takes, others against their weights), and then held by torch for the whole process, and by ONNX Runtime.
+        calls_at_once: How many calls, from as many threads of the caller, share the CPU's threads among them: more
+            images a second, each of them later (openvino; other backends share them as calls come).
+
+    Attributes:
+        manifest: What the bundle says of itself.
+        metrics: What was counted and timed, direct calls included.
+
+    Raises:
+        BundleError: For a bad bundle; its kinds SchemaVersionError and DigestError say more.
+        BackendError: No backend can run the bundle here; the message has every reason.
+        ConfigError: For an option that is none.
+
+    Example:
+        >>> from densegeo import Estimator
+        >>> with Estimator("fe2e-tiny") as estimator:
+        ...     geometry = estimator("photo.jpg")
+        >>> geometry.prediction.shape, geometry.depth_kind
+        ((384, 512), 'log_affine')
     """
 
     manifest: Manifest
@@ -192,12 +212,21 @@ class Estimator:
     def __call__(self, image: object, color: Color = "rgb", *, value_range: Range | None = None) -> Geometry:
         """Depth and normals of one image, at the image's own (upright) resolution.
 
-        image: path, encoded bytes, open file, PIL image, or array (numpy, DLPack, `__array__`) HxWx3, HxW or HxWx4,
-        uint8 or float in [0, 1]. color: channel order of arrays, or the layout of a camera's YCbCr bytes (uint8): nv12,
-        (3 H / 2, W), yuyv or uyvy, (H, W, 2), with the suffixes -bt709 (else BT.601) and -full (else video range).
-        value_range: the values of black and white, where they are others: (0, 1023) for 10 bits in uint16 arrays and in
-        grey files of 16 bits. An ImageWarning says when values look like those of another range. Raises ImageError,
-        ConfigError and BackendError.
+        Args:
+            image: A path, encoded bytes, an open file, a PIL image, or an array (numpy, DLPack, `__array__`) HxWx3, HxW
+                or HxWx4, uint8 or float in [0, 1].
+            color: Channel order of arrays, or the layout of a camera's YCbCr bytes (uint8): nv12 is (3 H / 2, W), yuyv
+                and uyvy are (H, W, 2), with the suffixes -bt709 (else BT.601) and -full (else video range).
+            value_range: The values of black and white, where they are others: (0, 1023) for 10 bits in uint16 arrays
+                and in grey files of 16 bits. An ImageWarning says when values look like those of another range.
+
+        Returns:
+            The image's geometry.
+
+        Raises:
+            ImageError: For what cannot be read or used.
+            BackendError: The networks failed.
+            ConfigError: For a color or value_range that is none.
         """
         self._require()
         return self._runner.run_counted([self._runner.prepare(image, color, value_range)])[0]
@@ -210,15 +239,28 @@ class Estimator:
         value_range: Range | None = None,
         deadline_ms: float | None = None,
     ) -> Future[Geometry]:
-        """Queue one image; a future of what a call with the same arguments gives, with a span "queue" in `timings`.
+        """Queue one image.
 
         The image is read and resized here, in the caller's thread, so it may be overwritten afterwards. Images of one
         bucket are run in the order of submission. The future may be cancelled until it runs. Its callbacks are called
         by the worker thread: keep them short.
-        deadline_ms: milliseconds from now. When the request's turn comes later than that, it is not run and ends with
-        DeadlineError; when it was started in time, its result is delivered even if late.
-        Raises ImageError, QueueFullError, ShutdownError after `close`, BackendTimeoutError after a hang. The future
-        raises DeadlineError, BackendError, BackendTimeoutError, ShutdownError or `concurrent.futures.CancelledError`.
+
+        Args:
+            image: As in a call.
+            color: As in a call.
+            value_range: As in a call.
+            deadline_ms: Milliseconds from now. When the request's turn comes later than that, it is not run and ends
+                with DeadlineError; when it was started in time, its result is delivered even if late.
+
+        Returns:
+            A future of what a call gives, with a span "queue" in `timings`. It raises DeadlineError, BackendError,
+            BackendTimeoutError, ShutdownError or `concurrent.futures.CancelledError`.
+
+        Raises:
+            ImageError: For what cannot be read or used.
+            QueueFullError: `max_queue` requests wait already.
+            ShutdownError: After `close`.
+            BackendTimeoutError: After a hang.
         """
         within = math.inf if deadline_ms is None else number_of(deadline_ms)
         if within is None or not within > 0:
@@ -230,10 +272,18 @@ class Estimator:
     ) -> Stream:
         """A `Stream` for a camera: frames are `put` in, and results with their stamps and ids are iterated over.
 
-        latest: only the newest frame waits, older ones are dropped and counted. Otherwise every frame is run, and
-        `put` waits while `depth` frames wait to be read. Frames that are put with intrinsics, anchors or the camera's
-        height come back in metres or up to scale, steady over time (`ScaleTracker`). color, value_range: of all frames,
-        as in a call. Raises ShutdownError, ConfigError.
+        Frames that are put with intrinsics, anchors or the camera's height come back in metres or up to scale, steady
+        over time (`ScaleTracker`).
+
+        Args:
+            latest: Only the newest frame waits, older ones are dropped and counted. Otherwise every frame is run.
+            color: Of all frames, as in a call.
+            depth: Without `latest`, how many frames may wait to be read before `put` waits.
+            value_range: Of all frames, as in a call.
+
+        Raises:
+            ShutdownError: After `close`.
+            ConfigError: For an option that is none.
         """
         return self._service.stream(latest, color, depth, value_range)
 
@@ -247,19 +297,31 @@ class Estimator:
         near: float | None = None,
         far: float | None = None,
     ) -> tuple[Any, Any]:
-        """Prediction (h, w) and unit OpenCV normals (h, w, 3), None for what the model has not, float32, left on the
-        backend's device.
+        """The maps of an image that may lie on the backend's device, left there.
 
-        image: uint8 (h, w, 3), or YCbCr as `color` says, with DLPack or `__cuda_array_interface__` (PyTorch, CuPy,
-        PyCUDA, numpy ...), on the host or on that device. It is read after what its producer's stream was given so far
-        (of a tensor with the torch backend: the current stream). What lies on the device is not copied to the host. The
-        image may be overwritten when this returns; a tensor with the torch backend, which is read in place, in the
-        order of the current stream. The results have DLPack, and are ready for the caller's current stream. Not counted
-        in `metrics`.
-        scale, shift: the line of the depth kind, see `Geometry.to_metric`; with both, depth in metres takes the
-        prediction's place, clipped to [near, far], NaN where the line gives no positive depth.
-        Raises ImageError, CalibrationError for an unusable line, MissingOutputError where there is no depth, and
-        BackendError for an image on another device and for a backend that returns host arrays.
+        The image is read after what its producer's stream was given so far (of a tensor with the torch backend: the
+        current stream). What lies on the device is not copied to the host. The image may be overwritten when this
+        returns; a tensor with the torch backend, which is read in place, in the order of the current stream. The
+        results have DLPack, and are ready for the caller's current stream. Not counted in `metrics`.
+
+        Args:
+            image: uint8 (h, w, 3), or YCbCr as `color` says, with DLPack or `__cuda_array_interface__` (PyTorch, CuPy,
+                PyCUDA, numpy ...), on the host or on that device.
+            color: As in a call.
+            scale: With `shift`, the line of the depth kind, see `Geometry.to_metric`: depth in metres takes the
+                prediction's place, NaN where the line gives no positive depth.
+            shift: See `scale`.
+            near: Metres that depth is clipped to, from below.
+            far: Metres that depth is clipped to, from above.
+
+        Returns:
+            Prediction (h, w) and unit OpenCV normals (h, w, 3), float32; None for what the model has not.
+
+        Raises:
+            ImageError: For what cannot be used.
+            CalibrationError: For an unusable line.
+            MissingOutputError: There is no depth.
+            BackendError: For an image on another device, and for a backend that returns host arrays.
         """
         self._require()
         if not isinstance(self._backend, FrameBackend) or self._authors:
@@ -278,10 +340,21 @@ class Estimator:
     def batch(
         self, images: Iterable[object], color: Color = "rgb", *, value_range: Range | None = None
     ) -> list[Geometry]:
-        """One Geometry an image, in order. Images may differ in size; color and value_range are those of a call.
+        """Several images, which may differ in size.
 
         Where several run at once (torch on a GPU, a bundle built with `--batch`), images of one bucket that follow each
-        other are run together, at most `max_batch`. Raises what a call with the first bad image raises.
+        other are run together, at most `max_batch`.
+
+        Args:
+            images: Each as in a call.
+            color: Of all of them, as in a call.
+            value_range: Of all of them, as in a call.
+
+        Returns:
+            One Geometry an image, in order.
+
+        Raises:
+            ImageError: As a call with the first bad image; so do the others.
         """
         self._require()
         return self._runner.run_all(images, color, value_range)

@@ -38,14 +38,31 @@ log = logging.getLogger("densegeo")
 class Geometry:
     """Dense geometry of one image, at the image's resolution: depth, normals, or both.
 
-    prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres), or None when
-    the model has normals alone. depth_kind: "metric", "up_to_scale", or "log_affine", "affine", "disparity_affine" (see
-    `metric`), or None with it.
-    normals: (H, W, 3) float32 unit vectors towards the camera, OpenCV frame (x right, y down, z forward; a wall
-    that faces the camera is (0, 0, -1)), or None when the model has depth alone.
-    valid: (H, W) bool, where there is a depth; of normals alone, where there is a normal. source_size: (width, height).
-    timings: stage -> milliseconds. model: the bundle's model id. calibration: how it became metric, or None.
-    Raises ConfigError for one without either.
+    Attributes:
+        prediction: (H, W) float32 in the network's own space (`depth_kind` says which line leads to metres), or None
+            when the model has normals alone.
+        depth_kind: "log_affine", "affine" or "disparity_affine" (see `metric`), once calibrated "metric" or
+            "up_to_scale"; None without a prediction.
+        normals: (H, W, 3) float32 unit vectors towards the camera, OpenCV frame (x right, y down, z forward; a wall
+            that faces the camera is (0, 0, -1)), or None when the model has depth alone.
+        valid: (H, W) bool, where there is a depth; of normals alone, where there is a normal.
+        source_size: The image's (width, height).
+        timings: Stage -> milliseconds; "total" is their sum.
+        model: The bundle's model.
+        calibration: How it became metric, or None.
+
+    Raises:
+        ConfigError: Neither a prediction nor normals are given.
+
+    Example:
+        >>> import numpy as np
+        >>> flat = np.full((4, 6), 0.5, np.float32)
+        >>> geometry = Geometry(flat, "log_affine", None, np.ones((4, 6), bool), Size(6, 4))
+        >>> metric = geometry.to_metric(scale=2.0, shift=0.0)  # ln(depth) = 2 * 0.5 + 0
+        >>> round(float(metric.depth[0, 0]), 3)
+        2.718
+        >>> metric.points((5.0, 5.0, 2.5, 1.5)).shape
+        (4, 6, 3)
     """
 
     prediction: Float | None
@@ -78,8 +95,15 @@ class Geometry:
     def to_scale(self, intrinsics: CameraLike) -> Geometry:
         """A copy of kind "up_to_scale": true shape in an unknown unit, from normals and the camera alone.
 
-        intrinsics: as in `points`. `calibration` holds the scale and its uncertainty. For log-affine depth.
-        Raises CalibrationError, with the reason, where normals do not tell, and MissingOutputError without them.
+        Args:
+            intrinsics: As in `points`.
+
+        Returns:
+            The copy; its `calibration` holds the scale and its uncertainty.
+
+        Raises:
+            CalibrationError: Normals do not tell, with the reason; or depth is not log-affine.
+            MissingOutputError: There are no normals.
         """
         from densegeo.runtime.calibrate import up_to_scale
 
@@ -100,24 +124,36 @@ class Geometry:
         method: Method = "robust",
         prior: Calibration | None = None,
     ) -> Geometry:
-        """A metric copy, from `scale` and `shift`; from `near` and `far`; or from any of `anchors`, `camera_height`,
-        `size` and `prior`, which are weighed together with what normals tell where `intrinsics` are given.
+        """A metric copy.
 
-        scale, shift: the line of the depth kind, for example ln(depth) = scale * prediction + shift.
-        near, far: metres of the nearest and the farthest valid pixel.
-        intrinsics: as in `points`. With them, log-affine depth with normals needs one more fact, without three anchors.
-        anchors: (uv, metres), uv (N, 2) pixel coordinates (column, row) in the source image (also for a result of
-        `resolution="network"`), pixel centres at integers, metres (N,) measured z-depths. method: "robust" (almost half
-        may be wrong) or "least_squares".
-        camera_height: metres over the floor. up: (3,) against gravity in the camera's OpenCV frame; by default the
-        floor's own normals, for a camera that is level within 35 degrees.
-        size: (uv, metres), two pixels (2, 2) of the source image and their distance.
-        prior: the `calibration` of the last frame, whose line this one's should be near: counted as 2 % less certain in
-        scale and depth than it was, so that a chain of priors forgets. Of one whose unit is unknown (`to_scale`) the
-        scale alone counts. `ScaleTracker` reads off how frames differ.
-        `calibration` says what it rests on, how well anchors are met, and how uncertain it is.
-        Raises CalibrationError when these do not determine a positive scale, or the result is metric already, and
-        MissingOutputError of normals alone; a CalibrationWarning where anchors or intrinsics look wrong.
+        From `scale` and `shift`; from `near` and `far`; or from any of `anchors`, `camera_height`, `size` and `prior`,
+        which are weighed together with what normals tell where `intrinsics` are given.
+
+        Args:
+            intrinsics: As in `points`. With them, log-affine depth with normals needs one more fact; without, three
+                anchors.
+            scale: With `shift`, the line of the depth kind, for example ln(depth) = scale * prediction + shift.
+            shift: See `scale`.
+            near: Metres of the nearest valid pixel, with `far`.
+            far: Metres of the farthest valid pixel.
+            anchors: (uv, metres): uv (N, 2) pixel coordinates (column, row) in the source image (also for a result of
+                `resolution="network"`), pixel centres at integers; metres (N,) measured z-depths.
+            camera_height: Metres over the floor.
+            up: (3,) against gravity in the camera's OpenCV frame; by default the floor's own normals, for a camera that
+                is level within 35 degrees.
+            size: (uv, metres): two pixels (2, 2) of the source image and their distance.
+            method: "robust" (almost half of the anchors may be wrong) or "least_squares".
+            prior: The `calibration` of the last frame, whose line this one's should be near: counted as 2 % less
+                certain in scale and depth than it was, so that a chain of priors forgets. Of one whose unit is unknown
+                (`to_scale`) the scale alone counts. `ScaleTracker` reads off how frames differ.
+
+        Returns:
+            The copy; its `calibration` says what it rests on, how well anchors are met, and how uncertain it is. A
+            CalibrationWarning says where anchors or intrinsics look wrong.
+
+        Raises:
+            CalibrationError: These do not determine a positive scale, or the result is metric already.
+            MissingOutputError: The model has normals alone.
         """
         from densegeo.runtime.calibrate import Facts, in_metres
 
@@ -178,14 +214,23 @@ class Geometry:
         return None if self.normals is None else turned(self.normals, axes)
 
     def points(self, intrinsics: CameraLike, *, drop_flying: bool = False) -> Float:
-        """(H, W, 3) float32 in the OpenCV camera frame, in metres (of a result "up_to_scale" in its unknown unit), NaN
-        where invalid.
+        """The points that are seen, in the OpenCV camera frame (x right, y down, z forward).
 
-        intrinsics: what `Camera.of` takes, such as a 3x3 matrix, (fx, fy, cx, cy) or a ROS CameraInfo, in pixels of the
-        source image, pixel centres at integers. Those that do not look like this image's give a CalibrationWarning.
-        drop_flying: leave out pixels in the air between two surfaces, where depth and normals disagree. Where the scale
-        is only a guess they disagree everywhere. (Anchors are never taken from pixels beside a step in depth.)
-        Raises NotMetricError, MissingOutputError, and ConfigError for unusable intrinsics.
+        Args:
+            intrinsics: What `Camera.of` takes, such as a 3x3 matrix, (fx, fy, cx, cy) or a ROS CameraInfo, in pixels of
+                the source image, pixel centres at integers. Those that do not look like this image's give a
+                CalibrationWarning.
+            drop_flying: Leave out pixels in the air between two surfaces, where depth and normals disagree. Where the
+                scale is only a guess they disagree everywhere. (Anchors are never taken from pixels beside a step in
+                depth.)
+
+        Returns:
+            (H, W, 3) float32, in metres (of a result "up_to_scale" in its unknown unit), NaN where invalid.
+
+        Raises:
+            NotMetricError: There is no depth yet.
+            MissingOutputError: The model has normals alone.
+            ConfigError: For unusable intrinsics.
         """
         require_flags(drop_flying=drop_flying)
         depth, camera = self.depth, self.camera(intrinsics)
@@ -242,8 +287,24 @@ class Geometry:
     ) -> bytes:
         """The result as one file of a format of `save`, in memory: `geometry.encode("png16")`.
 
-        file: which one, where the format has several here, such as "normals.png" of "png". The rest as in `save`, which
-        writes the same bytes. Raises NotMetricError, MissingOutputError, ConfigError, ImageError.
+        Args:
+            format: As in `save`, which writes the same bytes.
+            file: Which file, where the format has several here, such as "normals.png" of "png".
+            intrinsics: As in `save`.
+            image: As in `save`.
+            color: As in `save`.
+            dtype: As in `save`.
+            source: As in `save`.
+            drop_flying: As in `save`.
+
+        Returns:
+            The file's bytes.
+
+        Raises:
+            NotMetricError: The format needs metres, or depth.
+            MissingOutputError: The model lacks what the format holds.
+            ConfigError: For a format, file or option that is none.
+            ImageError: For an image that cannot be used.
         """
         from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import encode
@@ -263,15 +324,30 @@ class Geometry:
         source: Mapping[str, Any] | None = None,
         drop_flying: bool = False,
     ) -> list[Path]:
-        """Write the result into `directory` (made when missing); returns the files' paths.
+        """Write the result into a directory, which is made when missing. All files appear, or none.
 
-        formats: of `densegeo.formats.RESULTS`: "npy" (arrays and geometry.json), "npz", "json", "png" (colour depth and
-        normals), "grey8", "grey16" (depth of any kind), "png16" (millimetres, 0 invalid; metric only), "ply" (points)
-        and "glb" (a mesh; both need depth and intrinsics), "exr" (needs `densegeo[exr]`).
-        stem: prefix of the names. image: the one that this result is of, for the colours of ply and glb; color: channel
-        order of arrays. dtype: of the arrays in npy, npz and exr. source: what goes into geometry.json under this name.
-        drop_flying: as in `points`, of ply and glb.
-        All files appear, or none. Raises NotMetricError, MissingOutputError, ConfigError, ImageError, ResourceError.
+        Args:
+            directory: Where.
+            formats: Of `densegeo.formats.RESULTS`: "npy" (arrays and geometry.json), "npz", "json", "png" (colour depth
+                and normals), "grey8", "grey16" (depth of any kind), "png16" (millimetres, 0 invalid; metric only),
+                "ply" (points) and "glb" (a mesh; both need depth and intrinsics), "exr" (needs `densegeo[exr]`).
+            stem: Prefix of the names.
+            intrinsics: As in `points`, for ply and glb.
+            image: The one that this result is of, for the colours of ply and glb.
+            color: Channel order of an array given as `image`.
+            dtype: Of the arrays in npy, npz and exr.
+            source: What goes into geometry.json under this name.
+            drop_flying: As in `points`, for ply and glb.
+
+        Returns:
+            The files' paths.
+
+        Raises:
+            NotMetricError: A format needs metres, or depth.
+            MissingOutputError: The model lacks what a format holds.
+            ConfigError: For a format or option that is none.
+            ImageError: For an image that cannot be used.
+            ResourceError: The disk is full, or the directory cannot be written.
         """
         from densegeo.runtime.encoders import Extras
         from densegeo.runtime.writers import save
@@ -282,13 +358,21 @@ class Geometry:
     def visualize(
         self, image: object = None, *, color: str = "rgb", span: tuple[float, float] | None = None
     ) -> Image.Image:
-        """A picture (PIL): optional source image, coloured depth (near warm, far cool), normals, side by side; of depth
-        and normals what there is.
+        """A picture: the source image if it is given, coloured depth (near warm, far cool) and normals, side by side.
 
-        image: as the estimator takes it; its size must be `source_size`. color: channel order of arrays.
-        span: what the two ends of the colours stand for, in metres where `depth_kind` is "metric", else in the
-        prediction's own values; the same for several results gives them the same colours. By default the 2nd and 98th
-        percentile. Raises ImageError, ConfigError.
+        Args:
+            image: As the estimator takes it; its size must be `source_size`.
+            color: Channel order of arrays.
+            span: What the two ends of the colours stand for, in metres where `depth_kind` is "metric", else in the
+                prediction's own values; the same for several results gives them the same colours. By default the 2nd
+                and 98th percentile.
+
+        Returns:
+            A PIL image; of depth and normals what there is.
+
+        Raises:
+            ImageError: For an image that cannot be used, or of another size.
+            ConfigError: For a span that is none.
         """
         from densegeo.runtime.pictures import side_by_side
 

@@ -46,11 +46,16 @@ DRIFT = 0.02  # what a frame may change of the scale, and of depth, relative: a 
 class Calibration:
     """How a result became metric, or one whose unit is unknown.
 
-    kind: the depth kind before. scale, shift: the line in that kind's space (metres).
-    residual: RMS over all anchors in that space, NaN when none were given. inliers: anchors whose depth is met within a
-    factor of 1.25; count: those given. sources: what the line rests on. variance: of the scale, of the shift, and their
-    covariance; NaN where the numbers were given. metric: whether depth is in metres; otherwise its unit is unknown, and
-    the shift makes the median depth 1.
+    Attributes:
+        kind: The depth kind before.
+        scale: With `shift`, the line in that kind's space (metres).
+        shift: See `scale`.
+        residual: RMS over all anchors in that space, NaN when none were given.
+        inliers: Anchors whose depth is met within a factor of 1.25.
+        count: Anchors that were given.
+        sources: What the line rests on.
+        variance: Of the scale, of the shift, and their covariance; NaN where the numbers were given.
+        metric: Whether depth is in metres; otherwise its unit is unknown, and the shift makes the median depth 1.
     """
 
     kind: DepthKind

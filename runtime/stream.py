@@ -115,14 +115,28 @@ class Stream:
         camera_height: float | None = None,
         motion: ArrayLike | None = None,
     ) -> object:
-        """Hand in a frame; returns its id (by default its number, from 0). stamp: anything, comes back as it is.
+        """Hand in a frame.
 
-        intrinsics, camera_height: hold for later frames too. anchors, up: this frame's. See `Geometry.to_metric`.
-        motion: (4, 4), points of the camera at the last `put` into the camera now; the identity: it stands still.
         With latest=True the image is read later: do not overwrite an array after handing it in.
-        Raises ConfigError for facts of another type or shape; ShutdownError when the stream or its estimator is
-        closed; BackendTimeoutError after a hang (with latest=True the frame's result carries it); BackendError in a
-        process that was forked since.
+
+        Args:
+            image: As the estimator takes it.
+            stamp: Anything; comes back with the result as it is.
+            frame_id: By default the frame's number, from 0.
+            intrinsics: As in `Geometry.to_metric`; holds for later frames too.
+            anchors: As there, of this frame.
+            up: As there, of this frame.
+            camera_height: As there; holds for later frames too.
+            motion: (4, 4), points of the camera at the last `put` into the camera now; the identity: it stands still.
+
+        Returns:
+            The frame's id.
+
+        Raises:
+            ConfigError: For facts of another type or shape.
+            ShutdownError: The stream or its estimator is closed.
+            BackendTimeoutError: After a hang (with latest=True the frame's result carries it).
+            BackendError: In a process that was forked since.
         """
         self._process.require()
         given = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
@@ -165,10 +179,14 @@ class Stream:
             self._changed.notify_all()
 
     def get(self, timeout: float | None = None) -> FrameResult:
-        """The next result, waited for at most `timeout` seconds (None: as long as it takes).
+        """The next result.
 
-        Raises DeadlineError (a TimeoutError) when there is none by then, which leaves it for the next call, and
-        ShutdownError when the stream is closed and all was read.
+        Args:
+            timeout: Seconds to wait at most; None: as long as it takes.
+
+        Raises:
+            DeadlineError: There is none by then; it comes with a later call. (A TimeoutError.)
+            ShutdownError: The stream is closed and all was read.
         """
         seconds = math.inf if timeout is None else number_of(timeout)
         if seconds is None or math.isnan(seconds):

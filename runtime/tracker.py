@@ -152,11 +152,24 @@ class ScaleTracker:
     ) -> Geometry:
         """The next frame with its depth: "metric" once anything told metres, else "up_to_scale".
 
-        The arguments are those of `Geometry.to_metric`; motion: (4, 4), points of the last frame's camera into this
-        one's, the identity for a camera that stands still. Without it the camera may have moved, which makes the
-        prediction less certain and evidence weigh more. `calibration` holds the line's uncertainty.
-        Raises CalibrationError where nothing is known of the line yet, also when normals alone were to tell and do not,
-        and ConfigError for what is no result.
+        Args:
+            geometry: The frame's result.
+            intrinsics: As in `Geometry.to_metric`; so are `anchors`, `up`, `camera_height`, `size` and `method`.
+            anchors: See `intrinsics`.
+            up: See `intrinsics`.
+            camera_height: See `intrinsics`.
+            size: See `intrinsics`.
+            motion: (4, 4), points of the last frame's camera into this one's, the identity for a camera that stands
+                still. Without it the camera may have moved, which makes the prediction less certain and evidence weigh
+                more.
+            method: See `intrinsics`.
+
+        Returns:
+            A copy; its `calibration` holds the line and its uncertainty.
+
+        Raises:
+            CalibrationError: Nothing is known of the line yet, also when normals alone were to tell and do not.
+            ConfigError: For what is no result.
         """
         if not isinstance(geometry, Geometry):
             raise ConfigError(f"geometry must be a result of an estimator, a Geometry, not {shown(geometry)}.")

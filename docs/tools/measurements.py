@@ -131,7 +131,7 @@ def h100() -> list[str]:
         cells = [f"{contenders[way]['ms']:.1f}" for contenders in large.values()]
         lines.append([title, *cells, f"{fiff['contenders'][other]['ms']:.1f}" if other else "not measured"])
     work = [f"{size['folded_tflop']:.0f}" for size in models["sizes"]]
-    lines.append(["TFLOP that the rewrites leave (FE2E: without the encoder)", *work, f"{fiff['folded_tflop']:.1f}"])
+    lines.append(["TFLOP of the rewritten networks, counted", *work, f"{fiff['folded_tflop']:.1f}"])
     head = ["milliseconds an image", *(f"FE2E {size}" for size in large), f"FiffDepth {fiff['side']}x{fiff['side']}"]
     alone, moved = fiff["ms an image of a batch"], next(s["transfers"] for s in steps if "transfers" in s)
     said = (

@@ -79,7 +79,7 @@ def _fields(node: ast.ClassDef, source: list[str]) -> list[str]:
             if default.startswith("`field("):
                 default = ""
             lines.append([f"`{field.target.id}`", f"`{kind}`", default, comment])
-    return table(["field", "type", "default", ""], lines)
+    return table(["field", "type", "default", "meaning"], lines)
 
 
 def commands() -> list[str]:

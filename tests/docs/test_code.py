@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import sys
 import types
 from dataclasses import replace
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def test_the_toy_backend_runs_a_bundle(toy_bundle: Path, monkeypatch: pytest.Mon
     made = types.ModuleType("densegeo.runtime.backends.onnx_reference")
     exec(compile(module, "onnx_reference.py", "exec"), made.__dict__)
     monkeypatch.setitem(sys.modules, made.__name__, made)
-    (added,) = eval(row, {"BackendRow": backends.BackendRow})
+    added = eval(row, {"BackendRow": backends.BackendRow})
     monkeypatch.setattr(opening, "BACKENDS", (*backends.BACKENDS, added))
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     with Estimator(toy_bundle, "reference") as ours, Estimator(toy_bundle, "onnxruntime", "cpu") as theirs:
@@ -129,6 +131,13 @@ def test_the_toy_model_is_the_one_that_is_tested() -> None:
     assert 'outputs=(Output(kind="normals", clamp="before_mean", frame="opengl"),)' in tested
     assert made.outputs == (Output(kind="normals", clamp="before_mean", frame="opengl"),)
     assert (made.name, made.timestep) == ("unet-normals", 999.0)
-    (row,) = eval(preset, {"Preset": presets.Preset, "UNET_NORMALS": made, "Size": Size})
-    (where,) = eval(publication, {"Publication": published.Publication, "FIFFDEPTH_ROLES": roles.FIFFDEPTH_ROLES})
+    row = eval(preset, {"Preset": presets.Preset, "UNET_NORMALS": made, "Size": Size})
+    where = eval(publication, {"Publication": published.Publication, "FIFFDEPTH_ROLES": roles.FIFFDEPTH_ROLES})
     assert (row.name, where.model) == ("unet-normals", "unet-normals")
+
+
+@pytest.mark.parametrize("module", ["estimator", "geometry", "camera"])
+def test_examples_in_docstrings(photograph: Path, module: str) -> None:
+    found = doctest.testmod(import_module(f"densegeo.runtime.{module}"))
+    assert found.attempted > 1
+    assert found.failed == 0
