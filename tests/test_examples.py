@@ -24,6 +24,7 @@ def example(name: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_a_camera_and_a_lidar(tmp_path: Path) -> None:
     """The lidar sees a slanted wall, 3 to 5 m away."""
     photograph = files("densegeo").joinpath("photographs/hall.jpg").read_bytes()
@@ -49,6 +50,7 @@ def test_a_bag_replayed(tmp_path: Path) -> None:
     assert said[0].startswith("1.000: ")
 
 
+@pytest.mark.thorough
 def test_a_client_of_the_server(tmp_path: Path) -> None:
     """The numbers are those of the estimator, over the network."""
     pytest.importorskip("tritonclient")

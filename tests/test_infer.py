@@ -436,6 +436,7 @@ def memory_growth(bundle: Path, folder: Path, count: int) -> float:
 GROWTH_MB = 16  # an image's arrays are 0.06 MB: a leak of one in forty of them would show in 10,000
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells its memory there")
 def test_memory_stays(toy_bundle: Path, tmp_path: Path) -> None:
     assert memory_growth(toy_bundle, tmp_path, 600) < GROWTH_MB

@@ -192,6 +192,7 @@ def test_a_checkout_without_links_does_not_build(built: Built, tmp_path: Path) -
     assert not list(tmp_path.glob("*.whl"))
 
 
+@pytest.mark.thorough
 def test_doctor_says_when_the_installation_is_broken(elsewhere: Path, tmp_path: Path) -> None:
     (site,) = (elsewhere.parent.parent / "lib").glob("python*/site-packages")
     broken = tmp_path / "site"

@@ -57,7 +57,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(params=["bundle", pytest.param("checkpoint", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[pytest.param("bundle", marks=pytest.mark.thorough), pytest.param("checkpoint", marks=pytest.mark.slow)]
+)
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_bundle: Build) -> None:
     """From the checkpoint, by `densegeo build`; or, as long as that takes, from what it made before."""
     if request.param == "bundle":

@@ -127,6 +127,7 @@ def test_without_time_steps_are_skipped_by_name(tmp_path: Path, monkeypatch: pyt
     assert result["steps"]["kernels"]["skipped"] == "no time left"
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_check.py", "--output", str(tmp_path / "check.json")]

@@ -40,6 +40,7 @@ def test_toy_run(tmp_path: Path) -> None:
         assert key in result
 
 
+@pytest.mark.thorough
 def test_fiffdepths_rewrites_have_prices_too() -> None:
     status, output = invoke("--model", "fiffdepth")
     assert status == 0, output

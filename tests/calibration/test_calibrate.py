@@ -114,6 +114,7 @@ def test_inputs_are_seen_as_they_come(bundle: Path) -> None:
     assert not any(name.startswith("single_blocks") for name in ran)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on(
     bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +148,7 @@ def test_an_interrupted_run_goes_on(
     [
         pytest.param("fp8", "calibrated", "fp32", marks=pytest.mark.thorough),
         ("int8", "calibrated", "fp32"),
-        ("fp8", "attentive", "fp32"),
+        pytest.param("fp8", "attentive", "fp32", marks=pytest.mark.thorough),
         pytest.param("fp8", "attentive", "bf16", marks=pytest.mark.thorough),
         # The same plans once more: a minute each where a CPU has no bf16.
         pytest.param("fp8", "calibrated", "bf16", marks=pytest.mark.slow),
@@ -358,6 +359,7 @@ def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, mon
     assert "double_blocks.0.img_mlp.2" not in plan.ranges
 
 
+@pytest.mark.thorough
 def test_a_bf16_bundle_is_calibrated_through_torch(
     small_bundle: Callable[..., Path], images: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_promise_holds_for_what_is_built(bundle: Path, images: Path, calibrate
     assert sum(depths) / len(depths) <= plan.error.depth
 
 
+@pytest.mark.thorough
 def test_no_layer_is_an_answer(
     small_checkpoint: Path,
     bundle: Path,

@@ -21,7 +21,7 @@ NAMES = [  # the modules themselves are for the stand-in driver's process
     for function in ast.parse((Path(__file__).parent / f"{module}.py").read_text()).body
     if isinstance(function, ast.FunctionDef) and [ast.unparse(d) for d in function.decorator_list] == [DECORATOR]
 ]
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="session")

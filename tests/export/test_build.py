@@ -167,6 +167,7 @@ def test_a_precision_that_overflows_without_rewrites_gives_no_bound(checkpoint, 
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.thorough
 def test_interrupting_a_build_before_its_first_stage_is_done_leaves_nothing(checkpoint, tmp_path):
     """What is left of finished stages: see test_resume.py."""
     process = run_build(checkpoint, tmp_path / "bundle")

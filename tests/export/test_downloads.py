@@ -119,6 +119,7 @@ def test_one_line_from_nothing_to_a_bundle(hub: Hub, tmp_path: Path) -> None:
     assert not fetched(hub)
 
 
+@pytest.mark.thorough
 def test_a_download_goes_on_in_another_process(hub: Hub, tmp_path: Path) -> None:
     file = tmp_path / "big"
     file.write_bytes(np.random.default_rng(0).bytes(BIG))

@@ -93,6 +93,7 @@ def test_bundle_agrees_with_diffusers(case: Case, fiffdepth_bundle: Build) -> No
             assert relative_error(outputs[name], expected) <= BOUND, (backend, name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_stays_within_twice_eager(precision: str, fiffdepth_bundle: Build) -> None:
     case = CASES[0]
@@ -217,6 +218,7 @@ def test_pickles_are_converted_on_request_alone(tmp_path: Path, monkeypatch: pyt
         build(files, tmp_path / "bundle", sizes=(case.size,), given={"convert_bin": True})
 
 
+@pytest.mark.thorough
 def test_the_empty_prompt_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

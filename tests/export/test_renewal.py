@@ -51,6 +51,7 @@ def bundle(engines_for_86: Path, tmp_path: Path) -> Path:
     return shutil.copytree(engines_for_86, tmp_path / "bundle")
 
 
+@pytest.mark.thorough
 def test_engines_are_made_where_torch_and_onnx_are_not(engines_for_86: Path, bundle_with_kernels: Path) -> None:
     bundle = engines_for_86
     loaded = set((bundle.parent / "printed").read_text().rpartition("loaded:")[2].split())

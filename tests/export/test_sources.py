@@ -90,6 +90,7 @@ def build_from_hub(
     ), output
 
 
+@pytest.mark.thorough
 def test_a_repository_is_downloaded_at_a_pinned_commit(hub, graphs_once, tmp_path):
     address, folder = hub
     result, output = build_from_hub(address, graphs_once, tmp_path, "acme/fe2e")

@@ -49,6 +49,7 @@ def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("tensorrt", None)
 
 
+@pytest.mark.thorough
 @pytest.mark.integration
 @pytest.mark.usefixtures("older")
 def test_tensorrt_10_3_adds_its_engines_beside_those_of_rtx(engines_for_86: Path, tmp_path: Path) -> None:

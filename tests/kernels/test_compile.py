@@ -38,6 +38,7 @@ def compile_into(folder: Path, *architectures: str, **environment: str) -> list[
     return msgspec.json.decode((folder / "contracts.json").read_bytes(), type=list[LaunchContract])
 
 
+@pytest.mark.thorough
 def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
     contracts = compile_into(tmp_path, "75", "90")
     assert len({(contract.name, contract.architecture) for contract in contracts}) == len(contracts)
@@ -56,6 +57,7 @@ def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
         assert contract.fp_fusion == contract.name.startswith("attention.")
 
 
+@pytest.mark.thorough
 def test_fp8_attention_multiplies_fp8() -> None:
     """Both products of a head: on Ada and Blackwell's RTX as one instruction, on Hopper as another."""
     code = r"""
@@ -74,6 +76,7 @@ for architecture in (89, 90, 120):
         assert all(".e4m3.e4m3" in product for product in products), line
 
 
+@pytest.mark.thorough
 def test_an_image_of_another_size_compiles_nothing() -> None:
     """What Triton would compile a kernel for (its key for the launch) is the same for every image of a bucket."""
     code = """

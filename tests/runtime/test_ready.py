@@ -47,6 +47,7 @@ def test_it_was_made_from_todays_sources() -> None:
         assert source.sha256 == sha256_file(path), f"{path} changed since the bundle was made"
 
 
+@pytest.mark.thorough
 def test_commands_take_its_name(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("verify", NAME, "--backend", "onnxruntime") == 0
     assert "the numbers come out right" in capsys.readouterr().out

@@ -141,6 +141,7 @@ def test_a_bundle_that_does_not_fit_is_refused(built: dict[str, Path], tmp_path:
     refused("cannot be rebuilt")
 
 
+@pytest.mark.thorough
 def test_a_fresh_process_needs_no_onnxruntime(built: dict[str, Path]) -> None:
     code = f"""
 import sys, numpy

@@ -147,6 +147,7 @@ def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
     assert np.std(seeded_picture(Size(31, 57)).astype(float)) > 20
 
 
+@pytest.mark.thorough
 def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """A wrong graph for two images beside right ones for one and three."""
     onnx = pytest.importorskip("onnx")

@@ -244,6 +244,7 @@ def test_sigterm_under_load_loses_nothing(toy_bundle: Path, connections: int) ->
         assert server.log[-1]["message"] == "ended"
 
 
+@pytest.mark.thorough
 @pytest.mark.integration
 def test_a_hang_ends_the_process() -> None:
     """No run of real networks is over within a hundredth of a second, so that to the server each hangs."""

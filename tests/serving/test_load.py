@@ -45,7 +45,7 @@ def failing(directory: Path) -> Estimator:
 @pytest.mark.parametrize(
     ("requests", "connections"),
     [
-        pytest.param(480, 16, marks=pytest.mark.integration),
+        pytest.param(480, 16, marks=pytest.mark.thorough),
         pytest.param(10_000, 64, marks=pytest.mark.slow),
     ],
 )

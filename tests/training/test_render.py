@@ -80,6 +80,7 @@ def test_compact_turns_normals_into_the_networks_axes(views: list[View]) -> None
     assert (normals[~valid] == [0, 0, 127]).all()
 
 
+@pytest.mark.thorough
 def test_chunks_are_rendered_once_and_hold_the_views(tmp_path: Path) -> None:
     files = render_chunks(tmp_path, 0, "train", 3, (64, 48))
     chunk = read_chunks(files)
