@@ -29,7 +29,7 @@ PARTS: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "accuracy": measurements.accuracy,
         "runs": measurements.runs,
     },
-    "bundle.md": {"records": rows.records},
+    "bundle.md": {"inspected": rows.inspected, "records": rows.records},
     "checkpoints.md": {"licences": rows.licences},
     "commands.md": {"commands": rows.commands},
     "precisions.md": {

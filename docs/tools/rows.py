@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -45,6 +48,15 @@ def licences() -> list[str]:
         if not publication.files and not publication.carried:
             lines.append([f"`{publication.model}`", "all", "", "not published at a known place", ""])
     return table(["model", "role", "file", "repository", "licence, as far as is known"], lines)
+
+
+def inspected() -> list[str]:
+    """What `densegeo inspect fe2e-tiny` prints."""
+    command = [sys.executable, "-m", "densegeo", "inspect", "fe2e-tiny"]
+    environment = {**os.environ, "COLUMNS": "96"}
+    folder = ROOT / "runtime" / "bundles"  # so that its path is its name
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return ["```text", *(line.rstrip() for line in done.stdout.strip("\n").splitlines()), "```"]
 
 
 def records() -> list[str]:

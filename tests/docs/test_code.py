@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from densegeo.errors import NotMetricError
 from densegeo.runtime import Estimator
@@ -38,7 +39,10 @@ def run(page: Path, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def test_the_readme(photograph: Path) -> None:
+def test_the_readme_and_the_first_page(photograph: Path) -> None:
+    (short,), (long,) = blocks(DOCS / "index.md", "python"), blocks(ROOT / "README.md", "python")
+    assert short.splitlines()[-1] == 'geometry = Estimator("fe2e-tiny")("photo.jpg")'  # two of the README's lines
+    assert long.startswith(short.splitlines()[0])
     made = run(ROOT / "README.md", {})
     assert made["metric"].depth.shape == made["geometry"].prediction.shape == (384, 512)
     with pytest.raises(NotMetricError):
@@ -47,14 +51,11 @@ def test_the_readme(photograph: Path) -> None:
     assert (photograph.parent / "results" / "photo_normals.npy").is_file()
 
 
-def test_the_first_page(photograph: Path) -> None:
-    assert run(DOCS / "index.md", {})["geometry"].normals is not None
-
-
 @pytest.mark.integration
 def test_python(photograph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that nobody feeds would wait for ever: here it is closed as it is made."""
     pytest.importorskip("prometheus_client")
+    Image.open(photograph).resize((256, 192)).save(photograph)
     published: list[Any] = []
     stream = Estimator.stream
 
@@ -65,9 +66,9 @@ def test_python(photograph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     monkeypatch.setattr(Estimator, "stream", fed)
-    uv = np.array([[100, 300], [256, 200], [400, 350], [300, 100]])
+    uv = np.array([[50, 150], [128, 100], [200, 175], [150, 50]])
     given = {"uv": uv, "metres": np.array([3.0, 7.0, 2.5, 9.0]), "publish": lambda *found: published.append(found)}
-    given |= {"fx": 400.0, "fy": 400.0, "cx": 255.5, "cy": 191.5}
+    given |= {"fx": 200.0, "fy": 200.0, "cx": 127.5, "cy": 95.5}
     made = run(DOCS / "python.md", given)
     assert made["shape"].depth_kind == "up_to_scale"
     assert made["metric"].depth_kind == "metric"
@@ -136,7 +137,7 @@ def test_the_toy_model_is_the_one_that_is_tested() -> None:
     assert (row.name, where.model) == ("unet-normals", "unet-normals")
 
 
-@pytest.mark.parametrize("module", ["estimator", "geometry", "camera"])
+@pytest.mark.parametrize("module", [pytest.param("estimator", marks=pytest.mark.thorough), "geometry", "camera"])
 def test_examples_in_docstrings(photograph: Path, module: str) -> None:
     found = doctest.testmod(import_module(f"densegeo.runtime.{module}"))
     assert found.attempted > 1
