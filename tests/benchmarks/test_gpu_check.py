@@ -90,6 +90,7 @@ def test_a_bundle_is_run_through_every_backend(
         assert backends[name]["ms an image, 8 at once"] > 0
 
 
+@pytest.mark.thorough
 def test_a_bundle_that_is_off_gets_no_speed(
     small_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
