@@ -1,7 +1,8 @@
-"""The micro-batcher behind `Estimator.submit`: one queue, one worker thread a lane, one future a request.
+"""The micro-batcher behind `Estimator.submit`: one queue, worker threads, one future a request.
 
-A lane runs one group of requests at a time. One lane is enough where the backend computes on the host; on a device a
-second one copies and launches while the first waits, so that the copies of one image overlap the networks of another.
+A worker runs one group of requests at a time. One worker is enough where the backend computes on the host; on a device
+a second one copies and launches while the first waits, so that the copies of one image overlap the networks of
+another.
 
 Every accepted request ends exactly once: its result, a typed error, or its cancellation. A request belongs to the
 queue, then to the batch being run; whoever takes it out of there, under the one lock, is the only one to end it.
@@ -39,8 +40,8 @@ EXIT_WAIT_S = 5.0  # how long an interpreter's exit waits for a request that is 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """max_batch: requests a batch; max_wait_ms: how long the oldest waits for company; max_queue: requests that may
-    wait; timeout_s: longest time the backend may take for one group, None for no limit; lanes: worker threads;
+    """max_batch: requests a batch; max_wait_ms: how long the oldest waits for others; max_queue: requests that may
+    wait; timeout_s: longest time the backend may take for one group, None for no limit; workers: threads;
     together: how many of a batch's requests make a group, which the backend runs at once. Raises ConfigError.
     """
 
@@ -48,11 +49,11 @@ class BatchOptions:
     max_wait_ms: float = 0.0
     max_queue: int = 64
     timeout_s: float | None = None
-    lanes: int = 1
+    workers: int = 1
     together: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "lanes", "together"):
+        for name in ("max_batch", "max_queue", "workers", "together"):
             object.__setattr__(self, name, whole_of(name, getattr(self, name)))
         wait = number_of(self.max_wait_ms)
         if wait is None or not 0 <= wait < math.inf:
@@ -78,7 +79,7 @@ class Request(Generic[T, R]):
 class Batcher(Generic[T, R]):
     """Runs `run(payloads)`, one result each, for submitted payloads in worker threads, which start here.
 
-    Requests are started in order; with several lanes they may end out of it. When a group fails, its requests are run
+    Requests are started in order; with several workers they may end out of it. When a group fails, its requests are run
     again one by one, so that each fails for itself alone.
     clock: seconds, for deadlines and timeouts. Close it: an open batcher keeps its threads.
     """
@@ -100,12 +101,12 @@ class Batcher(Generic[T, R]):
         self._room = threading.Condition(self._lock)  # wakes submitters that wait for room
         self._ended = threading.Condition(self._lock)  # wakes `close` and the watchdog
         self._batch: deque[Entry[Request[T, R]]] = deque()  # taken from the queue, not started
-        self._running: dict[int, tuple[list[Entry[Request[T, R]]], float]] = {}  # by lane: with the backend, since when
+        self._running: dict[int, tuple[list[Entry[Request[T, R]]], float]] = {}  # by worker; since when
         self._state: Literal["open", "closing", "ended", "hung"] = "open"
-        self._lanes = options.lanes  # whose workers have not ended
+        self._workers = options.workers  # that have not ended
         self._threads = [
-            threading.Thread(target=self._work_loop, args=(lane,), name=f"densegeo-batcher-{lane}", daemon=True)
-            for lane in range(options.lanes)
+            threading.Thread(target=self._work_loop, args=(worker,), name=f"densegeo-batcher-{worker}", daemon=True)
+            for worker in range(options.workers)
         ]
         if self._timeout is not None:
             self._threads.append(
@@ -163,30 +164,30 @@ class Batcher(Generic[T, R]):
         _OPEN.discard(self)
         return True
 
-    def _work_loop(self, lane: int) -> None:
+    def _work_loop(self, worker: int) -> None:
         failed = True
         try:
-            while self._serve(lane):  # a frame of its own, so that nothing finished is kept alive meanwhile
+            while self._serve(worker):  # a frame of its own, so that nothing finished is kept alive meanwhile
                 pass
             failed = False
         finally:
             with self._lock:
                 left = self._take_waiting() if failed else []  # something raised that nobody foresaw
-                self._lanes -= 1
-                if self._state != "hung" and (failed or self._lanes == 0):
-                    self._state = "closing" if self._lanes else "ended"
+                self._workers -= 1
+                if self._state != "hung" and (failed or self._workers == 0):
+                    self._state = "closing" if self._workers else "ended"
                 self._ended.notify_all()
                 self._room.notify_all()
                 self._work.notify_all()
             self._fail(left, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
 
-    def _serve(self, lane: int) -> bool:
+    def _serve(self, worker: int) -> bool:
         """Run the next group; False when there will be none."""
-        group = self._next(lane)
-        return bool(group) and self._run_group(lane, group)
+        group = self._next(worker)
+        return bool(group) and self._run_group(worker, group)
 
-    def _next(self, lane: int) -> list[Entry[Request[T, R]]]:
-        """Wait for the next group and make it the lane's running one; empty when there will be none."""
+    def _next(self, worker: int) -> list[Entry[Request[T, R]]]:
+        """Wait for the next group and make it the worker's running one; empty when there will be none."""
         late: list[Entry[Request[T, R]]]
         while True:
             late = []
@@ -199,25 +200,25 @@ class Batcher(Generic[T, R]):
                     self._room.notify_all()
                     if not batch and not late:
                         return []
-                group = self._start_next(lane)
+                group = self._start_next(worker)
                 if self._batch:
-                    self._work.notify()  # for another lane
+                    self._work.notify()  # for another worker
             self._expire(late)
             if group:
                 return group
 
-    def _start_next(self, lane: int) -> list[Entry[Request[T, R]]]:
-        """Make the batch's next group the lane's, past the cancelled requests; the lock is held."""
+    def _start_next(self, worker: int) -> list[Entry[Request[T, R]]]:
+        """Make the batch's next group the worker's, past the cancelled requests; the lock is held."""
         group: list[Entry[Request[T, R]]] = []
         while self._batch and len(group) < self._together:
             entry = self._batch.popleft()
             if entry.item.future.set_running_or_notify_cancel():
                 group.append(entry)
         if group:
-            self._running[lane] = group, self._clock()
+            self._running[worker] = group, self._clock()
         return group
 
-    def _run_group(self, lane: int, group: list[Entry[Request[T, R]]]) -> bool:
+    def _run_group(self, worker: int, group: list[Entry[Request[T, R]]]) -> bool:
         """Run a group; False when the watchdog has ended it meanwhile."""
         now = self._clock()
         live = [entry for entry in group if not entry.expired(now)]
@@ -225,7 +226,7 @@ class Batcher(Generic[T, R]):
             self._metrics.count_group(len(live))
         outcomes = _attempt(self._run, [entry.item.payload for entry in live])
         with self._lock:
-            if self._running.pop(lane, None) is None:
+            if self._running.pop(worker, None) is None:
                 return False
         for entry, outcome in zip(live, outcomes, strict=True):
             self._metrics.count(outcome.counter)

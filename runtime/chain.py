@@ -39,12 +39,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class Chain:
-    """Encode, denoise, split, decode in parts. lap: called with each step's name when it has ended."""
+    """Encode, denoise, split, decode in parts. ended: called with each step's name when it has ended."""
 
     backend: Runs
     decode: Decode
     bucket: Bucket
-    lap: Callable[[str], object] = lambda name: None
+    ended: Callable[[str], object] = lambda name: None
 
     def __call__(self, rgb: Float) -> Activations:
         """rgb (B, 3, H, W) in [-1, 1] of the bucket's batch and size. Raises BackendError."""
@@ -55,7 +55,7 @@ class Chain:
     def run(self, stage: Stage, array: Float) -> Float:
         """One network on all that it takes at once."""
         made = self.backend.run(self.bucket, stage, array)
-        self.lap(stage)
+        self.ended(stage)
         return made
 
     def pictures(self, output: Float) -> Float:
@@ -64,7 +64,7 @@ class Chain:
         if output.shape != wanted:
             raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
         latents, at_once = latents_of(output, self.bucket.size, self.decode), self.bucket.decodes_at_once
-        self.lap("split")
+        self.ended("split")
         parts = [self.run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

@@ -66,7 +66,7 @@ class Estimator:
         check_digests: Also compare every file's SHA-256; sizes are always compared.
         max_pixels: Larger images are refused before decoding.
         max_batch: Of the queue, how many requests of one bucket are taken together.
-        max_wait_ms: Of the queue, how long the oldest request waits for company. Worth it where several run at once:
+        max_wait_ms: Of the queue, how long the oldest request waits for others. Worth it where several run at once:
             torch on a GPU, or a bundle built with `--batch`.
         max_queue: How many requests may wait.
         timeout_s: The longest the backend may take for one run; None for no limit.
@@ -203,7 +203,7 @@ class Estimator:
             self._frames = backend
             self._frames.warm_up(min(options.max_batch, self._frames.frames_at_once))
             together = min(options.max_batch, self._frames.frames_at_once)
-            options = dataclasses.replace(options, lanes=2)
+            options = dataclasses.replace(options, workers=2)
             if not self._authors and not own:
                 ways.insert(0, DeviceWay(self._frames, manifest, fit))
         self._runner = Runner(manifest, ways, self.metrics, together, max_pixels, truncated=truncated)

@@ -38,7 +38,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
 BOUNDS = tuple(factor * 10.0**power for power in range(-4, 2) for factor in (1.0, 2.5, 5.0))  # seconds: 0.1 ms to 50 s
 
 
-class Laps:
+class StageTimings:
     """Contiguous spans of one request in milliseconds: each ends where the next begins, so they sum to the total."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -46,7 +46,7 @@ class Laps:
         self._last = clock()
         self.milliseconds: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
+    def end_stage(self, name: str) -> None:
         """End a span here; spans of one name are added up."""
         now = self._clock()
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1e3 * (now - self._last)

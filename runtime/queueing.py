@@ -30,8 +30,8 @@ class Entry(Generic[T]):
         """Whether it is too late to start this entry."""
         return now > self.deadline
 
-    def patience(self, max_wait: float) -> float:
-        """Until when it may wait for company: `max_wait` after arrival, but at most half of its time."""
+    def waits_until(self, max_wait: float) -> float:
+        """Until when it may wait for others: `max_wait` after arrival, but at most half of its time."""
         return self.arrived + min(max_wait, max(0.0, self.deadline - self.arrived) / 2)
 
 
@@ -83,13 +83,13 @@ class BoundedQueue(Generic[T]):
     def wait(self, now: float) -> float:
         """Seconds until a batch should be taken: 0 at once, infinity while the queue is empty.
 
-        At once means that the oldest entry's batch is full or that some entry's patience has ended.
+        At once means that the oldest entry's batch is full or that some entry has waited long enough.
         """
         if not self._entries:
             return math.inf
         if len(self._oldest()) == self._max_batch:
             return 0.0
-        return max(0.0, min(entry.patience(self._max_wait) for entry in self._entries.values()) - now)
+        return max(0.0, min(entry.waits_until(self._max_wait) for entry in self._entries.values()) - now)
 
     def take(self, now: float) -> tuple[list[Entry[T]], list[Entry[T]]]:
         """(batch, expired), both removed. The batch is the oldest live entry and the next ones of its key, in order."""

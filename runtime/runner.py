@@ -13,7 +13,7 @@ from densegeo.runtime.bundle import Manifest
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, load_image, require_several
 from densegeo.runtime.levels import Range
-from densegeo.runtime.metrics import Laps, Metrics
+from densegeo.runtime.metrics import Metrics, StageTimings
 from densegeo.runtime.ways import Float, Job, Way
 
 
@@ -42,10 +42,10 @@ class Runner:
 
         Raises ImageError, and what the way's `fit` raises.
         """
-        laps = Laps()
+        timings = StageTimings()
         try:
             frame = load_image(image, color, self._max_pixels, value_range, truncated=self._truncated)
-            laps.lap("load")
+            timings.end_stage("load")
             way = next(way for way in self._ways if way.takes(frame))
             bucket, array, placement = way.fit(frame)
             if keep and array is frame.pixels:
@@ -53,8 +53,8 @@ class Runner:
         except BaseException:
             self.metrics.count("rejected")
             raise
-        laps.lap("prepare")
-        return Job(way, bucket, array, placement, laps, frame.color)
+        timings.end_stage("prepare")
+        return Job(way, bucket, array, placement, timings, frame.color)
 
     def run(self, jobs: Sequence[Job]) -> list[Geometry]:
         """Jobs of one key -> their results. Raises BackendError."""
@@ -87,8 +87,8 @@ class Runner:
 
     def _finish(self, job: Job, maps: Maps[Float]) -> Geometry:
         valid = validity(maps)
-        job.laps.lap("finish")
-        timings = {**job.laps.milliseconds, "total": job.laps.total}
+        job.timings.end_stage("finish")
+        timings = {**job.timings.milliseconds, "total": job.timings.total}
         self.metrics.observe(timings)
         return Geometry(
             prediction=maps.prediction,

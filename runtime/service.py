@@ -52,7 +52,7 @@ class Service:
             batcher = self._batcher
         batcher.admit(wait)
         job = self._runner.prepare(image, color, value_range, keep=True)
-        return batcher.submit(job, job.key, (deadline_ms - job.laps.total) / 1e3, wait)
+        return batcher.submit(job, job.key, (deadline_ms - job.timings.total) / 1e3, wait)
 
     def stream(self, latest: bool, color: Color, depth: int, value_range: Range | None = None) -> Stream:
         """See `Estimator.stream`."""
@@ -81,7 +81,7 @@ class Service:
 
     def _run(self, jobs: list[Job]) -> list[Geometry]:
         for job in jobs:
-            job.laps.lap("queue")
+            job.timings.end_stage("queue")
         return self._runner.run(jobs)
 
     def _require_open(self) -> None:

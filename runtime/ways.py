@@ -18,7 +18,7 @@ from densegeo.runtime.backends import Backend, FrameBackend
 from densegeo.runtime.bundle import Bucket, Manifest
 from densegeo.runtime.chain import Chain, assemble
 from densegeo.runtime.images import Frame
-from densegeo.runtime.metrics import Laps
+from densegeo.runtime.metrics import StageTimings
 from densegeo.runtime.resample import (
     Placement,
     authors_bucket,
@@ -44,7 +44,7 @@ class Job:
     bucket: Bucket
     array: NDArray[Any]
     placement: Placement
-    laps: Laps
+    timings: StageTimings
     color: Color = "rgb"
 
     @property
@@ -101,12 +101,12 @@ class HostWay:
     def _at_once(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Maps[Float]]:
         """As many jobs as the bucket takes."""
 
-        def lap(name: str) -> None:
+        def end_stage(name: str) -> None:
             for job in jobs:
-                job.laps.lap(name)
+                job.timings.end_stage(name)
 
         decode, rgb = self._manifest.decode, [job.array for job in jobs]
-        chain = Chain(self._backend, decode, bucket, lap)
+        chain = Chain(self._backend, decode, bucket, end_stage)
         decoded = chain(rgb[0] if len(rgb) == 1 else np.concatenate(rgb)).decoded
         places = [job.placement.unscaled() if self._own_size else job.placement for job in jobs]
         return [assemble(decoded[i :: len(jobs)], where, decode) for i, where in enumerate(places)]
@@ -145,5 +145,5 @@ class DeviceWay:
         pixels, placements = [job.array for job in jobs], [job.placement for job in jobs]
         found = self._backend.estimate(jobs[0].bucket, pixels, placements, jobs[0].color)
         for job in jobs:
-            job.laps.lap("device")
+            job.timings.end_stage("device")
         return found

@@ -40,7 +40,7 @@ def serve(
     device: Device = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Waiting images of one size that are run together.")] = 8,
     max_wait_ms: Annotated[
-        float, typer.Option(callback=not_negative, help="How long the first of them waits for company.")
+        float, typer.Option(callback=not_negative, help="How long the first of them waits for others.")
     ] = 0.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 503.")] = 64,
     threads: Annotated[

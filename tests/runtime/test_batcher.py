@@ -155,7 +155,7 @@ def test_an_expired_member_of_a_group_is_not_run() -> None:
     assert counts(batcher) == {"accepted": 3, "completed": 2, "expired": 1}
 
 
-def test_a_request_waits_for_company_but_not_longer_than_needed(make: Callable[..., Batcher], gate: Gate) -> None:
+def test_a_request_waits_for_others_but_not_longer_than_needed(make: Callable[..., Batcher], gate: Gate) -> None:
     gate.open()
     batcher = make(max_batch=2, max_wait_ms=1e7)
     lonely = batcher.submit(0, "a")
@@ -169,7 +169,7 @@ def test_a_request_waits_for_company_but_not_longer_than_needed(make: Callable[.
     assert gate.calls == [0, 2, 1, 3]
 
 
-def test_draining_waits_for_no_company(make: Callable[..., Batcher], gate: Gate) -> None:
+def test_draining_waits_for_nobody(make: Callable[..., Batcher], gate: Gate) -> None:
     gate.open()
     batcher = make(max_wait_ms=1e7)
     future = batcher.submit(0, "a")
@@ -408,8 +408,8 @@ def test_time_between_requests_is_not_the_backends(make: Callable[..., Batcher],
     assert batcher.close()
 
 
-def test_lanes_run_together(make: Callable[..., Batcher], gate: Gate) -> None:
-    batcher = make(lanes=2)
+def test_workers_run_together(make: Callable[..., Batcher], gate: Gate) -> None:
+    batcher = make(workers=2)
     futures = [batcher.submit(number, "key") for number in range(5)]
     gate.wait_until_entered()
     gate.wait_until_entered()  # the second is inside before the first has left
@@ -423,7 +423,7 @@ def test_lanes_run_together(make: Callable[..., Batcher], gate: Gate) -> None:
 
 def test_a_hang_in_one_lane_ends_what_runs_in_the_other(make: Callable[..., Batcher], gate: Gate) -> None:
     now = [0.0]
-    batcher = make(lanes=2, timeout_s=5.0, clock=lambda: now[0])
+    batcher = make(workers=2, timeout_s=5.0, clock=lambda: now[0])
     first = batcher.submit(0, "key")
     gate.wait_until_entered()
     now[0] = 3.0
@@ -447,7 +447,7 @@ def test_a_hang_in_one_lane_ends_what_runs_in_the_other(make: Callable[..., Batc
 def test_a_lane_that_dies_loses_nobody(make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     gates = [Gate() for _ in range(3)]
-    batcher = make(run=lambda number: gates[number](number), lanes=2)
+    batcher = make(run=lambda number: gates[number](number), workers=2)
     futures = [batcher.submit(number, "key") for number in range(3)]
 
     def leave(_: Future) -> None:
@@ -462,7 +462,7 @@ def test_a_lane_that_dies_loses_nobody(make: Callable[..., Batcher], monkeypatch
     with pytest.raises(ShutdownError):
         batcher.submit(3, "key")
     gates[1].open()
-    assert futures[1].result(T) == 1  # the other lane finishes what it runs
+    assert futures[1].result(T) == 1  # the other worker finishes what it runs
     assert batcher.close()
     assert not threads()
 

@@ -14,16 +14,16 @@ import pytest
 
 from densegeo.errors import BackendError, ConfigError, ImageError
 from densegeo.runtime import Estimator
-from densegeo.runtime.metrics import BOUNDS, COUNTERS, STAGES, Histogram, Laps, Metrics
+from densegeo.runtime.metrics import BOUNDS, COUNTERS, STAGES, Histogram, Metrics, StageTimings
 
 
 def test_laps_are_contiguous_and_add_up() -> None:
     times = iter([10.0, 10.5, 12.0, 12.25])
-    laps = Laps(lambda: next(times))
+    timings = StageTimings(lambda: next(times))
     for name in ("a", "b", "a"):
-        laps.lap(name)
-    assert laps.milliseconds == {"a": 750.0, "b": 1500.0}
-    assert laps.total == 2250.0
+        timings.end_stage(name)
+    assert timings.milliseconds == {"a": 750.0, "b": 1500.0}
+    assert timings.total == 2250.0
 
 
 def test_observations_fall_into_their_buckets() -> None:
@@ -94,7 +94,7 @@ def test_overhead_is_itemised(
 ) -> None:
     """The backend's three stages have spans of their own, and so does all that runs between them."""
     seconds = count()  # a clock on which every span takes one second
-    monkeypatch.setattr("densegeo.runtime.runner.Laps", partial(Laps, lambda: float(next(seconds))))
+    monkeypatch.setattr("densegeo.runtime.runner.StageTimings", partial(StageTimings, lambda: float(next(seconds))))
     with Estimator(new_bundle(decoder_batch=decoder_batch), device="cpu") as estimator:
         spans = dict(estimator(picture).timings)
         queued = dict(estimator.submit(picture).result(30).timings)

@@ -36,9 +36,9 @@ class QueueMachine(RuleBasedStateMachine):
     def late(self) -> list[int]:
         return [ticket for ticket, _, _, deadline in self.live if deadline < self.now]
 
-    @rule(key=st.sampled_from("abc"), patience=st.none() | st.integers(0, 8))
-    def put(self, key: str, patience: int | None) -> None:
-        deadline = math.inf if patience is None else self.now + patience
+    @rule(key=st.sampled_from("abc"), seconds=st.none() | st.integers(0, 8))
+    def put(self, key: str, seconds: int | None) -> None:
+        deadline = math.inf if seconds is None else self.now + seconds
         if len(self.live) == self.capacity:
             with pytest.raises(QueueFullError, match=str(self.capacity)):
                 self.queue.put("never", key, self.now, deadline)
@@ -126,7 +126,7 @@ def test_a_deadline_is_the_last_moment_to_start() -> None:
     assert [entry.item for entry in expired] == ["late"]
 
 
-def test_company_is_awaited_for_max_wait_or_half_of_the_deadline() -> None:
+def test_others_are_awaited_for_max_wait_or_half_of_the_deadline() -> None:
     queue: BoundedQueue[int] = BoundedQueue(capacity=9, max_batch=2, max_wait=4)
     queue.put(0, "a", now=10)
     assert queue.wait(now=11) == 3
