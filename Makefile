@@ -9,7 +9,7 @@ JOBS   ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-thorough test-slow lint docs ros-test ros-lock soak constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
+.PHONY: help demo test test-unit test-thorough test-slow lint docs ros-test ros-lock soak fleet-test fleet fleet-lock constraints resolve ready-bundle kernels engines fullsize one-line fiffdepth quantization bench-rewrites accuracy acceptance train clean
 
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
@@ -20,6 +20,9 @@ help:
 	@echo "make ros-test        the tests of the ROS 2 node (two minutes, and 360 MB once for an environment with rclpy)"
 	@echo "make soak            the node under ten times its rate for ten minutes"
 	@echo "make ros-lock        pin that environment anew in ros2/test-requirements.txt"
+	@echo "make fleet-test      the tests on Triton Inference Server (a minute, and 300 MB once for an environment with it)"
+	@echo "make fleet           the same, and two thousand images over Ray while actors are killed (ten minutes)"
+	@echo "make fleet-lock      pin that environment anew in tests/fleet/triton-requirements.txt"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make docs            build the site, strictly, into out/site"
 	@echo "make ready-bundle    build the fe2e-tiny that comes with the package, and the demo's photographs"
@@ -68,10 +71,10 @@ test-unit: $(STAMP)
 	$(PYTEST) -m unit
 
 test: $(STAMP)
-	$(PYTEST) -m "not thorough and not slow and not gpu and not ros"
+	$(PYTEST) -m "not thorough and not slow and not gpu and not ros and not fleet"
 
 test-thorough: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not ros"
+	$(PYTEST) -m "not slow and not gpu and not ros and not fleet"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600
@@ -85,6 +88,16 @@ soak: $(STAMP)
 ros-lock: $(STAMP)
 	$(BIN)/uv --no-config pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	  $(UPGRADE) --output-file ros2/test-requirements.txt ros2/test-requirements.in
+
+fleet-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet
+
+fleet: fleet-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=3600 tests/fleet
+
+fleet-lock: $(STAMP)
+	$(BIN)/uv --no-config pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  $(UPGRADE) --output-file tests/fleet/triton-requirements.txt tests/fleet/triton-requirements.in
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ _HEAVY = {
     "fetch": "densegeo.export.fetch_command",
     "calibrate": "densegeo.calibration.command",
     "serve": "densegeo.serving.command",
+    "export-triton": "densegeo.fleet.triton_command",
     "bag": "densegeo.ros.command",
 }
 
@@ -43,7 +44,7 @@ class _Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in _HEAVY:
             holder = typer.Typer(add_completion=False)
-            holder.command(args[0])(getattr(import_module(_HEAVY[args[0]]), args[0]))
+            holder.command(args[0])(getattr(import_module(_HEAVY[args[0]]), args[0].replace("-", "_")))
             self.commands[args[0]] = typer.main.get_command(holder)
         return super().resolve_command(ctx, args)
 
@@ -155,6 +156,12 @@ def _calibrate_stand_in() -> None:
 @app.command("serve")
 def _serve_stand_in() -> None:
     """Answer over HTTP: the KServe v2 protocol, a plain route, a page (needs the serve extra)."""
+    raise AssertionError("replaced by _Group before it can be called")
+
+
+@app.command("export-triton")
+def _export_triton_stand_in() -> None:
+    """A bundle as a model of Triton Inference Server."""
     raise AssertionError("replaced by _Group before it can be called")
 
 

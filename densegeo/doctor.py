@@ -51,6 +51,11 @@ EXTRAS = (
     Extra("metrics", ("prometheus-client",), "export metrics to Prometheus"),
     Extra("camera", ("pyyaml",), "read a camera's calibration from ROS' YAML"),
     Extra("serve", ("prometheus-client", "python-multipart", "starlette", "uvicorn"), "answer over HTTP, with a page"),
+    Extra(
+        "ray",
+        ("fsspec", "pyarrow", "ray"),
+        "many images on many machines, with Ray; images in object storage",
+    ),
     Extra("nvml", ("nvidia-ml-py",), "power, clocks and throttling while `densegeo bench` runs"),
 )
 

@@ -73,6 +73,16 @@ def infer(
     resolution: Annotated[
         str, typer.Option(help="Results at the size of the image, or as the network made them: image or network.")
     ] = "image",
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
+    ] = None,
+    actors: Annotated[Whole, typer.Option(min=1, help="Of Ray; by default one a GPU, else as many as fit.")] = None,
+    actor_cpus: Annotated[Whole, typer.Option(min=1, help="CPUs of each actor; by default 1.")] = None,
+    into: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --ray, what results are put into: tree (as without), parquet or webdataset."),
+    ] = None,
     backend: Backend = "auto",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; errors alone.")] = False,
@@ -108,7 +118,11 @@ def infer(
     checked.choice("--resolution", resolution, ("image", "network"))
     options: dict[str, Any] = {"backend": backend, "device": device, "fit": fit, "preprocessing": preprocessing}
     options |= {"threads": threads, "resolution": resolution}
-    asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames)
-    code = run(asked, making, checked.inputs_of(inputs or [], list_file, output, making))
+    fleet = checked.ray_of(ray, actors, actor_cpus, into, overwrite=overwrite)
+    asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames, fleet)
+    found = checked.inputs_of(inputs or [], list_file, output, making)
+    if fleet is not None and any(item.film for item in found.inputs):
+        raise typer.BadParameter("is about images: run films and cameras without it.", param_hint="--ray")
+    code = run(asked, making, found)
     if code:
         raise typer.Exit(code)

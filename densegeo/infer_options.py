@@ -14,6 +14,7 @@ from densegeo.errors import ConfigError
 from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
 
 if TYPE_CHECKING:
+    from densegeo.fleet.ray_inference import RayOptions
     from densegeo.inference import Making
     from densegeo.inputs import Found
     from densegeo.runtime.bundle import Manifest
@@ -60,6 +61,27 @@ def inputs_of(arguments: list[str], list_file: str | None, output: Path, making:
         option = "--value-range" if making.value_range else "--truncated"
         raise typer.BadParameter("is about images; films and cameras need it not.", param_hint=option)
     return found
+
+
+def ray_of(
+    address: str | None, actors: int | None, cpus: int | None, into: str | None, *, overwrite: bool
+) -> RayOptions | None:
+    """How to run on Ray; None without it."""
+    if address is None:
+        for option, value in (("--actors", actors), ("--actor-cpus", cpus), ("--into", into)):
+            if value is not None:
+                raise typer.BadParameter("goes with --ray.", param_hint=option)
+        return None
+    for module in ("ray", "pyarrow"):
+        if not installed(module):
+            raise typer.BadParameter(f'Ray needs {module}: pip install "densegeo[ray]".', param_hint="--ray")
+    from densegeo.fleet.ray_inference import INTO, TREE, RayOptions
+
+    chosen = choice("--into", into or TREE, INTO)
+    if chosen != TREE and overwrite:
+        hint = f"is for trees; for {chosen} choose another folder, or go on with --skip-existing."
+        raise typer.BadParameter(hint, param_hint="--overwrite")
+    return RayOptions(address, actors, cpus or 1, chosen)
 
 
 def formats_of(text: str) -> tuple[str, ...]:

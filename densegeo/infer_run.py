@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from densegeo.records import Results, bundle_record
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
 from densegeo.signals import Terminated, terminable
+
+if TYPE_CHECKING:
+    from densegeo.fleet.ray_inference import RayOptions
 
 _SHOWN = 20  # failures, and kinds of warnings, that are printed
 
@@ -41,6 +44,7 @@ class Run:
     as_json: bool
     frames: bool = False
     max_frames: int | None = None
+    ray: RayOptions | None = None
 
 
 def run(asked: Run, making: Making, found: Found) -> int:
@@ -49,7 +53,7 @@ def run(asked: Run, making: Making, found: Found) -> int:
     require_outputs(making, manifest)
     options = {key: asked.estimator[key] for key in ("fit", "preprocessing", "resolution")} | making.record()
     maker = {"bundle": bundle_record(asked.bundle, manifest), "options": options, "formats": list(making.formats)}
-    results = Results(asked.output, maker)
+    results = _results(asked, maker)
     console = Console(stderr=True)
     tally = Tally(skipped=found.skipped, notices=Notices(_shower(console, asked.quiet)))
     todo = _todo(found.inputs, results, asked, tally)
@@ -68,7 +72,9 @@ def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally
     started, code = time.monotonic(), 0
     try:
         with terminable(), tally.notices.collected():
-            if todo:
+            if todo and asked.ray is not None:
+                _on_ray(asked, making, results, todo, tally, console)
+            elif todo:
                 _all(asked, making, results, todo, tally, console)
     except Terminated as end:
         tally.stopped_by, code = end.name, end.status
@@ -94,6 +100,21 @@ def _all(asked: Run, making: Making, results: Results, todo: list[Input], tally:
             with progress("frames", None, console, quiet=asked.quiet) as advance:
                 options = FilmOptions(asked.frames, asked.max_frames, asked.workers)
                 run_films(estimator, films, making, results, tally, options, advance)
+
+
+def _results(asked: Run, maker: dict[str, Any]) -> Results:
+    if asked.ray is None:
+        return Results(asked.output, maker)
+    from densegeo.fleet.ray_inference import results_of
+
+    return results_of(asked.output, maker, asked.ray.into)
+
+
+def _on_ray(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
+    from densegeo.fleet.ray_inference import run_on_ray
+
+    with progress("images", len(todo), console, quiet=asked.quiet) as advance:
+        run_on_ray(asked, making, results, todo, tally, advance)
 
 
 def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> list[Input]:

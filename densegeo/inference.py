@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from densegeo import remote
 from densegeo.errors import BackendTimeoutError, BundleError, DensegeoError, ResourceError, ShutdownError
 from densegeo.formats import RESULTS
 from densegeo.inputs import Input
@@ -94,7 +96,9 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """How one image went. error: empty where it was done."""
+
     item: Input
     files: tuple[str, ...] = ()
     error: str = ""
@@ -116,7 +120,7 @@ def run_images(
     would hit every image alike, and ResourceError when the journal cannot be written.
     """
     todo, stop = _Shared(items), threading.Event()
-    ended: SimpleQueue[_Outcome | BaseException | None] = SimpleQueue()
+    ended: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()
 
     def work() -> None:
         try:
@@ -124,7 +128,7 @@ def run_images(
                 if stop.is_set():
                     break
                 with tally.notices.about(item.path) as warnings:
-                    ended.put(_one(estimator, item, making, results, warnings))
+                    ended.put(run_one(estimator, item, making, results, warnings))
         except BaseException as error:  # carried to the caller's thread
             ended.put(error)
         finally:
@@ -143,7 +147,7 @@ def run_images(
             try:
                 if isinstance(outcome, BaseException):
                     raise outcome
-                _take(outcome, results, tally)
+                take(outcome, results, tally)
                 advance()
             except BaseException as error:
                 fault = fault or error
@@ -154,7 +158,8 @@ def run_images(
         raise fault
 
 
-def _take(outcome: _Outcome, results: Results, tally: Tally) -> None:
+def take(outcome: Outcome, results: Results, tally: Tally) -> None:
+    """Count an outcome, and note it in the journal."""
     warned = {"warnings": outcome.warnings} if outcome.warnings else {}
     if outcome.error:
         tally.failures.append(Failure(outcome.item.path, outcome.error))
@@ -164,31 +169,49 @@ def _take(outcome: _Outcome, results: Results, tally: Tally) -> None:
         results.note(outcome.item, "done", files=outcome.files, **warned)
 
 
-def _one(estimator: Estimator, item: Input, making: Making, results: Results, warnings: list[str]) -> _Outcome:
-    """One image from its file to its results'. warnings: those about it, which grow meanwhile."""
+def run_one(estimator: Estimator, item: Input, making: Making, results: Results, warnings: list[str]) -> Outcome:
+    """One image from its file to its results'. warnings: those about it, which grow meanwhile.
+
+    Raises what would hit every image alike.
+    """
     try:
-        frame = load_image(item.path, value_range=making.value_range, truncated=making.truncated)
-        source = source_record(item.path, results.maker) | {"warnings": warnings}
-        together = estimator.images_together > 1
-        geometry = estimator.submit(frame).result() if together else estimator(frame)
         folder, stem = results.where(item)
-        paths = making.calibrated(geometry).save(
-            folder,
-            (*making.formats, "json"),
-            stem=stem,
-            intrinsics=making.camera(geometry),
-            image=frame,
-            dtype=making.dtype,
-            drop_flying=making.drop_flying,
-            source=source,
-        )
+        paths = save_one(estimator, item, making, results.maker, warnings, folder, stem)
         results.clear(item, paths)
     except FATAL:
         raise
     except (DensegeoError, OSError, MemoryError) as error:
-        return _Outcome(item, error=reason(error), warnings=tuple(warnings))
+        return Outcome(item, error=reason(error), warnings=tuple(warnings))
     files = tuple(path.relative_to(results.folder).as_posix() for path in paths)
-    return _Outcome(item, files, warnings=tuple(warnings))
+    return Outcome(item, files, warnings=tuple(warnings))
+
+
+def save_one(
+    estimator: Estimator,
+    item: Input,
+    making: Making,
+    maker: Mapping[str, Any],
+    warnings: list[str],
+    folder: Path,
+    stem: str,
+) -> list[Path]:
+    """One image's results, saved into a folder; their files. maker: as of `Results`. Raises DensegeoError, OSError."""
+    content = remote.read(item.path) if remote.is_remote(item.path) else None
+    image = item.path if content is None else content
+    frame = load_image(image, value_range=making.value_range, truncated=making.truncated)
+    source = source_record(item.path, maker, content) | {"warnings": warnings}
+    together = estimator.images_together > 1
+    geometry = estimator.submit(frame).result() if together else estimator(frame)
+    return making.calibrated(geometry).save(
+        folder,
+        (*making.formats, "json"),
+        stem=stem,
+        intrinsics=making.camera(geometry),
+        image=frame,
+        dtype=making.dtype,
+        drop_flying=making.drop_flying,
+        source=source,
+    )
 
 
 def reason(error: Exception) -> str:

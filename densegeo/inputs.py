@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from densegeo import remote
 from densegeo.backends import installed
 from densegeo.errors import ImageError
 from densegeo.formats import FILM_SUFFIXES, IMAGE_SUFFIXES, RESULT_ENDINGS, SIDECAR
@@ -54,7 +55,11 @@ def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = 
     found = Found()
     files: dict[str, str] = {}  # absolute path -> the folder that it was found under
     streams: list[str] = []
+    stored: dict[str, str] = {}  # URL -> that of the folder that it was found under
     for position, argument in enumerate((*arguments, *listed)):
+        if remote.is_remote(argument):
+            _expand_remote(argument, stored, found.skipped, listed=position >= len(arguments))
+            continue
         if is_stream(argument):
             streams.append(argument)
             continue
@@ -67,13 +72,15 @@ def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = 
                 files[path] = os.path.dirname(path)
                 continue
             raise ImageError(f"{argument} matches no image: it is neither a file, a folder with images, nor a glob.")
-    if not files and not streams:
+    if not files and not streams and not stored:
         raise ImageError(
             f"There is no image to work on in {', '.join(arguments)}; left out: {in_words(found.skipped)}."
         )
     root = os.path.commonpath([*files.values()]) if files else ""
-    names = unique_names([(os.path.relpath(path, root), path) for path in files])
-    for path, name in zip(files, names, strict=True):
+    under = os.path.commonpath([*stored.values()]) if stored else ""
+    pairs = [(os.path.relpath(path, root), path) for path in files]
+    pairs += [(os.path.relpath(path, under), path) for path in stored]
+    for (_, path), name in zip(pairs, unique_names(pairs), strict=True):
         found.inputs.append(Input(path, name, is_film(path)))
     found.inputs += [Input(stream, f"camera_{index}", film=True) for index, stream in enumerate(streams, start=1)]
     return found
@@ -100,7 +107,7 @@ def read_list(name: str) -> list[str]:
 def is_stream(argument: str) -> bool:
     """Whether it is the address of a camera or of a stream (rtsp://, http://), or a video device."""
     if "://" in argument:
-        return True
+        return not remote.is_remote(argument)
     try:
         return stat.S_ISCHR(os.stat(argument).st_mode)
     except (OSError, ValueError):
@@ -150,6 +157,26 @@ def _expand(argument: str, output: Path, skipped: Counter[str]) -> Iterator[tupl
             yield os.path.dirname(path), path
 
 
+def _expand_remote(url: str, stored: dict[str, str], skipped: Counter[str], *, listed: bool) -> None:
+    """The images under a URL of storage, or the one that it names; of a list, as they are. Raises ImageError."""
+    if listed:
+        stored.setdefault(url, os.path.dirname(url))
+        return
+    try:
+        there = remote.find(url)
+    except OSError as error:
+        raise ImageError(f"{url} cannot be listed: {error.strerror or error}.") from error
+    if not there:
+        raise ImageError(f"{url} matches no image: there is nothing of that name.")
+    for path in there:
+        single = there == [path] and path.rstrip("/").endswith(url.partition("://")[2].strip("/"))
+        reason = None if single and not is_film(path) else _against_name(path)
+        if reason is None:
+            stored.setdefault(path, os.path.dirname(path) if single else url.rstrip("/"))
+        else:
+            skipped[reason] += 1
+
+
 def _walk(root: str, output: Path, skipped: Counter[str]) -> Iterator[str]:
     """The images below a folder, in order; links are followed, each folder once."""
     own = os.path.realpath(output)
@@ -181,17 +208,22 @@ def _walk(root: str, output: Path, skipped: Counter[str]) -> Iterator[str]:
 
 def _against(path: str) -> str | None:
     """Why a file of a folder is no input, or None."""
-    suffix = os.path.splitext(path)[1].lower()
-    row = IMAGE_SUFFIXES.get(suffix)
     if is_result(path):
         return "earlier results"
+    return _against_name(path) or (None if os.path.isfile(path) else "broken links and devices")
+
+
+def _against_name(path: str) -> str | None:
+    """The same, as far as its name tells."""
+    suffix = os.path.splitext(path)[1].lower()
+    row = IMAGE_SUFFIXES.get(suffix)
     if suffix in FILM_SUFFIXES:
         return "films (name them one by one)"
     if row is None:
         return f"{suffix or 'without suffix'} (no images)"
     if row.module and not installed(row.module):
         return f'{suffix} (pip install "densegeo[{row.extra}]" reads them)'
-    return None if os.path.isfile(path) else "broken links and devices"
+    return None
 
 
 def _known(argument: str, files: dict[str, str]) -> bool:

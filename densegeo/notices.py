@@ -79,6 +79,10 @@ class Notices(Heard):
         self.kinds: dict[str, Notice] = {}
         self._show, self._lock = show, threading.Lock()
 
+    def said(self, text: str, source: str) -> None:
+        """Count what was warned of elsewhere."""
+        self._new(text, source)
+
     def _new(self, text: str, source: str) -> None:
         with self._lock:
             kind = self.kinds.setdefault(_NUMBER.sub("#", text), Notice(text, source))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from densegeo import remote
 from densegeo.errors import ResourceError
 from densegeo.formats import RESULT_ENDINGS, RESULTS, SIDE_BY_SIDE, SIDECAR
 from densegeo.inputs import Input, is_stream
@@ -32,8 +33,13 @@ def bundle_record(directory: Path, manifest: Manifest) -> dict[str, str]:
     return {"path": path, "model": manifest.model, "precision": manifest.precision, "sha256": digest}
 
 
-def source_record(path: str, maker: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image was when it was read, and what made its result: the bundle, options, formats. Raises OSError."""
+def source_record(path: str, maker: Mapping[str, Any], content: bytes | None = None) -> dict[str, Any]:
+    """What an image was when it was read, and what made its result: the bundle, options, formats. Raises OSError.
+
+    content: of an image in storage.
+    """
+    if content is not None:
+        return {"path": path, **remote.facts(path), "sha256": hashlib.sha256(content).hexdigest(), **maker}
     if is_stream(path):
         return {"path": path, **maker}
     facts = os.stat(path)
@@ -66,32 +72,31 @@ class Results:
         """What is there of an image's result. An image of the size and time of change that were recorded is taken for
         the same; else its digest decides.
         """
-        folder, stem = self.where(item)
-        if f"{stem}_{SIDECAR}" not in self._names(folder):
-            return "stale" if self.existing(item) else "absent"
         try:
-            sidecar = json.loads((folder / f"{stem}_{SIDECAR}").read_bytes())
+            sidecar = self._sidecar(item)
         except (OSError, ValueError):
             return "unreadable"
+        if sidecar is None:
+            return "stale" if self.existing(item) else "absent"
         try:
             record = sidecar["source"]
-            facts = os.stat(item.path)
-            same = (record["path"], record["bytes"], record["modified_ns"]) == (
-                item.path,
-                facts.st_size,
-                facts.st_mtime_ns,
-            )
-            same = same or record["sha256"] == sha256_file(Path(item.path))
+            same = _is_of(record, item.path)
             ours = record["bundle"]["sha256"] == self.maker["bundle"]["sha256"]
             ours = ours and record["options"] == self.maker["options"]
             if not ours or not (same or record["path"] == item.path):
                 return "foreign"
             formats = set(self.maker["formats"]) <= set(record["formats"])
-            there = self._names(folder)
-            files = all(any(f"{stem}_{file}" in there for file in group) for group in self._wanted(item))
-            return "whole" if same and formats and files else "stale"
+            return "whole" if same and formats and self._complete(item) else "stale"
         except (OSError, ValueError, KeyError, TypeError):  # not made by this command
             return "foreign"
+
+    def done_meanwhile(self, item: Input) -> list[str]:
+        """Names of a result's files if it is whole now, whatever was there before; else none."""
+        folder, stem = self.where(item)
+        if not (folder / f"{stem}_{SIDECAR}").exists():
+            return []
+        now = Results(self.folder, self.maker)
+        return now.existing(item) if now.state(item) == "whole" else []
 
     def refused(self, item: Input) -> int:
         """Frames that were left out of a film that is whole."""
@@ -136,6 +141,18 @@ class Results:
         if self._journal is not None:
             self._journal.close()
 
+    def _sidecar(self, item: Input) -> Any:
+        """The result's geometry.json, or None where there is none. Raises OSError, ValueError."""
+        folder, stem = self.where(item)
+        name = f"{stem}_{SIDECAR}"
+        return json.loads((folder / name).read_bytes()) if name in self._names(folder) else None
+
+    def _complete(self, item: Input) -> bool:
+        """Whether all formats of this run are there."""
+        folder, stem = self.where(item)
+        there = self._names(folder)
+        return all(any(f"{stem}_{file}" in there for file in group) for group in self._wanted(item))
+
     def _wanted(self, item: Input) -> list[Sequence[str]]:
         """Groups of files, of each of which a whole result has some."""
         return [(SIDE_BY_SIDE,)] if item.film else [[*RESULTS[name].files] for name in self.maker["formats"]]
@@ -148,3 +165,15 @@ class Results:
             except OSError:
                 self._listed[folder] = frozenset()
         return self._listed[folder]
+
+
+def _is_of(record: Mapping[str, Any], path: str) -> bool:
+    """Whether a result is of a file as it is now: of equal size and time of change, or else of equal content."""
+    if remote.is_remote(path):
+        now = {"path": path, **remote.facts(path)}
+        same = all(record[name] == value for name, value in now.items())
+        return same or bool(record["sha256"] == hashlib.sha256(remote.read(path)).hexdigest())
+    facts = os.stat(path)
+    now = {"path": path, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}
+    same = all(record[name] == value for name, value in now.items())
+    return same or bool(record["sha256"] == sha256_file(Path(path)))

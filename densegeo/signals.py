@@ -1,4 +1,4 @@
-"""SIGTERM, as `docker stop`, systemd and batch systems send it, ends a command the way Ctrl-C does."""
+"""How processes end. SIGTERM (`docker stop`, systemd, batch systems) ends a command the way Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+EXIT_HUNG = 70  # of a process whose backend did not return in time; start a new one
 
 
 class Terminated(KeyboardInterrupt):

@@ -18,8 +18,9 @@ from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
 from densegeo.serving.models import Open, open_models
 from densegeo.serving.options import MAX_PIXELS, MIB, Options, read_token
 from densegeo.serving.routes import application
-from densegeo.serving.server import EXIT_HUNG, Server, check_tls, listen
+from densegeo.serving.server import Server, check_tls, listen
 from densegeo.serving.service import Service
+from densegeo.signals import EXIT_HUNG
 
 log = logging.getLogger("densegeo.serving")
 

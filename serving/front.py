@@ -27,8 +27,9 @@ from densegeo.errors import (
     RequestError,
     UnauthorizedError,
 )
-from densegeo.serving.answers import error_response, failure
+from densegeo.serving.answers import error_response
 from densegeo.serving.body import ClientGoneError
+from densegeo.serving.failures import failure
 from densegeo.serving.logs import FIELDS, WARNINGS, request_id
 from densegeo.serving.metrics import ServingMetrics
 from densegeo.serving.options import Options

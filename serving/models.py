@@ -24,6 +24,17 @@ def version_of(estimator: Estimator) -> str:
     return estimator.manifest.build_key[:12]
 
 
+def model_name(directory: Path) -> str:
+    """The name under which a bundle is served: its folder's. Raises ConfigError where no address can hold it."""
+    name = directory.absolute().name
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+        raise ConfigError(
+            f"A model is named after its bundle's folder, and {name!r} is no name for an address: rename the "
+            "folder to letters, digits, dots, dashes and underscores."
+        )
+    return name
+
+
 class _Loaded:
     """An estimator, and how many requests are being handed to it."""
 
@@ -36,12 +47,7 @@ class Model:
 
     def __init__(self, directory: Path, opens: Open) -> None:
         # not resolved: a link `current` that is pointed elsewhere keeps its name
-        self.name, self.directory, self._open = directory.absolute().name, directory, opens
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is None:
-            raise ConfigError(
-                f"A model is named after its bundle's folder, and {self.name!r} is no name for an address: rename the "
-                "folder to letters, digits, dots, dashes and underscores."
-            )
+        self.name, self.directory, self._open = model_name(directory), directory, opens
         self._loading = threading.Lock()  # one load at a time
         self._lock = threading.Lock()  # guards what follows
         self._loaded: _Loaded | None = None

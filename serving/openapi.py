@@ -11,7 +11,8 @@ import msgspec
 
 from densegeo import __version__
 from densegeo.serving import plain
-from densegeo.serving.answers import FAILURES, Error
+from densegeo.serving.answers import Error
+from densegeo.serving.failures import FAILURES
 from densegeo.serving.metres import Metres
 from densegeo.serving.routes import HEADER_LENGTH, ROWS, Row
 

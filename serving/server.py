@@ -19,10 +19,10 @@ from densegeo.errors import ConfigError
 from densegeo.serving.logs import FIELDS
 from densegeo.serving.options import Options
 from densegeo.serving.service import Service
+from densegeo.signals import EXIT_HUNG
 
 log = logging.getLogger("densegeo.serving")
 
-EXIT_HUNG = 70  # a backend did not return in time; start a new process
 EXIT_INTERRUPTED = 130
 LINGER_S = 0.5  # how long an unused connection is kept at the end: a request may be on its way
 HUNG_GRACE_S = 1.0  # how long `ready` says no before the process ends, so that answers go out and a probe sees it

@@ -101,7 +101,7 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
         asked = msgspec.json.decode(header, type=Body)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise RequestError(f"The inference request is not valid: {error}.") from None
-    parameters = _known(asked.parameters)
+    parameters = known_parameters(asked.parameters)
     metres = read_metres({name: value for name, value in parameters.items() if name in METRES})
     outputs = _outputs(asked, parameters, decode, metres)
     metres.rehearse(decode)
@@ -109,6 +109,38 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
     batched = pixels.ndim == 4
     images = list(pixels) if batched else [pixels]
     return Inference(asked.id, images, batched, metres, outputs, _deadline(parameters))
+
+
+def known_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Without hints; raises RequestError for what this server would have to heed and cannot."""
+    known = {}
+    for name, value in parameters.items():
+        if name in _IGNORED or name.startswith("triton_"):
+            continue
+        if name not in _REQUEST_PARAMETERS:
+            raise RequestError(
+                f"There is no request parameter {name[:60]!r}; there are {', '.join(_REQUEST_PARAMETERS)}."
+            )
+        known[name] = value
+    return known
+
+
+def output_names(decode: Decode, metres: Metres) -> list[str]:
+    """What a request can have of a model; depth where it says what makes the result metric."""
+    return [*decode.names, *(["depth"] if metres.given and decode.has("depth") else [])]
+
+
+def require_output(name: str, decode: Decode, metres: Metres) -> None:
+    """Raises NotMetricError, RequestError for an output that a request cannot have."""
+    there = output_names(decode, metres)
+    if name == "depth" and "depth" not in there and decode.has("depth"):
+        raise NotMetricError(
+            "There is no output depth in this request: the prediction is known only up to a scale and a shift. Say in "
+            "the request's parameters what fixes them: near and far, scale and shift, or a fact: anchors, or with "
+            "intrinsics camera_height or size."
+        )
+    if name not in there:
+        raise RequestError(f"There is no output {name[:60]!r}; there are {', '.join(there)}.")
 
 
 def write_inference(
@@ -159,33 +191,11 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     return body[:length], memoryview(body)[length:]
 
 
-def _known(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Without hints; raises RequestError for what this server would have to heed and cannot."""
-    known = {}
-    for name, value in parameters.items():
-        if name in _IGNORED or name.startswith("triton_"):
-            continue
-        if name not in _REQUEST_PARAMETERS:
-            raise RequestError(
-                f"There is no request parameter {name[:60]!r}; there are {', '.join(_REQUEST_PARAMETERS)}."
-            )
-        known[name] = value
-    return known
-
-
 def _outputs(asked: Body, parameters: dict[str, Any], decode: Decode, metres: Metres) -> dict[str, bool]:
-    there = [*decode.names, *(["depth"] if metres.given and decode.has("depth") else [])]
     by_default = _flag(parameters, "binary_data_output", False)
     found: dict[str, bool] = {}
     for wanted in asked.outputs:
-        if wanted.name == "depth" and "depth" not in there and decode.has("depth"):
-            raise NotMetricError(
-                "There is no output depth in this request: the prediction is known only up to a scale and a shift. Say "
-                "in the request's parameters what fixes them: near and far, scale and shift, or a fact: anchors, or "
-                "with intrinsics camera_height or size."
-            )
-        if wanted.name not in there:
-            raise RequestError(f"There is no output {wanted.name[:60]!r}; there are {', '.join(there)}.")
+        require_output(wanted.name, decode, metres)
         if wanted.name in found:
             raise RequestError(f"The output {wanted.name} is asked for twice.")
         for name in wanted.parameters:
@@ -194,7 +204,7 @@ def _outputs(asked: Body, parameters: dict[str, Any], decode: Decode, metres: Me
                     f"The output parameter {name} is not supported: outputs are maps, sent in the answer."
                 )
         found[wanted.name] = _flag(wanted.parameters, "binary_data", by_default)
-    return found or dict.fromkeys(there, by_default)
+    return found or dict.fromkeys(output_names(decode, metres), by_default)
 
 
 def _flag(parameters: dict[str, Any], name: str, otherwise: bool) -> bool:

@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared_folder" in getattr(item, "fixturenames", ()):  # of tests/support/shared.py
             item.add_marker("integration")
-        if not any(item.get_closest_marker(tier) for tier in ("integration", "thorough", "slow", "ros", "gpu")):
+        tiers = ("integration", "thorough", "slow", "ros", "fleet", "gpu")
+        if not any(map(item.get_closest_marker, tiers)):
             item.add_marker("unit")
 
 

@@ -19,7 +19,8 @@ from tests.support.project import ROOT, imported
 # Folder -> the extras that people install to use it; a backend's library is imported by its backend alone.
 BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic", "camera")
 FOLDERS = {
-    "densegeo": ("cpu", "video"),
+    "densegeo": ("cpu", "video", "ray"),
+    "densegeo/fleet": ("ray",),
     "densegeo/ros": ("bags",),
     "runtime": BACKENDS,
     "serving": ("serve",),
@@ -40,10 +41,15 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "yaml": "pyyaml",
 }
-NODE_TESTS = ROOT / "tests" / "ros2"  # they run in an environment of their own
+# These run in environments of their own.
+NODE_TESTS = ROOT / "tests" / "ros2"
+TRITON_TESTS = [ROOT / "tests" / "fleet" / name for name in ("triton_cases.py", "tritonserver.py")]
+ELSEWHERE = [*NODE_TESTS.glob("*.py"), *TRITON_TESTS]
 CUDA = {"core": "cuda-core", "bindings": "cuda-bindings"}
-FOREIGN = {"tensorrt", "pynvml", "opentelemetry"}  # a machine's own; the last two are asked for and done without
+# A machine's own; opentelemetry and pynvml are asked for and done without.
+FOREIGN = {"tensorrt", "pynvml", "opentelemetry", "triton_python_backend_utils"}
 
 
 def declared(extras: tuple[str, ...]) -> set[str]:
@@ -69,7 +75,7 @@ def distribution(module: str) -> str:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_are_declared(folder: str) -> None:
     allowed = declared(FOLDERS[folder])
-    nested = [path for path in (ROOT / folder).rglob("*.py") if NODE_TESTS not in path.parents]
+    nested = [path for path in (ROOT / folder).rglob("*.py") if path not in ELSEWHERE]
     paths = [path for path in nested if folder != "densegeo" or path.parent == ROOT / folder]
     assert paths
     for path in paths:
@@ -102,6 +108,16 @@ def test_the_nodes_tests_declare_what_they_import() -> None:
                 continue
             own = {"densegeo", "densegeo_ros", "tests", *of_rclpy, *sys.stdlib_module_names}
             assert known or first in own, f"{path.name} imports {module}"
+
+
+def test_the_tests_on_tritonserver_declare_what_they_import() -> None:
+    wanted = (ROOT / "tests" / "fleet" / "triton-requirements.in").read_text().splitlines()
+    names = {normal(Requirement(line).name) for line in wanted if line and not line.startswith("#")}
+    for path in TRITON_TESTS:
+        for module in imported(ast.parse(path.read_text())):
+            first = module.partition(".")[0]
+            own = {"densegeo", "tests", *sys.stdlib_module_names}
+            assert first in own or distribution(module) in names, f"{path.name} imports {module}"
 
 
 def test_doctor_knows_every_extra() -> None:

@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from densegeo.files import cache_directory
+from tests.support import environments
 from tests.support.project import ROOT
 
 LOCK = ROOT / "ros2" / "test-requirements.txt"
@@ -21,24 +17,8 @@ PATHS = (ROOT, ROOT / "ros2" / "densegeo_ros")
 
 
 def interpreter() -> Path:
-    """Of the environment of this lock file and this Python; made when it is missing, whole or not at all."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    key = hashlib.sha256(LOCK.read_bytes() + python.encode()).hexdigest()[:12]
-    folder = cache_directory() / f"ros-{key}"
-    with (folder.parent / f"ros-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            uv = [
-                shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or "uv"
-            ]
-            subprocess.run([*uv, "--no-config", "venv", "--quiet", "--python", sys.executable, folder], check=True)
-            target = ["--python", str(folder / "bin" / "python")]
-            subprocess.run(
-                [*uv, "--no-config", "pip", "sync", "--quiet", "--require-hashes", *target, LOCK], check=True
-            )
-            (folder / "complete").touch()
-    return folder / "bin" / "python"
+    """Of the environment with rclpy, see `environments.interpreter`."""
+    return environments.interpreter("ros", LOCK)
 
 
 def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:

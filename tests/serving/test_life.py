@@ -24,7 +24,8 @@ from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest, write_manifest
 from densegeo.serving import server as server_module
 from densegeo.serving import tracing
-from densegeo.serving.server import EXIT_HUNG, EXIT_INTERRUPTED
+from densegeo.serving.server import EXIT_INTERRUPTED
+from densegeo.signals import EXIT_HUNG
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 from tests.support.serving import Opens, Served, metrics, served, started
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from densegeo.runtime import Estimator
-from densegeo.serving.server import EXIT_HUNG
+from densegeo.signals import EXIT_HUNG
 from tests.support.doubles import Gate, fake_estimator
 from tests.support.http_load import inference, load
 from tests.support.serving import Served, metrics, served

@@ -1,0 +1,1 @@
+"""Bundles on engines for many processes and machines: Triton Inference Server and Ray."""

@@ -1,0 +1,240 @@
+"""`densegeo infer --ray`: the images of a run over the actors of a Ray cluster, by Ray Data.
+
+The driver plans, keeps the journal and counts, as without Ray; actors read, run and save. A block of images whose actor
+dies is done again by another one, which leaves out what is whole. The images of a block that never comes back are tried
+once more, each by itself, and what then does not come back has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DensegeoError
+from densegeo.fleet.shards import CONTAINERS, Shards
+from densegeo.inference import FATAL, Making, Outcome, Tally, reason, run_one, save_one, take
+from densegeo.inputs import Input
+from densegeo.notices import Notices
+from densegeo.records import Results
+from densegeo.runtime import Estimator
+from densegeo.signals import EXIT_HUNG
+
+if TYPE_CHECKING:
+    from densegeo.infer_run import Run
+
+log = logging.getLogger("densegeo.fleet")
+
+TREE = "tree"
+INTO = (TREE, *CONTAINERS)
+BLOCK = 32  # images that an actor is handed at once, and that a shard holds
+TRIES = 4  # of a block whose actor dies, or whose node leaves
+_LOST = f"The process that worked on it died, {TRIES} times with others and {TRIES} times with this one alone."
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """address: "local" for a Ray of this process's own, "auto", or the address of a cluster. actors: how many, None for
+    one a GPU, or as many as the cluster's CPUs carry. cpus: of each. into: of `INTO`.
+    """
+
+    address: str
+    actors: int | None = None
+    cpus: int = 1
+    into: str = TREE
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every actor is told. results: of this run's folder, and maker, anew in each process."""
+
+    bundle: Path
+    estimator: dict[str, Any]
+    making: Making
+    folder: Path
+    maker: dict[str, Any]
+    into: str
+    workers: int
+    overwrite: bool
+
+    def results(self) -> Results:
+        """The output folder, as it is now."""
+        return results_of(self.folder, self.maker, self.into)
+
+
+def results_of(folder: Path, maker: dict[str, Any], into: str) -> Results:
+    """The output folder: a tree, or shards."""
+    return Results(folder, maker) if into == TREE else Shards(folder, maker, CONTAINERS[into])
+
+
+class Worker:
+    """An actor: an estimator, and threads that read, run and save one block of images after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._notices, self._results = job, Notices(), job.results()
+        calls = max(1, min(job.workers, os.cpu_count() or 1))
+        self._estimator = Estimator(job.bundle, **job.estimator, calls_at_once=calls)
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
+        """Columns name and path of images -> columns name and outcome, JSON."""
+        items = [Input(str(path), str(name)) for path, name in zip(block["path"], block["name"], strict=True)]
+        with self._notices.collected(), ThreadPoolExecutor(self._job.workers) as pool:
+            try:
+                outcomes = self._tree(pool, items) if self._job.into == TREE else self._shard(pool, items)
+            except BackendTimeoutError:  # its thread cannot be stopped: another process tries
+                logging.shutdown()
+                os._exit(EXIT_HUNG)
+        told = [json.dumps([outcome.files, outcome.error, outcome.warnings]) for outcome in outcomes]
+        return {"name": [item.name for item in items], "outcome": told}
+
+    def _tree(self, pool: ThreadPoolExecutor, items: Sequence[Input]) -> list[Outcome]:
+        def one(item: Input) -> Outcome:
+            if not self._job.overwrite and (files := self._results.done_meanwhile(item)):
+                return Outcome(item, tuple(files))
+            with self._notices.about(item.path) as texts:
+                return run_one(self._estimator, item, self._job.making, self._results, texts)
+
+        return list(pool.map(one, items))
+
+    def _shard(self, pool: ThreadPoolExecutor, items: Sequence[Input]) -> list[Outcome]:
+        shards = self._results
+        assert isinstance(shards, Shards)
+
+        def one(item: Input) -> tuple[Outcome, dict[str, bytes]]:
+            with self._notices.about(item.path) as texts, tempfile.TemporaryDirectory() as folder:
+                try:
+                    making, maker = self._job.making, self._job.maker
+                    paths = save_one(self._estimator, item, making, maker, texts, Path(folder), "")
+                    sample = {path.name: path.read_bytes() for path in paths}
+                except FATAL:
+                    raise
+                except (DensegeoError, OSError, MemoryError) as error:
+                    return Outcome(item, error=reason(error), warnings=tuple(texts)), {}
+                return Outcome(item, warnings=tuple(texts)), sample
+
+        pairs = list(pool.map(one, items))
+        samples = {outcome.item.name: sample for outcome, sample in pairs if not outcome.error}
+        file = shards.write(items, samples) if samples else ""
+        return [replace(outcome, files=() if outcome.error else (file,)) for outcome, _ in pairs]
+
+
+def run_on_ray(
+    asked: Run, making: Making, results: Results, todo: Sequence[Input], tally: Tally, advance: Callable[[], None]
+) -> None:
+    """Work through images on a cluster; `tally` and the journal say how each went, also when this is interrupted.
+
+    Raises ConfigError where there is no cluster, BackendError where no actor can run the bundle.
+    """
+    options = asked.ray
+    assert options is not None
+    job = Job(
+        bundle=asked.bundle.absolute(),
+        estimator=asked.estimator,
+        making=making,
+        folder=results.folder.absolute(),
+        maker=dict(results.maker),
+        into=options.into,
+        workers=asked.workers,
+        overwrite=asked.overwrite,
+    )
+    left = {item.name: item for item in todo}
+    with _connected(options) as ray:
+        for at_once in (BLOCK, 1):
+            for outcome in _outcomes(ray, job, options, list(left.values()), at_once) if left else ():
+                item = left.pop(outcome.item.name, None)
+                if item is None:
+                    continue  # a block that was done twice
+                outcome = replace(outcome, item=item)
+                for text in outcome.warnings:
+                    tally.notices.said(text, item.path)
+                take(outcome, results, tally)
+                advance()
+    for item in left.values():
+        take(Outcome(item, error=_LOST), results, tally)
+        advance()
+
+
+@contextlib.contextmanager
+def _connected(options: RayOptions) -> Iterator[Any]:
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before the import; of a cluster, each node has its own
+    import ray
+
+    own: dict[str, Any] = {"include_dashboard": False} if options.address == "local" else {}
+    try:
+        ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"There is no Ray cluster at {options.address}: {error}. Start one with `ray start --head`, or say --ray "
+            "local for one on this machine alone."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at_once: int) -> Iterator[Outcome]:
+    """As they come; none of a block that is given up. Raises BackendError."""
+    import pyarrow
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1
+    blocks = [
+        pyarrow.table({"name": [item.name for item in part], "path": [item.path for item in part]})
+        for part in (todo[start : start + at_once] for start in range(0, len(todo), at_once))
+    ]
+    needs, most = _share(ray.cluster_resources(), job, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 says that it will name the limit on tries otherwise from 2.64 on
+        done = ray.data.from_arrow(blocks).map_batches(
+            Worker,
+            batch_size=None,
+            fn_constructor_args=(_for_actor(job, needs),),
+            # One block at a time, so that a block that kills its actor takes no other with it.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=1),
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES - 1},
+            **needs,
+        )
+    try:
+        for row in done.iter_rows():
+            files, error, warned = json.loads(row["outcome"])
+            yield Outcome(Input("", row["name"]), tuple(files), error, tuple(warned))
+    except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
+        cause = error.__cause__ or error
+        raise BackendError(f"The actors of Ray cannot run {job.bundle}: {cause}") from error
+
+
+def _share(there: dict[str, float], job: Job, options: RayOptions) -> tuple[dict[str, Any], int]:
+    """What one actor takes of a cluster with these resources, and how many there are to be. Raises ConfigError."""
+    gpus = int(there.get("GPU", 0)) if job.estimator["device"] != "cpu" else 0
+    if job.estimator["device"].startswith("cuda") and not gpus:
+        raise ConfigError("This Ray cluster has no GPU: leave --device out, or add nodes that have one.")
+    fit = gpus or int(there.get("CPU", 0)) // options.cpus
+    if not fit:
+        raise ConfigError(f"No actor with {options.cpus} CPUs fits: the cluster has {int(there.get('CPU', 0))}.")
+    needs: dict[str, Any] = {"num_cpus": options.cpus}
+    if gpus:
+        needs["num_gpus"] = 1
+    return needs, options.actors or fit
+
+
+def _for_actor(job: Job, needs: dict[str, Any]) -> Job:
+    """Ray shows an actor its own GPU alone; on CPUs its share of them is what its networks may use."""
+    estimator = dict(job.estimator)
+    if "num_gpus" in needs:
+        estimator["device"] = "cuda"
+    elif estimator.get("threads") is None:
+        estimator["threads"] = needs["num_cpus"]
+    return replace(job, estimator=estimator)

@@ -1,0 +1,98 @@
+"""`densegeo export-triton`: a bundle as a model of Triton Inference Server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from densegeo.arguments import Backend, Bundle, Whole, above_zero, known_device, not_negative
+from densegeo.errors import ConfigError
+from densegeo.fleet.triton_model import InstanceOptions
+from densegeo.fleet.triton_repository import Deployment, export
+from densegeo.progress import progress
+from densegeo.runtime.bundle import read_manifest
+from densegeo.serving.models import model_name
+from densegeo.serving.options import MAX_PIXELS
+
+
+def _devices(given: list[str]) -> list[str]:
+    return [known_device(device) for device in given]
+
+
+def export_triton(
+    bundle: Bundle,
+    repository: Annotated[Path, typer.Argument(help="Folder of the model repository; made when missing.")],
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The model's name; by default the bundle's folder's."),
+    ] = None,
+    version: Annotated[Whole, typer.Option(min=1, help="Of the model; by default the next.")] = None,
+    device: Annotated[
+        list[str],
+        typer.Option(
+            callback=_devices,
+            help="auto (all GPUs that Triton sees, else the CPU), cpu, cuda (all GPUs) or cuda:N; repeat the last.",
+        ),
+    ] = ["auto"],  # noqa: B006  (typer reads it, nobody writes it)
+    instances: Annotated[int, typer.Option(min=1, help="Processes a device; each has the bundle in memory.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images that are handed over together.")] = 8,
+    max_wait_ms: Annotated[
+        float, typer.Option(callback=not_negative, help="How long the first of them waits for company.")
+    ] = 0.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 64,
+    keep: Annotated[int, typer.Option(min=1, help="Versions that are served: the newest.")] = 1,
+    backend: Backend = "auto",
+    threads: Annotated[
+        Whole, typer.Option(min=1, help="Of the CPU, for each instance; by default the backend's library decides.")
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(callback=above_zero, help="Seconds for one run; an instance that takes longer ends."),
+    ] = 60.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image; larger ones are refused.")] = MAX_PIXELS,
+    replace_config: Annotated[
+        bool, typer.Option("--replace-config", help="Replace a config.pbtxt that says something else.")
+    ] = False,
+) -> None:
+    """Put a bundle into a model repository of Triton Inference Server, as its newest version.
+
+    Triton's Python needs densegeo too (pip install "densegeo[gpu]", or another backend's extra).
+    """
+    try:
+        called = model_name(bundle if name is None else Path(name))
+        if name is not None and called != name:
+            raise ConfigError(f"{name!r} is no name of a model: use letters, digits, dots, dashes and underscores.")
+        options: dict[str, Any] = {"backend": backend, "threads": threads, "timeout_s": timeout}
+        deployment = Deployment(
+            devices=device,
+            instances=instances,
+            max_batch=max_batch,
+            max_wait_ms=max_wait_ms,
+            max_queue=max_queue,
+            keep=keep,
+            options=InstanceOptions(**options, max_pixels=max_pixels),
+        )
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    console = Console(stderr=True)
+    with progress("files", len(read_manifest(bundle).files) + 1, console) as advance:
+        exported = export(
+            bundle,
+            repository,
+            called,
+            deployment,
+            version=version,
+            replace_config=replace_config,
+            advance=advance,
+        )
+    said = "wrote" if exported.fresh else "this bundle is there already:"
+    typer.echo(f"{said} {exported.path}")
+    console.print(
+        f"serve it: tritonserver --model-repository {escape(str(repository))} (its Python needs densegeo)",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,179 @@
+"""`densegeo infer --ray` over a cluster on this machine, whose nodes are Ray's own processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tests.support.project import ROOT
+from tests.support.toy_bundle import make_toy_bundle
+
+FORMATS = "npz"
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """Images of noise in two folders, every one another."""
+    for index in range(count):
+        path = folder / f"scene{index % 2}" / f"{index:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 48)).save(path)
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+class Cluster:
+    """Nodes of Ray, each a group of processes. address: of the first, the head."""
+
+    def __init__(self, cpus: int, *others: int) -> None:
+        from ray.cluster_utils import Cluster as Nodes
+
+        head = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        self.nodes = Nodes(initialize_head=True, head_node_args=head)
+        self.workers = [self.add(more) for more in others]
+        self.nodes.wait_for_nodes()
+        self.address: str = self.nodes.address
+
+    def add(self, cpus: int) -> Any:
+        return self.nodes.add_node(num_cpus=cpus, object_store_memory=100 * 2**20)
+
+    def close(self) -> None:
+        self.nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)  # what nodes start, sees this checkout
+        made = Cluster(2)  # one node; two actors
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_bundle(tmp_path_factory.mktemp("ray") / "toy")
+
+
+def infer(*arguments: str | Path, **more: str) -> tuple[int, dict[str, Any], str]:
+    """The exit code, the summary, and what was said."""
+    command = [sys.executable, "-m", "densegeo", "infer", *map(str, arguments), "--format", FORMATS, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=280)
+    return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}, done.stderr
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as found:
+        return dict(found)
+
+
+def require_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys() > {"prediction", "normals"}
+    for key, array in theirs.items():
+        if array.dtype.kind != "U":  # the record, which has times
+            np.testing.assert_array_equal(ours[key], array)
+
+
+@pytest.mark.fleet
+def test_a_tree_as_without_ray(cluster: Cluster, toy: Path, tmp_path: Path) -> None:
+    """The same files with the same numbers; a bad image is a failure; run again, only what is missing is done."""
+    photos = photographs(tmp_path / "photos", 70)
+    (photos / "broken.png").write_bytes(b"no picture")
+    plain, fleet = tmp_path / "plain", tmp_path / "fleet"
+    assert infer(toy, photos, "-o", plain)[0] == 1
+    code, summary, said = infer(toy, photos, "-o", fleet, "--ray", cluster.address)
+    assert code == 1, said
+    assert summary["done"] == 70
+    assert [Path(failure["source"]).name for failure in summary["failed"]] == ["broken.png"]
+    assert summary["warnings"] == []
+    assert tree(fleet) == tree(plain)
+    for name in sorted(tree(plain)):
+        if name.endswith(".npz"):
+            ours, theirs = arrays(fleet / name), arrays(plain / name)
+            require_equal(ours, theirs)
+    records = [json.loads(line) for line in (fleet / "results.jsonl").read_text().splitlines()]
+    assert sorted(record["status"] for record in records) == ["done"] * 70 + ["failed"]
+    (photos / "broken.png").unlink()
+    (fleet / "scene1" / "00001_geometry.json").unlink()
+    photographs(photos, 72)
+    code, summary, said = infer(toy, photos, "-o", fleet, "--ray", cluster.address, "--skip-existing")
+    assert code == 0, said
+    assert (summary["done"], summary["skipped"]) == (3, {"done before": 69})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("into", ["parquet", "webdataset"])
+def test_shards(cluster: Cluster, toy: Path, tmp_path: Path, into: str) -> None:
+    """Every image once, the arrays of a tree; run again, only new ones; other options are refused."""
+    photos, out = photographs(tmp_path / "photos", 40), tmp_path / "out"
+    arguments = (toy, photos, "-o", out, "--ray", cluster.address, "--into", into)
+    code, summary, said = infer(*arguments)
+    assert (code, summary["done"]) == (0, 40), said
+    photographs(photos, 41)
+    code, summary, said = infer(*arguments, "--skip-existing")
+    assert (code, summary["done"], summary["skipped"]) == (0, 1, {"done before": 40}), said
+    found = shard_rows(out, into)
+    assert sorted(found) == sorted(f"scene{index % 2}/{index:05}" for index in range(41))
+    infer(toy, photos, "-o", tmp_path / "plain")
+    name = sorted(found)[7]
+    (tmp_path / "one.npz").write_bytes(found[name])
+    ours, theirs = arrays(tmp_path / "one.npz"), arrays(tmp_path / "plain" / f"{name}_geometry.npz")
+    require_equal(ours, theirs)
+    code, _, said = infer(*arguments, "--skip-existing", "--near", "1", "--far", "9")
+    assert code == 2
+    assert "with other options" in " ".join(said.split())
+
+
+def shard_rows(folder: Path, into: str) -> dict[str, bytes]:
+    """geometry.npz by name, of all shards; no name twice."""
+    rows: list[tuple[str, bytes]] = []
+    if into == "parquet":
+        for path in folder.glob("*.parquet"):
+            table = pyarrow.parquet.read_table(path)
+            assert set(table.column_names) == {"name", "source", "geometry.json", "geometry.npz"}
+            rows += [(row["name"], row["geometry.npz"]) for row in table.to_pylist()]
+    else:
+        for path in folder.glob("*.tar"):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    key, _, ending = member.name.partition(".")
+                    stream = archive.extractfile(member)
+                    assert stream is not None
+                    if ending == "geometry.npz":
+                        rows.append((key, stream.read()))
+    assert len({name for name, _ in rows}) == len(rows)
+    return dict(rows)
+
+
+@pytest.mark.slow
+def test_images_in_storage(cluster: Cluster, toy: Path, tmp_path: Path) -> None:
+    """By a URL, which fsspec opens; here that of files."""
+    photos, out = photographs(tmp_path / "photos", 6), tmp_path / "out"
+    (photos / "notes.txt").write_text("no image")
+    arguments = (toy, f"file://{photos}", "-o", out, "--ray", cluster.address)
+    code, summary, said = infer(*arguments)
+    assert (code, summary["done"]) == (0, 6), said
+    assert {name for name in tree(out) if name.endswith(".npz")} == {
+        f"scene{index % 2}/{index:05}_geometry.npz" for index in range(6)
+    }
+    code, summary, said = infer(*arguments, "--skip-existing")
+    assert (code, summary["done"], summary["skipped"]["done before"]) == (0, 0, 6), said
