@@ -54,7 +54,9 @@ def address(path: str, here: str, source: str, repository: str) -> str:
     """Where a link to `path`, below the repository's root, leads from the site's page `here`."""
     if not (ROOT / path).exists():
         LOG.warning("%s links to %s, which does not exist", source, path)
-    target = CARRIED.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+    target = CARRIED.get(path)
+    if target is None and path.startswith("docs/") and not path.startswith("docs/tools"):
+        target = path.removeprefix("docs/")
     if target is None:
         return f"{repository}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
     return posixpath.relpath(target, posixpath.dirname(here) or ".")

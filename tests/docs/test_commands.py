@@ -127,13 +127,8 @@ def lines(*begins: str) -> list[str]:
 RUN = {
     "photographs": ("densegeo infer BUNDLE photos/", "densegeo infer BUNDLE - ", "densegeo infer BUNDLE --list"),
     "films": ("densegeo infer BUNDLE walk",),
-    "machine": (
-        "densegeo doctor",
-        "densegeo inspect fe2e",
-        "densegeo verify fe2e-tiny",
-        "densegeo bench",
-        "densegeo compare",
-    ),
+    "machine": ("densegeo doctor", "densegeo inspect fe2e", "densegeo verify fe2e-tiny"),
+    "timings": ("densegeo bench", "densegeo compare"),
     "bags": ("densegeo bag",),
     "server": ("densegeo serve fe2e-tiny", "curl"),
     "builds": (
@@ -188,9 +183,13 @@ def test_films(folder: Path) -> None:
 @pytest.mark.thorough
 def test_the_machine(folder: Path) -> None:
     pytest.importorskip("openvino")
-    typed = [line.replace("densegeo bench", "densegeo bench --runs 2") for line in lines(*RUN["machine"])]
-    said = shell(folder, "mkdir -p out", *typed)
-    assert "verified: with openvino" in said
+    assert "verified: with openvino" in shell(folder, *lines(*RUN["machine"]))
+
+
+@pytest.mark.slow
+def test_timings(folder: Path) -> None:
+    typed = [line.replace("densegeo bench", "densegeo bench --runs 2") for line in lines(*RUN["timings"])]
+    shell(folder, "mkdir -p out", *typed)
     assert (folder / "out" / "runs.png").stat().st_size > 1000
 
 

@@ -59,6 +59,21 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(TOOLS / "pages.py"))
 
 
+def test_the_site_leads_links_elsewhere_and_warns_of_those_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("mkdocs")
+    address = runpy.run_path(str(TOOLS / "links.py"))["address"]
+    home = "https://github.com/densegeo/densegeo"
+    assert address("docs/metres.md", "python.md", "docs/python.md", home) == "metres.md"
+    assert address("CONTRIBUTING.md", "extending.md", "docs/extending.md", home) == "contributing.md"
+    assert address("tests/docs", "a.md", "docs/a.md", home) == f"{home}/tree/main/tests/docs"
+    assert address("docs/tools/pages.py", "a.md", "docs/a.md", home) == f"{home}/blob/main/docs/tools/pages.py"
+    assert not caplog.records
+    address("docs/nothing.md", "a.md", "docs/a.md", home)
+    (record,) = caplog.records  # of a logger below mkdocs, whose warnings `--strict` counts
+    assert (record.name, record.levelname) == ("mkdocs.hooks.links", "WARNING")
+    assert record.getMessage() == "docs/a.md links to docs/nothing.md, which does not exist"
+
+
 def test_made_parts_are_what_their_makers_give(tools: dict[str, Any]) -> None:
     pytest.importorskip("torch")  # some commands' options are read off the builders
     for page in tools["PARTS"]:
@@ -113,6 +128,18 @@ def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
     bf16, fp8, authors = (round(found[way]["ms"]) for way in ways)
     said = " ".join((ROOT / "README.md").read_text().split())
     assert f"at 864x576 takes {bf16} ms in bf16 and {fp8} ms in fp8, where the authors' way takes {authors} ms" in said
+
+
+def test_files_for_the_hosting_site_are_read() -> None:
+    yaml = pytest.importorskip("yaml")
+    read = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    assert {"run": ".ci/run"} in read["ci.yml"]["jobs"]["run"]["steps"]
+    for form in (read["bug.yml"], read["idea.yml"]):
+        assert form["name"]
+        assert all(field["attributes"]["label"] for field in form["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert [len(paper["authors"]) for paper in citation["references"]] == [9, 2]
 
 
 def test_the_citation_has_both_papers() -> None:
