@@ -103,7 +103,7 @@ def test_scripts_take_these_options(command: Command) -> None:
         assert option in done.stdout
 
 
-def shell(folder: Path, *lines: str) -> str:
+def shell(folder: Path, *lines: str, timeout: int = 280) -> str:
     """Run lines as they are typed, with this checkout's `densegeo` and fe2e-tiny as BUNDLE; returns what they print."""
     bin_ = folder / "bin"
     bin_.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def shell(folder: Path, *lines: str) -> str:
     starter.chmod(0o755)
     text = "\n".join(re.sub(r"\b(BUNDLE|A|B)\b", "fe2e-tiny", line) for line in lines)
     script = f'set -eo pipefail\nPATH="{bin_}:$PATH"\n{text}\n'
-    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -189,7 +189,7 @@ def test_the_machine(folder: Path) -> None:
 @pytest.mark.slow
 def test_timings(folder: Path) -> None:
     typed = [line.replace("densegeo bench", "densegeo bench --runs 2") for line in lines(*RUN["timings"])]
-    shell(folder, "mkdir -p out", *typed)
+    shell(folder, "mkdir -p out", *typed, timeout=3000)
     assert (folder / "out" / "runs.png").stat().st_size > 1000
 
 
@@ -226,6 +226,6 @@ def test_the_server(folder: Path) -> None:
 @pytest.mark.slow
 def test_builds(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    said = shell(folder, *(line.replace(" DIR ", " photos ") for line in lines(*RUN["builds"])))
+    said = shell(folder, *(line.replace(" DIR ", " photos ") for line in lines(*RUN["builds"])), timeout=3000)
     assert "matmul" in said
     assert (folder / "out" / "two-rewrites-less" / "manifest.json").is_file()
