@@ -106,7 +106,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 constraints: $(STAMP)
 	$(BIN)/uv --no-config pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate $(UPGRADE) \

@@ -134,4 +134,4 @@ def _default(option: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;").strip()
+    return re.sub(r"([|\[\]])", r"\\\1", re.sub(r"\s+", " ", text).replace("<", "&lt;")).strip()

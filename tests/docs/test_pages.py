@@ -74,6 +74,14 @@ def test_the_site_leads_links_elsewhere_and_warns_of_those_to_nothing(caplog: py
     assert record.getMessage() == "docs/a.md links to docs/nothing.md, which does not exist"
 
 
+def test_the_site_is_built_strictly() -> None:
+    """Quietly, MkDocs drops warnings before `--strict` counts them."""
+    (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if "mkdocs build" in line)
+    assert "--strict" in line
+    assert not {"--quiet", "-q"} & set(line.split())
+    assert "\nmake docs\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_made_parts_are_what_their_makers_give(tools: dict[str, Any]) -> None:
     pytest.importorskip("torch")  # some commands' options are read off the builders
     for page in tools["PARTS"]:
