@@ -166,8 +166,14 @@ class Camera:
             raise ConfigError(f"The camera file {file} cannot be used. {error}") from error
 
     def at(self, size: tuple[int, int]) -> Camera:
-        """The camera of the same picture at `size` (width, height). Raises ConfigError when this one's size has
-        another aspect ratio: then the picture was cropped, and only its maker knows where.
+        """The camera of the same picture at another size.
+
+        Args:
+            size: (width, height) in pixels.
+
+        Raises:
+            ConfigError: This camera's size has another aspect ratio: then the picture was cropped, and only its maker
+                knows where.
         """
         wanted = size_of("size", size)
         if self.size is None or self.size == wanted:
@@ -182,7 +188,14 @@ class Camera:
         return self.stretched(wanted)
 
     def stretched(self, size: tuple[int, int]) -> Camera:
-        """The camera of the same picture at `size`, whatever its aspect ratio. Raises ConfigError without a size."""
+        """The camera of the same picture at another size, whatever its aspect ratio.
+
+        Args:
+            size: (width, height) in pixels.
+
+        Raises:
+            ConfigError: This camera has no size.
+        """
         if self.size is None:
             raise ConfigError("Only the camera of an image of known size can be stretched to another.")
         wanted = size_of("size", size)
@@ -197,21 +210,48 @@ class Camera:
         )
 
     def rays(self, size: tuple[int, int]) -> Float:
-        """(H, W, 3) float32 ray of every pixel of an image of `size`, z = 1; NaN where the lens has none in front.
+        """The ray of every pixel, computed once for each camera and size; read-only.
 
-        Computed once for each camera and size; read-only. Raises ConfigError as `at`.
+        Args:
+            size: (width, height) of the image.
+
+        Returns:
+            (H, W, 3) float32 with z = 1; NaN where the lens has none in front.
+
+        Raises:
+            ConfigError: As `at`.
         """
         return _rays(self.at(size))
 
     def rays_at(self, uv: ArrayLike) -> Float64:
-        """(N, 3) rays of pixels uv (N, 2) (column, row) of this camera's own image. Raises ConfigError."""
+        """The rays of some pixels of this camera's own image.
+
+        Args:
+            uv: (N, 2) column and row, pixel centres at integers.
+
+        Returns:
+            (N, 3) float64 with z = 1.
+
+        Raises:
+            ConfigError: For what is no such array.
+        """
         points = _rows("uv", uv, 2)
         x, y = (points[:, 0] - self.cx) / self.fx, (points[:, 1] - self.cy) / self.fy
         x, y = undistort(x, y, self.lens, self.distortion)
         return np.stack([x, y, np.ones_like(x)], axis=-1)
 
     def project(self, points: ArrayLike) -> Float64:
-        """Pixels (N, 2) (column, row) of points (N, 3) in the camera's frame; NaN behind it. Raises ConfigError."""
+        """Where points appear.
+
+        Args:
+            points: (N, 3) in the camera's frame (x right, y down, z forward).
+
+        Returns:
+            (N, 2) float64 column and row; NaN behind the camera.
+
+        Raises:
+            ConfigError: For what is no such array.
+        """
         xyz = _rows("points", points, 3)
         with np.errstate(all="ignore"):
             z = np.where(xyz[:, 2] > 0, xyz[:, 2], np.nan)
