@@ -35,13 +35,14 @@ def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
     return seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "precision", "without"),
     [
         ("fe2e", "fp32", ()),
-        pytest.param("fe2e", "fp32", ("decoder",), marks=pytest.mark.thorough),  # a decoder run for each picture
+        ("fe2e", "fp32", ("decoder",)),  # a decoder run for each picture
         pytest.param("fe2e", "bf16", ("decoder",), marks=pytest.mark.slow),  # minutes where a CPU has no bf16
-        pytest.param("fiffdepth", "fp32", (), marks=pytest.mark.thorough),
+        ("fiffdepth", "fp32", ()),
     ],
 )
 def test_images_of_a_batch_get_what_they_get_alone(
@@ -79,6 +80,7 @@ def test_images_of_a_batch_get_what_they_get_alone(
                 assert np.median(np.abs(batched.normals - single.normals)) <= bound
 
 
+@pytest.mark.thorough
 def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
     bundle = batched_bundle("fe2e")
     images = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(4)]
@@ -102,6 +104,7 @@ def test_bench_reports_batches(batched_bundle: Build, tmp_path: Path) -> None:
     assert work * 1e6 == pytest.approx(flops)  # one picture is decoded, once
 
 
+@pytest.mark.thorough
 def test_a_batch_of_mixed_up_images_fails_verification(batched_bundle: Build) -> None:
     """The check can fail: the stored pictures differ, and so does a batch of them from its mirror image."""
     bundle = batched_bundle("fe2e")

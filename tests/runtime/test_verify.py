@@ -167,6 +167,7 @@ def test_every_size_of_a_batch_is_verified(batched_bundle: Callable[..., Path], 
     assert {check.reference for check in wrong if "batch" in check.reference} == {"stored float32: batch of 2"}
 
 
+@pytest.mark.thorough
 def test_images_changed_over_within_a_batch_are_noticed(
     batched_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
