@@ -6,9 +6,11 @@ must be there: test files, `make` targets, records.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from tables import RESULTS, ROOT, record, table
@@ -20,6 +22,7 @@ else:
 
 FIGURE = re.compile(r"\{(\w+)\.([\w.\- ]+)(?::([^}]+))?\}")
 FIELDS = {"claim", "cpu", "gpu", "tests"}
+LATER = {"thorough", "slow", "ros", "fleet", "gpu"}  # marks of what `make test` leaves out
 
 
 def table_rows() -> dict[str, list[dict[str, Any]]]:
@@ -42,8 +45,31 @@ def require(row: dict[str, Any]) -> None:
     missing += [name for name, _, _ in FIGURE.findall(row["claim"] + said) if not (RESULTS / f"{name}.json").is_file()]
     if missing:
         raise SystemExit(f"docs/verification.toml: there is no {', '.join(missing)}, which {row['claim']!r} names")
+    held = [ROOT / "tests" / path for path in row.get("tests", []) if path.endswith(".py")]
+    if held and "`make test`" in row.get("cpu", "") and not any(map(in_default_tier, held)):
+        raise SystemExit(f"docs/verification.toml: `make test` runs no test that holds {row['claim']!r}")
     if not row.get("tests") and "make " not in said and "benchmarks/" not in said and "not " not in said:
         raise SystemExit(f"docs/verification.toml: nothing holds {row['claim']!r}")
+
+
+def in_default_tier(path: Path) -> bool:
+    """Whether `make test` runs any test of this file; one that holds none itself may be used by others."""
+    tree = ast.parse(path.read_text())
+    marks = [node.value for node in tree.body if isinstance(node, ast.Assign) and _names(node) == {"pytestmark"}]
+    if any(map(_later, marks)):
+        return False
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return not tests or any(not any(map(_later, test.decorator_list)) for test in tests)
+
+
+def _names(node: ast.Assign) -> set[str]:
+    return {target.id for target in node.targets if isinstance(target, ast.Name)}
+
+
+def _later(mark: ast.expr) -> bool:
+    """Whether this is a later tier's mark, or a list with one. (A parameter's own mark is none of its test's.)"""
+    marks = mark.elts if isinstance(mark, ast.List) else [mark]
+    return any(isinstance(one, ast.Attribute) and one.attr in LATER for one in marks)
 
 
 def filled(text: str) -> str:

@@ -100,6 +100,8 @@ def test_a_stale_part_is_noticed(tools: dict[str, Any]) -> None:
     for field, value in (("tests", ["test_nothing.py"]), ("cpu", "`make nothing`"), ("claim", "{nothing.seconds}")):
         with pytest.raises(SystemExit, match="there is no"):
             claims.require({"claim": "x", "cpu": "not shown", field: value})
+    with pytest.raises(SystemExit, match="`make test` runs no test"):
+        claims.require({"claim": "x", "cpu": "`make test`", "tests": ["export/test_normals_alone.py"]})
     with pytest.raises(SystemExit, match="nothing holds"):
         claims.require({"claim": "x", "cpu": "surely"})
     assert claims.filled("{quantization_cpu_zen4.shares.fp8:.1%}") == "99.1 %"
