@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,8 @@ log = logging.getLogger("densegeo.fleet")
 
 TREE = "tree"
 INTO = (TREE, *CONTAINERS)
-BLOCK = 32  # images that an actor is handed at once, and that a shard holds
+BLOCK = 32  # the most images that an actor is handed at once, and that a shard holds
+SHARE = 4  # blocks an actor at least, so that all end at about one time
 TRIES = 4  # of a block whose actor dies, or whose node leaves
 _LOST = f"The process that worked on it died, {TRIES} times with others and {TRIES} times with this one alone."
 
@@ -167,7 +169,10 @@ def _connected(options: RayOptions) -> Iterator[Any]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before the import; of a cluster, each node has its own
     import ray
 
-    own: dict[str, Any] = {"include_dashboard": False} if options.address == "local" else {}
+    own: dict[str, Any] = {}
+    if options.address == "local":  # as many actors as were asked for, also where CPUs are shared among them
+        cpus = max(os.cpu_count() or 1, (options.actors or 0) * options.cpus)
+        own = {"include_dashboard": False, "num_cpus": cpus}
     try:
         ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -175,10 +180,11 @@ def _connected(options: RayOptions) -> Iterator[Any]:
             f"There is no Ray cluster at {options.address}: {error}. Start one with `ray start --head`, or say --ray "
             "local for one on this machine alone."
         ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints which tasks it tries again, until it is shut down
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at_once: int) -> Iterator[Outcome]:
@@ -191,11 +197,12 @@ def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1
+    needs, most = _share(ray.cluster_resources(), job, options)
+    size = max(1, min(at_once, len(todo) // (SHARE * most)))
     blocks = [
         pyarrow.table({"name": [item.name for item in part], "path": [item.path for item in part]})
-        for part in (todo[start : start + at_once] for start in range(0, len(todo), at_once))
+        for part in (todo[start : start + size] for start in range(0, len(todo), size))
     ]
-    needs, most = _share(ray.cluster_resources(), job, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 says that it will name the limit on tries otherwise from 2.64 on
         done = ray.data.from_arrow(blocks).map_batches(

@@ -1,8 +1,8 @@
 """Results of many images in one file: parquet, or WebDataset's tar. Each holds the files that a tree would.
 
 parquet: a row an image, with columns `name`, `source` (its path) and one a file (`geometry.json`, `geometry.npz` ...),
-null where a result has none. webdataset: members NAME.FILE, so that the key is the name, whose dots become underscores,
-and the extension says which file.
+null where a result has none. webdataset: members KEY.FILE, the key being the name, in whose last part dots are written
+as %2E (and % as %25), because a key ends at the first dot.
 
 A shard is named after the images that it was made for, so that whoever makes it again replaces it, and it appears whole
 or not at all.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from densegeo.errors import ResourceError
 from densegeo.files import atomic_write
@@ -73,19 +74,20 @@ def _read_tar(path: Path) -> Iterator[tuple[str, bytes, frozenset[str]]]:
     sidecars: dict[str, bytes] = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            folder, _, last = member.name.rpartition("/")
+            folder, mark, last = member.name.rpartition("/")
             stem, _, file = last.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            files.setdefault(key, set()).add(file)
+            name = folder + mark + unquote(stem)
+            files.setdefault(name, set()).add(file)
             if file == SIDECAR and (stream := archive.extractfile(member)) is not None:
-                sidecars[key] = stream.read()
-    for key, content in sidecars.items():
-        yield key, content, frozenset(files[key])
+                sidecars[name] = stream.read()
+    for name, content in sidecars.items():
+        yield name, content, frozenset(files[name])
 
 
 def key_of(name: str) -> str:
-    """A result's name in a WebDataset: the key ends at the first dot of the last part."""
-    return name.replace(".", "_")
+    """A result's name as the key of a WebDataset."""
+    folder, mark, last = name.rpartition("/")
+    return folder + mark + last.replace("%", "%25").replace(".", "%2E")
 
 
 CONTAINERS = {
@@ -103,7 +105,7 @@ class Shards(Results):
     def __init__(self, folder: Path, maker: Mapping[str, Any], container: Container) -> None:
         super().__init__(folder, maker)
         self._container = container
-        self._held: dict[str, tuple[str, bytes, frozenset[str]]] | None = None  # key -> shard, geometry.json, files
+        self._held: dict[str, tuple[str, bytes, frozenset[str]]] | None = None  # name -> shard, geometry.json, files
 
     def shard(self, items: Sequence[Input]) -> Path:
         """Where the results of these images go together."""
@@ -123,15 +125,15 @@ class Shards(Results):
         return "foreign" if state == "stale" else state
 
     def existing(self, item: Input) -> list[str]:
-        found = self._found().get(key_of(item.name))
+        found = self._found().get(item.name)
         return [] if found is None else [found[0]]
 
     def _sidecar(self, item: Input) -> Any:
-        found = self._found().get(key_of(item.name))
+        found = self._found().get(item.name)
         return None if found is None else json.loads(found[1])
 
     def _complete(self, item: Input) -> bool:
-        _, _, files = self._found()[key_of(item.name)]
+        _, _, files = self._found()[item.name]
         return all(any(file in files for file in RESULTS[name].files) for name in self.maker["formats"])
 
     def _found(self) -> dict[str, tuple[str, bytes, frozenset[str]]]:
@@ -141,7 +143,7 @@ class Shards(Results):
             for path in sorted(self.folder.glob(f"[!.]*.{self._container.suffix}")):
                 try:
                     for name, sidecar, files in self._container.read(path):
-                        self._held[key_of(name)] = path.name, sidecar, files
+                        self._held[name] = path.name, sidecar, files
                 except (OSError, ValueError, KeyError, tarfile.TarError) as error:
                     raise ResourceError(f"{path} is no shard of results, or damaged: {error}. Remove it.") from error
         return self._held

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from densegeo.fleet.ray_inference import TRIES
 from tests.support.project import ROOT
 from tests.support.toy_bundle import make_toy_bundle
 
 FORMATS = "npz"
+GROWTH = 64 * 2**20  # bytes that a process may grow by
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -141,6 +146,82 @@ def test_shards(cluster: Cluster, toy: Path, tmp_path: Path, into: str) -> None:
     code, _, said = infer(*arguments, "--skip-existing", "--near", "1", "--far", "9")
     assert code == 2
     assert "with other options" in " ".join(said.split())
+
+
+@pytest.mark.slow
+def test_a_picture_that_kills_processes_fails_alone(toy: Path, tmp_path: Path) -> None:
+    """All others are done, also those of its block."""
+    photos, log = photographs(tmp_path / "photos", 64), tmp_path / "killed"
+    (photos / "scene0" / "00010.png").rename(photos / "scene0" / "poison.png")
+    faulty = os.pathsep.join([str(Path(__file__).with_name("poison")), str(ROOT)])
+    arguments = (toy, photos, "-o", tmp_path / "out", "--ray", "local", "--actors", "2")
+    code, summary, said = infer(*arguments, PYTHONPATH=faulty, DENSEGEO_KILLED=str(log))
+    assert code == 1, said
+    assert summary["done"] == 63
+    assert [Path(failure["source"]).name for failure in summary["failed"]] == ["poison.png"]
+    assert "died" in summary["failed"][0]["error"]
+    assert len(set(log.read_text().split())) == 2 * TRIES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_actors_and_a_node_go(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand images over four actors: two are killed, a node leaves, and every result is there once;
+    no process grows with the images.
+    """
+    count = 2000
+    photos, out = photographs(tmp_path / "photos", count), tmp_path / "out"
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(0, 2, 1, 1)
+    try:
+        command = [sys.executable, "-m", "densegeo", "infer", str(toy), str(photos), "-o", str(out), "--json"]
+        command += ["--format", FORMATS, "--ray", cluster.address, "--actors", "4"]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        driver, sizes, killed = psutil.Process(run.pid), [], []
+        events = {count // 4: "kill", count // 2: "kill", 5 * count // 8: "leave"}
+        while run.poll() is None:
+            journal = out / "results.jsonl"
+            done = len(journal.read_text().splitlines()) if journal.exists() else 0
+            with contextlib.suppress(psutil.Error):
+                largest = max((process.memory_info().rss for process in actors()), default=0)
+                sizes.append((done, driver.memory_info().rss, largest))
+            if events and done >= min(events):
+                if events.pop(min(events)) == "kill":
+                    killed.append(kill_an_actor())
+                else:
+                    cluster.nodes.remove_node(cluster.workers[-1], allow_graceful=False)
+            time.sleep(0.3)
+        text, said = run.communicate()
+    finally:
+        cluster.close()
+    assert run.returncode == 0, said
+    assert not events, "it was done before everything had happened"
+    assert len(set(killed)) == 2
+    summary = json.loads(text)
+    assert (summary["done"], summary["failed"]) == (count, [])
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == sorted(f"scene{index % 2}/{index:05}" for index in range(count))
+    assert sum(name.endswith("_geometry.npz") for name in tree(out)) == count
+    print(f"{summary['seconds']:.1f} s")
+    for name, column in (("driver", 1), ("largest actor", 2)):
+        early = max(row[column] for row in sizes if count // 8 <= row[0] <= count // 4)
+        late = max(row[column] for row in sizes if row[0] >= 7 * count // 8)
+        print(f"{name}: {early / 2**20:.0f} MiB early, {late / 2**20:.0f} late")
+        assert late - early < GROWTH
+
+
+def kill_an_actor() -> int:
+    """The first; its process."""
+    killed = actors()[0]
+    killed.kill()
+    return int(killed.pid)
+
+
+def actors() -> list[psutil.Process]:
+    """Ray names their processes after what they run."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if "MapWorker" in " ".join(process.info["cmdline"] or ())]
 
 
 def shard_rows(folder: Path, into: str) -> dict[str, bytes]:

@@ -1,0 +1,141 @@
+"""What `infer --ray` decides before a cluster is asked: options, shares, shards, and URLs of storage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from typer.testing import CliRunner
+
+from densegeo import remote
+from densegeo.cli import app
+from densegeo.errors import ConfigError, ImageError, ResourceError
+from densegeo.fleet.ray_inference import Job, RayOptions, _for_actor, _share, results_of
+from densegeo.fleet.shards import CONTAINERS, Shards
+from densegeo.inference import Making
+from densegeo.inputs import Input, find_inputs, is_stream
+
+MAKER = {"bundle": {"sha256": "b"}, "options": {"fit": "stretch"}, "formats": ["npz"]}
+
+
+def job(device: str = "auto", threads: int | None = None) -> Job:
+    estimator = {"device": device, "threads": threads}
+    return Job(Path("bundle"), estimator, Making(("npz",)), Path("out"), MAKER, "tree", 3, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "options", "needs", "most"),
+    [
+        ({"CPU": 16.0, "GPU": 4.0}, "auto", RayOptions("x"), {"num_cpus": 1, "num_gpus": 1}, 4),
+        ({"CPU": 16.0, "GPU": 4.0}, "cuda", RayOptions("x", 2, 3), {"num_cpus": 3, "num_gpus": 1}, 2),
+        ({"CPU": 16.0, "GPU": 4.0}, "cpu", RayOptions("x", None, 3), {"num_cpus": 3}, 5),
+        ({"CPU": 2.0}, "auto", RayOptions("x"), {"num_cpus": 1}, 2),
+    ],
+)
+def test_what_an_actor_takes(
+    there: dict[str, float], device: str, options: RayOptions, needs: dict[str, Any], most: int
+) -> None:
+    assert _share(there, job(device), options) == (needs, most)
+
+
+def test_clusters_on_which_nothing_fits() -> None:
+    with pytest.raises(ConfigError, match="has no GPU"):
+        _share({"CPU": 8.0}, job("cuda"), RayOptions("x"))
+    with pytest.raises(ConfigError, match="No actor with 4 CPUs fits: the cluster has 2"):
+        _share({"CPU": 2.0}, job(), RayOptions("x", cpus=4))
+
+
+def test_an_actor_sees_its_own_gpu_alone_and_uses_its_share_of_cpus() -> None:
+    assert _for_actor(job("cuda:3"), {"num_cpus": 1, "num_gpus": 1}).estimator == {"device": "cuda", "threads": None}
+    assert _for_actor(job("auto"), {"num_cpus": 3}).estimator == {"device": "auto", "threads": 3}
+    assert _for_actor(job("cpu", 2), {"num_cpus": 3}).estimator == {"device": "cpu", "threads": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--actors", "2"), "goes with --ray"),
+        (("--into", "parquet"), "goes with --ray"),
+        (("--ray", "local", "--into", "zip"), "There is no 'zip'; choose tree, parquet, webdataset"),
+        (("--ray", "local", "--into", "parquet", "--overwrite"), "choose another folder"),
+        (("--ray", "local", "rtsp://camera/stream"), "run films and cameras without it"),
+    ],
+)
+def test_wrong_options(toy_bundle: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    command = ["infer", str(toy_bundle), str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), *options]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def sample(name: str, **changed: Any) -> dict[str, bytes]:
+    source = {"path": f"/photos/{name}.png", "bytes": 1, "modified_ns": 1, "sha256": "0", **MAKER} | changed
+    return {"geometry.json": json.dumps({"source": source}).encode(), "geometry.npz": name.encode()}
+
+
+@pytest.mark.parametrize("into", CONTAINERS)
+def test_shards_tell_what_they_hold(into: str, tmp_path: Path) -> None:
+    pictures = [tmp_path / f"{name}.png" for name in ("one", "two.v2", "three")]
+    items = []
+    for picture in pictures:
+        picture.write_bytes(b"pixels")
+        items.append(Input(str(picture), f"scene/{picture.stem}"))
+    items.append(Input(str(pictures[1]), "scene/two%2Ev2"))  # another name, that of a key
+    out, facts = tmp_path / "out", pictures[0].stat()
+    maker = {"path": str(pictures[0]), "bytes": 6, "modified_ns": facts.st_mtime_ns}
+    shards = results_of(out, MAKER, into)
+    assert isinstance(shards, Shards)
+    assert [shards.state(item) for item in items] == ["absent"] * 4
+    two = {"path": str(pictures[1]), "bytes": 6, "modified_ns": pictures[1].stat().st_mtime_ns}
+    samples = {
+        items[0].name: sample("one", **maker),
+        items[1].name: sample("two.v2", **two, options={"fit": "pad"}),
+    }
+    name = shards.write(items, samples)
+    again = results_of(out, MAKER, into)
+    assert [again.state(item) for item in items] == ["whole", "foreign", "absent", "absent"]
+    assert again.existing(items[0]) == [name]
+    assert sorted(path.name for path in out.iterdir()) == [name]
+    shards.write(items, samples)  # another try
+    assert sorted(path.name for path in out.iterdir()) == [name]
+    pictures[0].write_bytes(b"others")  # replaced in a shard, it would be there twice
+    assert results_of(out, MAKER, into).state(items[0]) == "foreign"
+    (out / name).write_bytes(b"damaged")
+    with pytest.raises(ResourceError, match="no shard of results, or damaged"):
+        results_of(out, MAKER, into).state(items[0])
+
+
+def test_storage_and_streams_are_told_apart() -> None:
+    for url in ("s3://bucket/a.png", "gs://b/c", "memory://x", "file:///tmp/a.png"):
+        assert remote.is_remote(url)
+        assert not is_stream(url)
+    for url in ("rtsp://camera/1", "http://camera/video", "HTTPS://x/film.mp4"):
+        assert not remote.is_remote(url)
+        assert is_stream(url)
+    for path in ("a.png", "/photos/a://b.png", "C:\\a.png"):
+        assert not remote.is_remote(path)
+
+
+def test_images_are_found_in_storage() -> None:
+    storage = fsspec.filesystem("memory")
+    for name in ("/photos/s1/a.png", "/photos/s1/a.jpg", "/photos/s2/b.jpeg", "/photos/notes.txt", "/photos/walk.mp4"):
+        storage.pipe_file(name, b"x")
+    found = find_inputs(["memory://photos"], Path("out"))
+    assert [(item.path, item.name, item.film) for item in found.inputs] == [
+        ("memory:///photos/s1/a.jpg", "s1/a.jpg", False),
+        ("memory:///photos/s1/a.png", "s1/a.png", False),
+        ("memory:///photos/s2/b.jpeg", "s2/b", False),
+    ]
+    assert found.skipped.total() == 2
+    (single,) = find_inputs(["memory://photos/s2/b.jpeg"], Path("out")).inputs
+    assert (single.path, single.name) == ("memory:///photos/s2/b.jpeg", "b")
+    (listed,) = find_inputs([], Path("out"), ["memory://photos/gone.png"]).inputs
+    assert listed.name == "gone"  # its reading fails by itself
+    for url in ("memory://nothing", "nosuch://bucket/a"):
+        with pytest.raises(ImageError, match=r"matches no image|cannot be opened"):
+            find_inputs([url], Path("out"))
