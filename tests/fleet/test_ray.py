@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -146,6 +147,32 @@ def test_shards(cluster: Cluster, toy: Path, tmp_path: Path, into: str) -> None:
     code, _, said = infer(*arguments, "--skip-existing", "--near", "1", "--far", "9")
     assert code == 2
     assert "with other options" in " ".join(said.split())
+
+
+@pytest.mark.slow
+def test_terminated_and_gone_on_with(cluster: Cluster, toy: Path, tmp_path: Path) -> None:
+    """SIGTERM ends it with 143; run again it does what is left, and nothing is there twice."""
+    photos, out = photographs(tmp_path / "photos", 400), tmp_path / "out"
+    arguments = [str(toy), str(photos), "-o", str(out), "--ray", cluster.address]
+    command = [sys.executable, "-m", "densegeo", "infer", *arguments, "--json", "--format", FORMATS]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    journal = out / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or len(journal.read_text().splitlines()) < 40:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 143
+    first = json.loads(text)
+    assert first["stopped_by"] == "SIGTERM"
+    assert 40 <= first["done"] < 400
+    code, second, said = infer(*arguments, "--skip-existing")
+    assert code == 0, said
+    assert second["skipped"]["done before"] >= first["done"]
+    assert second["done"] + second["skipped"]["done before"] == 400
+    assert sum(name.endswith("_geometry.npz") for name in tree(out)) == 400
 
 
 @pytest.mark.slow
