@@ -19,7 +19,7 @@ from densegeo.benchmarks.timing import flops
 from densegeo.models import chain, fe2e, precision, rewrites
 from densegeo.models.chain import relative
 from densegeo.models.layers import Attention
-from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE
@@ -158,11 +158,11 @@ def fused_network(pipeline: Pipeline, size: Size, device: str, captured: bool) -
 @torch.inference_mode()
 def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
     """Quantize all linears of the blocks in place, and attentions; ranges by one picture: for speed, not accuracy."""
-    transformer, plans = pipeline.denoiser, dict[str, LinearPlan | AttentionPlan]()
+    transformer, plans = pipeline.denoiser, dict[str, LayerPlan | AttentionPlan]()
 
     def note(name: str, kind: type[nn.Module], given: tuple[Tensor, ...]) -> None:
         peaks = [float(x.abs().max()) for x in given[:3]]
-        plans[name] = AttentionPlan(*peaks) if kind is Attention else LinearPlan(peaks[0])
+        plans[name] = AttentionPlan(*peaks) if kind is Attention else LayerPlan(peaks[0])
 
     wanted = (nn.Linear, Attention) if attention else (nn.Linear,)
     handles = [

@@ -1,9 +1,11 @@
 """What 8 bits cost: `python benchmarks/quantization.py` calibrates fe2e-tiny and scores every precision side by side.
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
-float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, and for contrast
-naive fp8, which quantizes all linears, first and last layers included, over the whole range seen. 8-bit graphs run on
-ONNX Runtime, their floats in float32; the fp8 bundle as a GPU gets it, its floats in bf16, runs emulated in torch.
+float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, int8 with the
+convolutions of encoder and decoder too, and for contrast naive fp8, which quantizes all linears, first and last layers
+included, over the whole range seen. 8-bit graphs run on ONNX Runtime, with convolutions on OpenVINO, their floats in
+float32; int8 with weights of 7 bits too. Bundles as a GPU gets them, their floats in bf16, run emulated in torch, where
+the processor has bf16: on others a view takes half a minute, and these rows are left out.
 """
 
 from __future__ import annotations
@@ -13,21 +15,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
+from rich.table import Table
 
-from densegeo.benchmarks.accuracy import Options, Row, measure, score_table
+from densegeo.benchmarks.accuracy import Prediction, Predictor, Row, evaluate, score_table
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import SIZE, VIEWS, synthetic_split
-from densegeo.benchmarks.layouts import Split
+from densegeo.benchmarks.layouts import Sample, Split
 from densegeo.benchmarks.metrics import angles
 from densegeo.calibration.command import calibrate
 from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
 from densegeo.export.build import build_bundle
+from densegeo.export.machine import facts
 from densegeo.export.options import BuildOptions
+from densegeo.precision import PRECISIONS
 from densegeo.runtime import Estimator
 from densegeo.training.render import view
 
@@ -40,6 +47,10 @@ BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp8-bf16": ("fp8", "", "planned", "torch"),
     "fp8-attention": ("fp8", "fp32", "attention", "onnxruntime"),
     "int8": ("int8", "fp32", "planned", "onnxruntime"),
+    "int8-convolutions": ("int8", "fp32", "convolutions", "openvino"),
+    "int8-convolutions-7": ("int8", "fp32", "7-bit", "openvino"),
+    "int8-convolutions-torch": ("int8", "fp32", "convolutions", "torch"),
+    "int8-convolutions-bf16": ("int8", "", "convolutions", "torch"),
     "fp8-naive": ("fp8", "fp32", "naive", "onnxruntime"),
 }
 
@@ -61,6 +72,8 @@ def plan(
     method: str = "mse",
     *,
     attention: bool = False,
+    convolutions: bool = False,
+    weight_bits: int = 8,
     everything: bool = False,
 ) -> None:
     calibrate(
@@ -73,48 +86,54 @@ def plan(
         max_depth_error=None,
         max_normal_error=None,
         attention=attention,
+        convolutions=convolutions,
+        weight_bits=weight_bits,
         everything=everything,
         backend="onnxruntime",
+        base="fp32",  # the plan's own figures are of what is 8-bit alone
         device="cpu",
         stream=False,
     )
 
 
 def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
-    machine = environment(("torch", "numpy", "onnxruntime", "onnx"))
+    machine = environment(("torch", "numpy", "onnxruntime", "onnx", "openvino"))
     images = folder / "images"
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
     for kind in ("fp8", "int8"):
         plan(float_bundle, images, folder / "planned", kind)
     plan(float_bundle, images, folder / "attention", "fp8", attention=True)
+    for name, bits in (("convolutions", 8), ("7-bit", 7)):
+        plan(float_bundle, images, folder / name, "int8", convolutions=True, weight_bits=bits)
     plan(float_bundle, images, folder / "naive", "fp8", "max", everything=True)
-    split, rows, shares, places = synthetic_split(views), [], {}, {}
-    console = Console()
+    split, shares, places = synthetic_split(views), dict[str, dict[str, float]](), {}
+    console = Console(width=180)
+    left_out = [name for name in BUNDLES if needs_bf16(name) and not facts().cpu_bf16]
+    console.print(f"left out, because this processor has no bf16: {', '.join(left_out) or 'none'}")
     for name, (precision, base, calibration, backend) in BUNDLES.items():
+        if name in left_out:
+            continue
         options = BuildOptions(
             model=MODEL,
             output=folder / name,
             precision=precision,
             base=base,
             calibration=folder / calibration if calibration else None,
+            backend=backend,
         )
+        console.print(f"building {name}")
         places[name] = build_bundle(options), backend
-        row = measure([places[name][0]], split, Options(backend, "cpu"), console)[-1]
-        rows.append(msgspec.structs.replace(row, predictor=name))
         if calibration:
             planned = load_plan(folder / calibration, precision)
-            shares[name] = planned.parameters / planned.linear_parameters
-    Console(width=180).print(score_table(split, rows))
-    moves = moved(places, split)
+            shares[name] = {
+                "linears": planned.parameters / planned.linear_parameters,
+                "convolutions": planned.convolution_share,
+            }
+    rows, moves = scored(places, split, console)
+    console.print(score_table(split, rows))
     changes = {row.predictor: change(row, rows[0]) | moves[row.predictor] for row in rows[1:]}
-    for name, found in changes.items():
-        share = f", {shares[name]:.1%} of the linears' parameters in 8 bits" if name in shares else ""
-        console.print(
-            f"{name}: AbsRel {found['abs_rel']:+.2%}, normals' error {found['normals']:+.3f}°, normals moved by "
-            f"{found['moved']:.2f}° in the mean, {found['moved_worst']:.2f}° in the worst view{share}",
-            soft_wrap=True,
-        )
+    console.print(change_table(changes, shares))
     if json_file is not None:
         report = {
             "benchmark": "quantization",
@@ -123,27 +142,63 @@ def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
             "rows": msgspec.to_builtins(rows),
             "changes": changes,
             "shares": shares,
+            "left_out": left_out,
             **machine,
         }
         write_json(json_file, report)
 
 
-def moved(places: dict[str, tuple[Path, str]], split: Split) -> dict[str, dict[str, float]]:
-    """Degrees between each bundle's normals and the first one's: the mean over all views, and over the worst view.
+def needs_bf16(name: str) -> bool:
+    """Whether a bundle's floats are bf16."""
+    precision, base, _, _ = BUNDLES[name]
+    return (base or PRECISIONS[precision].base) == "bf16"
+
+
+def change_table(changes: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> Table:
+    """One line a precision: how much is in 8 bits, and what that changes."""
+    table = Table("", "8-bit linears", "8-bit convolutions", "AbsRel", "normals' error", "normals moved", "worst view")
+    for name, found in changes.items():
+        amounts = (f"{share:.1%}" if share else "" for share in shares.get(name, {"": 0.0, " ": 0.0}).values())
+        degrees = (f"{found['normals']:+.3f}°", f"{found['moved']:.2f}°", f"{found['moved_worst']:.2f}°")
+        table.add_row(name, *amounts, f"{found['abs_rel']:+.2%}", *degrees)
+    return table
+
+
+def scored(
+    places: dict[str, tuple[Path, str]], split: Split, console: Console
+) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """A row for each bundle, and of each the degrees between its normals and the first one's: the mean over all views,
+    and over the worst view.
 
     places: name -> the bundle, and what runs it.
     """
     estimators = {name: Estimator(bundle, backend, "cpu") for name, (bundle, backend) in places.items()}
-    found: dict[str, list[float]] = {name: [] for name in places}
-    for sample in split.samples():
-        made = {name: estimator(sample.rgb).normals for name, estimator in estimators.items()}
-        exact, *_ = made.values()
-        for name, normals in made.items():
-            assert normals is not None and exact is not None  # noqa: PT018
-            found[name].append(float(angles(normals, exact).mean()))
-    for estimator in estimators.values():
+    angles_of: dict[str, list[float]] = {name: [] for name in places}
+    exact: list[NDArray[np.float32]] = []  # normals of the first bundle for the last view
+
+    def predictor(name: str) -> Predictor:
+        def predict(sample: Sample) -> Prediction:
+            geometry = estimators[name](sample.rgb)
+            assert geometry.normals is not None
+            if name == next(iter(places)):
+                exact[:] = [geometry.normals]
+            angles_of[name].append(float(angles(geometry.normals, exact[0]).mean()))
+            return Prediction(geometry.prediction, geometry.depth_kind, geometry.normals)
+
+        return predict
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("views", total=split.count)
+        rows = evaluate(split, [(name, predictor(name)) for name in places], lambda: progress.advance(task))
+    kept = []
+    for row, estimator in zip(rows, estimators.values(), strict=True):
+        manifest = estimator.manifest
+        facts = {"model": manifest.model, "precision": manifest.precision, "rewrites": manifest.rewrites}
+        kept.append(msgspec.structs.replace(row, backend=estimator.backend, device=estimator.device, **facts))
         estimator.close()
-    return {name: {"moved": statistics.mean(views), "moved_worst": max(views)} for name, views in found.items()}
+    return kept, {
+        name: {"moved": statistics.mean(views), "moved_worst": max(views)} for name, views in angles_of.items()
+    }
 
 
 def change(row: Row, exact: Row) -> dict[str, Any]:

@@ -69,16 +69,18 @@ def collect(
     *,
     smooth: float,
     attention: bool,
+    convolutions: bool,
     console: Console,
 ) -> Statistics:
     """Statistics of a bundle's linears, in the file `path`.
 
     form: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with it
-    the images are run twice. attention: of its attentions too. Raises QuantizationError for statistics of another
-    bundle or exponent, or without attentions, in `path`, too many unreadable images, and NaN, naming the layer.
+    the images are run twice. attention, convolutions: of its attentions, and of its convolutions in all networks, too.
+    Raises QuantizationError for statistics of another bundle or exponent, or without those, in `path`, too many
+    unreadable images, and NaN, naming the layer.
     """
     identity = Identity.of(manifest)
-    statistics = Statistics(identity, smooth, attention=attention)
+    statistics = Statistics(identity, smooth, attention=attention, convolutions=convolutions)
     if path.exists():
         statistics = Statistics.load(path)
         check_identity(statistics.identity, identity, path)
@@ -86,9 +88,13 @@ def collect(
             raise QuantizationError(
                 f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
             )
-        if attention and not statistics.attention:
-            raise QuantizationError(f"{path} was made without --attention. Give another --output.")
-    inputs.attention = statistics.attention
+        for wanted, there, flag in (
+            (attention, statistics.attention, "--attention"),
+            (convolutions, statistics.convolutions, "--convolutions"),
+        ):
+            if wanted and not there:
+                raise QuantizationError(f"{path} was made without {flag}. Give another --output.")
+    inputs.attention, inputs.convolutions = statistics.attention, statistics.convolutions
 
     def run(done: list[str], observers: Sequence[Observe], what: str) -> None:
         for index, image in enumerate(track(list(images), description=what, console=console)):

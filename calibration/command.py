@@ -32,11 +32,12 @@ from densegeo.calibration.plan import (
 )
 from densegeo.calibration.resume import Measured
 from densegeo.calibration.statistics import FILE, Statistics
+from densegeo.calibration.work import multiply_adds
 from densegeo.errors import ConfigError, ImageError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
 from densegeo.models.layers import Attention
-from densegeo.models.quantized import AttentionPlan
+from densegeo.models.quantized import AttentionPlan, convolution_fits
 from densegeo.models.rewrites import Pipeline
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
@@ -46,6 +47,7 @@ from densegeo.runtime.ready import beside
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 JUDGED = 4  # images on which errors are measured
 _ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
+_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.convolutions)
 
 
 def calibrate(
@@ -80,8 +82,23 @@ def calibrate(
         bool,
         typer.Option("--attention", help=f"Plan the two products of each attention too ({_ATTENTION})."),
     ] = False,
+    convolutions: Annotated[
+        bool,
+        typer.Option(
+            "--convolutions", help=f"Plan the convolutions of all networks too, autoencoder first ({_CONVOLUTIONS})."
+        ),
+    ] = False,
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            min=7,
+            max=8,
+            help="Of int8 weights; with 7 their products fit into the 16-bit sums of x86 processors without VNNI, on "
+            "which OpenVINO would otherwise run them in float32.",
+        ),
+    ] = 8,
     everything: Annotated[
-        bool, typer.Option("--everything", help="Plan the first and last linears too, for comparison.")
+        bool, typer.Option("--everything", help="Plan first, last and thin layers too, for comparison.")
     ] = False,
     backend: Annotated[str, typer.Option(help=f"What runs the bundle: {_SEEN}.")] = "onnxruntime",
     base: Annotated[
@@ -99,8 +116,9 @@ def calibrate(
 ) -> None:
     """Find out which layers can be 8-bit: statistics over images, errors of each alone, and a plan.
 
-    Without a budget every linear of the blocks is planned, and with --attention every attention. Run it again to go on
-    after an interruption, or to make another format's plan from the same statistics.
+    Without a budget every linear of the blocks is planned, with --attention every attention, and with --convolutions
+    every convolution but the first and last ones, shortcuts and thin ones. Run it again to go on after an interruption,
+    or to make another format's plan from the same statistics.
     """
     if kind not in CALIBRATED:
         raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
@@ -110,6 +128,12 @@ def calibrate(
         raise ConfigError(
             f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
         )
+    if convolutions and not PRECISIONS[kind].convolutions:
+        raise ConfigError(
+            f"--convolutions is for {_CONVOLUTIONS}: no kernel of {kind} is known that is faster than floating point's"
+        )
+    if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
+        raise ConfigError(f"--weight-bits is for whole numbers, not for {kind}")
     if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     if base and base not in PRECISIONS[kind].bases:
@@ -138,6 +162,7 @@ def calibrate(
         folder / FILE,
         smooth=smooth,
         attention=attention,
+        convolutions=convolutions,
         console=console,
     )
     pictures = [] if stream else _pictures(found, manifest)
@@ -150,6 +175,8 @@ def calibrate(
         method,
         budget,
         attention=attention,
+        convolutions=convolutions,
+        weight_bits=weight_bits,
         everything=everything,
         console=console,
         base=base or PRECISIONS[kind].base,
@@ -188,6 +215,8 @@ def make_plan(
     budget: Budget,
     *,
     attention: bool,
+    convolutions: bool,
+    weight_bits: int,
     everything: bool,
     console: Console,
     base: str,
@@ -196,17 +225,23 @@ def make_plan(
     """Ranges, the error of each layer quantized alone, and what the budget allows.
 
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
-    attention: plan attentions too. everything: and the first and last linears. base: what the rest will be built in.
-    measured: the file that keeps errors as they are measured. Raises ConfigError for a budget without
-    pictures.
+    attention, convolutions: plan those too. weight_bits: 8, or 7 of int8. everything: and first, last and thin layers.
+    base: what the rest will be built in. measured: the file that keeps errors as they are measured. Raises ConfigError
+    for a budget without pictures.
     """
-    modules = dict(pipeline.denoiser.named_modules())
-    linears = {name: layer for name, layer in modules.items() if isinstance(layer, nn.Linear)}
-    attentions = [name for name, layer in modules.items() if attention and isinstance(layer, Attention)]
-    wanted = {*linears, *(f"{name}.{part}" for name in attentions for part in PARTS)}
-    ranges, left = input_ranges(
-        statistics, wanted, kind, method, (lambda name: True) if everything else pipeline.denoiser.quantizable
-    )
+    first = manifest.buckets[0]
+    pipeline.denoiser.resize(first.size)
+    linears, pictured = pipeline.layers(nn.Linear), pipeline.layers(nn.Conv2d) if convolutions else {}
+    attentions = [*pipeline.layers(Attention)] if attention else []
+    wanted = {*linears, *pictured, *(f"{name}.{part}" for name in attentions for part in PARTS)}
+
+    def fits(name: str) -> bool:
+        if name in pictured:
+            return everything or convolution_fits(name, pictured[name])
+        return everything or pipeline.denoiser.quantizable(name)
+
+    ranges, left = input_ranges(statistics, wanted, kind, method, fits)
+    work = multiply_adds(pipeline, first.size)
     plan = QuantizationPlan(
         format=kind,
         method=method,
@@ -225,23 +260,24 @@ def make_plan(
         parameters=sum(linears[name].weight.numel() for name in ranges if name in linears),
         linear_parameters=sum(layer.weight.numel() for layer in linears.values()),
         base=base,
+        convolutions={name: limit for name, limit in ranges.items() if name in pictured},
+        weight_bits=weight_bits,
+        operations={name: work[name] for name in pictured},
     )
     if not pictures:
         if budget != Budget():
             raise ConfigError("a budget needs errors, which --stream does not measure")
         return plan
-    first = manifest.buckets[0]
-    pipeline.denoiser.resize(first.size)
-    judge = Judge(pipeline, pictures, kind, plan.layers(statistics))
-    work = {name: linears[name].weight.numel() for name in plan.ranges}
-    work |= {name: statistics.products(name) for name in plan.attentions}
+    judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics))
+    names = [*plan.ranges, *plan.attentions, *plan.convolutions]
+    sizes = {name: linears[name].weight.numel() for name in plan.ranges}
     known = Measured(measured, plan, pictures)
     sensitivity = [
-        known.rows.get(name) or known.keep(Sensitivity(name, count, judge.error([name])))
-        for name, count in track(work.items(), description="one layer at a time", console=console)
+        known.rows.get(name) or known.keep(Sensitivity(name, work[name], judge.error([name]), sizes.get(name, 0)))
+        for name in track(names, description="one layer at a time", console=console)
     ]
     alone = judge.base_error(base)
-    error = judge.error(list(work)) + alone
+    error = judge.error(names) + alone
     plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=alone)
     if budget.share(error) > 1:
         chosen, error = within_budget(sensitivity, budget, lambda names: judge.error(names) + alone)
@@ -273,7 +309,7 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
     table.add_column("layer", no_wrap=True)
     rows = sorted(plan.sensitivity, key=lambda row: -row.error.first)
     kinds = [kind for kind in ("depth", "normals") if rows and getattr(rows[0].error, kind) is not None]
-    for name in ("MACs a token", *(column for kind in kinds for column in (kind, ""))):
+    for name in ("MACs an image", *(column for kind in kinds for column in (kind, ""))):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
     worst = {kind: max(getattr(row.error, kind) for row in rows) or 1.0 for kind in kinds}

@@ -26,10 +26,14 @@ class Histogram:
         self.counts = np.zeros(BINS, np.int64) if counts is None else counts
         self.limit, self.peak = limit, peak
 
-    def add(self, values: Array) -> None:
-        """Count an array's magnitudes. Raises QuantizationError for what is not finite."""
-        sizes = np.abs(np.asarray(values, dtype=np.float32)).ravel()
-        peak = float(sizes.max(initial=0.0))
+    def add(self, values: Array, every: int = 1) -> None:
+        """Count an array's magnitudes, those of one row in `every`; the largest one is that of all.
+
+        Raises QuantizationError for what is not finite.
+        """
+        given = np.asarray(values, dtype=np.float32)
+        peak = max(float(given.max(initial=0.0)), -float(given.min(initial=0.0)))
+        sizes = np.abs(given[::every]).ravel()
         if not np.isfinite(peak):
             raise QuantizationError("NaN or infinity")
         self.peak = max(self.peak, peak)

@@ -1,4 +1,5 @@
-"""What enters a network's linears and attentions for one picture: through ONNX Runtime from the graphs, or torch.
+"""What enters networks' linears, attentions and convolutions for one picture: through ONNX Runtime from the graphs, or
+torch.
 
 An attention's queries, keys and values are three inputs, "NAME.q", "NAME.k" and "NAME.v".
 """
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 
 from densegeo.backends import backend_row
 from densegeo.errors import BackendError
+from densegeo.models import chain
 from densegeo.models.layers import Attention
 from densegeo.models.quantized import AttentionPlan
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.vae import Downsample
 from densegeo.runtime.backends import open_backend
-from densegeo.runtime.bundle import Bucket, Manifest
+from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
+from densegeo.runtime.chain import Chain
 
 Float32 = NDArray[np.float32]
 GROUP_BYTES = 1 << 30  # inputs that are in memory at a time
+PIECE = 1 << 24  # numbers of a picture that are counted at a time
 PARTS = AttentionPlan._fields  # "q", "k", "v"
 See = Callable[[str, Float32], None]  # takes a name and an input (rows, features)
 
@@ -33,21 +38,24 @@ _ROW = backend_row("onnxruntime")
 
 
 class LayerInputs(Protocol):
-    """Runs encoder and denoiser on rgb (1, 3, H, W) and shows what enters the denoiser's linears, as it comes.
+    """Runs a bundle's networks on rgb (1, 3, H, W) and shows what enters the denoiser's linears, as it comes.
 
-    attention: and its attentions. What `see` raises ends the run.
+    attention: and its attentions. convolutions: and all convolutions of all networks, a pixel a row, a large picture in
+    several pieces. What `see` raises ends the run.
     """
 
     attention: bool
+    convolutions: bool
 
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None: ...
 
 
 class Watched(NamedTuple):
-    """A layer's input and what the graph calls it."""
+    """A layer's input, what the graph calls it, and whether it is a picture (N, K, H, W)."""
 
     layer: str
     value: str
+    picture: bool
     bytes: int
 
 
@@ -60,23 +68,34 @@ class OnnxInputs:
                 f"{_ROW.title}'s CPU provider has no {manifest.base}. Calibrate a bundle built with "
                 "`--precision fp32`, or use --backend torch."
             )
-        self.attention = False
-        self._bundle = bundle
+        self.attention = self.convolutions = False
+        self._bundle, self._decode = bundle, manifest.decode
         self._backend = open_backend(_ROW.name, bundle, manifest, "cpu")
         self._sessions: dict[str, tuple[Any, list[Watched]]] = {}
 
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
-        """One run for each group of inputs that fits into memory."""
-        latent = self._backend.run(bucket, "encoder", rgb)
-        session, watched = self._session(bucket.denoiser.file)
-        feed = {bucket.denoiser.inputs[0].name: latent}
-        for group in _groups(watched):
-            values = dict(zip(group, session.run(group, feed), strict=True))
-            for layer, value, _ in watched:
-                if value in values:
-                    see(layer, values[value].reshape(-1, values[value].shape[-1]))
+        """One run of each graph for each group of inputs that fits into memory."""
+        if self.convolutions:
+            Chain(_Shown(self, see), self._decode, bucket)(rgb)
+        else:
+            self.show(bucket, "denoiser", self.run(bucket, "encoder", rgb), see)
 
-    def _session(self, name: str) -> tuple[Any, list[Watched]]:
+    def run(self, bucket: Bucket, stage: Stage, array: Float32) -> Float32:
+        """A graph's own output."""
+        return self._backend.run(bucket, stage, array)
+
+    def show(self, bucket: Bucket, stage: Stage, array: Float32, see: See) -> None:
+        """What enters the layers of one graph that takes `array`."""
+        graph: Graph = getattr(bucket, stage)
+        session, watched = self._session(stage, graph.file)
+        for group in _groups(watched):
+            values = dict(zip(group, session.run(group, {graph.inputs[0].name: array}), strict=True))
+            for row in watched:
+                if row.value in values:
+                    for rows in _in_rows(values[row.value], picture=row.picture):
+                        see(row.layer, rows)
+
+    def _session(self, stage: Stage, name: str) -> tuple[Any, list[Watched]]:
         """A session whose outputs are the layers' inputs, and what they are."""
         if name not in self._sessions:
             import onnxruntime as ort
@@ -84,8 +103,13 @@ class OnnxInputs:
             model = onnx.load(self._bundle / name, load_external_data=False)
             typed = onnx.shape_inference.infer_shapes(model)
             known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.input)}
-            layers = [*_linears(model), *(_attentions(model) if self.attention else ())]
-            watched = [Watched(layer, value, _bytes(known[value])) for layer, value in layers]
+            layers = [*_linears(model), *(_attentions(model) if self.attention else ())] if stage == "denoiser" else []
+            pictures = [*_convolutions(model, stage)] if self.convolutions else []
+            watched = [
+                Watched(layer, value, picture, _bytes(known[value]))
+                for picture, found in ((False, layers), (True, pictures))
+                for layer, value in found
+            ]
             del model.graph.output[:]
             model.graph.output.extend(known[value] for value in dict.fromkeys(row.value for row in watched))
             options = ort.SessionOptions()
@@ -96,11 +120,40 @@ class OnnxInputs:
         return self._sessions[name]
 
 
+class _Shown(NamedTuple):
+    """Runs graphs for a `Chain`, and shows what enters their layers."""
+
+    inputs: OnnxInputs
+    see: See
+
+    def run(self, bucket: Bucket, stage: Stage, array: Float32) -> Float32:
+        self.inputs.show(bucket, stage, array, self.see)
+        return self.inputs.run(bucket, stage, array)
+
+
+def _in_rows(x: Float32, *, picture: bool) -> Iterator[Float32]:
+    """x (..., K), or of a picture (N, K, H, W), as (rows, K); of pictures in pieces of at most PIECE numbers."""
+    if not picture:
+        yield x.reshape(-1, x.shape[-1])
+        return
+    step = max(1, PIECE // (x.shape[0] * x.shape[1] * x.shape[3]))
+    for first in range(0, x.shape[2], step):
+        yield np.moveaxis(x[:, :, first : first + step], 1, -1).reshape(-1, x.shape[1])
+
+
 def _linears(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """(linear, its input's value)."""
     for node in model.graph.node:
         if node.op_type == "Gemm" and node.input[1].endswith(".weight"):
             yield node.input[1].removesuffix(".weight"), node.input[0]
+
+
+def _convolutions(model: onnx.ModelProto, stage: Stage) -> Iterator[tuple[str, str]]:
+    """(convolution, its input's value); see `Pipeline.layers`."""
+    prefix = "" if stage == "denoiser" else f"{stage}."
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1].endswith(".weight"):
+            yield prefix + node.input[1].removesuffix(".weight"), node.input[0]
 
 
 def _attentions(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
@@ -138,31 +191,54 @@ class TorchInputs:
     """Of the project's own modules, on their device."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.attention = False
+        self.attention = self.convolutions = False
         self._pipeline = pipeline
 
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
         """One run; inputs leave the device as they come, and none is kept."""
-        transformer = self._pipeline.denoiser
-        transformer.resize(bucket.size)
-
-        def note(name: str, x: Tensor) -> None:
-            see(name, x.detach().flatten(0, -2).float().cpu().numpy())
-
-        def note_three(name: str, given: tuple[Tensor, ...]) -> None:
-            for part, x in zip(PARTS, given[:3], strict=True):
-                note(f"{name}.{part}", x)
-
-        handles = []
-        for name, layer in transformer.named_modules():
-            if isinstance(layer, nn.Linear):
-                handles.append(layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0])))
-            elif isinstance(layer, Attention) and self.attention:
-                handles.append(layer.register_forward_pre_hook(lambda _, given, name=name: note_three(name, given)))
+        pipeline = self._pipeline
+        pipeline.denoiser.resize(bucket.size)
+        handles = [
+            layer.register_forward_pre_hook(lambda _, given, name=name, note=note: note(see, name, given))
+            for name, layer, note in self._layers()
+        ]
         try:
-            device = transformer.prompt_embeds.device
-            with torch.inference_mode():
-                transformer(self._pipeline.vae.encoder(torch.from_numpy(rgb).to(device)))
+            given = torch.from_numpy(rgb).to(pipeline.denoiser.prompt_embeds.device)
+            output = chain.denoise(pipeline, chain.encode(pipeline, given))
+            if self.convolutions:
+                chain.decode(pipeline, chain.split(pipeline.decode, output, bucket.size))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module, Callable[[See, str, tuple[Tensor, ...]], None]]]:
+        """What is looked at: its name, where its input enters, and how that is shown."""
+        for name, linear in self._pipeline.layers(nn.Linear).items():
+            yield name, linear, _show
+        if self.attention:
+            for name, attention in self._pipeline.layers(Attention).items():
+                yield name, attention, _show_three
+        if self.convolutions:
+            padding = {id(outer.conv): outer for outer in self._pipeline.layers(Downsample).values()}
+            for name, layer in self._pipeline.layers(nn.Conv2d).items():
+                yield name, padding.get(id(layer), layer), _show_picture  # before its zeros
+
+
+def _show(see: See, name: str, given: tuple[Tensor, ...]) -> None:
+    for rows in _in_rows(_numbers(given[0]), picture=False):
+        see(name, rows)
+
+
+def _show_three(see: See, name: str, given: tuple[Tensor, ...]) -> None:
+    for part, x in zip(PARTS, given[:3], strict=True):
+        _show(see, f"{name}.{part}", (x,))
+
+
+def _show_picture(see: See, name: str, given: tuple[Tensor, ...]) -> None:
+    for rows in _in_rows(_numbers(given[0]), picture=True):
+        see(name, rows)
+
+
+def _numbers(x: Tensor) -> Float32:
+    numbers: Float32 = x.detach().float().cpu().numpy()
+    return numbers

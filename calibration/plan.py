@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
 from densegeo.errors import QuantizationError
 from densegeo.models import chain
+from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import cast
-from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize, quantize_block
-from densegeo.models.rewrites import Pipeline
+from densegeo.models.quantized import (
+    FORMATS,
+    AttentionPlan,
+    Format,
+    LayerPlan,
+    Plans,
+    quantize,
+    quantize_block,
+    with_weight_bits,
+)
+from densegeo.models.rewrites import Pipeline, stage_of
 from densegeo.outputs import Maps
 from densegeo.precision import PRECISIONS
-from densegeo.runtime.bundle import amount_quantized
+from densegeo.runtime.bundle import STAGES, amount_quantized
 from densegeo.size import Size
 
 Float32 = NDArray[np.float32]
@@ -67,18 +79,21 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class Sensitivity(msgspec.Struct, frozen=True):
-    """What quantizing one linear or attention alone does.
+    """What quantizing one linear, attention or convolution alone does.
 
-    work: multiply-adds a token that become 8-bit; a linear's are its parameters.
+    work: multiply-adds of an image that become 8-bit. parameters: of a linear's weight.
     """
 
     layer: str
     work: int
     error: Error
+    parameters: int = 0
 
 
 class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The layers to quantize and the ranges of their inputs. left: layers that stay as they are, and why."""
+    """The layers to quantize and the ranges of their inputs, by the names of `Pipeline.layers`. left: layers that stay
+    as they are, and why.
+    """
 
     format: str
     method: str
@@ -94,36 +109,51 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     linear_parameters: int  # in all linears of the denoiser
     base: str = ""  # what the rest is built in
     base_error: Error | None = None  # of that alone
+    convolutions: dict[str, float] = {}  # the range of each one's input
+    weight_bits: int = 8  # 7: of int8, so that sums of products fit into 16 bits
+    operations: dict[str, int] = {}  # of every convolution, planned or not: multiply-adds of an image
+
+    @property
+    def numbers(self) -> Format:
+        """What linears and convolutions become."""
+        return with_weight_bits(FORMATS[self.format], self.weight_bits)
 
     @property
     def empty(self) -> bool:
         """Whether no layer becomes 8-bit."""
-        return not self.ranges and not self.attentions
+        return not (self.ranges or self.attentions or self.convolutions)
+
+    @property
+    def convolution_share(self) -> float:
+        """Of the convolutions' operations, those that become 8-bit."""
+        return sum(self.operations[name] for name in self.convolutions) / max(1, sum(self.operations.values()))
 
     def layers(self, statistics: Statistics) -> Plans:
         """By full name, as `models.quantized` takes them."""
         factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
-        return {name: LinearPlan(limit, factors.get(name)) for name, limit in self.ranges.items()} | self.attentions
+        ranges = {**self.ranges, **self.convolutions}
+        return {name: LayerPlan(limit, factors.get(name)) for name, limit in ranges.items()} | self.attentions
 
     @property
     def amount(self) -> str:
         """What is planned, in words."""
-        return amount_quantized(self.parameters / self.linear_parameters, len(self.attentions))
+        return amount_quantized(self.parameters / self.linear_parameters, len(self.attentions), self.convolution_share)
 
     def takes(self, layer: str) -> bool:
         """Whether a layer is planned."""
-        return layer in self.ranges or layer in self.attentions
+        return layer in self.ranges or layer in self.attentions or layer in self.convolutions
 
     def keep(self, chosen: Iterable[str]) -> QuantizationPlan:
         """With these layers alone."""
         names = set(chosen)
-        others = sorted({*self.ranges, *self.attentions} - names)
+        others = sorted({*self.ranges, *self.attentions, *self.convolutions} - names)
         return msgspec.structs.replace(
             self,
             ranges={name: limit for name, limit in self.ranges.items() if name in names},
             attentions={name: limits for name, limits in self.attentions.items() if name in names},
             left=self.left | dict.fromkeys(others, "its error does not fit into the budget"),
-            parameters=sum(row.work for row in self.sensitivity if row.layer in names and row.layer in self.ranges),
+            convolutions={name: limit for name, limit in self.convolutions.items() if name in names},
+            parameters=sum(row.parameters for row in self.sensitivity if row.layer in names),
         )
 
 
@@ -162,7 +192,7 @@ def input_ranges(
 
     Raises QuantizationError when none gets a range.
     """
-    dtype, largest = FORMATS[kind]
+    dtype, largest, _ = FORMATS[kind]
 
     def rounded(values: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
         scale = torch.tensor(limit / largest)
@@ -175,14 +205,14 @@ def input_ranges(
         if name not in wanted:
             continue
         if not allowed(name):
-            left[name] = "first, last and thin layers keep their precision"
+            left[name] = "first, last and thin layers and shortcuts keep their precision"
             continue
         try:
             ranges[name] = choose(method, histogram, check)
         except QuantizationError as error:
             left[name] = str(error)
     if not ranges:
-        raise QuantizationError("no linear has an input with a range: were all images the same?")
+        raise QuantizationError("no layer has an input with a range: were all images the same?")
     return ranges, left
 
 
@@ -192,12 +222,13 @@ class Judge:
     pipeline: rewritten, float32; left as it is. pictures: inputs (1, 3, H, W) of one size.
     """
 
-    def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: str, layers: Plans) -> None:
-        self._pipeline, self._format, self._layers = pipeline, FORMATS[kind], layers
-        self._device = pipeline.denoiser.prompt_embeds.device
-        self._pictures = pictures
-        self._latents = [chain.encode(pipeline, torch.from_numpy(rgb).to(self._device)) for rgb in pictures]
-        self._wanted = [self._outputs(latent, pipeline) for latent in self._latents]
+    def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: Format, layers: Plans) -> None:
+        self._pipeline, self._format, self._layers = pipeline, kind, layers
+        device = pipeline.denoiser.prompt_embeds.device
+        self._pictures = [torch.from_numpy(rgb).to(device) for rgb in pictures]
+        self._latents = [chain.encode(pipeline, rgb) for rgb in self._pictures]
+        self._outputs = [chain.denoise(pipeline, latent) for latent in self._latents]
+        self._wanted = [self._decoded(pipeline, *pair) for pair in zip(self._pictures, self._outputs, strict=True)]
 
     def base_error(self, base: str) -> Error:
         """With all layers in a floating-point precision, autoencoder too, and none in 8 bits."""
@@ -205,39 +236,40 @@ class Judge:
             zero = self._compare(self._wanted[0], self._wanted[0])
             return Error(*(None if value is None else 0.0 for value in zero))
         low = cast(copy.deepcopy(self._pipeline), base)
-        found = []
-        for rgb, wanted in zip(self._pictures, self._wanted, strict=True):
-            latent = chain.encode(low, torch.from_numpy(rgb).to(self._device))
-            found.append(self._compare(self._outputs(latent, low), wanted))
-        return _mean(found)
+        return self._error_of(low, STAGES)
 
     def error(self, names: Sequence[str]) -> Error:
         """With these layers quantized; the others stay float32. The mean over the images."""
         plans = {name: self._layers[name] for name in names}
+        variant = replace(self._pipeline, denoiser=self._denoiser(plans), vae=_sharing(self._pipeline.vae))
+        for prefix, part in variant.parts():
+            quantize_block(part, prefix, plans, self._format, torch.float32)
+        return self._error_of(variant, {stage_of(name) for name in names})
+
+    def _denoiser(self, plans: Plans) -> AnyDenoiser:
+        """A copy whose blocks have tensors of their own where a plan is, because smoothing writes to them."""
         original = self._pipeline.denoiser
-        changed = {  # smoothing writes to a block's tensors
-            id(part)
+        own = {
+            id(tensor)
             for prefix, block in original.blocks()
-            for part in (*block.parameters(), *block.buffers())
+            for tensor in (*block.parameters(), *block.buffers())
             if any(name.startswith(f"{prefix}.") for name in plans)
         }
-        tensors = (*original.parameters(), *original.buffers())
-        variant = copy.deepcopy(original, {id(part): part for part in tensors if id(part) not in changed})
-        for prefix, block in variant.parts():
-            quantize_block(block, prefix, plans, self._format, torch.float32)
-        self._pipeline.denoiser = variant
-        try:
-            errors = [
-                self._compare(self._outputs(latent, self._pipeline), wanted)
-                for latent, wanted in zip(self._latents, self._wanted, strict=True)
-            ]
-        finally:
-            self._pipeline.denoiser = original
+        return _sharing(original, own)
+
+    def _error_of(self, variant: Pipeline, changed: Collection[str]) -> Error:
+        """The mean over the images. changed: the stages that differ; what is before them is known."""
+        errors = []
+        for rgb, latent, output, wanted in zip(self._pictures, self._latents, self._outputs, self._wanted, strict=True):
+            if "encoder" in changed:
+                latent = chain.encode(variant, rgb)
+            if "encoder" in changed or "denoiser" in changed:
+                output = chain.denoise(variant, latent)
+            errors.append(self._compare(self._decoded(variant, rgb, output), wanted))
         return _mean(errors)
 
-    def _outputs(self, latent: Tensor, pipeline: Pipeline) -> Maps[Tensor]:
-        size = Size(8 * latent.shape[3], 8 * latent.shape[2])
-        output = chain.denoise(pipeline, latent)
+    def _decoded(self, pipeline: Pipeline, rgb: Tensor, output: Tensor) -> Maps[Tensor]:
+        size = Size(rgb.shape[3] // 8 * 8, rgb.shape[2] // 8 * 8)
         decoded = chain.decode(pipeline, chain.split(pipeline.decode, output, size))
         return chain.assemble(pipeline.decode, decoded, size)
 
@@ -251,6 +283,15 @@ class Judge:
             cosine = (found.normals * wanted.normals).sum(-1).clamp(-1, 1)
             normals = float(cosine.acos().rad2deg().mean())
         return depth, normals
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _sharing(network: Network, own: Collection[int] = ()) -> Network:
+    """A copy that shares all tensors but those whose `id` is in `own`."""
+    tensors = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
 
 def _mean(errors: Sequence[tuple[float | None, float | None]]) -> Error:

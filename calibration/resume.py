@@ -22,7 +22,8 @@ class Measured:
 
     def __init__(self, path: Path, plan: QuantizationPlan, pictures: Sequence[Float32]) -> None:
         """plan: with all its layers; pictures: what errors are measured on."""
-        facts = [plan.identity, plan.format, plan.method, plan.smooth, plan.ranges, plan.attentions]
+        layers = [plan.ranges, plan.attentions, plan.convolutions]
+        facts = [plan.identity, plan.format, plan.weight_bits, plan.method, plan.smooth, layers]
         digest = hashlib.sha256(msgspec.json.encode(facts))
         for picture in pictures:
             digest.update(picture.tobytes())

@@ -17,6 +17,7 @@ from densegeo.files import atomic_write
 from densegeo.runtime.bundle import Manifest
 
 FILE = "statistics.safetensors"
+COUNTED = 1 << 18  # numbers of an input at once; of larger ones, pictures above all, some rows are counted
 _KEY = "densegeo"
 Float32 = NDArray[np.float32]
 
@@ -48,18 +49,22 @@ class _Header(msgspec.Struct):
     counted: list[str]
     limits: dict[str, tuple[float, float]]  # layer -> the histogram's limit and peak
     attention: bool = False
+    convolutions: bool = False
 
 
 class Statistics:
     """Statistics of every layer's input (see `inputs`), over images that are named once they were seen.
 
-    smooth: SmoothQuant's exponent, 0 for none. attention: whether attentions are among the layers. channels: layer ->
-    (K,) largest magnitude by channel; histograms: of the input divided by `factors` (layer -> (K,), those that have
-    any). measured, counted: images seen for each.
+    smooth: SmoothQuant's exponent, 0 for none. attention, convolutions: whether those are among the layers. channels:
+    layer -> (K,) largest magnitude by channel; histograms: of the input divided by `factors` (layer -> (K,), those that
+    have any). measured, counted: images seen for each.
     """
 
-    def __init__(self, identity: Identity, smooth: float = 0.0, *, attention: bool = False) -> None:
-        self.identity, self.smooth, self.attention = identity, smooth, attention
+    def __init__(
+        self, identity: Identity, smooth: float = 0.0, *, attention: bool = False, convolutions: bool = False
+    ) -> None:
+        self.identity, self.smooth = identity, smooth
+        self.attention, self.convolutions = attention, convolutions
         self.channels: dict[str, Float32] = {}
         self.factors: dict[str, Float32] = {}
         self.histograms: dict[str, Histogram] = {}
@@ -76,14 +81,11 @@ class Statistics:
     def count(self, layer: str, rows: Float32) -> None:
         """rows (T, K) of a layer's input, into its histogram; divided by its factors first."""
         factors = self.factors.get(layer)
+        every = rows.size // COUNTED | 1  # odd: a picture's rows of pixels are mostly even
         try:
-            self.histograms.setdefault(layer, Histogram()).add(rows if factors is None else rows / factors)
+            self.histograms.setdefault(layer, Histogram()).add(rows if factors is None else rows / factors, every)
         except QuantizationError as error:
             raise QuantizationError(f"{error} in the input of {layer}") from None
-
-    def products(self, attention: str) -> int:
-        """Multiply-adds of an attention for one query: two for each number among the keys of an image."""
-        return 2 * int(self.histograms[f"{attention}.k"].counts.sum()) // len(self.counted)
 
     def save(self, path: Path) -> None:
         """Write the file; it is whole or not there."""
@@ -92,7 +94,9 @@ class Statistics:
             tensors |= {f"{prefix}.{name}": array for name, array in arrays.items()}
         tensors |= {f"counts.{name}": histogram.counts for name, histogram in self.histograms.items()}
         limits = {name: (histogram.limit, histogram.peak) for name, histogram in self.histograms.items()}
-        header = _Header(self.identity, self.smooth, self.measured, self.counted, limits, self.attention)
+        header = _Header(
+            self.identity, self.smooth, self.measured, self.counted, limits, self.attention, self.convolutions
+        )
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={_KEY: msgspec.json.encode(header).decode()})
 
@@ -105,7 +109,7 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
             raise QuantizationError(f"{path} is no file of `densegeo calibrate`: {error}") from error
-        made = cls(header.identity, header.smooth, attention=header.attention)
+        made = cls(header.identity, header.smooth, attention=header.attention, convolutions=header.convolutions)
         made.measured, made.counted = header.measured, header.counted
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")

@@ -48,10 +48,10 @@ class BackendRow:
     opens: "module:function" of what makes it, (directory, manifest, device, sharing) -> Backend. runs: what it takes.
     modules: Python modules that must be there. distributions: those that bring them, the first of each group that is
     installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
-    providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. verified_only: "auto" takes it
-    only for a bundle that `densegeo verify` passed on this machine. shows_layers: whether calibration can see what
-    enters the layers. shares_threads: whether it can be told how many calls share the CPU's threads. untried: what
-    `doctor` says before anything was run, and without_gpu where no GPU is.
+    providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. convolutions: whether 8-bit ones
+    are worth running. verified_only: "auto" takes it only for a bundle that `densegeo verify` passed on this machine.
+    shows_layers: whether calibration can see what enters the layers. shares_threads: whether it can be told how many
+    calls share the CPU's threads. untried: what `doctor` says before anything was run, and without_gpu where no GPU is.
     """
 
     name: str
@@ -64,6 +64,7 @@ class BackendRow:
     devices: tuple[str, ...] = ("cuda", "cpu")
     providers: Mapping[str, str] = field(default_factory=dict)
     precisions: tuple[str, ...] = tuple(PRECISIONS)
+    convolutions: bool = True
     verified_only: bool = False
     shows_layers: bool = False
     shares_threads: bool = False
@@ -136,6 +137,8 @@ BACKENDS = (
         # The CPU provider has no bf16, and the CUDA one lacks it in operators of our graphs (InstanceNormalization,
         # QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
         precisions=tuple(name for name in PRECISIONS if name != "bf16"),
+        # Its CPU provider runs them slower than float32 ones (DESIGN section 13); the CUDA one has no kernel of any.
+        convolutions=False,
         shows_layers=True,
         untried="provider and GPU are there, but densegeo was never run on a GPU",
     ),
@@ -164,6 +167,14 @@ BACKENDS = (
 NAMES = tuple(row.name for row in BACKENDS)
 ENGINES = next(row for row in BACKENDS if row.runs == "engines")
 NETWORKS = next(row for row in BACKENDS if row.runs == "networks")
+
+
+def without_convolutions(row: BackendRow) -> str:
+    """Why a backend takes no 8-bit convolutions and what to do, as a sentence without its stop; empty where it does."""
+    if row.convolutions:
+        return ""
+    able = " or ".join(other.name for other in BACKENDS if other.convolutions and not other.providers)
+    return f"{row.title} would run them slower than float32 ones: use the backend {able}"
 
 
 def backend_row(name: str) -> BackendRow:

@@ -18,10 +18,9 @@ import msgspec
 from densegeo.architectures import ARCHITECTURES
 from densegeo.backends import BACKENDS, ENGINES, BackendRow
 from densegeo.findings import Finding
+from densegeo.processor import cpu, memory
 
 _FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime", "serving")
-# CPU flags (as Linux names them) that decide how fast low precision is.
-_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
 
 class Extra(NamedTuple):
@@ -251,35 +250,6 @@ def _driver_device_count() -> int | None:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
-
-
-def cpu() -> tuple[str, list[str]]:
-    """Model name and the features that matter, from /proc/cpuinfo where there is one."""
-    fields = _colon_fields("/proc/cpuinfo")
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, [feature for feature in _CPU_FEATURES if feature in flags]
-
-
-def memory() -> tuple[int | None, int | None]:
-    """Total and available bytes of memory, where /proc/meminfo tells."""
-    fields = _colon_fields("/proc/meminfo")
-    amounts = [fields.get(key, "").split() for key in ("MemTotal", "MemAvailable")]
-    total, available = (int(amount[0]) * 1024 if amount else None for amount in amounts)
-    return total, available
-
-
-def _colon_fields(path: str) -> dict[str, str]:
-    """`key : value` lines of a /proc file, the first of each key; empty where the file is not there."""
-    fields: dict[str, str] = {}
-    try:
-        with open(path) as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    return fields
 
 
 def _extras() -> list[Offered]:

@@ -74,6 +74,7 @@ def _published(options: BuildOptions, console: Console) -> dict[str, tuple[Path,
 def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
     """What becomes 8-bit, and what the build does and needs. Raises QuantizationError and CheckpointError."""
     quantizer = Quantizer.load(options.precision, options.base, options.calibration)
+    quantizer.require_backend(options.backend)
     return quantizer, make_plan(
         files,
         options.sizes,

@@ -25,13 +25,14 @@ _ON_CPU = tuple(row for row in BACKENDS if row.runs == "graphs" and "cpu" in row
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for; AUTO and empty leave it open."""
+    """What the user asked for; AUTO and empty leave it open. convolutions: whether the plan has 8-bit ones."""
 
     backend: str = AUTO
     precision: str = AUTO
     base: str = ""
     architectures: tuple[int, ...] = ()
     calibration: Path | None = None
+    convolutions: bool = False
     weight_streaming: bool = False
 
 
@@ -81,7 +82,7 @@ def _backend(asked: Asked, facts: Facts) -> tuple[BackendRow, str]:
             )
         return ENGINES, f"--gpu-arch means engines for {names(asked.architectures)}"
     if facts.gpu is None:
-        return _on_cpu(asked.precision, facts)
+        return _on_cpu(asked.precision, facts, convolutions=asked.convolutions)
     arch = facts.gpu.architecture
     if any(builder.knows(arch) for builder in builders):
         return ENGINES, f"{facts.gpu.name} (sm_{arch}) and TensorRT are here"
@@ -89,13 +90,14 @@ def _backend(asked: Asked, facts: Facts) -> tuple[BackendRow, str]:
     if facts.torch_cuda:
         return NETWORKS, f"{lacks}, and this torch runs our kernels on {facts.gpu.name}"
     graphs = (row for row in BACKENDS if row.runs == "graphs" and "cuda" in row.devices and not row.verified_only)
+    graphs = (row for row in graphs if row.convolutions or not asked.convolutions)  # ONNX Runtime's CUDA has none
     if (found := next((row for row in graphs if _installed(row, facts)), None)) is not None:
         return found, f"{lacks}, and torch here is no CUDA build"
     return NETWORKS, f"{lacks}, and nothing else is installed"
 
 
-def _on_cpu(precision: str, facts: Facts) -> tuple[BackendRow, str]:
-    """The fastest backend on the CPU that can run this precision, which may be open."""
+def _on_cpu(precision: str, facts: Facts, *, convolutions: bool) -> tuple[BackendRow, str]:
+    """The fastest backend on the CPU that can run this precision, which may be open, and perhaps 8-bit convolutions."""
     low = precision != AUTO and PRECISIONS[precision].base == LOW.name
     cpu = f"no GPU was found, the CPU has {'' if facts.cpu_bf16 else 'no '}{LOW.name} units"
     passed: list[str] = []
@@ -103,6 +105,8 @@ def _on_cpu(precision: str, facts: Facts) -> tuple[BackendRow, str]:
     for row in sorted(_ON_CPU, key=lambda row: (LOW.name in row.precisions) != (facts.cpu_bf16 or low)):
         if not _installed(row, facts):
             passed.append(f"{row.title} is not installed")
+        elif convolutions and not row.convolutions:
+            passed.append(f"{row.title} would run 8-bit convolutions slower than float32 ones")
         elif LOW.name in row.precisions or not low:
             return row, ", and ".join([cpu, *(passed or [f"{row.title} is installed"])])
     titles = " nor ".join(sorted((row.title for row in _ON_CPU), reverse=True))

@@ -31,6 +31,7 @@ from densegeo.export.engines import EngineOptions
 from densegeo.export.machine import GIB, available_memory, facts
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, stage_flops
+from densegeo.export.quantization import plans_convolutions
 from densegeo.export.sources import Given, to_fetch, unnamed
 from densegeo.export.staging import check_output
 from densegeo.export.trial import try_out
@@ -177,6 +178,7 @@ def build(
             base=base,
             architectures=tuple(dict.fromkeys(gpu_arch or ())),
             calibration=calibration,
+            convolutions=plans_convolutions(calibration),
             weight_streaming=weight_streaming,
         ),
         machine,

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, installed
-from densegeo.doctor import cpu, memory
+from densegeo.processor import cpu, memory
 
 GIB = 1 << 30
 

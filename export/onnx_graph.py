@@ -135,6 +135,18 @@ def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, 
     return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
 
 
+def _quantized_convolution(
+    x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any, stride: Sequence[int], pads: Sequence[int]
+) -> Any:
+    """An 8-bit convolution in the form that TensorRT and OpenVINO fuse: an activation with one scale, a weight with one
+    a row, a floating bias.
+    """
+    left, right, top, bottom = pads
+    rounded = _in_8_bits(x, input_scale, weight.dtype)
+    widened = op.DequantizeLinear(weight, weight_scale, axis=0)
+    return op.Conv(rounded, widened, bias, strides=[*stride], pads=[top, left, bottom, right])
+
+
 def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:
     """Quantized and back: the pair of nodes by which builders know an 8-bit operand."""
     zero = op.Constant(value=ir.tensor(np.zeros((), dtype.numpy())))
@@ -182,6 +194,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.densegeo.quantized_linear.default: _quantized_linear,
+    torch.ops.densegeo.quantized_convolution.default: _quantized_convolution,
     torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
 _EXACT = {torch.ops.aten.group_norm.default: _group_norm}  # for float32 graphs, which CPUs run

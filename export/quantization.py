@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 from torch import nn
 
+from densegeo.backends import backend_row, without_convolutions
 from densegeo.calibration.collect import check_identity
 from densegeo.calibration.plan import QuantizationPlan, load_plan, nothing_planned, plan_file
 from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError, QuantizationError
-from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.precision import DTYPES
-from densegeo.models.quantized import FORMATS, LinearPlan, Plans, quantize_block
-from densegeo.models.rewrites import Rewrite
+from densegeo.models.quantized import LayerPlan, Plans, quantize_block
+from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
 from densegeo.runtime.bundle import Quantization, Source
 
@@ -40,10 +40,18 @@ def checked_base(precision: str, base: str, calibration: Path | None) -> str:
     return base or row.base
 
 
-class Quantizer:
-    """Quantizes blocks by a plan; does nothing without one.
+def plans_convolutions(calibration: Path | None) -> bool:
+    """Whether a calibration has a plan with convolutions. Raises QuantizationError for one that cannot be read."""
+    if calibration is None:
+        return False
+    planned = [kind for kind in CALIBRATED if plan_file(calibration, kind).is_file()]
+    return any(load_plan(calibration, kind).convolutions for kind in planned)
 
-    Called with a float32 block and its name, or the rest and "".
+
+class Quantizer:
+    """Quantizes parts of a pipeline by a plan; does nothing without one.
+
+    Called with a float32 part and its name, see `Pipeline.parts`.
     """
 
     def __init__(self, base: str, plan: QuantizationPlan | None, layers: Plans, where: Path) -> None:
@@ -72,16 +80,21 @@ class Quantizer:
 
     def __call__(self, block: nn.Module, name: str) -> None:
         if self.plan is not None:
-            quantize_block(block, name, self.layers, FORMATS[self.plan.format], DTYPES[self.base])
+            quantize_block(block, name, self.layers, self.plan.numbers, DTYPES[self.base])
 
-    def apply(self, denoiser: AnyDenoiser) -> None:
-        """Quantize all blocks, and what is outside them."""
-        for name, block in denoiser.parts():
-            self(block, name)
+    def apply(self, pipeline: Pipeline) -> None:
+        """Quantize all networks, whole."""
+        for name, part in pipeline.parts():
+            self(part, name)
+
+    def require_backend(self, name: str) -> None:
+        """Raises ConfigError for a backend to build for that has no kernels for what is planned."""
+        if self.plan is not None and self.plan.convolutions and (why := without_convolutions(backend_row(name))):
+            raise ConfigError(f"{self._where} plans 8-bit convolutions. {why}, or plan without --convolutions.")
 
     @property
     def saved(self) -> int:
-        """Bytes that the planned weights take less than in the base."""
+        """Bytes that the planned linears take less than in the base."""
         if self.plan is None:
             return 0
         count = self.plan.parameters
@@ -94,7 +107,7 @@ class Quantizer:
             return ""
         digest = hashlib.sha256(msgspec.json.encode(self.plan))
         for name, layer in sorted(self.layers.items()):
-            if isinstance(layer, LinearPlan) and layer.smooth is not None:
+            if isinstance(layer, LayerPlan) and layer.smooth is not None:
                 digest.update(name.encode() + layer.smooth.numpy().tobytes())
         return digest.hexdigest()
 
@@ -113,4 +126,7 @@ class Quantizer:
             share=plan.parameters / plan.linear_parameters,
             depth_error=None if plan.error is None else plan.error.depth,
             normal_error=None if plan.error is None else plan.error.normals,
+            convolutions=sorted(plan.convolutions),
+            convolution_share=plan.convolution_share,
+            weight_bits=plan.weight_bits,
         )

@@ -57,7 +57,7 @@ class Job:
     def stored_form(self) -> Pipeline:
         """The networks as they are stored: rewritten, quantized and cast, without values."""
         form = copy.deepcopy(self.plan.form)
-        self.quantizer.apply(form.denoiser)
+        self.quantizer.apply(form)
         cast_module(form.denoiser, self.options.base)
         cast_module(form.vae, self.options.base)
         return form

@@ -38,6 +38,8 @@ def make_weights(job: Job, state: State) -> Weights:
     rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.scope.stage != "denoiser"])
     if PRECISIONS[options.precision].overflows:
         _check_fp16(replace(pipeline, denoiser=job.plan.form.denoiser), stored, directory)
+    for stage in ("encoder", "decoder"):
+        job.quantizer(pipeline.stages()[stage], stage)
     cast_module(pipeline.vae, options.base)
     low = replace(pipeline, denoiser=final.denoiser)
     bounds = _emulated_bounds(low, stored, directory, display) if job.quantizer.layers else state.references.bounds

@@ -152,16 +152,16 @@ def load_rewritten(
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
     The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
-    their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". quantize:
-    gets each block and its name, at last the whole and "", and replaces what is stored as 8-bit
-    numbers. streamed: leave the denoiser's blocks in the file, see `models.streaming`.
+    their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". quantize: gets each
+    of `Pipeline.parts` and its name, and replaces what is stored as 8-bit numbers. streamed: leave the denoiser's
+    blocks in the file, see `models.streaming`.
     Raises CheckpointError when files and modules differ.
     """
     pipeline = rewritten_form(family, configs, prompt, applied, size)
     denoiser, vae = pipeline.denoiser, pipeline.vae
     if quantize is not None:
-        for name, block in denoiser.parts():
-            quantize(block, name)
+        for name, part in pipeline.parts():
+            quantize(part, name)
     for stage, module in (("encoder", vae.encoder), ("denoiser", denoiser), ("decoder", vae.decoder)):
         try:
             if streamed and module is denoiser:

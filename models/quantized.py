@@ -1,8 +1,9 @@
 """Linears in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale, products in float32;
-and attention in fp8: queries, keys, values and probabilities with one scale each.
+convolutions in int8 likewise; and attention in fp8: queries, keys, values and probabilities with one scale each.
 
-Both sides stand here: `quantize_block` is what happens offline to a float32 network; `quantized_linear` and
-`quantized_attention` are what a device computes, and what the exporter turns into Q and DQ around products.
+Both sides stand here: `quantize_block` is what happens offline to a float32 network; `quantized_linear`,
+`quantized_convolution` and `quantized_attention` are what a device computes, and what the exporter turns into Q and DQ
+around products.
 
 NVIDIA's ModelOpt quantizes modules of this kind too. It is not used: it works on a model that is whole in memory, while
 ours are folded, quantized and written one block at a time, and it does not know which folded norms here can take up a
@@ -11,7 +12,7 @@ migrated scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,19 +21,35 @@ from torch import Tensor, nn
 
 from densegeo.models.layers import Attention, FoldedBranch, FoldedModulation
 from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
+from densegeo.models.vae import Downsample
 from densegeo.precision import PRECISIONS
+
+# Convolutions that keep their precision, as NVIDIA's ModelOpt leaves them in U-Nets: those at the ends, shortcuts, and
+# those of fewer channels than an 8-bit product takes at once.
+KEPT = ("conv_in", "conv_out", "quant_conv", "post_quant_conv", "nin_shortcut", "conv_shortcut")
+FEWEST_CHANNELS = 16
 
 
 class Format(NamedTuple):
-    """An 8-bit type and its largest finite value that is used."""
+    """An 8-bit type, its largest finite value that is used, and that of weights."""
 
     dtype: torch.dtype
     largest: float
+    weights: float
 
 
-FORMATS = {row.name: Format(getattr(torch, row.torch), row.largest) for row in PRECISIONS.values() if row.calibrated}
+FORMATS = {
+    row.name: Format(getattr(torch, row.torch), row.largest, row.largest)
+    for row in PRECISIONS.values()
+    if row.calibrated
+}
 _ATTENTION_ROW = next(row for row in PRECISIONS.values() if row.attention)
 ATTENTION = FORMATS[_ATTENTION_ROW.name]  # of its products
+
+
+def with_weight_bits(kind: Format, bits: int) -> Format:
+    """The same format with weights of fewer bits, if it has whole numbers: int8 in 7 ends at 63."""
+    return kind if kind.dtype.is_floating_point else kind._replace(weights=float(2 ** (bits - 1) - 1))
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,42 +118,119 @@ def has_fp8(device: torch.device) -> bool:
     return 10 * major + minor >= _ATTENTION_ROW.first_architecture
 
 
-class QuantizedLinear(nn.Module):
-    """What a linear becomes. weight (N, K) 8 bits, weight_scale (N,), input_scale (), bias (N,)."""
+class QuantizedLayer(nn.Module):
+    """What a layer with weights becomes. weight (N, ...) 8 bits, weight_scale (N,), input_scale (), bias (N,)."""
 
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor
     bias: Tensor
 
-    def __init__(self, rows: int, columns: int, kind: Format, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(self, shape: Sequence[int], kind: Format, dtype: torch.dtype, device: str | torch.device) -> None:
+        """shape: of the weight. dtype: of scales and bias."""
         super().__init__()
-        self.register_buffer("weight", torch.empty(rows, columns, dtype=kind.dtype, device=device))
-        self.register_buffer("weight_scale", torch.empty(rows, dtype=dtype, device=device))
+        self.register_buffer("weight", torch.empty(*shape, dtype=kind.dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(shape[0], dtype=dtype, device=device))
         self.register_buffer("input_scale", torch.empty((), dtype=dtype, device=device))
-        self.register_buffer("bias", torch.empty(rows, dtype=dtype, device=device))
+        self.register_buffer("bias", torch.empty(shape[0], dtype=dtype, device=device))
+
+    def take(self, layer: nn.Linear | nn.Conv2d, input_range: float, kind: Format) -> None:
+        """Round a float32 layer's values; on the meta device there are none.
+
+        input_range: the largest magnitude of the input that is kept.
+        """
+        if layer.weight.is_meta:
+            return
+        weight = layer.weight.detach().float()
+        peaks = weight.flatten(1).abs().amax(dim=1)
+        peaks = torch.where(peaks > 0, peaks, kind.weights)  # a row of zeros: any scale
+        self.weight_scale.copy_(peaks / kind.weights)
+        self.weight.copy_(quantize(weight, self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1)), kind.dtype))
+        self.input_scale.fill_(input_range / kind.largest)
+        if layer.bias is None:
+            self.bias.zero_()
+        else:
+            self.bias.copy_(layer.bias.detach())
+
+
+class QuantizedLinear(QuantizedLayer):
+    """What a linear becomes. weight (N, K)."""
 
     @classmethod
     def prepare(cls, linear: nn.Linear, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedLinear:
         """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
-        rows, columns = linear.weight.shape
-        made = cls(rows, columns, kind, dtype, linear.weight.device)
-        if linear.weight.is_meta:
-            return made
-        weight = linear.weight.detach().float()
-        peaks = weight.abs().amax(dim=1)
-        peaks = torch.where(peaks > 0, peaks, kind.largest)  # a row of zeros: any scale
-        made.weight_scale.copy_(peaks / kind.largest)
-        made.weight.copy_(quantize(weight, made.weight_scale[:, None], kind.dtype))
-        made.input_scale.fill_(input_range / kind.largest)
-        if linear.bias is None:
-            made.bias.zero_()
-        else:
-            made.bias.copy_(linear.bias.detach())
+        made = cls(linear.weight.shape, kind, dtype, linear.weight.device)
+        made.take(linear, input_range, kind)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
+
+
+@torch.library.custom_op("densegeo::quantized_convolution", mutates_args=())
+def quantized_convolution(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    pads: Sequence[int],
+) -> Tensor:
+    """x (N, C, H, W) -> (N, O, h, w) of x's dtype; pads: zeros left, right, above and below.
+
+    weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; bias (O,). torch has no such product on
+    its own: the 8-bit numbers are multiplied as x's dtype, bf16 or float32, which hold them exactly.
+    """
+    taken = F.pad(quantize(x, input_scale, weight.dtype), list(pads)).to(x.dtype)
+    product = F.conv2d(taken, weight.to(x.dtype), stride=list(stride)).float()
+    scale = weight_scale.float() * input_scale.float()
+    return (product * scale[:, None, None] + bias.float()[:, None, None]).to(x.dtype)
+
+
+@quantized_convolution.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    pads: Sequence[int],
+) -> Tensor:
+    sides = (
+        (x.shape[axis] + sum(around) - weight.shape[axis]) // step + 1
+        for axis, step, around in ((2, stride[0], pads[2:]), (3, stride[1], pads[:2]))
+    )
+    return x.new_empty(x.shape[0], weight.shape[0], *sides)
+
+
+class QuantizedConvolution(QuantizedLayer):
+    """What a convolution becomes. weight (O, C, kh, kw)."""
+
+    stride: tuple[int, ...]
+    pads: tuple[int, ...]  # left, right, top, bottom
+
+    @classmethod
+    def prepare(cls, layer: nn.Conv2d, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedConvolution:
+        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
+        assert (layer.groups, layer.dilation) == (1, (1, 1))
+        assert not isinstance(layer.padding, str)
+        made = cls(layer.weight.shape, kind, dtype, layer.weight.device)
+        made.take(layer, input_range, kind)
+        (rows, columns), made.stride = layer.padding, layer.stride
+        made.pads = (int(columns), int(columns), int(rows), int(rows))
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized_convolution(
+            x, self.weight, self.weight_scale, self.input_scale, self.bias, self.stride, self.pads
+        )
+
+
+def convolution_fits(name: str, layer: nn.Conv2d) -> bool:
+    """Whether a convolution of this name may become 8-bit; see `KEPT`."""
+    return name.rpartition(".")[2] not in KEPT and min(layer.in_channels, layer.out_channels) >= FEWEST_CHANNELS
 
 
 @torch.library.custom_op("densegeo::quantized_attention", mutates_args=())
@@ -189,8 +283,11 @@ class QuantizedAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-class LinearPlan(NamedTuple):
-    """How one linear is quantized. smooth: (K,) what its input is divided by and its columns multiplied by, or None."""
+class LayerPlan(NamedTuple):
+    """How one linear or convolution is quantized.
+
+    smooth: (K,) what a linear's input is divided by and its columns multiplied by, or None.
+    """
 
     input_range: float
     smooth: Tensor | None = None
@@ -204,7 +301,7 @@ class AttentionPlan(NamedTuple):
     v: float
 
 
-Plans = Mapping[str, LinearPlan | AttentionPlan]  # by a module's full name
+Plans = Mapping[str, LayerPlan | AttentionPlan]  # by a module's name in `Pipeline.parts`
 
 
 def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]]]:
@@ -223,27 +320,32 @@ def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]
 
 
 def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dtype: torch.dtype) -> None:
-    """Replace the linears and attentions of a float32 block that have a plan, in place; smoothing comes first.
+    """Replace the layers of a float32 block that have a plan, in place; smoothing comes first.
 
-    plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv"). A transformer is a block without prefix.
-    kind: of the linears; attention is fp8. Smoothing goes into the block's norms.
+    block, prefix: of `Pipeline.parts`. plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv"). kind:
+    of linears and convolutions; attention is fp8. Smoothing goes into the block's norms.
     """
     start = f"{prefix}." if prefix else ""
     for norm, names in smoothable(block):
         given = [plans.get(start + name) for name in names]
-        factors = [plan.smooth for plan in given if isinstance(plan, LinearPlan)]
+        factors = [plan.smooth for plan in given if isinstance(plan, LayerPlan)]
         if factors and factors[0] is not None and not norm.weight.is_meta:
             _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
     for name, module in list(block.named_modules()):
         plan = plans.get(start + name)
         made: nn.Module | None = None
-        if isinstance(plan, LinearPlan) and isinstance(module, nn.Linear):
+        if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
             made = QuantizedLinear.prepare(module, plan.input_range, kind, dtype)
+        elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
+            made = QuantizedConvolution.prepare(module, plan.input_range, kind, dtype)
         elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
             made = QuantizedAttention(plan, dtype, next(block.parameters()).device)
         if made is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(block.get_submodule(parent), child, made)
+            before, _, child = name.rpartition(".")
+            parent = block.get_submodule(before)
+            if isinstance(parent, Downsample) and isinstance(made, QuantizedConvolution):
+                parent.pads, made.pads = False, parent.PADS  # quantized first: builders take zeros into the product
+            setattr(parent, child, made)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ Prompt and timestep are constant. Each rewrite is one small function over a `Pip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from densegeo.models.denoiser import AnyDenoiser
 from densegeo.models.prompt import Prompt
 from densegeo.models.vae import VAE, Level, PhaseUpsample, Upsample
 from densegeo.outputs import Decode
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass
@@ -34,10 +36,33 @@ class Pipeline:
         """The networks by their names in a bundle."""
         return {"encoder": self.vae.encoder, "denoiser": self.denoiser, "decoder": self.vae.decoder}
 
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """What `models.quantized` works on, by the names that plans have for it: the denoiser's parts by their own, and
+        the autoencoder's halves.
+        """
+        yield from self.denoiser.parts()
+        yield "encoder", self.vae.encoder
+        yield "decoder", self.vae.decoder
+
+    def layers(self, kind: type[Layer]) -> dict[str, Layer]:
+        """All layers of a kind by the names that plans have for them."""
+        roots = (("encoder.", self.vae.encoder), ("", self.denoiser), ("decoder.", self.vae.decoder))
+        return {
+            prefix + name: layer
+            for prefix, root in roots
+            for name, layer in root.named_modules()
+            if isinstance(layer, kind)
+        }
+
     def eval(self) -> Pipeline:
         for module in (self.denoiser, self.vae):
             module.eval().requires_grad_(False)
         return self
+
+
+def stage_of(layer: str) -> str:
+    """The network in which a layer of `Pipeline.layers` is."""
+    return next((half for half in ("encoder", "decoder") if layer.startswith(f"{half}.")), "denoiser")
 
 
 @dataclass(frozen=True)

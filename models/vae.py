@@ -70,12 +70,17 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 over zeros right and below."""
+
+    PADS = (0, 1, 0, 1)  # left, right, top, bottom
+
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv: nn.Module = nn.Conv2d(channels, channels, 3, stride=2)
+        self.pads = True  # False: the convolution does
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.PADS) if self.pads else x)
 
 
 class Upsample(nn.Module):

@@ -163,8 +163,9 @@ class Verification(Record, frozen=True):
 
 
 class Quantization(Record, frozen=True, kw_only=True):
-    """Which layers of the denoiser are 8-bit, and what that did to the calibration's images.
+    """Which layers are 8-bit, and what that did to the calibration's images.
 
+    Layers of the denoiser have their own names, those of the autoencoder "encoder." or "decoder." before theirs.
     depth_error: root mean square change of predictions; normal_error: mean change in degrees; None: not measured.
     """
 
@@ -176,6 +177,9 @@ class Quantization(Record, frozen=True, kw_only=True):
     share: float  # of the parameters of all linears
     depth_error: float | None
     normal_error: float | None
+    convolutions: list[str] = []
+    convolution_share: float = 0.0  # of the multiply-adds of all convolutions, at the first size
+    weight_bits: int = 8  # 7: int8 whose products no processor's sums cut off
 
 
 class Choice(Record, frozen=True, kw_only=True):
@@ -189,9 +193,15 @@ class Choice(Record, frozen=True, kw_only=True):
     instead: str  # what to type for another choice
 
 
-def amount_quantized(share: float, attentions: int) -> str:
-    """How much of a denoiser is 8-bit, in words: a share of the linears' parameters, and some attentions."""
-    return f"{share:.1%} of the linears' parameters" + (f" and {attentions} attentions" if attentions else "")
+def amount_quantized(share: float, attentions: int, convolutions: float) -> str:
+    """How much of a model is 8-bit, in words.
+
+    share: of the linears' parameters. attentions: how many. convolutions: share of their multiply-adds.
+    """
+    parts = [f"{share:.1%} of the linears' parameters"] if share or not (attentions or convolutions) else []
+    parts += [f"{attentions} attentions"] if attentions else []
+    parts += [f"{convolutions:.1%} of the convolutions' operations"] if convolutions else []
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
 class Manifest(Record, frozen=True):

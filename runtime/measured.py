@@ -84,13 +84,10 @@ def measured(
     manifest: Manifest, bucket: Bucket, backend: str, device: str, p50: float, p90: float, conditions: Conditions
 ) -> Measured:
     """A record of a run that was verified. device: its name, as "NVIDIA H100"."""
-    attention = manifest.quantization is not None and bool(manifest.quantization.attentions)
-    row = precision_row(manifest.precision)
-    rest = "" if manifest.base == row.base else f", the rest {manifest.base}"
     engines = [engine.fingerprint for engine in manifest.engines if engine.bucket == bucket.name]
     return Measured(
         model=manifest.model,
-        what=f"{manifest.precision}{' with attention' if attention else ''}{rest}",
+        what=_what(manifest),
         bucket=bucket.name,
         flops=_flops(bucket),
         backend=backend,
@@ -101,6 +98,28 @@ def measured(
         conditions=conditions,
         engines=engines if backend_row(backend).runs == "engines" else [],
     )
+
+
+def _what(manifest: Manifest) -> str:
+    """ "int8 with convolutions, the rest fp32"."""
+    plan, row = manifest.quantization, precision_row(manifest.precision)
+    parts = {} if plan is None else {"attention": plan.attentions, "convolutions": plan.convolutions}
+    more = [name for name, planned in parts.items() if planned]
+    more += [] if plan is None or plan.weight_bits == 8 else [f"{plan.weight_bits}-bit weights"]
+    rest = "" if manifest.base == row.base else f", the rest {manifest.base}"
+    return f"{manifest.precision}{' with ' * bool(more)}{', '.join(more)}{rest}"
+
+
+def fastest_first(manifest: Manifest) -> list[str]:
+    """Backends that ran such a bundle at its first size on this machine, by their medians; those to be believed."""
+    (bucket, *_), what = manifest.buckets, _what(manifest)
+    wanted = manifest.model, what, bucket.name, _flops(bucket)
+    alike = [
+        record
+        for record in _records()
+        if (record.model, record.what, record.bucket, record.flops) == wanted and not record.conditions.doubts
+    ]
+    return list(dict.fromkeys(record.backend for record in sorted(alike, key=lambda record: record.p50)))
 
 
 def remember(record: Measured) -> None:

@@ -20,6 +20,7 @@ from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.sharing import ALONE, Sharing, check_sharing
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
+from densegeo.runtime.measured import fastest_first
 from densegeo.runtime.resample import Placement
 from densegeo.runtime.verified import is_verified
 
@@ -91,8 +92,9 @@ def open_backend(
     """Make the backend `name` for a bundle; "auto" takes the table's first one that can run it here.
 
     threads: of the CPU, that the networks may use; None leaves that to the library. calls_at_once: among how many calls
-    they are shared, where the backend can be told. Where both are "auto" and NVIDIA's
-    driver is here, any that runs on the GPU comes before all on the CPU. Raises ConfigError for an unknown name and for
+    they are shared, where the backend can be told. Where both are "auto" and NVIDIA's driver is here, any that runs on
+    the GPU comes before all on the CPU; where there is no driver, what `densegeo bench` found fastest here for such a
+    bundle comes first. Raises ConfigError for an unknown name and for
     `sharing` where no GPU is used, BackendError when it is not installed or cannot run this bundle ("auto": when none
     can; the message names every reason).
     """
@@ -102,7 +104,10 @@ def open_backend(
     rows = [row for row in BACKENDS if name in ("auto", row.name)]
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
-    beside_gpu = device == "auto" and has_cuda_driver()
+    driver = has_cuda_driver()
+    beside_gpu = device == "auto" and driver
+    timed = fastest_first(manifest) if name == "auto" and not driver else []
+    rows.sort(key=lambda row: timed.index(row.name) if row.name in timed else len(timed))
     attempts = [(row, device) for row in rows]
     if name == "auto" and beside_gpu:
         attempts = [(row, kind) for kind in ("cuda", "cpu") for row in rows if kind in row.devices]
@@ -137,6 +142,8 @@ def open_backend(
                 row.name,
                 "".join(f"\n{reason}" for reason in reasons),
             )
+        if row.name in timed:
+            log.info("%s runs with %s, the fastest that `densegeo bench` measured here", directory, row.name)
         return backend
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
 

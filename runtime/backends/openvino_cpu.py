@@ -5,6 +5,7 @@ Unlike ONNX Runtime's CPU provider it runs bf16 bundles.
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from densegeo.backends import backend_row
 from densegeo.errors import BackendError, ConfigError
+from densegeo.precision import PRECISIONS
+from densegeo.processor import saturates_int8
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.backends.openvino_cache import CompiledModels
 from densegeo.runtime.backends.sharing import ALONE, Sharing
@@ -24,6 +27,7 @@ from densegeo.runtime.bundle import Graph, Manifest
 # CPUs) would lower the float32 parts of a bf16 graph too.
 _HINT = "f32"
 _ROW = backend_row("openvino")
+log = logging.getLogger("densegeo")
 
 
 def open_backend(
@@ -50,6 +54,14 @@ class OpenVinoBackend(GraphBackend):
         self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINT, "NUM_STREAMS": calls_at_once}
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
+        if saturated(manifest):
+            self._options["LP_TRANSFORMS_MODE"] = False
+            log.warning(
+                "%s is int8, and this processor has no VNNI: its 8-bit products would be cut off, so OpenVINO runs "
+                "them in float32, slower than a float32 bundle. `densegeo calibrate --weight-bits 7` makes a plan that "
+                "runs in 8 bits here.",
+                directory,
+            )
         _require_cpu(device)
         try:
             self._openvino = _import_openvino()
@@ -82,6 +94,12 @@ class OpenVinoBackend(GraphBackend):
             return self._models.load(path.name, read)
         except Exception as error:
             raise BackendError(f"OpenVINO cannot load {path}: {error}") from error
+
+
+def saturated(manifest: Manifest) -> bool:
+    """Whether 8-bit products of a bundle would not fit into this processor's sums."""
+    plan = manifest.quantization
+    return plan is not None and PRECISIONS[plan.format].integer and plan.weight_bits > 7 and saturates_int8()
 
 
 def _import_openvino() -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.backends import BACKENDS, BackendRow, backend_row
+from densegeo.backends import BACKENDS, BackendRow, backend_row, without_convolutions
 from densegeo.errors import BackendError
 from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime.backends import has_cuda_driver, parse_device
@@ -176,7 +176,9 @@ class OrtBackend(GraphBackend):
 
 def require_precision(row: BackendRow, manifest: Manifest) -> None:
     """Raises BackendError for a bundle of a type that the backend's kernels do not have."""
-    lacking = row.lacking(manifest.precision, manifest.base)
+    plan, lacking = manifest.quantization, row.lacking(manifest.precision, manifest.base)
+    if plan is not None and plan.convolutions and (why := without_convolutions(row)):
+        raise BackendError(f"This bundle has 8-bit convolutions. {why}, or build it from a plan without them.")
     if lacking is None:
         return
     able = [other for other in BACKENDS if other.lacking(manifest.precision, manifest.base) is None]

@@ -30,7 +30,7 @@ from densegeo.models.families import FAMILIES
 from densegeo.models.loading import load_rewritten
 from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
-from densegeo.models.quantized import FORMATS, AttentionPlan, LinearPlan, Plans, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Maps
 from densegeo.precision import QUANTIZED, precision_row
@@ -248,7 +248,7 @@ def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, 
 def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Module, str], None]:
     """Gives blocks without values the layers that were stored."""
     plans: Plans = {
-        **dict.fromkeys(quantization.linears, LinearPlan(0.0)),
+        **dict.fromkeys([*quantization.linears, *quantization.convolutions], LayerPlan(0.0)),
         **dict.fromkeys(quantization.attentions, AttentionPlan(0.0, 0.0, 0.0)),
     }
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])

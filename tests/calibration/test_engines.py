@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from densegeo.benchmarks.convolution_engines import conversions
+from densegeo.calibration.plan import load_plan
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
+from densegeo.models.rewrites import stage_of
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from tests.support.checkpoints import options
@@ -72,6 +76,27 @@ def test_products_are_8_bit(
         assert not [line for line in warnings(log, kind, float_tail=False) if "float32" in line]
         if weights == "input":
             assert "single_blocks.0.linear2.weight" in engine.weight_inputs
+
+
+def test_convolutions_are_8_bit(small_checkpoint: Path, convolved: Path, tmp_path: Path) -> None:
+    """One engine of each network for four architectures; no convolution has a layer beside it that only converts."""
+    made = build_bundle(
+        options(
+            small_checkpoint,
+            tmp_path / "made",
+            precision="int8",
+            calibration=convolved,
+            backend="tensorrt",
+            architectures=(80, 86, 89, 120),
+            engines=EngineOptions(library="tensorrt_rtx", weights="constant"),
+        )
+    )
+    plan = load_plan(convolved, "int8")
+    for engine in (engine for engine in read_manifest(made).engines if engine.stage != "denoiser"):
+        log = parse_log(read_log(made / engine.log))
+        kinds = Counter(layer.dtype for layer in log.layers if layer.role == "convolution")
+        assert kinds["Int8"] == sum(stage_of(name) == engine.stage for name in plan.convolutions), kinds
+        assert conversions(log) == []
 
 
 def test_fp8_is_refused_where_there_is_none(small_checkpoint: Path, calibrated: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
 from densegeo.models.chain import relative
+from densegeo.models.rewrites import stage_of
 from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
@@ -78,6 +79,20 @@ def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_p
     latent = torch.randn(1, 4, CASE.size[1] // 8, CASE.size[0] // 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative(fused(latent), unet(latent)) <= error
+
+
+def test_the_unets_convolutions_too(
+    files: Path, fiffdepth_bundle: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    run(fiffdepth_bundle(CASE), images, tmp_path / "plan", kind="int8", backend="torch", stream=True, convolutions=True)
+    plan = load_plan(tmp_path / "plan", "int8")
+    last = {name.rpartition(".")[2] for name in plan.convolutions if stage_of(name) == "denoiser"}
+    assert last == {"conv1", "conv2", "conv"}  # of residual blocks, and of changes of resolution
+    assert {"conv_in", "conv_out", "encoder.conv_in", "decoder.conv_out"} <= set(plan.left)
+    bundle = build(files, tmp_path / "made", "int8", base="fp32", calibration=tmp_path / "plan", backend="openvino")
+    for backend in ("openvino", "torch"):
+        assert verify(bundle, backend, "cpu").good
+        assert stage_error(bundle, backend, "encoder") > 1e-4
 
 
 @pytest.mark.slow

@@ -91,3 +91,17 @@ def test_zeros_have_no_range_and_constants_have_one() -> None:
 def test_what_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(QuantizationError, match="NaN or infinity"):
         Histogram().add(np.array([1.0, bad]))
+    with pytest.raises(QuantizationError):
+        Histogram().add(np.array([[1.0], [bad]]), every=2)  # also where it is not counted
+
+
+def test_of_large_inputs_some_rows_are_counted() -> None:
+    histogram, rows = Histogram(), np.random.default_rng(0).standard_normal((5000, 8)).astype(np.float32)
+    rows[1, 3] = -9.0
+    histogram.add(rows, every=3)
+    assert histogram.peak == 9.0
+    assert histogram.counts.sum() == 8 * 1667
+    whole = Histogram()
+    whole.add(rows)
+    shares = (np.cumsum(one.counts) / one.counts.sum() for one in (histogram, whole))
+    assert np.abs(np.subtract(*shares)).max() < 0.02

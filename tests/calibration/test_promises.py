@@ -34,7 +34,7 @@ def test_a_promise_holds_for_what_is_built(bundle: Path, images: Path, calibrate
     pipeline = load_networks(bundle, manifest, manifest.buckets[0].size, "cpu")
     pictures = _pictures(Images(find_images([str(images)])), manifest)
     layers = plan.layers(Statistics.load(calibrated / FILE))
-    judge = Judge(pipeline, pictures, "fp8", layers)
+    judge = Judge(pipeline, pictures, FORMATS["fp8"], layers)
     alone = judge.base_error("bf16")
     assert plan.base_error is not None
     assert plan.error is not None

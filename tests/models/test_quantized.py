@@ -1,4 +1,4 @@
-"""8-bit linears: rounding, scales, smoothing, and the blocks they are put into."""
+"""8-bit linears and convolutions: rounding, scales, smoothing, and the blocks they are put into."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from densegeo.models import fe2e, quantized, rewrites
@@ -17,16 +18,19 @@ from densegeo.models.loading import bound
 from densegeo.models.prompt import Prompt
 from densegeo.models.quantized import (
     FORMATS,
-    LinearPlan,
+    LayerPlan,
+    QuantizedConvolution,
     QuantizedLinear,
     _smooth,
+    convolution_fits,
     quantize,
     quantize_block,
+    quantized_convolution,
     quantized_linear,
     smoothable,
 )
 from densegeo.models.transformer import Transformer
-from densegeo.models.vae import VAE
+from densegeo.models.vae import VAE, Downsample
 from densegeo.size import Size
 from tests.support.checkpoints import SMALL, SMALL_VAE
 
@@ -111,6 +115,55 @@ def test_the_operator_keeps_to_torchs_rules() -> None:
     torch.library.opcheck(quantized_linear, given, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (1, 1, 0), (2, 1, 1)])
+def test_a_quantized_convolution_is_the_product_of_its_8_bit_numbers(
+    dtype: torch.dtype, kernel: int, stride: int, padding: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(24, 33, kernel, stride, padding)
+    x = torch.randn(2, 24, 9, 7).to(dtype)
+    ours = QuantizedConvolution.prepare(layer, float(x.abs().max()), FORMATS["int8"], dtype)
+    assert ours.weight.dtype == torch.int8
+    assert ours.weight_scale.shape == (33,)
+    assert (ours.weight.abs().amax(dim=(1, 2, 3)) == 127).all()  # each row uses all of its range
+    numbers = quantize(x, ours.input_scale, torch.int8).double() * ours.input_scale.double()
+    weights = ours.weight.double() * ours.weight_scale.double()[:, None, None, None]
+    wanted = F.conv2d(numbers, weights, ours.bias.double(), stride, padding)
+    out = ours(x)
+    assert (out.shape, out.dtype) == (wanted.shape, dtype)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (out.double() - wanted).norm() <= bound * wanted.norm()
+    exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
+    assert 1e-4 < (wanted - exact).norm() / exact.norm() < 0.03
+    given = (x.float(), ours.weight, ours.weight_scale, ours.input_scale, ours.bias, ours.stride, ours.pads)
+    torch.library.opcheck(quantized_convolution, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_downsampling_convolution_takes_over_its_zeros() -> None:
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.downsample = Downsample(16)
+    exact, x = copy.deepcopy(holder.downsample), torch.randn(1, 16, 6, 10)
+    quantize_block(holder, "encoder", {"encoder.downsample.conv": LayerPlan(4.0)}, FORMATS["int8"], torch.float32)
+    assert isinstance(holder.downsample.conv, QuantizedConvolution)
+    assert set(holder.state_dict()) == {
+        f"downsample.conv.{name}" for name in ("weight", "weight_scale", "input_scale", "bias")
+    }
+    ours, wanted = holder.downsample(x), exact(x)
+    assert ours.shape == wanted.shape == (1, 16, 3, 5)
+    assert 1e-4 < (ours - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_ends_shortcuts_and_thin_convolutions_stay() -> None:
+    wide, thin = nn.Conv2d(16, 16, 3), nn.Conv2d(15, 16, 3)
+    assert convolution_fits("decoder.up.3.block.0.conv1", wide)
+    assert convolution_fits("decoder.mid.attn_1.q", nn.Conv2d(64, 64, 1))
+    assert not convolution_fits("decoder.up.3.block.0.conv1", thin)
+    for name in ("conv_in", "encoder.conv_out", "up_blocks.0.resnets.1.conv_shortcut", "decoder.up.2.nin_shortcut"):
+        assert not convolution_fits(name, wide)
+
+
 def rewritten(config: TransformerConfig = SMALL) -> Transformer:
     torch.manual_seed(1)
     transformer = Transformer(config)
@@ -154,7 +207,7 @@ def test_smoothing_helps_where_channels_differ() -> None:
     errors = {}
     for label, smooth, limit in (("plain", None, 4000.0), ("smooth", factors, 4.0)):
         twin = copy.deepcopy(transformer)
-        plans = {f"single_blocks.0.{name}": LinearPlan(limit, smooth) for name in names}
+        plans = {f"single_blocks.0.{name}": LayerPlan(limit, smooth) for name in names}
         quantize_block(twin.single_blocks[0], "single_blocks.0", plans, FORMATS["int8"], torch.float32)
         errors[label] = float((twin(latent) - wanted).norm() / wanted.norm())
     assert errors["smooth"] < 0.2 * errors["plain"]
@@ -167,7 +220,7 @@ def test_blocks_with_8_bit_linears_stay_close(kind: str) -> None:
     latent = torch.randn(1, 16, 6, 8)
     wanted = transformer(latent)
     plans = {
-        f"{prefix}.{name}": LinearPlan(20.0)
+        f"{prefix}.{name}": LayerPlan(20.0)
         for prefix, block in transformer.blocks()
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear)

@@ -11,7 +11,7 @@ from rich.console import Console
 from densegeo.benchmarks.latency import device_name
 from densegeo.export.reporting import recommend
 from densegeo.precision import QUANTIZED
-from densegeo.runtime import measured, state
+from densegeo.runtime import backends, measured, state
 from densegeo.runtime.bundle import Manifest, Quantization, read_manifest
 from densegeo.runtime.measured import BUSY, ENOUGH, SPREAD, Conditions, Measured, advice, forget, remember
 
@@ -26,7 +26,14 @@ def manifest(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def record(
-    manifest: Manifest, precision: str, p50: float, p90: float = 0.0, *, attention: bool = False, base: str = ""
+    manifest: Manifest,
+    precision: str,
+    p50: float,
+    p90: float = 0.0,
+    *,
+    attention: bool = False,
+    convolutions: bool = False,
+    base: str = "",
 ) -> Measured:
     quantization = None
     if precision in QUANTIZED:
@@ -39,6 +46,7 @@ def record(
             share=1.0,
             depth_error=None,
             normal_error=None,
+            convolutions=["encoder.mid.block_1.conv1"] if convolutions else [],
         )
     base = base or (precision if quantization is None else "bf16")
     variant = msgspec.structs.replace(manifest, precision=precision, base=base, quantization=quantization)
@@ -100,6 +108,45 @@ def test_what_was_measured_badly_is_not_believed(manifest: Manifest, change: dic
     assert advice(manifest)[0].startswith("fp8 is recommended")
     remember(msgspec.structs.replace(fast, p50=90.0, p90=99.0, conditions=bad))  # does not take its place
     assert advice(manifest)[0].startswith("fp8 is recommended")
+
+
+def test_8_bit_convolutions_are_another_variant(manifest: Manifest) -> None:
+    remember(record(manifest, "bf16", 40.0))
+    remember(record(manifest, "int8", 50.0))
+    remember(record(manifest, "int8", 20.0, convolutions=True))
+    assert advice(manifest)[0].startswith("int8 with convolutions is recommended")
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_auto_takes_what_was_fastest_here(
+    manifest: Manifest,
+    toy_bundle: Path,
+    driver: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a CPU; where a GPU's driver is, records of the CPU and of the GPU are not told apart by the backend's name."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(backends, "has_cuda_driver", lambda: driver)
+    caplog.set_level("INFO", "densegeo")
+
+    def taken() -> str:
+        backend = backends.open_backend("auto", toy_bundle, manifest, "cpu")
+        backend.close()
+        return backend.name
+
+    def keep(backend: str, p50: float, **changes: object) -> None:
+        found = measured.measured(manifest, manifest.buckets[0], backend, "a CPU", p50, 1.1 * p50, GOOD)
+        remember(msgspec.structs.replace(found, **changes))  # type: ignore[arg-type]
+
+    assert taken() == "onnxruntime"
+    keep("openvino", 5.0, bucket="1x1")
+    keep("openvino", 5.0, machine="elsewhere|")
+    keep("onnxruntime", 9.0)
+    assert taken() == "onnxruntime"
+    keep("openvino", 8.0)
+    assert taken() == ("onnxruntime" if driver else "openvino")
+    assert ("openvino, the fastest that `densegeo bench` measured here" in caplog.text) == (not driver)
 
 
 def test_engines_that_are_gone_are_forgotten(manifest: Manifest) -> None:

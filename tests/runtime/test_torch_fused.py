@@ -20,7 +20,7 @@ from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # no
 from densegeo.models.quantized import (  # noqa: E402
     FORMATS,
     AttentionPlan,
-    LinearPlan,
+    LayerPlan,
     Plans,
     quantize_block,
 )
@@ -91,7 +91,7 @@ def quantized(
 ) -> Pipeline:
     """Every linear of the blocks in 8 bits, or every attention."""
     loaded = pipeline(files, without)
-    wanted, plan = (Attention, AttentionPlan(8.0, 8.0, 4.0)) if attention else (nn.Linear, LinearPlan(20.0))
+    wanted, plan = (Attention, AttentionPlan(8.0, 8.0, 4.0)) if attention else (nn.Linear, LayerPlan(20.0))
     names = [name for name, module in loaded.denoiser.named_modules() if isinstance(module, wanted)]
     plans: Plans = {name: plan for name in names if loaded.denoiser.quantizable(name)}
     for name, block in loaded.denoiser.blocks():

@@ -1,0 +1,185 @@
+"""TensorRT engines with 8-bit convolutions at full width: `python benchmarks/convolution_engines.py`. Needs no GPU.
+
+Random weights in the widths of FE2E's autoencoder and of FiffDepth's autoencoder and U-Net, bf16 and int8, for each
+architecture and for all together. What the builder chose is read from its log: the type of every convolution, and which
+layers do nothing but convert numbers on their way to or from one.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from densegeo.benchmarks.environment import environment, write_json
+from densegeo.benchmarks.setups import MID, SD2_UNET, SD2_VAE
+from densegeo.benchmarks.synthetic import random_fiffdepth
+from densegeo.cli import guarded
+from densegeo.export.engines import EngineOptions, Wanted, build_engine, wanted_engines
+from densegeo.export.graph_stats import describe
+from densegeo.export.graphs import bucket_examples
+from densegeo.export.onnx_graph import export_graph, write_weights
+from densegeo.models import fe2e, fiffdepth, rewrites
+from densegeo.models.precision import DTYPES, cast
+from densegeo.models.quantized import FORMATS, LayerPlan, convolution_fits, quantize_block
+from densegeo.models.rewrites import Pipeline, stage_of
+from densegeo.runtime.bundle import STAGES, Bucket, Engine, FileDigest, Graph, sha256_file
+from densegeo.runtime.engine_log import BuildLog, Layer, parse_log, read_log
+from densegeo.size import Size
+
+SIDE = 256
+KIND, BASE = "int8", "bf16"
+RANGE = 4.0  # of every input: what a builder makes does not depend on it
+TARGETS: tuple[tuple[int, ...], ...] = ((80,), (86,), (89,), (120,), (80, 86, 89, 120))
+
+
+def middle_fe2e() -> Pipeline:
+    """With the full autoencoder, which has all of FE2E's convolutions, and a smaller transformer."""
+    pipeline = MID.pipeline()
+    pipeline.denoiser.resize(Size(SIDE, SIDE))
+    return rewrites.apply(pipeline, fe2e.REWRITES)
+
+
+def full_fiffdepth() -> Pipeline:
+    return rewrites.apply(random_fiffdepth(SD2_UNET, SD2_VAE, SIDE), fiffdepth.REWRITES)
+
+
+MODELS: dict[str, Callable[[], Pipeline]] = {"fe2e": middle_fe2e, "fiffdepth": full_fiffdepth}
+
+
+def planned(pipeline: Pipeline) -> dict[str, LayerPlan]:
+    """Every convolution that may become 8-bit."""
+    every = pipeline.layers(nn.Conv2d)
+    return {name: LayerPlan(RANGE) for name, layer in every.items() if convolution_fits(name, layer)}
+
+
+@torch.no_grad()
+def write_graphs(pipeline: Pipeline, folder: Path) -> tuple[Bucket, dict[str, FileDigest]]:
+    """Graphs and weights of all networks; the bucket, and what its files are."""
+    size, graphs = Size(SIDE, SIDE), dict[str, Graph]()
+    examples = bucket_examples(pipeline, size, 1)
+    for stage, network in pipeline.stages().items():
+        taken, given, example = examples[stage]
+        weights, path = folder / f"{stage}.safetensors", folder / f"{stage}_{size}.onnx"
+        write_weights(network, weights)
+        export_graph(network, example, (taken, given), weights, path, exact=False)
+        graphs[stage] = describe(path)
+    files = {path.name: FileDigest(path.stat().st_size, sha256_file(path)) for path in folder.iterdir()}
+    encoder, denoiser, decoder = (graphs[stage] for stage in STAGES)
+    return Bucket(SIDE, SIDE, encoder, denoiser, decoder), files
+
+
+def built(folder: Path, wanted: Wanted, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
+    (folder / wanted.engine.file).parent.mkdir(exist_ok=True)
+    return build_engine(folder, folder / wanted.graph, wanted.engine, options, wanted.group, progress)
+
+
+def conversions(log: BuildLog) -> list[str]:
+    """Layers beside a convolution that only convert: reformats, and those made of nothing but Q, DQ and casts."""
+    beside = {
+        tensor.name for layer in log.layers if layer.role == "convolution" for tensor in (*layer.inputs, *layer.outputs)
+    }
+    return [
+        layer.name
+        for layer in log.layers
+        if _converts(layer) and beside.intersection(tensor.name for tensor in (*layer.inputs, *layer.outputs))
+    ]
+
+
+def _converts(layer: Layer) -> bool:
+    if "reformat" in layer.kind.lower() or "reformat" in layer.name.lower():
+        return True
+    names = [node.lower() for node in layer.onnx]
+    return bool(names) and all("quantizelinear" in name or "cast" in name for name in names)
+
+
+def row(folder: Path, model: str, precision: str, engine: Engine, count: int) -> dict[str, Any]:
+    """What one engine is. count: of its convolutions that are planned in 8 bits."""
+    log = parse_log(read_log(folder / engine.log))
+    return {
+        "model": model,
+        "stage": engine.stage,
+        "precision": precision,
+        "architectures": engine.architectures,
+        "planned": count,
+        "convolutions": Counter(layer.dtype for layer in log.layers if layer.role == "convolution"),
+        "layers": len(log.layers),
+        "conversions": conversions(log),
+        "seconds": engine.seconds,
+        "engine_bytes": (folder / engine.file).stat().st_size,
+        "workspace_bytes": engine.activation_bytes,
+        "builder_bytes": engine.peak_bytes,
+    }
+
+
+def engines_of(model: str, folder: Path, console: Console) -> Iterator[dict[str, Any]]:
+    """A row for each engine of a model, in both precisions."""
+    options, exact = EngineOptions(library="tensorrt_rtx", weights="constant").validated(), MODELS[model]()
+    for precision in (BASE, KIND):
+        pipeline, plans = copy.deepcopy(exact), planned(exact) if precision == KIND else {}
+        for name, part in pipeline.parts():
+            quantize_block(part, name, plans, FORMATS[KIND], DTYPES[BASE])
+        place = folder / model / precision
+        place.mkdir(parents=True)
+        bucket, files = write_graphs(cast(pipeline, BASE), place)
+        counts = Counter(map(stage_of, plans))
+        with_convolutions = {stage_of(name) for name in exact.layers(nn.Conv2d)}
+        for group in TARGETS:
+            for wanted in wanted_engines([bucket], precision, group, options, files):
+                if wanted.engine.stage in with_convolutions:
+                    console.print(
+                        f"{model} {precision} {wanted.engine.stage} for {', '.join(wanted.engine.architectures)}"
+                    )
+                    engine = built(place, wanted, options, lambda phase: None)
+                    yield row(place, model, precision, engine, counts[engine.stage])
+                    (place / engine.file).unlink()
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """One line an engine."""
+    table = Table("model", "stage", "", "for", "convolutions", "planned", "conversions", "s", "MB", "workspace MB")
+    for found in rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["convolutions"].items()))
+        sizes = (f"{found[name] / 1e6:.3g}" for name in ("engine_bytes", "workspace_bytes"))
+        table.add_row(
+            *(found[name] for name in ("model", "stage", "precision")),
+            ", ".join(found["architectures"]),
+            kinds,
+            str(found["planned"] or ""),
+            str(len(found["conversions"])),
+            f"{found['seconds']:.1f}",
+            *sizes,
+        )
+    return table
+
+
+def run(models: list[str], json_file: Path | None) -> None:
+    machine, console, rows = environment(("torch", "onnx", "tensorrt-rtx-cu13")), Console(width=160), []
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            for found in engines_of(model, Path(folder), console):
+                rows.append(found)
+                if json_file is not None:
+                    write_json(json_file, {**machine, "size": [SIDE, SIDE], "engines": rows})
+    console.print(table_of(rows))
+
+
+def main(
+    models: Annotated[Optional[list[str]], typer.Argument(help=f"Of {', '.join(MODELS)}; all by default.")] = None,  # noqa: UP045
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Build engines of full-width convolutions in bf16 and int8, and say what the builder made of them."""
+    guarded(lambda: run(models or list(MODELS), json_file))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,251 @@
+"""8-bit convolutions: from statistics and sensitivities through a plan to a bundle that OpenVINO and torch run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from densegeo.calibration.plan import load_plan, plan_file
+from densegeo.calibration.statistics import FILE, Statistics
+from densegeo.calibration.work import multiply_adds
+from densegeo.errors import BackendError, ConfigError, QuantizationError
+from densegeo.export.build import build_bundle
+from densegeo.export.graph_stats import node_flops, static_shapes
+from densegeo.models.quantized import FEWEST_CHANNELS, QuantizedConvolution, QuantizedLinear
+from densegeo.models.rewrites import stage_of
+from densegeo.processor import saturates_int8
+from densegeo.runtime import Estimator
+from densegeo.runtime.backends import openvino_cpu
+from densegeo.runtime.backends.torch_modules import load_networks
+from densegeo.runtime.backends.torch_pictures import fuse_pictures
+from densegeo.runtime.bundle import STAGES, amount_quantized, read_manifest
+from densegeo.runtime.verify import verify
+from densegeo.size import Size
+from tests.support.calibration import run, stage_error
+from tests.support.checkpoints import options
+from tests.support.shared import Once
+
+pytestmark = pytest.mark.usefixtures("graphs_once")
+KEPT = {
+    "encoder.conv_in",
+    "encoder.conv_out",
+    "decoder.conv_in",
+    "decoder.conv_out",
+}
+
+
+@pytest.fixture(scope="session")
+def made(once: Once, small_checkpoint: Path, convolved: Path) -> Path:
+    """The bundle of that plan, its floats in float32."""
+
+    def make(folder: Path) -> None:
+        wanted = {"precision": "int8", "base": "fp32", "calibration": convolved, "backend": "openvino"}
+        build_bundle(options(small_checkpoint, folder / "bundle", **wanted))
+
+    return once("convolved-bundle", make) / "bundle"
+
+
+def test_all_but_ends_and_shortcuts_are_planned(convolved: Path, bundle: Path) -> None:
+    plan = load_plan(convolved, "int8")
+    pipeline = load_networks(bundle, read_manifest(bundle), Size(48, 32), "cpu")
+    every = pipeline.layers(nn.Conv2d)
+    assert set(plan.operations) == set(every)
+    assert set(plan.convolutions) == set(every) - KEPT
+    assert set(plan.left) >= KEPT
+    assert all(min(every[name].weight.shape[:2]) >= FEWEST_CHANNELS for name in plan.convolutions)
+    assert {row.layer for row in plan.sensitivity} == {*plan.ranges, *plan.convolutions}
+    assert plan.ranges.keys() == load_plan(convolved, "int8").ranges.keys() != set()
+    for row in plan.sensitivity:
+        assert row.error.depth is not None
+        assert row.error.normals is not None
+        assert row.error.depth > 0 or row.error.normals > 0, row.layer
+    assert plan.error is not None
+    assert plan.error.normals > max(row.error.normals for row in plan.sensitivity)
+    assert plan.parameters == sum(row.parameters for row in plan.sensitivity)
+
+
+def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    (bucket,) = manifest.buckets
+    pipeline = load_networks(bundle, manifest, bucket.size, "cpu")
+    work, in_graphs = multiply_adds(pipeline, bucket.size), dict[str, int]()
+    for stage in STAGES:
+        model = onnx.load(bundle / getattr(bucket, stage).file, load_external_data=False)
+        shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
+        for node in model.graph.node:
+            if node.op_type in ("Conv", "Gemm"):
+                in_graphs[prefix + node.input[1].removesuffix(".weight")] = node_flops(node, shapes) // 2
+    assert {name: count for name, count in work.items() if not name.endswith(".attention")} == in_graphs
+    tokens, hidden = 2 * 3 * 2 + 3, 32  # both halves of 48x32, and merged text
+    assert work["single_blocks.0.attention"] >= 2 * 6 * tokens * hidden  # image tokens alone in the last block
+    assert work["double_blocks.0.attention"] == 2 * tokens * tokens * hidden
+    assert load_plan(convolved, "int8").operations == {name: work[name] for name in pipeline.layers(nn.Conv2d)}
+
+
+def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) -> None:
+    """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with one a row, floating bias), and nothing in between."""
+    plan, manifest = load_plan(convolved, "int8"), read_manifest(made)
+    (bucket,) = manifest.buckets
+    found, eight, every = set(), 0, 0
+    for stage in STAGES:
+        model = onnx.load(made / getattr(bucket, stage).file, load_external_data=False)
+        shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
+        makers = {output: node for node in model.graph.node for output in node.output}
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in (node for node in model.graph.node if node.op_type == "Conv"):
+            every += node_flops(node, shapes)
+            if node.input[1] in stored:
+                continue
+            eight += node_flops(node, shapes)
+            weight, back = makers[node.input[1]], makers[node.input[0]]
+            forth = makers[back.input[0]]
+            assert (weight.op_type, back.op_type, forth.op_type) == (*["DequantizeLinear"] * 2, "QuantizeLinear")
+            assert stored[weight.input[0]].data_type == TensorProto.INT8
+            assert [*stored[weight.input[1]].dims] == [stored[weight.input[0]].dims[0]]
+            assert [*stored[forth.input[1]].dims] == []
+            assert forth.input[1] == back.input[1]
+            assert stored[node.input[2]].data_type == TensorProto.FLOAT
+            assert not any(makers[value].op_type == "Pad" for value in forth.input if value in makers)
+            found.add(prefix + weight.input[0].removesuffix(".weight"))
+    assert found == set(plan.convolutions)
+    assert plan.convolution_share == pytest.approx(eight / every)
+    assert manifest.quantization is not None
+    assert manifest.quantization.convolution_share == plan.convolution_share > 0.9
+    assert set(manifest.quantization.convolutions) == found
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_bundles_run_as_they_were_emulated(made: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
+    """With VNNI in 8 bits; a processor without would cut sums off, and so runs them in float32."""
+    pytest.importorskip("openvino")
+    if vnni and saturates_int8():
+        monkeypatch.setattr(openvino_cpu, "saturates_int8", lambda: False)
+    elif not vnni:
+        monkeypatch.setattr(openvino_cpu, "saturates_int8", lambda: True)
+        verdict = verify(made, "openvino", "cpu")
+        assert verdict.good, verdict
+        assert stage_error(made, "openvino", "encoder") > 1e-4  # they are quantized
+        assert stage_error(made, "openvino", "decoder") > 1e-4
+    with Estimator(made, device="cpu") as estimator:
+        assert estimator.backend == "openvino"  # not the table's first on a CPU
+        assert np.isfinite(estimator(np.zeros((32, 48, 3), np.uint8)).prediction).all()
+        for stage in ("encoder", "decoder"):
+            assert executed(estimator, stage) <= ({"u8", "i8"} if vnni else {"f32"})
+
+
+def executed(estimator: Estimator, stage: str) -> set[str]:
+    """What OpenVINO's convolutions run in, those that are planned in 8 bits."""
+    model = estimator._backend._loaded(estimator.manifest.buckets[0], stage)
+    plan = estimator.manifest.quantization
+    found = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
+    kinds = [
+        str(node["runtimePrecision"].astype(str)) for node in found if node["layerType"].astype(str) == "Convolution"
+    ]
+    eight = [kind for kind in kinds if kind in ("u8", "i8")]
+    planned = sum(stage_of(name) == stage for name in plan.convolutions)
+    assert len(eight) in (0, planned), kinds
+    return {*eight} or {*kinds}
+
+
+def test_torch_runs_what_it_emulated(made: Path) -> None:
+    verdict = verify(made, "torch", "cpu")
+    assert verdict.good, verdict
+    for stage in ("encoder", "decoder"):
+        assert stage_error(made, "torch", stage) > 1e-4
+    with pytest.raises(BackendError, match=r"8-bit convolutions\. ONNX Runtime .* slower .* openvino or torch"):
+        Estimator(made, "onnxruntime", "cpu")
+
+
+def test_torch_runs_them_fused_too(made: Path) -> None:
+    vae = load_networks(made, read_manifest(made), Size(48, 32), "cpu").vae
+    assert any(isinstance(module, QuantizedConvolution) for module in vae.modules())
+    rgb = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fused = fuse_pictures(vae)
+    with torch.no_grad():
+        latent = vae.encoder(rgb)
+        torch.testing.assert_close(fused.encoder(rgb), latent, rtol=0.02, atol=0.02 * float(latent.abs().max()))
+        picture = vae.decoder(latent)
+        torch.testing.assert_close(fused.decoder(latent), picture, rtol=0.02, atol=0.02 * float(picture.abs().max()))
+
+
+def test_what_is_said_of_them(made: Path) -> None:
+    plan = read_manifest(made).quantization
+    assert plan is not None
+    said = amount_quantized(plan.share, len(plan.attentions), plan.convolution_share)
+    assert re.fullmatch(r"84\.0% of the linears' parameters and 9\d\.\d% of the convolutions' operations", said)
+    assert amount_quantized(0.0, 0, 0.5) == "50.0% of the convolutions' operations"
+    assert amount_quantized(0.5, 3, 0.5).startswith("50.0% of the linears' parameters, 3 attentions and 50.0%")
+
+
+def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
+    free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
+    assert free.error is not None
+    assert free.error.normals is not None
+    run(bundle, images, folder, kind="int8", convolutions=True, max_normal_error=0.5 * free.error.normals, base="fp32")
+    plan = load_plan(folder, "int8")
+    assert plan.error is not None
+    assert plan.error.normals <= 0.5 * free.error.normals
+    assert 0 < len(plan.convolutions) < len(free.convolutions)
+    assert 0 < plan.convolution_share < free.convolution_share
+    run(bundle, images, folder, kind="int8")  # the same statistics serve plans without
+    assert load_plan(folder, "int8").convolutions == {}
+
+
+def test_contradictions_are_refused(
+    small_checkpoint: Path, calibrated: Path, convolved: Path, bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--convolutions is for int8: no kernel of fp8"):
+        run(bundle, images, tmp_path / "fp8", convolutions=True)
+    with pytest.raises(QuantizationError, match="made without --convolutions"):
+        run(bundle, images, shutil.copytree(calibrated, tmp_path / "copy"), kind="int8", convolutions=True)
+    with pytest.raises(ConfigError, match=r"plans 8-bit convolutions\. ONNX Runtime would run them slower"):
+        build_bundle(options(small_checkpoint, tmp_path / "made", precision="int8", base="fp32", calibration=convolved))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.thorough
+def test_convolutions_alone_with_bf16_beside_them(small_checkpoint: Path, convolved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(convolved, tmp_path / "copy")
+    plan = load_plan(folder, "int8")
+    plan_file(folder, "int8").write_bytes(msgspec.json.encode(plan.keep(plan.convolutions)))
+    wanted = {"precision": "int8", "calibration": folder, "backend": "torch"}
+    made = build_bundle(options(small_checkpoint, tmp_path / "made", **wanted))
+    manifest = read_manifest(made)
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears == []
+    assert verify(made, "torch", "cpu").good
+
+
+def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
+    """Whatever the input, two products fit into 16 bits."""
+    folder = shutil.copytree(convolved, tmp_path / "copy")
+    run(bundle, images, folder, kind="int8", convolutions=True, backend="torch", stream=True, weight_bits=7)
+    plan = load_plan(folder, "int8")
+    assert plan.weight_bits == 7
+    linear = QuantizedLinear.prepare(nn.Linear(16, 8), 1.0, plan.numbers, torch.float32)
+    assert (linear.weight.abs().amax(dim=1) == 63).all()
+    assert 2 * 255 * 63 < 2**15
+    with pytest.raises(ConfigError, match="--weight-bits is for whole numbers"):
+        run(bundle, images, folder, kind="fp8", weight_bits=7)
+
+
+@pytest.mark.thorough
+def test_both_ways_of_looking_agree(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
+    run(bundle, images, tmp_path, kind="int8", convolutions=True)
+    ours, theirs = Statistics.load(convolved / FILE), Statistics.load(tmp_path / FILE)
+    assert ours.histograms.keys() == theirs.histograms.keys()
+    for name, histogram in ours.histograms.items():
+        assert histogram.counts.sum() == theirs.histograms[name].counts.sum(), name
+        assert histogram.peak == pytest.approx(theirs.histograms[name].peak, rel=1e-3)
+    assert load_plan(tmp_path, "int8").convolutions == pytest.approx(
+        load_plan(convolved, "int8").convolutions, rel=0.05
+    )
