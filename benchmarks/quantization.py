@@ -82,7 +82,7 @@ def plan(
         folder,
         kind=kind,
         method=method,
-        smooth=0.0,
+        smooth=None,
         max_depth_error=None,
         max_normal_error=None,
         attention=attention,

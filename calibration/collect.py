@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
+from torch import nn
 
 from densegeo.calibration.inputs import LayerInputs
 from densegeo.calibration.statistics import Identity, Statistics, smoothing_factors
 from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
-from densegeo.models.rewrites import Pipeline
-from densegeo.runtime.bundle import Bucket, Manifest, sha256_file
+from densegeo.models.rewrites import Pipeline, stage_of
+from densegeo.models.vae import AttnBlock
+from densegeo.runtime.bundle import STAGES, Bucket, Manifest, sha256_file
 from densegeo.runtime.images import load_image
 from densegeo.runtime.resample import choose_bucket, place, prepare
 
@@ -124,7 +126,7 @@ def collect(
         run(statistics.measured, [statistics.measure], "measuring channels")
         if not statistics.factors:
             groups = _sharing(form, set(statistics.channels))
-            columns = _column_peaks(directory / "denoiser.safetensors", groups)
+            columns = _column_peaks(directory, groups)
             statistics.factors = smoothing_factors(statistics.channels, columns, groups, smooth)
         run(statistics.counted, [statistics.count], "counting magnitudes")
     else:
@@ -150,8 +152,13 @@ def check_identity(found: Identity, wanted: Identity, path: Path) -> None:
 
 
 def _sharing(form: Pipeline, seen: set[str]) -> list[tuple[str, ...]]:
-    """Groups of linears behind one folded norm, by full name."""
+    """Groups of linears behind one folded norm, and of convolutions with one input, by full name."""
     groups = []
+    pictured = form.layers(nn.Conv2d)
+    for name in form.layers(AttnBlock):
+        groups.append(tuple(f"{name}.{part}" for part in ("q", "k", "v")))
+    single = set(pictured) - {name for group in groups for name in group}
+    groups = [group for group in [*groups, *((name,) for name in sorted(single))] if seen.issuperset(group)]
     for prefix, block in form.denoiser.blocks():
         for _, names in smoothable(block):
             full = tuple(f"{prefix}.{name}" for name in names)
@@ -160,9 +167,13 @@ def _sharing(form: Pipeline, seen: set[str]) -> list[tuple[str, ...]]:
     return groups
 
 
-def _column_peaks(path: Path, groups: list[tuple[str, ...]]) -> dict[str, Float32]:
+def _column_peaks(directory: Path, groups: list[tuple[str, ...]]) -> dict[str, Float32]:
+    """Of each weight (N, K, ...) in a bundle's files, the largest magnitude in each of its K columns."""
     peaks = {}
-    with safe_open(path, framework="pt") as file:
-        for name in (name for group in groups for name in group):
-            peaks[name] = file.get_tensor(f"{name}.weight").float().abs().amax(dim=0).numpy()
+    names = [name for group in groups for name in group]
+    for stage in STAGES:
+        with safe_open(directory / f"{stage}.safetensors", framework="pt") as file:
+            for name in (name for name in names if stage_of(name) == stage):
+                weight = file.get_tensor(f"{name.removeprefix(f'{stage}.')}.weight").float()
+                peaks[name] = weight.transpose(0, 1).flatten(1).abs().amax(dim=1).numpy()
     return peaks

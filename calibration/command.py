@@ -46,6 +46,7 @@ from densegeo.runtime.ready import beside
 
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 JUDGED = 4  # images on which errors are measured
+EVEN = 0.5  # SmoothQuant's exponent of convolutions, whose channels differ more than linears' do
 _ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 _CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.convolutions)
 
@@ -68,8 +69,14 @@ def calibrate(
     kind: Annotated[str, typer.Option("--format", help=f"{', '.join(CALIBRATED)}.")] = CALIBRATED[0],
     method: Annotated[str, typer.Option(help=f"How ranges are chosen: {', '.join(METHODS)}.")] = "mse",
     smooth: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="SmoothQuant's exponent, such as 0.5; 0 for none.")
-    ] = 0.0,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="SmoothQuant's exponent, which evens out the channels of what enters a layer; 0 for none. Default: "
+            f"{EVEN} with --convolutions, else 0.",
+        ),
+    ] = None,
     max_depth_error: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(help="Root mean square of the depth prediction's change; 0.01 is 1 % of the log-depth range."),
@@ -139,6 +146,7 @@ def calibrate(
     if base and base not in PRECISIONS[kind].bases:
         raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
     budget = Budget(max_depth_error, max_normal_error)
+    exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
@@ -160,7 +168,7 @@ def calibrate(
         _inputs(backend, bundle, manifest, pipeline),
         pipeline,
         folder / FILE,
-        smooth=smooth,
+        smooth=exponent,
         attention=attention,
         convolutions=convolutions,
         console=console,

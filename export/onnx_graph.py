@@ -136,12 +136,21 @@ def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, 
 
 
 def _quantized_convolution(
-    x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any, stride: Sequence[int], pads: Sequence[int]
+    x: Any,
+    weight: Any,
+    weight_scale: Any,
+    input_scale: Any,
+    input_factor: Any,
+    bias: Any,
+    stride: Sequence[int],
+    pads: Sequence[int],
 ) -> Any:
     """An 8-bit convolution in the form that TensorRT and OpenVINO fuse: an activation with one scale, a weight with one
-    a row, a floating bias.
+    a row, a floating bias. The factor joins what is before it.
     """
     left, right, top, bottom = pads
+    if input_factor is not None:
+        x = op.Mul(x, op.Reshape(input_factor, op.Constant(value_ints=[-1, 1, 1])))
     rounded = _in_8_bits(x, input_scale, weight.dtype)
     widened = op.DequantizeLinear(weight, weight_scale, axis=0)
     return op.Conv(rounded, widened, bias, strides=[*stride], pads=[top, left, bottom, right])

@@ -134,23 +134,23 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("input_scale", torch.empty((), dtype=dtype, device=device))
         self.register_buffer("bias", torch.empty(shape[0], dtype=dtype, device=device))
 
-    def take(self, layer: nn.Linear | nn.Conv2d, input_range: float, kind: Format) -> None:
-        """Round a float32 layer's values; on the meta device there are none.
+    def take(self, weight: Tensor, bias: Tensor | None, input_range: float, kind: Format) -> None:
+        """Round a layer's float32 values; on the meta device there are none.
 
         input_range: the largest magnitude of the input that is kept.
         """
-        if layer.weight.is_meta:
+        if weight.is_meta:
             return
-        weight = layer.weight.detach().float()
+        weight = weight.detach().float()
         peaks = weight.flatten(1).abs().amax(dim=1)
         peaks = torch.where(peaks > 0, peaks, kind.weights)  # a row of zeros: any scale
         self.weight_scale.copy_(peaks / kind.weights)
         self.weight.copy_(quantize(weight, self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1)), kind.dtype))
         self.input_scale.fill_(input_range / kind.largest)
-        if layer.bias is None:
+        if bias is None:
             self.bias.zero_()
         else:
-            self.bias.copy_(layer.bias.detach())
+            self.bias.copy_(bias.detach())
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -160,7 +160,7 @@ class QuantizedLinear(QuantizedLayer):
     def prepare(cls, linear: nn.Linear, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedLinear:
         """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
         made = cls(linear.weight.shape, kind, dtype, linear.weight.device)
-        made.take(linear, input_range, kind)
+        made.take(linear.weight, linear.bias, input_range, kind)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,16 +173,19 @@ def quantized_convolution(
     weight: Tensor,
     weight_scale: Tensor,
     input_scale: Tensor,
+    input_factor: Tensor | None,
     bias: Tensor,
     stride: Sequence[int],
     pads: Sequence[int],
 ) -> Tensor:
     """x (N, C, H, W) -> (N, O, h, w) of x's dtype; pads: zeros left, right, above and below.
 
-    weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; bias (O,). torch has no such product on
-    its own: the 8-bit numbers are multiplied as x's dtype, bf16 or float32, which hold them exactly.
+    weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; input_factor: (C,), what x is multiplied
+    by first, or None; bias (O,). torch has no such product on its own: the 8-bit numbers are multiplied as x's dtype,
+    bf16 or float32, which hold them exactly.
     """
-    taken = F.pad(quantize(x, input_scale, weight.dtype), list(pads)).to(x.dtype)
+    even = x if input_factor is None else x.float() * input_factor.float()[:, None, None]
+    taken = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
     product = F.conv2d(taken, weight.to(x.dtype), stride=list(stride)).float()
     scale = weight_scale.float() * input_scale.float()
     return (product * scale[:, None, None] + bias.float()[:, None, None]).to(x.dtype)
@@ -194,6 +197,7 @@ def _(
     weight: Tensor,
     weight_scale: Tensor,
     input_scale: Tensor,
+    input_factor: Tensor | None,
     bias: Tensor,
     stride: Sequence[int],
     pads: Sequence[int],
@@ -206,25 +210,48 @@ def _(
 
 
 class QuantizedConvolution(QuantizedLayer):
-    """What a convolution becomes. weight (O, C, kh, kw)."""
+    """What a convolution becomes. weight (O, C, kh, kw).
 
+    input_factor: (C,), what its input is multiplied by so that its channels are alike, or None: a norm cannot take it
+    up, for SiLU lies between.
+    """
+
+    input_factor: Tensor | None
     stride: tuple[int, ...]
     pads: tuple[int, ...]  # left, right, top, bottom
 
     @classmethod
-    def prepare(cls, layer: nn.Conv2d, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedConvolution:
-        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
+    def prepare(
+        cls, layer: nn.Conv2d, input_range: float, kind: Format, dtype: torch.dtype, smooth: Tensor | None = None
+    ) -> QuantizedConvolution:
+        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias.
+
+        smooth: (C,), what the input is divided by, before that range, and the weight's columns are multiplied by.
+        """
         assert (layer.groups, layer.dilation) == (1, (1, 1))
         assert not isinstance(layer.padding, str)
         made = cls(layer.weight.shape, kind, dtype, layer.weight.device)
-        made.take(layer, input_range, kind)
+        made.register_buffer("input_factor", None if smooth is None else made.bias.new_empty(layer.in_channels))
+        if smooth is not None and not layer.weight.is_meta:
+            assert made.input_factor is not None
+            made.input_factor.copy_(1 / smooth)
+            made.take(layer.weight / made.input_factor.float()[:, None, None], layer.bias, input_range, kind)
+        else:
+            made.take(layer.weight, layer.bias, input_range, kind)
         (rows, columns), made.stride = layer.padding, layer.stride
         made.pads = (int(columns), int(columns), int(rows), int(rows))
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_convolution(
-            x, self.weight, self.weight_scale, self.input_scale, self.bias, self.stride, self.pads
+            x,
+            self.weight,
+            self.weight_scale,
+            self.input_scale,
+            self.input_factor,
+            self.bias,
+            self.stride,
+            self.pads,
         )
 
 
@@ -286,7 +313,7 @@ class QuantizedAttention(nn.Module):
 class LayerPlan(NamedTuple):
     """How one linear or convolution is quantized.
 
-    smooth: (K,) what a linear's input is divided by and its columns multiplied by, or None.
+    smooth: (K,) what its input is divided by and its columns multiplied by, or None.
     """
 
     input_range: float
@@ -337,7 +364,7 @@ def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dt
         if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
             made = QuantizedLinear.prepare(module, plan.input_range, kind, dtype)
         elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
-            made = QuantizedConvolution.prepare(module, plan.input_range, kind, dtype)
+            made = QuantizedConvolution.prepare(module, plan.input_range, kind, dtype, plan.smooth)
         elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
             made = QuantizedAttention(plan, dtype, next(block.parameters()).device)
         if made is not None:

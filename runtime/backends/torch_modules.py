@@ -247,8 +247,10 @@ def load_networks(directory: Path, manifest: Manifest, size: Size, device: str, 
 
 def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Module, str], None]:
     """Gives blocks without values the layers that were stored."""
+    even = torch.ones(()) if quantization.smooth else None  # a placeholder: its values are stored
     plans: Plans = {
-        **dict.fromkeys([*quantization.linears, *quantization.convolutions], LayerPlan(0.0)),
+        **dict.fromkeys(quantization.linears, LayerPlan(0.0)),
+        **dict.fromkeys(quantization.convolutions, LayerPlan(0.0, even)),
         **dict.fromkeys(quantization.attentions, AttentionPlan(0.0, 0.0, 0.0)),
     }
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])

@@ -40,13 +40,13 @@ def attentive(once: Once, bundle: Path, images: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def convolved(once: Once, bundle: Path, images: Path) -> Path:
-    """Statistics of linears and convolutions, and an int8 plan of both; errors measured on one image."""
+    """Statistics of linears and convolutions, channels evened out, and an int8 plan; errors measured on one image."""
     from densegeo.calibration import command
     from tests.support.calibration import run
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command, "JUDGED", 1)
-            run(bundle, images, folder, kind="int8", convolutions=True, backend="torch")
+            run(bundle, images, folder, kind="int8", convolutions=True, backend="torch", smooth=None)
 
     return once("convolved", make)

@@ -114,7 +114,10 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) ->
             assert [*stored[forth.input[1]].dims] == []
             assert forth.input[1] == back.input[1]
             assert stored[node.input[2]].data_type == TensorProto.FLOAT
-            assert not any(makers[value].op_type == "Pad" for value in forth.input if value in makers)
+            even = makers[forth.input[0]]
+            assert even.op_type == "Mul"
+            assert [*stored[makers[even.input[1]].input[0]].dims] == [stored[weight.input[0]].dims[1]]
+            assert makers[even.input[0]].op_type != "Pad" if even.input[0] in makers else True
             found.add(prefix + weight.input[0].removesuffix(".weight"))
     assert found == set(plan.convolutions)
     assert plan.convolution_share == pytest.approx(eight / every)
@@ -190,13 +193,22 @@ def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved:
     free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
     assert free.error is not None
     assert free.error.normals is not None
-    run(bundle, images, folder, kind="int8", convolutions=True, max_normal_error=0.5 * free.error.normals, base="fp32")
+    run(
+        bundle,
+        images,
+        folder,
+        kind="int8",
+        convolutions=True,
+        smooth=None,
+        max_normal_error=0.5 * free.error.normals,
+        base="fp32",
+    )
     plan = load_plan(folder, "int8")
     assert plan.error is not None
     assert plan.error.normals <= 0.5 * free.error.normals
     assert 0 < len(plan.convolutions) < len(free.convolutions)
     assert 0 < plan.convolution_share < free.convolution_share
-    run(bundle, images, folder, kind="int8")  # the same statistics serve plans without
+    run(bundle, images, folder, kind="int8", smooth=0.5)  # the same statistics serve plans without
     assert load_plan(folder, "int8").convolutions == {}
 
 
@@ -228,7 +240,9 @@ def test_convolutions_alone_with_bf16_beside_them(small_checkpoint: Path, convol
 def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
     """Whatever the input, two products fit into 16 bits."""
     folder = shutil.copytree(convolved, tmp_path / "copy")
-    run(bundle, images, folder, kind="int8", convolutions=True, backend="torch", stream=True, weight_bits=7)
+    run(
+        bundle, images, folder, kind="int8", convolutions=True, smooth=None, backend="torch", stream=True, weight_bits=7
+    )
     plan = load_plan(folder, "int8")
     assert plan.weight_bits == 7
     linear = QuantizedLinear.prepare(nn.Linear(16, 8), 1.0, plan.numbers, torch.float32)
@@ -240,7 +254,7 @@ def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: P
 
 @pytest.mark.thorough
 def test_both_ways_of_looking_agree(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
-    run(bundle, images, tmp_path, kind="int8", convolutions=True)
+    run(bundle, images, tmp_path, kind="int8", convolutions=True, smooth=None)
     ours, theirs = Statistics.load(convolved / FILE), Statistics.load(tmp_path / FILE)
     assert ours.histograms.keys() == theirs.histograms.keys()
     for name, histogram in ours.histograms.items():

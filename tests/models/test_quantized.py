@@ -136,8 +136,30 @@ def test_a_quantized_convolution_is_the_product_of_its_8_bit_numbers(
     assert (out.double() - wanted).norm() <= bound * wanted.norm()
     exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
     assert 1e-4 < (wanted - exact).norm() / exact.norm() < 0.03
-    given = (x.float(), ours.weight, ours.weight_scale, ours.input_scale, ours.bias, ours.stride, ours.pads)
+    given = (x.float(), ours.weight, ours.weight_scale, ours.input_scale, None, ours.bias, ours.stride, ours.pads)
     torch.library.opcheck(quantized_convolution, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_even_channels_make_a_convolution_more_exact() -> None:
+    """Channels whose sizes differ a hundredfold: one scale leaves the small ones few steps."""
+    torch.manual_seed(0)
+    layer, sizes = nn.Conv2d(24, 32, 3, padding=1), torch.logspace(0, 2, 24)
+    layer.weight.data /= sizes[:, None, None]
+    x = torch.randn(1, 24, 16, 16) * sizes[:, None, None]
+    exact = layer(x)
+
+    def off(smooth: torch.Tensor | None) -> float:
+        limit = float((x if smooth is None else x / smooth[:, None, None]).abs().max())
+        made = QuantizedConvolution.prepare(layer, limit, FORMATS["int8"], torch.float32, smooth)
+        assert set(made.state_dict()) >= ({"input_factor"} if smooth is not None else set())
+        return float((made(x) - exact).norm() / exact.norm())
+
+    assert off(sizes) < 0.02
+    assert off(None) > 5 * off(sizes)
+    with torch.device("meta"):
+        empty = QuantizedConvolution.prepare(nn.Conv2d(24, 32, 3), 1.0, FORMATS["int8"], torch.float32, sizes)
+    assert empty.input_factor is not None
+    assert empty.input_factor.shape == (24,)
 
 
 def test_a_downsampling_convolution_takes_over_its_zeros() -> None:
