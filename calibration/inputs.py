@@ -136,9 +136,10 @@ def _in_rows(x: Float32, *, picture: bool) -> Iterator[Float32]:
     if not picture:
         yield x.reshape(-1, x.shape[-1])
         return
-    step = max(1, PIECE // (x.shape[0] * x.shape[1] * x.shape[3]))
-    for first in range(0, x.shape[2], step):
-        yield np.moveaxis(x[:, :, first : first + step], 1, -1).reshape(-1, x.shape[1])
+    step = max(1, PIECE // (x.shape[1] * x.shape[3]))
+    for one in x:
+        for first in range(0, x.shape[2], step):
+            yield one[:, first : first + step].reshape(x.shape[1], -1).T  # a view, where the picture is small
 
 
 def _linears(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:

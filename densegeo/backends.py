@@ -137,7 +137,7 @@ BACKENDS = (
         # The CPU provider has no bf16, and the CUDA one lacks it in operators of our graphs (InstanceNormalization,
         # QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
         precisions=tuple(name for name in PRECISIONS if name != "bf16"),
-        # Its CPU provider runs them slower than float32 ones (DESIGN section 13); the CUDA one has no kernel of any.
+        # Its CPU provider runs them slower than float32 ones; the CUDA one has no kernel of any.
         convolutions=False,
         shows_layers=True,
         untried="provider and GPU are there, but densegeo was never run on a GPU",

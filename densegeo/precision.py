@@ -32,7 +32,7 @@ class Precision:
     weight_only: bool = False  # activations stay in the base, and need no ranges
     largest: float = 0.0
     attention: bool = False  # fine enough for attention's probabilities too
-    convolutions: bool = False  # builders have kernels of it that are faster than the base's (DESIGN section 13)
+    convolutions: bool = False  # builders have kernels of it that are faster than the base's
     engine_each: bool = False  # an engine for several architectures is slower than one for each (DESIGN section 7)
     overflows: bool = False  # a network's sums can pass its largest number
 

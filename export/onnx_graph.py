@@ -150,7 +150,7 @@ def _quantized_convolution(
     """
     left, right, top, bottom = pads
     if input_factor is not None:
-        x = op.Mul(x, op.Reshape(input_factor, op.Constant(value_ints=[-1, 1, 1])))
+        x = op.Mul(x, input_factor)
     rounded = _in_8_bits(x, input_scale, weight.dtype)
     widened = op.DequantizeLinear(weight, weight_scale, axis=0)
     return op.Conv(rounded, widened, bias, strides=[*stride], pads=[top, left, bottom, right])

@@ -180,11 +180,11 @@ def quantized_convolution(
 ) -> Tensor:
     """x (N, C, H, W) -> (N, O, h, w) of x's dtype; pads: zeros left, right, above and below.
 
-    weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; input_factor: (C,), what x is multiplied
-    by first, or None; bias (O,). torch has no such product on its own: the 8-bit numbers are multiplied as x's dtype,
-    bf16 or float32, which hold them exactly.
+    weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; input_factor: (C, 1, 1), what x is
+    multiplied by first, or None; bias (O,). torch has no such product on its own: the 8-bit numbers are multiplied as
+    x's dtype, bf16 or float32, which hold them exactly.
     """
-    even = x if input_factor is None else x.float() * input_factor.float()[:, None, None]
+    even = x if input_factor is None else x.float() * input_factor.float()
     taken = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
     product = F.conv2d(taken, weight.to(x.dtype), stride=list(stride)).float()
     scale = weight_scale.float() * input_scale.float()
@@ -212,8 +212,8 @@ def _(
 class QuantizedConvolution(QuantizedLayer):
     """What a convolution becomes. weight (O, C, kh, kw).
 
-    input_factor: (C,), what its input is multiplied by so that its channels are alike, or None: a norm cannot take it
-    up, for SiLU lies between.
+    input_factor: (C, 1, 1), what its input is multiplied by so that its channels are alike, or None: a norm cannot take
+    it up, for SiLU lies between.
     """
 
     input_factor: Tensor | None
@@ -231,11 +231,11 @@ class QuantizedConvolution(QuantizedLayer):
         assert (layer.groups, layer.dilation) == (1, (1, 1))
         assert not isinstance(layer.padding, str)
         made = cls(layer.weight.shape, kind, dtype, layer.weight.device)
-        made.register_buffer("input_factor", None if smooth is None else made.bias.new_empty(layer.in_channels))
+        made.register_buffer("input_factor", None if smooth is None else made.bias.new_empty(layer.in_channels, 1, 1))
         if smooth is not None and not layer.weight.is_meta:
             assert made.input_factor is not None
-            made.input_factor.copy_(1 / smooth)
-            made.take(layer.weight / made.input_factor.float()[:, None, None], layer.bias, input_range, kind)
+            made.input_factor.copy_(1 / smooth[:, None, None])
+            made.take(layer.weight / made.input_factor.float(), layer.bias, input_range, kind)
         else:
             made.take(layer.weight, layer.bias, input_range, kind)
         (rows, columns), made.stride = layer.padding, layer.stride

@@ -20,6 +20,7 @@ from densegeo.calibration.work import multiply_adds
 from densegeo.errors import BackendError, ConfigError, QuantizationError
 from densegeo.export.build import build_bundle
 from densegeo.export.graph_stats import node_flops, static_shapes
+from densegeo.models.chain import relative
 from densegeo.models.quantized import FEWEST_CHANNELS, QuantizedConvolution, QuantizedLinear
 from densegeo.models.rewrites import stage_of
 from densegeo.processor import saturates_int8
@@ -116,8 +117,9 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) ->
             assert stored[node.input[2]].data_type == TensorProto.FLOAT
             even = makers[forth.input[0]]
             assert even.op_type == "Mul"
-            assert [*stored[makers[even.input[1]].input[0]].dims] == [stored[weight.input[0]].dims[1]]
-            assert makers[even.input[0]].op_type != "Pad" if even.input[0] in makers else True
+            assert [*stored[even.input[1]].dims] == [stored[weight.input[0]].dims[1], 1, 1]
+            assert even.input[1].endswith(".input_factor")
+            assert even.input[0] not in makers or makers[even.input[0]].op_type != "Pad"
             found.add(prefix + weight.input[0].removesuffix(".weight"))
     assert found == set(plan.convolutions)
     assert plan.convolution_share == pytest.approx(eight / every)
@@ -168,16 +170,18 @@ def test_torch_runs_what_it_emulated(made: Path) -> None:
         Estimator(made, "onnxruntime", "cpu")
 
 
-def test_torch_runs_them_fused_too(made: Path) -> None:
-    vae = load_networks(made, read_manifest(made), Size(48, 32), "cpu").vae
+def test_torch_runs_them_fused_too(made: Path, bundle: Path) -> None:
+    """No further from the plain form than that is from float32: single roundings differ."""
+    exact, vae = (load_networks(path, read_manifest(path), Size(48, 32), "cpu").vae for path in (bundle, made))
     assert any(isinstance(module, QuantizedConvolution) for module in vae.modules())
-    rgb = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    fused = fuse_pictures(vae)
+    fused, generator = fuse_pictures(vae), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        latent = vae.encoder(rgb)
-        torch.testing.assert_close(fused.encoder(rgb), latent, rtol=0.02, atol=0.02 * float(latent.abs().max()))
-        picture = vae.decoder(latent)
-        torch.testing.assert_close(fused.decoder(latent), picture, rtol=0.02, atol=0.02 * float(picture.abs().max()))
+        given = torch.rand(1, 3, 32, 48, generator=generator) * 2 - 1
+        for stage in ("encoder", "decoder"):
+            plain = getattr(vae, stage)(given)
+            allowed = relative(plain, getattr(exact, stage)(given))
+            assert relative(getattr(fused, stage)(given), plain) <= allowed
+            given = plain
 
 
 def test_what_is_said_of_them(made: Path) -> None:

@@ -14,7 +14,7 @@ from densegeo.models.quantized import FORMATS, quantize
 
 
 def rounded(kind: str):
-    dtype, largest = FORMATS[kind]
+    dtype, largest, _ = FORMATS[kind]
 
     def values(given: np.ndarray, limit: float) -> np.ndarray:
         scale = torch.tensor(limit / largest)

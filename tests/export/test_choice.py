@@ -40,7 +40,7 @@ TABLE = [
     (machine(without="openvino"), Asked(precision="bf16"), "torch", "bf16", [], "bf16"),
     (machine(), Asked(backend="torch"), "torch", "fp32", [], "you asked for it"),
     (machine(), Asked(precision="fp32", convolutions=True), "openvino", "fp32", [], "8-bit convolutions slower"),
-    (machine(gpu(89), without="openvino"), Asked(convolutions=True), "torch", "bf16", [], "nothing else is installed"),
+    (machine(gpu(89), without="openvino"), Asked(convolutions=True), "torch", "fp32", [], "nothing else is installed"),
     # engines for another machine's GPU
     (machine(None, RTX), Asked(architectures=(89, 120)), "tensorrt", "bf16", [89, 120], "--gpu-arch means engines"),
     (machine(None, RTX), Asked(architectures=(75,)), "tensorrt", "fp16", [75], "there is no bf16 before sm_80"),

@@ -159,7 +159,7 @@ def test_even_channels_make_a_convolution_more_exact() -> None:
     with torch.device("meta"):
         empty = QuantizedConvolution.prepare(nn.Conv2d(24, 32, 3), 1.0, FORMATS["int8"], torch.float32, sizes)
     assert empty.input_factor is not None
-    assert empty.input_factor.shape == (24,)
+    assert empty.input_factor.shape == (24, 1, 1)
 
 
 def test_a_downsampling_convolution_takes_over_its_zeros() -> None:
