@@ -47,6 +47,7 @@ def convolved(once: Once, bundle: Path, images: Path) -> Path:
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command, "JUDGED", 1)
-            run(bundle, images, folder, kind="int8", convolutions=True, backend="torch", smooth=None)
+            eight = images / "0[0-7].png"
+            run(bundle, eight, folder, kind="int8", convolutions=True, backend="torch", smooth=None)
 
     return once("convolved", make)

@@ -128,7 +128,7 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) ->
     assert set(manifest.quantization.convolutions) == found
 
 
-@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize("vnni", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_bundles_run_as_they_were_emulated(made: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
     """With VNNI in 8 bits; a processor without would cut sums off, and so runs them in float32."""
     pytest.importorskip("openvino")
@@ -193,6 +193,7 @@ def test_what_is_said_of_them(made: Path) -> None:
     assert amount_quantized(0.5, 3, 0.5).startswith("50.0% of the linears' parameters, 3 attentions and 50.0%")
 
 
+@pytest.mark.thorough
 def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
     free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
     assert free.error is not None
