@@ -26,12 +26,13 @@ def rewrites() -> list[str]:
     runs = {"FE2E": "rewrites_cpu_zen4", "FiffDepth": "rewrites_fiffdepth_cpu_zen4"}
     for model, name in runs.items():
         prices = record(name)["rewrites"]
-        for row in prices["rows"]:
-            off, on = row["alone_off"], prices["all"][row["stage"]]
-            stage = "denoiser" if row["stage"] == "transformer" else row["stage"]
+        without = [(f"`{row['name']}`", row["stage"], row["alone_off"]) for row in prices["rows"]]
+        without += [("all of them", stage, cost) for stage, cost in prices["none"].items()]
+        for title, stage, off in without:
+            on = prices["all"][stage]
             ratio = off["milliseconds"]["median_ms"] / on["milliseconds"]["median_ms"]
             costs = [_change(off[what], on[what]) for what in ("parameters", "flops")]
-            lines.append([model, f"`{row['name']}`", stage, *costs, f"{ratio:.2f}"])
+            lines.append([model, title, {"transformer": "denoiser"}.get(stage, stage), *costs, f"{ratio:.2f}"])
     head = ["model", "rewrite", "network", "parameters without it", "operations without it", "time without it / with"]
     return [*table(head, lines), "", source(*runs.values())]
 
