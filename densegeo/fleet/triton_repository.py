@@ -183,6 +183,8 @@ def _check_config(path: Path, text: str, *, replace: bool) -> None:
 
 
 def _write_config(path: Path, text: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return  # a server that polls need not look again
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

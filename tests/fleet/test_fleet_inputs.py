@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from densegeo import remote
@@ -139,3 +141,27 @@ def test_images_are_found_in_storage() -> None:
     for url in ("memory://nothing", "nosuch://bucket/a"):
         with pytest.raises(ImageError, match=r"matches no image|cannot be opened"):
             find_inputs([url], Path("out"))
+
+
+def test_infer_reads_them_without_ray_too(toy_bundle: Path, tmp_path: Path) -> None:
+    """Done again only where the object's content changed."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for index in range(2):
+        Image.new("RGB", (64, 48), (90 + index, 120, 150)).save(photos / f"{index}.png")
+
+    def infer(*more: str) -> dict[str, Any]:
+        command = ["infer", str(toy_bundle), f"file://{photos}", "-o", str(out), "-f", "npz", "--json", "-q", *more]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        summary: dict[str, Any] = json.loads(done.output)
+        return summary
+
+    assert infer()["done"] == 2
+    source = json.loads((out / "0_geometry.json").read_text())["source"]
+    assert source["path"] == f"file://{photos}/0.png"
+    assert (source["bytes"], len(source["sha256"])) == ((photos / "0.png").stat().st_size, 64)
+    os.utime(photos / "0.png", (1, 1))  # the same content
+    Image.new("RGB", (64, 48), (10, 220, 50)).save(photos / "1.png")
+    again = infer("--skip-existing")
+    assert (again["done"], again["skipped"]) == (1, {"done before": 1})

@@ -59,7 +59,9 @@ def test_the_same_again_is_nothing_and_another_is_the_next(toy_bundle: Path, new
     repository = other.with_name("models")
     first = export(toy_bundle, repository, "m", Deployment())
     assert (first.version, first.fresh) == (1, True)
+    written = (repository / "m" / CONFIG).stat().st_mtime_ns
     assert not export(toy_bundle, repository, "m", Deployment()).fresh
+    assert (repository / "m" / CONFIG).stat().st_mtime_ns == written
     with pytest.raises(ConfigError, match=r"config.pbtxt says something else .* --replace-config"):
         export(other, repository, "m", Deployment())  # it warms two sizes up
     assert versions(repository / "m") == [1]
