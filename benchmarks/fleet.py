@@ -70,7 +70,7 @@ def main() -> None:
             rows.append(run(given.bundle, Path(folder) / "photos", out, actors))
             print("one process:" if actors is None else f"{actors} actors:", rows[-1], flush=True)
     facts = environment(("onnxruntime", "ray"))
-    line = json.dumps({"bundle": given.bundle, "images": given.count, "runs": rows, "environment": facts})
+    line = json.dumps({"bundle": given.bundle, "images": given.count, "rows": rows, "environment": facts})
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(line + "\n")
