@@ -90,7 +90,7 @@ ros-lock: $(STAMP)
 	  $(UPGRADE) --output-file ros2/test-requirements.txt ros2/test-requirements.in
 
 fleet-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/fleet
 
 fleet: fleet-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=3600 tests/fleet

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -173,8 +174,10 @@ def _connected(options: RayOptions) -> Iterator[Any]:
     if options.address == "local":  # as many actors as were asked for, also where CPUs are shared among them
         cpus = max(os.cpu_count() or 1, (options.actors or 0) * options.cpus)
         own = {"include_dashboard": False, "num_cpus": cpus}
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"There is no Ray cluster at {options.address}: {error}. Start one with `ray start --head`, or say --ray "
