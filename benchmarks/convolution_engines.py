@@ -59,7 +59,11 @@ MODELS: dict[str, Callable[[], Pipeline]] = {"fe2e": middle_fe2e, "fiffdepth": f
 def planned(pipeline: Pipeline) -> dict[str, LayerPlan]:
     """Every convolution that may become 8-bit."""
     every = pipeline.layers(nn.Conv2d)
-    return {name: LayerPlan(RANGE) for name, layer in every.items() if convolution_fits(name, layer)}
+    return {
+        name: LayerPlan(RANGE, torch.linspace(0.5, 2.0, layer.in_channels))
+        for name, layer in every.items()
+        if convolution_fits(name, layer)
+    }
 
 
 @torch.no_grad()
@@ -81,6 +85,14 @@ def write_graphs(pipeline: Pipeline, folder: Path) -> tuple[Bucket, dict[str, Fi
 def built(folder: Path, wanted: Wanted, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
     (folder / wanted.engine.file).parent.mkdir(exist_ok=True)
     return build_engine(folder, folder / wanted.graph, wanted.engine, options, wanted.group, progress)
+
+
+def scaled_after(log: BuildLog) -> int:
+    """8-bit convolutions whose sums go out as float32, for a layer of its own that scales them: bias, the scale of each
+    row and what is added otherwise join the product.
+    """
+    eight = [layer for layer in log.layers if layer.role == "convolution" and "Int8" in layer.dtype]
+    return sum(tensor.dtype == "Float" for layer in eight for tensor in layer.outputs)
 
 
 def conversions(log: BuildLog) -> list[str]:
@@ -114,6 +126,7 @@ def row(folder: Path, model: str, precision: str, engine: Engine, count: int) ->
         "convolutions": Counter(layer.dtype for layer in log.layers if layer.role == "convolution"),
         "layers": len(log.layers),
         "conversions": conversions(log),
+        "scaled_after": scaled_after(log),
         "seconds": engine.seconds,
         "engine_bytes": (folder / engine.file).stat().st_size,
         "workspace_bytes": engine.activation_bytes,
@@ -121,10 +134,10 @@ def row(folder: Path, model: str, precision: str, engine: Engine, count: int) ->
     }
 
 
-def engines_of(model: str, folder: Path, console: Console) -> Iterator[dict[str, Any]]:
-    """A row for each engine of a model, in both precisions."""
+def engines_of(model: str, precisions: list[str], folder: Path, console: Console) -> Iterator[dict[str, Any]]:
+    """A row for each engine of a model."""
     options, exact = EngineOptions(library="tensorrt_rtx", weights="constant").validated(), MODELS[model]()
-    for precision in (BASE, KIND):
+    for precision in precisions:
         pipeline, plans = copy.deepcopy(exact), planned(exact) if precision == KIND else {}
         for name, part in pipeline.parts():
             quantize_block(part, name, plans, FORMATS[KIND], DTYPES[BASE])
@@ -146,7 +159,9 @@ def engines_of(model: str, folder: Path, console: Console) -> Iterator[dict[str,
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """One line an engine."""
-    table = Table("model", "stage", "", "for", "convolutions", "planned", "conversions", "s", "MB", "workspace MB")
+    table = Table(
+        "model", "stage", "", "for", "convolutions", "planned", "conversions", "scaled after", "s", "MB", "workspace MB"
+    )
     for found in rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["convolutions"].items()))
         sizes = (f"{found[name] / 1e6:.3g}" for name in ("engine_bytes", "workspace_bytes"))
@@ -156,17 +171,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             kinds,
             str(found["planned"] or ""),
             str(len(found["conversions"])),
+            str(found["scaled_after"]),
             f"{found['seconds']:.1f}",
             *sizes,
         )
     return table
 
 
-def run(models: list[str], json_file: Path | None) -> None:
+def run(models: list[str], precisions: list[str], json_file: Path | None) -> None:
     machine, console, rows = environment(("torch", "onnx", "tensorrt-rtx-cu13")), Console(width=160), []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            for found in engines_of(model, Path(folder), console):
+            for found in engines_of(model, precisions, Path(folder), console):
                 rows.append(found)
                 if json_file is not None:
                     write_json(json_file, {**machine, "size": [SIDE, SIDE], "engines": rows})
@@ -175,10 +191,11 @@ def run(models: list[str], json_file: Path | None) -> None:
 
 def main(
     models: Annotated[Optional[list[str]], typer.Argument(help=f"Of {', '.join(MODELS)}; all by default.")] = None,  # noqa: UP045
+    precision: Annotated[Optional[list[str]], typer.Option(help=f"{BASE} or {KIND}; both by default.")] = None,  # noqa: UP045
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
     """Build engines of full-width convolutions in bf16 and int8, and say what the builder made of them."""
-    guarded(lambda: run(models or list(MODELS), json_file))
+    guarded(lambda: run(models or list(MODELS), precision or [BASE, KIND], json_file))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
 float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, int8 with the
-convolutions of encoder and decoder too, and for contrast naive fp8, which quantizes all linears, first and last layers
-included, over the whole range seen. 8-bit graphs run on ONNX Runtime, with convolutions on OpenVINO, their floats in
-float32; int8 with weights of 7 bits too. Bundles as a GPU gets them, their floats in bf16, run emulated in torch, where
-the processor has bf16: on others a view takes half a minute, and these rows are left out.
+convolutions of encoder and decoder too (all that may, as many as move normals by a degree, and with weights of 7 bits),
+and for contrast naive fp8, which quantizes all linears, first and last layers included, over the whole range seen.
+8-bit graphs run on ONNX Runtime, with convolutions on OpenVINO, their floats in float32. Bundles as a GPU gets them,
+their floats in bf16, run emulated in torch, where the processor has bf16: on others a view takes half a minute, and
+these rows are left out.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import msgspec
 import numpy as np
@@ -31,6 +33,7 @@ from densegeo.benchmarks.metrics import angles
 from densegeo.calibration.command import calibrate
 from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
+from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
 from densegeo.export.machine import facts
 from densegeo.export.options import BuildOptions
@@ -39,6 +42,8 @@ from densegeo.runtime import Estimator
 from densegeo.training.render import view
 
 MODEL, SEED, SPLIT = "fe2e-tiny", 0, "calibration"
+EXACT = "fp32"  # the row that the others are compared with
+BUDGET = 1.0  # degrees that normals may move, of the plan within a budget
 # name -> precision, base, calibration's folder, and what runs it
 BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp32": ("fp32", "", "", "onnxruntime"),
@@ -48,6 +53,7 @@ BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp8-attention": ("fp8", "fp32", "attention", "onnxruntime"),
     "int8": ("int8", "fp32", "planned", "onnxruntime"),
     "int8-convolutions": ("int8", "fp32", "convolutions", "openvino"),
+    "int8-convolutions-budget": ("int8", "fp32", "budget", "openvino"),
     "int8-convolutions-7": ("int8", "fp32", "7-bit", "openvino"),
     "int8-convolutions-torch": ("int8", "fp32", "convolutions", "torch"),
     "int8-convolutions-bf16": ("int8", "", "convolutions", "torch"),
@@ -74,6 +80,7 @@ def plan(
     attention: bool = False,
     convolutions: bool = False,
     weight_bits: int = 8,
+    max_normal_error: float | None = None,
     everything: bool = False,
 ) -> None:
     calibrate(
@@ -84,7 +91,7 @@ def plan(
         method=method,
         smooth=None,
         max_depth_error=None,
-        max_normal_error=None,
+        max_normal_error=max_normal_error,
         attention=attention,
         convolutions=convolutions,
         weight_bits=weight_bits,
@@ -96,24 +103,40 @@ def plan(
     )
 
 
-def run(folder: Path, count: int, views: int, json_file: Path | None) -> None:
+def make_plans(bundle: Path, images: Path, folder: Path, wanted: set[tuple[str, str]]) -> None:
+    """The plans of the calibrations and formats that are wanted, each in its folder."""
+    for kind in ("fp8", "int8"):
+        if ("planned", kind) in wanted:
+            plan(bundle, images, folder / "planned", kind)
+    if ("attention", "fp8") in wanted:
+        plan(bundle, images, folder / "attention", "fp8", attention=True)
+    if ("naive", "fp8") in wanted:
+        plan(bundle, images, folder / "naive", "fp8", "max", everything=True)
+    if wanted.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):
+        return
+    plan(bundle, images, folder / "convolutions", "int8", convolutions=True)
+    for name, options in (("budget", {"max_normal_error": BUDGET}), ("7-bit", {"weight_bits": 7})):
+        if (name, "int8") in wanted:
+            shutil.copytree(folder / "convolutions", folder / name, dirs_exist_ok=True)  # the same statistics
+            plan(bundle, images, folder / name, "int8", convolutions=True, **options)
+
+
+def run(folder: Path, count: int, views: int, only: list[str], json_file: Path | None) -> None:
+    if unknown := [name for name in only if name not in BUNDLES]:
+        raise ConfigError(f"there is no row {unknown[0]!r}; there are {', '.join(BUNDLES)}")
     machine = environment(("torch", "numpy", "onnxruntime", "onnx", "openvino"))
     images = folder / "images"
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
-    for kind in ("fp8", "int8"):
-        plan(float_bundle, images, folder / "planned", kind)
-    plan(float_bundle, images, folder / "attention", "fp8", attention=True)
-    for name, bits in (("convolutions", 8), ("7-bit", 7)):
-        plan(float_bundle, images, folder / name, "int8", convolutions=True, weight_bits=bits)
-    plan(float_bundle, images, folder / "naive", "fp8", "max", everything=True)
+    wanted = [name for name in BUNDLES if not only or name in only or name == EXACT]
+    left_out = [name for name in wanted if needs_bf16(name) and not facts().cpu_bf16]
+    wanted = [name for name in wanted if name not in left_out]
+    make_plans(float_bundle, images, folder, {(BUNDLES[name][2], BUNDLES[name][0]) for name in wanted})
     split, shares, places = synthetic_split(views), dict[str, dict[str, float]](), {}
     console = Console(width=180)
-    left_out = [name for name in BUNDLES if needs_bf16(name) and not facts().cpu_bf16]
     console.print(f"left out, because this processor has no bf16: {', '.join(left_out) or 'none'}")
-    for name, (precision, base, calibration, backend) in BUNDLES.items():
-        if name in left_out:
-            continue
+    for name in wanted:
+        precision, base, calibration, backend = BUNDLES[name]
         options = BuildOptions(
             model=MODEL,
             output=folder / name,
@@ -214,10 +237,14 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where images, plans and bundles go.")] = Path("out/quantization"),
     images: Annotated[int, typer.Option(min=8, help="Views to calibrate with.")] = 64,
     views: Annotated[int, typer.Option(min=1, help="Held-out views to score.")] = VIEWS,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help=f"This row, and {EXACT}'s (repeatable): {', '.join(BUNDLES)}."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Calibrate fe2e-tiny to fp8 and int8, and score every precision on held-out views."""
-    guarded(lambda: run(folder, images, views, json_file))
+    guarded(lambda: run(folder, images, views, only or [], json_file))
 
 
 if __name__ == "__main__":
