@@ -164,7 +164,8 @@ def run(folder: Path, count: int, views: int, only: list[str], json_file: Path |
             "calibration_images": count,
             "rows": msgspec.to_builtins(rows),
             "changes": changes,
-            "shares": shares,
+            "shares": {name: share["linears"] for name, share in shares.items()},
+            "convolution_shares": {name: share["convolutions"] for name, share in shares.items()},
             "left_out": left_out,
             **machine,
         }
