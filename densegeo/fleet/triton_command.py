@@ -41,7 +41,7 @@ def export_triton(
     instances: Annotated[int, typer.Option(min=1, help="Processes a device; each has the bundle in memory.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Images that are handed over together.")] = 8,
     max_wait_ms: Annotated[
-        float, typer.Option(callback=not_negative, help="How long the first of them waits for company.")
+        float, typer.Option(callback=not_negative, help="How long the first of them waits for others.")
     ] = 0.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 64,
     keep: Annotated[int, typer.Option(min=1, help="Versions that are served: the newest.")] = 1,

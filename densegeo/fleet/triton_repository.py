@@ -43,7 +43,7 @@ class Deployment:
 
     devices: "auto" (all GPUs that Triton sees, else the CPU), "cpu", "cuda" (all GPUs), or single ones, "cuda:0".
     instances: processes a device, each with the bundle in its memory. max_batch: images that Triton hands over
-    together; max_wait_ms: how long the first of them waits for company; max_queue: requests that may wait. keep: newest
+    together; max_wait_ms: how long the first of them waits for others; max_queue: requests that may wait. keep: newest
     versions that are served.
     """
 
