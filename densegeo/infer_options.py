@@ -75,8 +75,14 @@ def ray_of(
     for module in ("ray", "pyarrow"):
         if not installed(module):
             raise typer.BadParameter(f'Ray needs {module}: pip install "densegeo[ray]".', param_hint="--ray")
-    from densegeo.fleet.ray_inference import INTO, TREE, RayOptions
+    from densegeo.fleet.ray_inference import INTO, TREE, RayOptions, require_reachable
 
+    if not address.strip():
+        raise typer.BadParameter("say local, auto, or the address of a cluster.", param_hint="--ray")
+    try:
+        require_reachable(address)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--ray") from error
     chosen = choice("--into", into or TREE, INTO)
     if chosen != TREE and overwrite:
         hint = f"is for trees; for {chosen} choose another folder, or go on with --skip-existing."

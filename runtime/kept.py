@@ -12,6 +12,7 @@ from densegeo.runtime import state
 from densegeo.runtime.engines import check_owner
 
 log = logging.getLogger("densegeo")
+_DIGEST = hashlib.sha256().digest_size
 
 
 def kept_at(kind: str, *facts: str) -> Path | None:
@@ -28,23 +29,29 @@ def kept_at(kind: str, *facts: str) -> Path | None:
 
 
 def read_kept(path: Path | None) -> bytes | None:
-    """The file's bytes, or None. What was compiled runs as code, so only this user's files are read."""
+    """What `keep` wrote, or None where it is damaged, or not this user's alone: what was compiled runs as code."""
     if path is None or not path.is_file():
         return None
     try:
         check_owner(path)
-        return path.read_bytes()
-    except (EngineError, OSError):
+        written = path.read_bytes()
+    except (EngineError, OSError) as error:
+        log.info("what is kept is not read: %s", error)
         return None
+    digest, content = written[:_DIGEST], written[_DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        log.info("%s is damaged and is made again", path)
+        return None
+    return content
 
 
 def keep(path: Path | None, content: bytes) -> None:
-    """Write the file, whole or not at all; a cache that cannot be written is no error."""
+    """Write the file, whole or not at all, behind its SHA-256; a cache that cannot be written is no error."""
     if path is None:
         return
     try:
         with atomic_write(path) as partial:
-            partial.write_bytes(content)
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
     except OSError as error:
         log.info("%s is not kept: %s", path, error)
 

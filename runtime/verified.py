@@ -21,6 +21,13 @@ def is_verified(bundle: Path, backend: str) -> bool:
     return found is not None and found.good
 
 
+def has_failed(bundle: Path, backend: str) -> bool:
+    """Whether this very bundle was verified with this backend on this machine, and did not pass."""
+    marker = _marker(bundle, backend)
+    found = None if marker is None else _read(marker)
+    return found is not None and not found.good
+
+
 def remember(bundle: Path, backend: str, device: str, wrong: str = "") -> None:
     """Keep what was found, in place of what was found before. wrong: empty where the bundle passed.
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import warnings
@@ -39,6 +40,7 @@ TREE = "tree"
 INTO = (TREE, *CONTAINERS)
 BLOCK = 32  # the most images that an actor is handed at once, and that a shard holds
 SHARE = 4  # blocks an actor at least, so that all end at about one time
+REACH_S = 10.0  # for a connection to a cluster
 TRIES = 4  # of a block whose actor dies, or whose node leaves
 _LOST = f"The process that worked on it died, {TRIES} times with others and {TRIES} times with this one alone."
 
@@ -179,15 +181,30 @@ def _connected(options: RayOptions) -> Iterator[Any]:
         ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"There is no Ray cluster at {options.address}: {error}. Start one with `ray start --head`, or say --ray "
-            "local for one on this machine alone."
-        ) from error
+        raise _no_cluster(options.address, error) from error
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints which tasks it tries again, until it is shut down
         try:
             yield ray
         finally:
             ray.shutdown()
+
+
+def require_reachable(address: str) -> None:
+    """Raises ConfigError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "//" in address:
+        return  # local, auto, or what Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, why: Exception) -> ConfigError:
+    return ConfigError(
+        f"There is no Ray cluster at {address} ({str(why).rstrip('. ')}). Start one with `ray start --head`, or say "
+        "--ray local for one on this machine alone."
+    )
 
 
 def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at_once: int) -> Iterator[Outcome]:

@@ -91,6 +91,8 @@ def export_triton(
         )
     said = "wrote" if exported.fresh else "this bundle is there already:"
     typer.echo(f"{said} {exported.path}")
+    if exported.configured and not exported.fresh:
+        typer.echo("its configuration was written anew")
     console.print(
         f"serve it: tritonserver --model-repository {escape(str(repository))} (its Python needs densegeo)",
         soft_wrap=True,

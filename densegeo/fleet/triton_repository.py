@@ -64,11 +64,15 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Exported:
-    """path: the version's folder. fresh: whether it was made now, or was there with the same bundle."""
+    """path: the version's folder. fresh: whether it was made now, or was there with the same bundle.
+
+    configured: whether config.pbtxt was written.
+    """
 
     path: Path
     version: int
     fresh: bool
+    configured: bool
 
 
 def export(
@@ -95,18 +99,21 @@ def export(
         there = versions(model)
         newest = model / str(there[-1]) if there else None
         if newest is not None and version in (None, there[-1]) and _same(newest / BUNDLE, bundle):
-            _write_config(model / CONFIG, text)
-            return Exported(newest, there[-1], fresh=False)
+            return Exported(newest, there[-1], fresh=False, configured=_write_config(model / CONFIG, text))
         number = there[-1] + 1 if version is None and there else version or 1
         if number in there:
             raise ConfigError(f"{model / str(number)} is there already, with another bundle. Choose another --version.")
+        if number < max(there, default=0):
+            raise ConfigError(
+                f"Version {number} is older than {there[-1]}, and a server takes the newest: choose a larger --version."
+            )
         with _appearing(model / str(number)) as partial:
             _place(bundle, manifest, partial / BUNDLE, advance)
             (partial / "model.py").write_text(_MODEL, encoding="utf-8")
-            _write_config(model / CONFIG, text)
+            configured = _write_config(model / CONFIG, text)
     except OSError as error:
-        raise ResourceError(f"Cannot write to {repository}: {error.strerror or error}.") from error
-    return Exported(model / str(number), number, fresh=True)
+        raise ResourceError(f"Cannot write {error.filename or repository}: {error.strerror or error}.") from error
+    return Exported(model / str(number), number, fresh=True, configured=configured)
 
 
 def versions(model: Path) -> list[int]:
@@ -182,11 +189,13 @@ def _check_config(path: Path, text: str, *, replace: bool) -> None:
         )
 
 
-def _write_config(path: Path, text: str) -> None:
+def _write_config(path: Path, text: str) -> bool:
+    """Whether it was written: one that says the same stays, so that a server that polls need not look again."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
-        return  # a server that polls need not look again
+        return False
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
+    return True
 
 
 def _same(placed: Path, bundle: Path) -> bool:

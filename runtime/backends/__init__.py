@@ -22,7 +22,7 @@ from densegeo.runtime.backends.sharing import ALONE, Sharing, check_sharing
 from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.measured import fastest_first
 from densegeo.runtime.resample import Placement
-from densegeo.runtime.verified import is_verified
+from densegeo.runtime.verified import has_failed, is_verified
 
 log = logging.getLogger("densegeo")
 
@@ -94,7 +94,7 @@ def open_backend(
     threads: of the CPU, that the networks may use; None leaves that to the library. calls_at_once: among how many calls
     they are shared, where the backend can be told. Where both are "auto" and NVIDIA's driver is here, any that runs on
     the GPU comes before all on the CPU; where there is no driver, what `densegeo bench` found fastest here for such a
-    bundle comes first. Raises ConfigError for an unknown name and for
+    bundle comes first, unless `densegeo verify` failed with it. Raises ConfigError for an unknown name and for
     `sharing` where no GPU is used, BackendError when it is not installed or cannot run this bundle ("auto": when none
     can; the message names every reason).
     """
@@ -107,6 +107,7 @@ def open_backend(
     driver = has_cuda_driver()
     beside_gpu = device == "auto" and driver
     timed = fastest_first(manifest) if name == "auto" and not driver else []
+    timed = [backend for backend in timed if not has_failed(directory, backend)]
     rows.sort(key=lambda row: timed.index(row.name) if row.name in timed else len(timed))
     attempts = [(row, device) for row in rows]
     if name == "auto" and beside_gpu:

@@ -61,6 +61,8 @@ def test_an_actor_sees_its_own_gpu_alone_and_uses_its_share_of_cpus() -> None:
     [
         (("--actors", "2"), "goes with --ray"),
         (("--into", "parquet"), "goes with --ray"),
+        (("--ray", " "), "say local, auto, or the address of a cluster"),
+        (("--ray", "127.0.0.1:1"), "There is no Ray cluster at 127.0.0.1:1"),
         (("--ray", "local", "--into", "zip"), "There is no 'zip'; choose tree, parquet, webdataset"),
         (("--ray", "local", "--into", "parquet", "--overwrite"), "choose another folder"),
         (("--ray", "local", "rtsp://camera/stream"), "run films and cameras without it"),

@@ -71,6 +71,8 @@ def test_the_same_again_is_nothing_and_another_is_the_next(toy_bundle: Path, new
         export(toy_bundle, repository, "m", Deployment(), version=2, replace_config=True)
     assert export(toy_bundle, repository, "m", Deployment(), version=10, replace_config=True).version == 10
     assert versions(repository / "m") == [1, 2, 10]
+    with pytest.raises(ConfigError, match="Version 5 is older than 10"):
+        export(other, repository, "m", Deployment(), version=5, replace_config=True)
 
 
 def test_a_changed_configuration_is_kept(toy_bundle: Path, tmp_path: Path) -> None:
@@ -80,7 +82,9 @@ def test_a_changed_configuration_is_kept(toy_bundle: Path, tmp_path: Path) -> No
     done = command(toy_bundle, tmp_path, "--name", "m")
     assert done.exit_code == 1
     assert config.read_text().endswith("# mine\n")
-    assert command(toy_bundle, tmp_path, "--name", "m", "--replace-config").exit_code == 0
+    done = command(toy_bundle, tmp_path, "--name", "m", "--replace-config")
+    assert done.exit_code == 0
+    assert "its configuration was written anew" in done.output
     assert "mine" not in config.read_text()
 
 

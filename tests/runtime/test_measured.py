@@ -11,7 +11,7 @@ from rich.console import Console
 from densegeo.benchmarks.latency import device_name
 from densegeo.export.reporting import recommend
 from densegeo.precision import QUANTIZED
-from densegeo.runtime import backends, measured, state
+from densegeo.runtime import backends, measured, state, verified
 from densegeo.runtime.bundle import Manifest, Quantization, read_manifest
 from densegeo.runtime.measured import BUSY, ENOUGH, SPREAD, Conditions, Measured, advice, forget, remember
 
@@ -147,6 +147,9 @@ def test_auto_takes_what_was_fastest_here(
     keep("openvino", 8.0)
     assert taken() == ("onnxruntime" if driver else "openvino")
     assert ("openvino, the fastest that `densegeo bench` measured here" in caplog.text) == (not driver)
+    verified.remember(toy_bundle, "openvino", "cpu", "off by 1")
+    assert taken() == "onnxruntime"
+    verified.forget(toy_bundle, "openvino")
 
 
 def test_engines_that_are_gone_are_forgotten(manifest: Manifest) -> None:
