@@ -99,7 +99,7 @@ def require_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) ->
             np.testing.assert_array_equal(ours[key], array)
 
 
-@pytest.mark.fleet
+@pytest.mark.slow
 def test_a_tree_as_without_ray(cluster: Cluster, toy: Path, tmp_path: Path) -> None:
     """The same files with the same numbers; a bad image is a failure; run again, only what is missing is done."""
     photos = photographs(tmp_path / "photos", 70)
