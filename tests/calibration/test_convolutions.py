@@ -259,7 +259,7 @@ def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: P
 
 @pytest.mark.thorough
 def test_both_ways_of_looking_agree(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
-    run(bundle, images, tmp_path, kind="int8", convolutions=True, smooth=None)
+    run(bundle, images / "0[0-7].png", tmp_path, kind="int8", convolutions=True, smooth=None)
     ours, theirs = Statistics.load(convolved / FILE), Statistics.load(tmp_path / FILE)
     assert ours.histograms.keys() == theirs.histograms.keys()
     for name, histogram in ours.histograms.items():
