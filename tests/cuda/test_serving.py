@@ -26,6 +26,7 @@ def last_line(done: Any) -> dict[str, Any]:
     return said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("version", ["lowest", "installed"])
 def test_images_over_every_schedule(
     version: str, child: Child, with_engines: Build, request: pytest.FixtureRequest
