@@ -16,15 +16,13 @@ from densegeo.runtime.bundle import MANIFEST
 
 def is_verified(bundle: Path, backend: str) -> bool:
     """Whether this very bundle passed with this backend on this machine."""
-    marker = _marker(bundle, backend)
-    found = None if marker is None else _read(marker)
+    found = _finding(bundle, backend)
     return found is not None and found.good
 
 
 def has_failed(bundle: Path, backend: str) -> bool:
     """Whether this very bundle was verified with this backend on this machine, and did not pass."""
-    marker = _marker(bundle, backend)
-    found = None if marker is None else _read(marker)
+    found = _finding(bundle, backend)
     return found is not None and not found.good
 
 
@@ -60,6 +58,12 @@ def findings() -> list[Finding]:
     found = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
     here = [one for marker, one in found if one and _marker(Path(one.bundle), one.backend) == marker]
     return sorted(here, key=lambda one: (one.bundle, one.backend))
+
+
+def _finding(bundle: Path, backend: str) -> Finding | None:
+    """What was found of this very bundle with this backend on this machine, if anything."""
+    marker = _marker(bundle, backend)
+    return None if marker is None else _read(marker)
 
 
 def _read(marker: Path) -> Finding | None:
