@@ -72,8 +72,15 @@ def _moved(last: Scene, scene: Scene, speed: float, side: float, turn: float) ->
     ahead = axes @ np.array([math.sin(side), 0, math.cos(side)])
     ahead *= speed / max(1e-6, float(np.hypot(ahead[0], ahead[2])))
     there = replace(last, axes=axes, place=(last.place[0] + float(ahead[0]), last.place[1] + float(ahead[2])))
-    blocked = any(thing.shape.holds(there.camera, _CLEAR) for thing in scene.things[1:])
-    return replace(last, axes=axes) if blocked else there
+    return replace(last, axes=axes) if _blocked(there) else there
+
+
+def _blocked(scene: Scene) -> bool:
+    """Whether the camera is too close to a thing or a wall; floors and ceilings are not in its way."""
+    camera, room = scene.camera, scene.room
+    if room is not None and room.holds(np.stack([camera[0], room.center[1], camera[2]]), _CLEAR):
+        return True
+    return any(thing.shape.holds(camera, _CLEAR) for thing in scene.things[1:])
 
 
 def _between(last: Scene, scene: Scene) -> NDArray[np.float64]:

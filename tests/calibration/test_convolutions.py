@@ -149,7 +149,7 @@ def test_bundles_run_as_they_were_emulated(made: Path, monkeypatch: pytest.Monke
 
 def executed(estimator: Estimator, stage: str) -> set[str]:
     """What OpenVINO's convolutions run in, those that are planned in 8 bits."""
-    model = estimator._backend._loaded(estimator.manifest.buckets[0], stage)
+    model = estimator._backend._loaded(estimator.manifest.buckets[0], stage).model
     plan = estimator.manifest.quantization
     found = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
     kinds = [

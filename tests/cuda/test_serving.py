@@ -40,7 +40,9 @@ def test_images_over_every_schedule(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("model", "without"), [("fe2e", ("decoder",)), ("fiffdepth", ())])
+@pytest.mark.parametrize(
+    ("model", "without"), [pytest.param("fe2e", ("decoder",), marks=pytest.mark.slow), ("fiffdepth", ())]
+)
 def test_other_models_and_rewrites(model: str, without: tuple[str, ...], child: Child, with_engines: Build) -> None:
     done = child(RUN, "lazy", with_engines(model, without=without))
     said = last_line(done)

@@ -41,7 +41,7 @@ TARGETS = (80, 86, 89, 120)
 # By default each precision and place of weights once, of the smallest model; the others take as long again.
 KINDS = [
     pytest.param(("small", "bf16", "input"), marks=pytest.mark.thorough),
-    pytest.param(("small", "fp16", "constant"), marks=pytest.mark.thorough),
+    pytest.param(("small", "fp16", "constant"), marks=pytest.mark.slow),
     pytest.param(("fe2e-tiny", "fp16", "constant"), marks=pytest.mark.slow),
     pytest.param(("fe2e-tiny", "bf16", "input"), marks=pytest.mark.slow),
 ]

@@ -18,7 +18,7 @@ from tests.support.checkpoints import golden_given
 from tests.support.shared import Build
 
 BOUND = 1e-5  # relative L2 norm
-ALONE = [pytest.param("lora", (name,), marks=pytest.mark.thorough) for name in NAMES]
+ALONE = [pytest.param("lora", (name,), marks=pytest.mark.slow) for name in NAMES]
 CASES = [("lora", ()), ("base", ()), ("lora", NAMES), *ALONE]
 
 

@@ -72,7 +72,7 @@ def constants_off(config: TransformerConfig, text: int, half: int) -> tuple[int,
     return parameters, flops
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_guidance_doubles_the_work(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "guidance")
     embedding = 2 * tokens[2] * config.in_channels * config.hidden_size  # the canvas is embedded once
@@ -82,7 +82,7 @@ def test_guidance_doubles_the_work(golden_bundle, config, tokens):
     assert (counts["Sub"], counts["Split"]) == (1, 1)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_modulation_returns_with_its_embedders(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "modulation")
     hidden, vec, (_, text, half) = config.hidden_size, config.vec_in_dim, tokens
@@ -100,7 +100,7 @@ def test_modulation_returns_with_its_embedders(golden_bundle, config, tokens):
     assert counts["Gemm"] == 4 + 2 * doubles + singles + 1 + 1  # the last: text's projection in the first block
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_connector_returns(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "connector")
     prompt, text, half = tokens
@@ -124,7 +124,7 @@ def test_connector_returns(golden_bundle, config, tokens):
     assert parameters == stored + constants - saved + inputs + scalars
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_padding_tokens_return(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "padding")
     prompt, text, half = tokens
@@ -143,7 +143,7 @@ def test_padding_tokens_return(golden_bundle, config, tokens):
     assert counts["Add"] == -blocks  # no bias on the logits
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_constants_are_projected_again(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "constants")
     expected_parameters, expected_flops = constants_off(config, *tokens[1:])
@@ -153,7 +153,7 @@ def test_constants_are_projected_again(golden_bundle, config, tokens):
     assert counts["Gemm"] == 1
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # a bundle each, on which the numbers of the same rewrite are looked at
 def test_trimming_spares_text_queries_and_mlp(golden_bundle, config, tokens):
     parameters, flops, counts = change(golden_bundle, "trim")
     _, text, half = tokens

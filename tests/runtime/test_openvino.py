@@ -56,7 +56,7 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], backend="openvino") as estimator:
         bucket = estimator.manifest.buckets[0]
         backend = estimator._backend
-        model = backend._loaded(bucket, "denoiser")
+        model = backend._loaded(bucket, "denoiser").model
         has_bf16 = "BF16" in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     executed = [
         {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
@@ -208,7 +208,7 @@ def test_calls_that_share_the_threads(toy_bundle: Path, picture: np.ndarray) -> 
         wanted = one(picture).prediction
         for estimator, streams in ((one, 1), (two, 2)):
             loaded = [*estimator._backend._graphs.values()]  # type: ignore[attr-defined]
-            assert {graph.get_property("NUM_STREAMS") for graph in loaded} == {streams}
+            assert {graph.model.get_property("NUM_STREAMS") for graph in loaded} == {streams}
         with ThreadPoolExecutor(3) as pool:
             for geometry in pool.map(two, [picture] * 6):
                 np.testing.assert_allclose(geometry.prediction, wanted, atol=1e-6)

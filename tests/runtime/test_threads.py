@@ -24,7 +24,7 @@ def test_openvino_s_pool(toy_bundle: Path) -> None:
     pytest.importorskip("openvino")
     with Estimator(toy_bundle, "openvino", threads=1) as estimator:
         models = list(estimator._backend._graphs.values())
-        assert [model.get_property("INFERENCE_NUM_THREADS") for model in models] == [1, 1, 1]
+        assert [loaded.model.get_property("INFERENCE_NUM_THREADS") for loaded in models] == [1, 1, 1]
 
 
 @pytest.mark.integration
