@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to fill; it becomes `path` when the block ends, which must not be there then.
+
+    When the block raises, the folder is removed, and the parent with it where that was made. Raises OSError.
+    """
+    made = not path.parent.exists()
+    partial = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        put_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if made:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+
+
+def put_folder(folder: Path, path: Path, aside: Path | None = None) -> None:
+    """Rename a folder to `path`. aside: where one that is there already waits until the new one is in place, and is
+    removed then; it comes back when that fails. Raises OSError, also for one that is there where nothing is said.
+    """
+    if aside is None or not path.exists():
+        folder.rename(path)
+        return
+    path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
 
 
 def existing_parent(path: Path) -> Path:

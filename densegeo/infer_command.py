@@ -118,7 +118,8 @@ def infer(
     checked.choice("--resolution", resolution, ("image", "network"))
     options: dict[str, Any] = {"backend": backend, "device": device, "fit": fit, "preprocessing": preprocessing}
     options |= {"threads": threads, "resolution": resolution}
-    fleet = checked.ray_of(ray, actors, actor_cpus, into, overwrite=overwrite)
+    of_films = {"--frames": frames, "--max-frames": max_frames}
+    fleet = checked.ray_of(ray, actors, actor_cpus, into, device=device, overwrite=overwrite, of_films=of_films)
     asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames, fleet)
     found = checked.inputs_of(inputs or [], list_file, output, making)
     if fleet is not None and any(item.film for item in found.inputs):

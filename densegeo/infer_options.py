@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,30 +65,51 @@ def inputs_of(arguments: list[str], list_file: str | None, output: Path, making:
 
 
 def ray_of(
-    address: str | None, actors: int | None, cpus: int | None, into: str | None, *, overwrite: bool
+    address: str | None,
+    actors: int | None,
+    cpus: int | None,
+    into: str | None,
+    *,
+    device: str,
+    overwrite: bool,
+    of_films: Mapping[str, object],
 ) -> RayOptions | None:
-    """How to run on Ray; None without it."""
+    """How to run on Ray; None without it. of_films: options that are about films, and what they were given."""
     if address is None:
         for option, value in (("--actors", actors), ("--actor-cpus", cpus), ("--into", into)):
             if value is not None:
                 raise typer.BadParameter("goes with --ray.", param_hint=option)
         return None
-    for module in ("ray", "pyarrow"):
-        if not installed(module):
-            raise typer.BadParameter(f'Ray needs {module}: pip install "densegeo[ray]".', param_hint="--ray")
-    from densegeo.fleet.ray_inference import INTO, TREE, RayOptions, require_reachable
+    require_ray(address, device, cpus or 1, "actor", "pyarrow")
+    from densegeo.fleet.ray_inference import INTO, TREE, RayOptions
 
-    if not address.strip():
-        raise typer.BadParameter("say local, auto, or the address of a cluster.", param_hint="--ray")
-    try:
-        require_reachable(address)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--ray") from error
+    for option, given in of_films.items():
+        if given:
+            raise typer.BadParameter("is about films and cameras, which run without --ray.", param_hint=option)
     chosen = choice("--into", into or TREE, INTO)
     if chosen != TREE and overwrite:
         hint = f"is for trees; for {chosen} choose another folder, or go on with --skip-existing."
         raise typer.BadParameter(hint, param_hint="--overwrite")
     return RayOptions(address, actors, cpus or 1, chosen)
+
+
+def require_ray(address: str, device: str, cpus: int, what: str, *modules: str) -> None:
+    """What can be said of --ray before anything is started. what: the processes' name, see `ray_cluster.share`.
+
+    modules: what is needed beside Ray.
+    """
+    for module in ("ray", *modules):
+        if not installed(module):
+            raise typer.BadParameter(f'Ray needs {module}: pip install "densegeo[ray]".', param_hint="--ray")
+    from densegeo.fleet.ray_cluster import require_here, require_reachable
+
+    if not address.strip():
+        raise typer.BadParameter("say local, auto, or the address of a cluster.", param_hint="--ray")
+    try:
+        require_reachable(address)
+        require_here(address, device, cpus, what)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--ray") from error
 
 
 def formats_of(text: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from densegeo.errors import BundleError, ResourceError
-from densegeo.files import existing_parent
+from densegeo.files import existing_parent, put_folder
 from densegeo.runtime.bundle import MANIFEST, read_manifest, stays_inside
 
 LOCK = ".densegeo-build"  # by this file the folder is known as ours
@@ -139,17 +139,7 @@ def publish(staging: Path, output: Path) -> None:
         except OSError as error:
             raise ResourceError(f"cannot move the bundle's files into {output}: {error}") from error
         return
-    if not output.exists():
-        bundle.rename(output)
-        return
-    old = staging / "replaced"
-    output.rename(old)
-    try:
-        bundle.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
+    put_folder(bundle, output, aside=staging / "replaced")
 
 
 def _fill(bundle: Path, output: Path, old: Path) -> None:

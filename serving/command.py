@@ -5,24 +5,43 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from densegeo.arguments import Backend, Device, Whole, above_zero, find_bundle, not_negative
+from densegeo.arguments import Backend, Device, Number, Whole, above_zero, find_bundle, not_negative
 from densegeo.errors import ConfigError
 from densegeo.runtime import Estimator
 from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
 from densegeo.serving.models import Open, open_models
 from densegeo.serving.options import MAX_PIXELS, MIB, Options, read_token
+from densegeo.serving.replicas import Replicas, replicas_of
 from densegeo.serving.routes import application
 from densegeo.serving.server import Server, check_tls, listen
 from densegeo.serving.service import Service
 from densegeo.signals import EXIT_HUNG
 
 log = logging.getLogger("densegeo.serving")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asked for. estimator: options of `Estimator`. token_file: where the options' token is from.
+    replicas: of Ray, or None for this process alone.
+    """
+
+    bundles: list[Path]
+    estimator: dict[str, Any]
+    options: Options
+    token_file: Path | None = None
+    replicas: Replicas | None = None
+
+    def opens(self) -> Open:
+        """How bundles are opened: a replaced one goes on with what it has in memory."""
+        return partial(Estimator, **self.estimator, keep_replaced=True)
 
 
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
@@ -87,8 +106,53 @@ def serve(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A further name by which this machine is called on a loopback address; repeat it."),
     ] = None,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
+    ] = None,
+    min_replicas: Annotated[Whole, typer.Option(min=1, help="Processes of Ray at least; by default 1.")] = None,
+    max_replicas: Annotated[Whole, typer.Option(min=1, help="And at most; by default as many.")] = None,
+    target_requests: Annotated[
+        Number, typer.Option(help="Requests a process, on average, from which on Ray adds processes; by default 4.")
+    ] = None,
+    replica_cpus: Annotated[Whole, typer.Option(min=1, help="CPUs of each process of Ray; by default 1.")] = None,
 ) -> None:
     """Answer over HTTP: the KServe v2 protocol, POST /v1/geometry, and a page at /."""
+    asked = asked_of(**locals())
+    start_logging()
+    if asked.replicas is not None:
+        from densegeo.fleet.ray_serving import run_on_ray
+
+        sys.exit(run_on_ray(asked))
+    sys.exit(run(asked.bundles, asked.opens(), asked.options))
+
+
+def asked_of(
+    bundles: list[Path],
+    host: str,
+    port: int,
+    backend: str,
+    device: str,
+    max_batch: int,
+    max_wait_ms: float,
+    max_queue: int,
+    threads: int | None,
+    timeout: float,
+    max_body: int,
+    max_pixels: int,
+    max_requests: int,
+    body_timeout: float,
+    drain: float,
+    token_file: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    allow_origin: list[str] | None,
+    allow_host: list[str] | None,
+    **of_ray: Any,
+) -> Asked:
+    """The command line, checked. Raises BadParameter."""
+    estimator = {"backend": backend, "device": device, "max_pixels": max_pixels, "max_batch": max_batch}
+    estimator |= {"max_wait_ms": max_wait_ms, "max_queue": max_queue, "timeout_s": timeout, "threads": threads}
     try:
         options = Options(
             host=host,
@@ -107,20 +171,7 @@ def serve(
         check_tls(options)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    opens = partial(
-        Estimator,
-        backend=backend,
-        device=device,
-        max_pixels=max_pixels,
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
-        max_queue=max_queue,
-        timeout_s=timeout,
-        threads=threads,
-        keep_replaced=True,
-    )
-    start_logging()
-    sys.exit(run(bundles, opens, options))
+    return Asked(bundles, estimator, options, token_file, replicas_of(**of_ray, port=port, device=device))
 
 
 def run(bundles: list[Path], opens: Open, options: Options) -> int:

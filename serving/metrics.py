@@ -47,6 +47,10 @@ class ServingMetrics:
         text: bytes = generate_latest(self._registry)
         return text
 
+    async def whole(self) -> bytes:
+        """The same of all processes of this server: here of the only one."""
+        return self.exposition()
+
 
 class _Models:
     """Of every loaded model the estimator's families, with a label `model`; counts start anew when it is reloaded."""

@@ -24,10 +24,24 @@ def version_of(estimator: Estimator) -> str:
     return estimator.manifest.build_key[:12]
 
 
+def given_name(name: str) -> str:
+    """A model's name as it is. Raises ConfigError where no address can hold it."""
+    if not _is_name(name):
+        raise ConfigError(
+            f"{name!r} is no name of a model: use letters, digits, dots, dashes and underscores, and begin with a "
+            "letter or a digit."
+        )
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+
+
 def model_name(directory: Path) -> str:
     """The name under which a bundle is served: its folder's. Raises ConfigError where no address can hold it."""
     name = directory.absolute().name
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+    if not _is_name(name):
         raise ConfigError(
             f"A model is named after its bundle's folder, and {name!r} is no name for an address: rename the "
             "folder to letters, digits, dots, dashes and underscores."

@@ -146,9 +146,9 @@ ROWS = (
 )
 
 
-def application(service: Service, options: Options) -> Front:
-    """The whole server as an ASGI application."""
-    metrics, tracing = ServingMetrics(service), Tracing()
+def application(service: Service, options: Options, metrics: ServingMetrics | None = None) -> Front:
+    """The whole server as an ASGI application. metrics: its counters, by default new ones."""
+    metrics, tracing = metrics or ServingMetrics(service), Tracing()
     handlers = Handlers(service, options, metrics, tracing)
     routes = [Route(row.path, getattr(handlers, row.name), methods=[row.method]) for row in ROWS]
     router = Router(routes, redirect_slashes=False)
@@ -179,7 +179,7 @@ class Handlers:
         return json_response(document())
 
     async def prometheus(self, request: Request) -> Response:
-        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._metrics.whole(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def server(self, request: Request) -> Response:
         return json_response(ServerMetadata("densegeo", __version__, list(v2.EXTENSIONS)))
@@ -233,7 +233,7 @@ class Handlers:
         return json_response([entry for entry in entries if entry.state == "READY" or not asked.ready])
 
     async def load(self, request: Request) -> Response:
-        model = self._named(request)
+        model = self._replaceable(request)
         await self._without_parameters(request)
         try:
             await self._service.run(model.load)
@@ -243,7 +243,7 @@ class Handlers:
         return Response(status_code=200)
 
     async def unload(self, request: Request) -> Response:
-        model = self._named(request)
+        model = self._replaceable(request)
         await self._without_parameters(request, "unload_dependents")
         await self._service.run(model.unload)
         return Response(status_code=200)
@@ -281,6 +281,11 @@ class Handlers:
 
     def _named(self, request: Request) -> Model:
         return self._service.model(request.path_params["model"], request.path_params.get("version"))
+
+    def _replaceable(self, request: Request) -> Model:
+        if self._service.fixed:
+            raise RequestError(self._service.fixed)
+        return self._named(request)
 
     def _note(self, request: Request, model: Model, **more: Any) -> None:
         """For the request's line in the log."""

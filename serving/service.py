@@ -40,12 +40,14 @@ class Deadline:
 class Service:
     """models: by name, in the order in which they were given; the first is the default.
 
-    draining: told to end. hung: a backend did not return in time, so this process must end; `on_hang` is called once,
-    in any thread.
+    fixed: why models are neither loaded nor unloaded on request; empty where they are. draining: told to end. hung: a
+    backend did not return in time, so this process must end; `on_hang` is called once, in any thread.
     """
 
-    def __init__(self, models: Mapping[str, Model], on_hang: Callable[[], object] = lambda: None) -> None:
-        self.models, self.on_hang = models, on_hang
+    def __init__(
+        self, models: Mapping[str, Model], on_hang: Callable[[], object] = lambda: None, fixed: str = ""
+    ) -> None:
+        self.models, self.on_hang, self.fixed = models, on_hang, fixed
         self.draining = self.hung = False
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "densegeo-serving")
 

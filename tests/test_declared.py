@@ -20,7 +20,7 @@ from tests.support.project import ROOT, imported
 BACKENDS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "metrics", "exr", "heic", "camera")
 FOLDERS = {
     "densegeo": ("cpu", "video", "ray"),
-    "densegeo/fleet": ("ray",),
+    "densegeo/fleet": ("ray", "serve"),
     "densegeo/ros": ("bags",),
     "runtime": BACKENDS,
     "serving": ("serve",),

@@ -11,18 +11,18 @@ import contextlib
 import json
 import logging
 import os
-import signal
-import socket
-import sys
 import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DensegeoError
+from densegeo.errors import BackendError, BackendTimeoutError, DensegeoError
+from densegeo.fleet.ray_cluster import connected, for_process, resources, share
 from densegeo.fleet.shards import CONTAINERS, Shards
 from densegeo.inference import FATAL, Making, Outcome, Tally, reason, run_one, save_one, take
 from densegeo.inputs import Input
@@ -40,7 +40,7 @@ TREE = "tree"
 INTO = (TREE, *CONTAINERS)
 BLOCK = 32  # the most images that an actor is handed at once, and that a shard holds
 SHARE = 4  # blocks an actor at least, so that all end at about one time
-REACH_S = 10.0  # for a connection to a cluster
+SAY_S = 60.0  # without a result, after which it is said
 TRIES = 4  # of a block whose actor dies, or whose node leaves
 _LOST = f"The process that worked on it died, {TRIES} times with others and {TRIES} times with this one alone."
 
@@ -151,7 +151,8 @@ def run_on_ray(
         overwrite=asked.overwrite,
     )
     left = {item.name: item for item in todo}
-    with _connected(options) as ray:
+    # As many actors as were asked for, also where they share the CPUs of this machine.
+    with connected(options.address, (options.actors or 0) * options.cpus) as ray:
         for at_once in (BLOCK, 1):
             for outcome in _outcomes(ray, job, options, list(left.values()), at_once) if left else ():
                 item = left.pop(outcome.item.name, None)
@@ -167,46 +168,6 @@ def run_on_ray(
         advance()
 
 
-@contextlib.contextmanager
-def _connected(options: RayOptions) -> Iterator[Any]:
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before the import; of a cluster, each node has its own
-    import ray
-
-    own: dict[str, Any] = {}
-    if options.address == "local":  # as many actors as were asked for, also where CPUs are shared among them
-        cpus = max(os.cpu_count() or 1, (options.actors or 0) * options.cpus)
-        own = {"include_dashboard": False, "num_cpus": cpus}
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(options.address, error) from error
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints which tasks it tries again, until it is shut down
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def require_reachable(address: str) -> None:
-    """Raises ConfigError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "//" in address:
-        return  # local, auto, or what Ray knows
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, error) from error
-
-
-def _no_cluster(address: str, why: Exception) -> ConfigError:
-    return ConfigError(
-        f"There is no Ray cluster at {address} ({str(why).rstrip('. ')}). Start one with `ray start --head`, or say "
-        "--ray local for one on this machine alone."
-    )
-
-
 def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at_once: int) -> Iterator[Outcome]:
     """As they come; none of a block that is given up. Raises BackendError."""
     import pyarrow
@@ -217,7 +178,8 @@ def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1
-    needs, most = _share(ray.cluster_resources(), job, options)
+    needs, fit = share(resources(ray), job.estimator["device"], options.cpus, "actor")
+    most = options.actors or fit
     size = max(1, min(at_once, len(todo) // (SHARE * most)))
     blocks = [
         pyarrow.table({"name": [item.name for item in part], "path": [item.path for item in part]})
@@ -225,43 +187,54 @@ def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 says that it will name the limit on tries otherwise from 2.64 on
-        done = ray.data.from_arrow(blocks).map_batches(
+        # `from_arrow` would start a task a block, and wait for all of them, to count the block's rows.
+        done = ray.data.from_blocks(blocks).map_batches(
             Worker,
             batch_size=None,
-            fn_constructor_args=(_for_actor(job, needs),),
+            fn_constructor_args=(replace(job, estimator=for_process(job.estimator, needs)),),
             # One block at a time, so that a block that kills its actor takes no other with it.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=1),
             ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES - 1},
             **needs,
         )
     try:
-        for row in done.iter_rows():
-            files, error, warned = json.loads(row["outcome"])
-            yield Outcome(Input("", row["name"]), tuple(files), error, tuple(warned))
+        with _saying(ray, needs) as came:
+            for row in done.iter_rows():
+                came()
+                files, error, warned = json.loads(row["outcome"])
+                yield Outcome(Input("", row["name"]), tuple(files), error, tuple(warned))
     except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
         cause = error.__cause__ or error
         raise BackendError(f"The actors of Ray cannot run {job.bundle}: {cause}") from error
 
 
-def _share(there: dict[str, float], job: Job, options: RayOptions) -> tuple[dict[str, Any], int]:
-    """What one actor takes of a cluster with these resources, and how many there are to be. Raises ConfigError."""
-    gpus = int(there.get("GPU", 0)) if job.estimator["device"] != "cpu" else 0
-    if job.estimator["device"].startswith("cuda") and not gpus:
-        raise ConfigError("This Ray cluster has no GPU: leave --device out, or add nodes that have one.")
-    fit = gpus or int(there.get("CPU", 0)) // options.cpus
-    if not fit:
-        raise ConfigError(f"No actor with {options.cpus} CPUs fits: the cluster has {int(there.get('CPU', 0))}.")
-    needs: dict[str, Any] = {"num_cpus": options.cpus}
-    if gpus:
-        needs["num_gpus"] = 1
-    return needs, options.actors or fit
+@contextlib.contextmanager
+def _saying(ray: Any, needs: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """Inside, a line in the log says when nothing came for long, and what of the cluster is free. To be called when
+    something came.
+    """
+    ended, last = threading.Event(), time.monotonic()
+
+    def came() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while not ended.wait(SAY_S):
+            if (seconds := time.monotonic() - last) >= SAY_S:
+                log.warning("%s", _waiting(seconds, needs, ray.available_resources()))
+
+    thread = threading.Thread(target=watch, name="densegeo-waiting", daemon=True)
+    thread.start()
+    try:
+        yield came
+    finally:
+        ended.set()
+        thread.join()
 
 
-def _for_actor(job: Job, needs: dict[str, Any]) -> Job:
-    """Ray shows an actor its own GPU alone; on CPUs its share of them is what its networks may use."""
-    estimator = dict(job.estimator)
-    if "num_gpus" in needs:
-        estimator["device"] = "cuda"
-    elif estimator.get("threads") is None:
-        estimator["threads"] = needs["num_cpus"]
-    return replace(job, estimator=estimator)
+def _waiting(seconds: float, needs: Mapping[str, Any], free: Mapping[str, float]) -> str:
+    kinds = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    room = " and ".join(f"{free.get(kinds[key], 0):g} {kinds[key]}" for key in needs)
+    takes = " and ".join(f"{count} {kinds[key]}" for key, count in needs.items())
+    return f"No result came for {seconds:.0f} s. Free in the cluster: {room}; an actor takes {takes}."

@@ -15,7 +15,7 @@ from densegeo.fleet.triton_model import InstanceOptions
 from densegeo.fleet.triton_repository import Deployment, export
 from densegeo.progress import progress
 from densegeo.runtime.bundle import read_manifest
-from densegeo.serving.models import model_name
+from densegeo.serving.models import given_name, model_name
 from densegeo.serving.options import MAX_PIXELS
 
 
@@ -63,9 +63,7 @@ def export_triton(
     Triton's Python needs densegeo too (pip install "densegeo[gpu]", or another backend's extra).
     """
     try:
-        called = model_name(bundle if name is None else Path(name))
-        if name is not None and called != name:
-            raise ConfigError(f"{name!r} is no name of a model: use letters, digits, dots, dashes and underscores.")
+        called = model_name(bundle) if name is None else given_name(name)
         options: dict[str, Any] = {"backend": backend, "threads": threads, "timeout_s": timeout}
         deployment = Deployment(
             devices=device,

@@ -12,17 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from densegeo.errors import ConfigError, ResourceError
-from densegeo.files import atomic_write
+from densegeo.files import atomic_folder, atomic_write
 from densegeo.fleet.triton_model import BUNDLE, OPTIONS, InstanceOptions, configured_outputs
 from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manifest
 from densegeo.serving.v2 import INPUT
@@ -107,7 +105,7 @@ def export(
             raise ConfigError(
                 f"Version {number} is older than {there[-1]}, and a server takes the newest: choose a larger --version."
             )
-        with _appearing(model / str(number)) as partial:
+        with atomic_folder(model / str(number)) as partial:
             _place(bundle, manifest, partial / BUNDLE, advance)
             (partial / "model.py").write_text(_MODEL, encoding="utf-8")
             configured = _write_config(model / CONFIG, text)
@@ -204,22 +202,6 @@ def _same(placed: Path, bundle: Path) -> bool:
         return (placed / MANIFEST).read_bytes() == (bundle / MANIFEST).read_bytes()
     except OSError:
         return False
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, which becomes it when the block ends, and nothing when it raises."""
-    partial = folder.with_name(f".{secrets.token_hex(6)}")
-    made = not folder.parent.exists()
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if made:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        raise
 
 
 def _place(bundle: Path, manifest: Manifest, folder: Path, advance: Callable[[], object]) -> None:

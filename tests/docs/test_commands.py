@@ -35,6 +35,7 @@ NOT_RUN = {
     "densegeo infer BUNDLE rtsp:": "needs a camera; tests/test_infer_camera.py runs it on a server of its own",
     "densegeo export-triton": "needs weights; tests/fleet/test_triton_repository.py runs it on others",
     "tritonserver": "tests/fleet/test_triton.py runs one",
+    "densegeo serve out/fe2e --ray": "needs weights and a cluster; tests/fleet/test_ray_serving.py runs it on one",
     "densegeo infer out/fe2e": "needs weights and a cluster; tests/fleet/test_ray.py runs it on one machine",
     "densegeo engines BUNDLE": "needs a GPU; tests/export/test_renewal.py runs it for a named one",
     "densegeo verify BUNDLE --backend tensorrt": "needs a GPU",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -14,46 +17,13 @@ from typer.testing import CliRunner
 
 from densegeo import remote
 from densegeo.cli import app
-from densegeo.errors import ConfigError, ImageError, ResourceError
-from densegeo.fleet.ray_inference import Job, RayOptions, _for_actor, _share, results_of
+from densegeo.errors import ImageError, ResourceError
+from densegeo.fleet import ray_inference
+from densegeo.fleet.ray_inference import results_of
 from densegeo.fleet.shards import CONTAINERS, Shards
-from densegeo.inference import Making
 from densegeo.inputs import Input, find_inputs, is_stream
 
 MAKER = {"bundle": {"sha256": "b"}, "options": {"fit": "stretch"}, "formats": ["npz"]}
-
-
-def job(device: str = "auto", threads: int | None = None) -> Job:
-    estimator = {"device": device, "threads": threads}
-    return Job(Path("bundle"), estimator, Making(("npz",)), Path("out"), MAKER, "tree", 3, overwrite=False)
-
-
-@pytest.mark.parametrize(
-    ("there", "device", "options", "needs", "most"),
-    [
-        ({"CPU": 16.0, "GPU": 4.0}, "auto", RayOptions("x"), {"num_cpus": 1, "num_gpus": 1}, 4),
-        ({"CPU": 16.0, "GPU": 4.0}, "cuda", RayOptions("x", 2, 3), {"num_cpus": 3, "num_gpus": 1}, 2),
-        ({"CPU": 16.0, "GPU": 4.0}, "cpu", RayOptions("x", None, 3), {"num_cpus": 3}, 5),
-        ({"CPU": 2.0}, "auto", RayOptions("x"), {"num_cpus": 1}, 2),
-    ],
-)
-def test_what_an_actor_takes(
-    there: dict[str, float], device: str, options: RayOptions, needs: dict[str, Any], most: int
-) -> None:
-    assert _share(there, job(device), options) == (needs, most)
-
-
-def test_clusters_on_which_nothing_fits() -> None:
-    with pytest.raises(ConfigError, match="has no GPU"):
-        _share({"CPU": 8.0}, job("cuda"), RayOptions("x"))
-    with pytest.raises(ConfigError, match="No actor with 4 CPUs fits: the cluster has 2"):
-        _share({"CPU": 2.0}, job(), RayOptions("x", cpus=4))
-
-
-def test_an_actor_sees_its_own_gpu_alone_and_uses_its_share_of_cpus() -> None:
-    assert _for_actor(job("cuda:3"), {"num_cpus": 1, "num_gpus": 1}).estimator == {"device": "cuda", "threads": None}
-    assert _for_actor(job("auto"), {"num_cpus": 3}).estimator == {"device": "auto", "threads": 3}
-    assert _for_actor(job("cpu", 2), {"num_cpus": 3}).estimator == {"device": "cpu", "threads": 2}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +35,9 @@ def test_an_actor_sees_its_own_gpu_alone_and_uses_its_share_of_cpus() -> None:
         (("--ray", "127.0.0.1:1"), "There is no Ray cluster at 127.0.0.1:1"),
         (("--ray", "local", "--into", "zip"), "There is no 'zip'; choose tree, parquet, webdataset"),
         (("--ray", "local", "--into", "parquet", "--overwrite"), "choose another folder"),
+        (("--ray", "local", "--actor-cpus", "10000"), "No actor with 10000 CPUs fits on a node"),
+        (("--ray", "local", "--frames"), "is about films and cameras, which run without --ray"),
+        (("--ray", "local", "--max-frames", "3"), "is about films and cameras, which run without --ray"),
         (("--ray", "local", "rtsp://camera/stream"), "run films and cameras without it"),
     ],
 )
@@ -75,6 +48,19 @@ def test_wrong_options(toy_bundle: Path, tmp_path: Path, options: tuple[str, ...
     assert done.exit_code == 2, done.output
     assert said in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_waiting_for_results_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ray_inference, "SAY_S", 0.05)
+    cluster = SimpleNamespace(available_resources=lambda: {"CPU": 0.0, "memory": 1e9})
+    with ray_inference._saying(cluster, {"num_cpus": 2}) as came:
+        came()
+        deadline = time.monotonic() + 20
+        while not caplog.messages:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "Free in the cluster: 0 CPU; an actor takes 2 CPU." in caplog.messages[0]
+    assert not [thread for thread in threading.enumerate() if thread.name == "densegeo-waiting"]
 
 
 def sample(name: str, **changed: Any) -> dict[str, bytes]:

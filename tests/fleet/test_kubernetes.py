@@ -5,6 +5,7 @@ KubeRay's kinds are not among those schemas: of them the templates of pods are v
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -14,8 +15,10 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from densegeo.cli import app
+from densegeo.fleet.ray_replica import APPLICATION
 from densegeo.serving.routes import ROWS
 from tests.support.project import ROOT
 
@@ -105,6 +108,23 @@ def test_probes_ask_what_is_there_without_a_token() -> None:
     assert set(paths) <= free
 
 
+def test_what_a_service_of_kuberay_hands_to_ray() -> None:
+    """Ray Serve's own schema takes it, the application can be imported, and its options are those of `serve`."""
+    (service,) = documents(ROOT / "deploy/kubernetes/serve-ray.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert application.name == APPLICATION  # by which replicas find each other
+    served = parsed(["serve", *shlex.split(application.args["serve"])])
+    assert served["host"] == config.http_options.host  # who may ask depends on it
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert group["maxReplicas"] > int(served["max_replicas"])  # room for the first of a replacement
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == str(served["replica_cpus"])
+    assert {"name": "serve", "containerPort": config.http_options.port} in container["ports"]
+
+
 def test_selectors_meet() -> None:
     deployment, service, budget = documents(ROOT / "deploy/kubernetes/serve.yaml")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -116,5 +136,7 @@ def test_selectors_meet() -> None:
 
 def test_ray_is_the_pinned_one() -> None:
     (job,) = documents(ROOT / "deploy/kubernetes/infer.yaml")
+    (service,) = documents(ROOT / "deploy/kubernetes/serve-ray.yaml")
     (pinned,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == pinned
+    assert service["spec"]["rayClusterConfig"]["rayVersion"] == pinned

@@ -22,6 +22,7 @@ from PIL import Image
 
 from densegeo.fleet.ray_inference import TRIES
 from tests.support.project import ROOT
+from tests.support.ray_nodes import Cluster, environment
 from tests.support.toy_bundle import make_toy_bundle
 
 FORMATS = "npz"
@@ -36,29 +37,6 @@ def photographs(folder: Path, count: int) -> Path:
         pixels = np.random.default_rng(index).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((64, 48)).save(path)
     return folder
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
-class Cluster:
-    """Nodes of Ray, each a group of processes. address: of the first, the head."""
-
-    def __init__(self, cpus: int, *others: int) -> None:
-        from ray.cluster_utils import Cluster as Nodes
-
-        head = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-        self.nodes = Nodes(initialize_head=True, head_node_args=head)
-        self.workers = [self.add(more) for more in others]
-        self.nodes.wait_for_nodes()
-        self.address: str = self.nodes.address
-
-    def add(self, cpus: int) -> Any:
-        return self.nodes.add_node(num_cpus=cpus, object_store_memory=100 * 2**20)
-
-    def close(self) -> None:
-        self.nodes.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_bundles_are_copied_where_there_are_no_links(
         (("--device", "cuda:0", "--device", "cuda:0"), "named twice"),
         (("--device", "tpu"), "tpu"),
         (("--name", "a/b"), "is no name of a model"),
-        (("--name", ".hidden"), "no name"),
+        (("--name", ".hidden"), "'.hidden' is no name of a model"),
         (("--timeout", "0"), "must be above 0"),
         (("--version", "0"), "greater than or equal to"),
     ],

@@ -16,47 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
 
 from densegeo.runtime import Estimator
-from densegeo.runtime.bundle import read_manifest, write_manifest
 from densegeo.serving import server as server_module
 from densegeo.serving import tracing
 from densegeo.serving.server import EXIT_INTERRUPTED
 from densegeo.signals import EXIT_HUNG
-from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
+from tests.support.doubles import Gate, fake_estimator
+from tests.support.inference import HEADER, infer, level_in, other_version, pixels, request
 from tests.support.serving import Opens, Served, metrics, served, started
-
-HEADER = "Inference-Header-Content-Length"
-
-
-def request(image: np.ndarray, **parameters: Any) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of an inference request in bytes."""
-    tensor = {
-        "name": "image",
-        "shape": image.shape,
-        "datatype": "UINT8",
-        "parameters": {"binary_data_size": image.nbytes},
-    }
-    header = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True} | parameters}).encode()
-    return header + image.tobytes(), {HEADER: str(len(header))}
-
-
-def pixels(level: float) -> np.ndarray:
-    return np.round(255 * constant_image(level)).astype(np.uint8)
-
-
-def infer(server: Any, level: float, name: str = "bundle", **parameters: Any) -> httpx.Response:
-    body, headers = request(pixels(level), **parameters)
-    return httpx.post(f"{server.url}/v2/models/{name}/infer", content=body, headers=headers, timeout=30)
-
-
-def level_in(answer: httpx.Response) -> float:
-    assert answer.status_code == 200, answer.text
-    length = int(answer.headers[HEADER])
-    return level_of(np.frombuffer(answer.content[length:], "<f4")[: 16 * 16].reshape(16, 16))
 
 
 def held(gate: Gate, **options: Any) -> Opens:
@@ -173,11 +143,6 @@ def test_a_hanging_backend_ends_the_server(toy_bundle: Path, monkeypatch: pytest
         assert server.wait(30)
         assert server.server.exit_code == EXIT_HUNG
         gate.open()
-
-
-def other_version(bundle: Path, key: str) -> None:
-    """Put a bundle of another build key in this one's place."""
-    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), build_key=key * 64))
 
 
 def test_a_replaced_bundle_is_loaded_and_old_requests_end_on_the_old_one(toy_bundle: Path, tmp_path: Path) -> None:

@@ -67,17 +67,20 @@ def served(bundle: Path | list[Path], opens: Opens | None = None, **options: Any
 
 
 class Started:
-    """`densegeo serve` in a process of its own. log: its lines so far; wait ends with the code it exited with."""
+    """`densegeo serve` in a process of its own. log: its lines so far; wait ends with the code it exited with.
 
-    def __init__(self, *arguments: str | Path, **environment: str) -> None:
-        command = [sys.executable, "-m", "densegeo", "serve", *map(str, arguments), "--port", "0"]
+    port: 0 for any. within_s: seconds until it serves.
+    """
+
+    def __init__(self, *arguments: str | Path, port: int = 0, within_s: float = 60.0, **environment: str) -> None:
+        command = [sys.executable, "-m", "densegeo", "serve", *map(str, arguments), "--port", str(port)]
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
         self.log: list[dict[str, Any]] = []
         self._there = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._there.wait(60), "the server did not start"
+        assert self._there.wait(within_s), f"the server did not start: {self.log}"
         lines = [line for line in self.log if line["message"] == "serving"]
         assert lines, self.log
         self.url: str = lines[0]["url"]
@@ -103,9 +106,9 @@ class Started:
 
 
 @contextmanager
-def started(*arguments: str | Path, **environment: str) -> Iterator[Started]:
+def started(*arguments: str | Path, port: int = 0, within_s: float = 60.0, **environment: str) -> Iterator[Started]:
     """The same, killed at the end if it still runs."""
-    server = Started(*arguments, **environment)
+    server = Started(*arguments, port=port, within_s=within_s, **environment)
     try:
         yield server
     finally:

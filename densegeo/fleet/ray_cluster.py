@@ -1,0 +1,108 @@
+"""A Ray cluster: reaching it, or starting one of this process's own, and how many processes fit into its nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from densegeo.errors import ConfigError
+from densegeo.runtime.backends import has_cuda_driver
+
+LOCAL = "local"  # the address of a Ray of this process's own
+REACH_S = 10.0  # for a connection to a cluster
+
+
+@contextlib.contextmanager
+def connected(address: str, cpus: int) -> Iterator[Any]:
+    """The module `ray`, connected until the block ends. cpus: that a Ray of this process's own has at least, also where
+    the machine has fewer. Raises ConfigError where there is no cluster.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before the import; of a cluster, each node has its own
+    import ray
+
+    own: dict[str, Any] = {}
+    if address == LOCAL:
+        own = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, cpus)}
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
+    except Exception as error:  # Ray raises this very type where its processes do not start in time
+        raise _no_cluster(address, error) from error
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints which tasks it tries again, until it is shut down
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def require_reachable(address: str) -> None:
+    """Raises ConfigError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "//" in address:
+        return  # local, auto, or what Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def require_here(address: str, device: str, cpus: int, what: str) -> None:
+    """What `share` would refuse of a Ray of this process's own, before it is started. Raises ConfigError."""
+    if address == LOCAL:
+        share([{"CPU": os.cpu_count() or 1, "GPU": math.inf if has_cuda_driver() else 0}], device, cpus, what)
+
+
+def share(nodes: Sequence[Mapping[str, float]], device: str, cpus: int, what: str) -> tuple[dict[str, Any], int]:
+    """What one process takes of its node, as Ray's options, and how many fit into nodes of these resources.
+
+    A process has one GPU where there are any, unless device is "cpu", and so many CPUs of the same node. what: its
+    name, of which the option --WHAT-cpus is made. Raises ConfigError where none fits.
+    """
+    with_gpu = device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
+    if device.startswith("cuda") and not with_gpu:
+        raise ConfigError("No node of this Ray cluster has a GPU: leave --device out, or add nodes that have one.")
+    able = [node for node in nodes if node.get("GPU", 0) >= 1] if with_gpu else nodes
+    fit = sum(min(node.get("CPU", 0) // cpus, node["GPU"] if with_gpu else math.inf) for node in able)
+    if not fit:
+        most = int(max((node.get("CPU", 0) for node in able), default=0))
+        kind = "node with a GPU" if with_gpu else "node"
+        raise ConfigError(
+            f"No {what} with {cpus} CPUs fits on a node: the largest {kind} has {most}. Say a smaller --{what}-cpus, "
+            "or add larger nodes."
+        )
+    needs: dict[str, Any] = {"num_cpus": cpus}
+    return needs | ({"num_gpus": 1} if with_gpu else {}), int(fit) if fit < math.inf else sys.maxsize
+
+
+def resources(ray: Any) -> list[Mapping[str, float]]:
+    """Of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def for_process(estimator: Mapping[str, Any], needs: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimator's options in a process of a cluster: Ray shows it its own GPU alone; on CPUs its share of them is
+    what its networks may use.
+    """
+    told = dict(estimator)
+    if "num_gpus" in needs:
+        told["device"] = "cuda"
+    elif told.get("threads") is None:
+        told["threads"] = needs["num_cpus"]
+    return told
+
+
+def _no_cluster(address: str, why: Exception) -> ConfigError:
+    if address == LOCAL:
+        return ConfigError(f"Ray did not start on this machine: {why}")
+    return ConfigError(
+        f"There is no Ray cluster at {address} ({str(why).rstrip('. ')}). Start one with `ray start --head`, or say "
+        "--ray local for one on this machine alone."
+    )

@@ -1,0 +1,56 @@
+"""The options of `densegeo serve --ray`, checked before Ray is started."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import typer
+
+from densegeo.infer_options import require_ray
+
+WHAT = "replica"  # what Ray calls one of a server's processes
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """address: "local" for a Ray of this process's own, "auto", or the address of a cluster. least, most: processes,
+    as many as keep `target` requests a process under way. cpus: of each.
+    """
+
+    address: str
+    least: int = 1
+    most: int = 1
+    target: float = 4.0
+    cpus: int = 1
+
+
+def replicas_of(
+    ray: str | None,
+    min_replicas: int | None,
+    max_replicas: int | None,
+    target_requests: float | None,
+    replica_cpus: int | None,
+    *,
+    port: int,
+    device: str,
+) -> Replicas | None:
+    """How to run on Ray; None without it. Raises BadParameter."""
+    if ray is None:
+        given = {"--min-replicas": min_replicas, "--max-replicas": max_replicas}
+        given |= {"--target-requests": target_requests, "--replica-cpus": replica_cpus}  # type: ignore[dict-item]
+        for option, value in given.items():
+            if value is not None:
+                raise typer.BadParameter("goes with --ray.", param_hint=option)
+        return None
+    least = min_replicas or 1
+    most = max_replicas or least
+    target = 4.0 if target_requests is None else target_requests
+    if most < least:
+        raise typer.BadParameter(f"must be {least} or more, as many as --min-replicas.", param_hint="--max-replicas")
+    if not 0 < target < math.inf:
+        raise typer.BadParameter(f"must be above 0, not {target:g}.", param_hint="--target-requests")
+    if port == 0:
+        raise typer.BadParameter("must be named with --ray: every node listens on the same one.", param_hint="--port")
+    require_ray(ray, device, replica_cpus or 1, WHAT, "fastapi", "aiohttp")
+    return Replicas(ray, least, most, target, replica_cpus or 1)
