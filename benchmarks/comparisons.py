@@ -106,13 +106,13 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
     """Folded transformer against the authors' (batch of two, whole connector), both eager, at equal precision."""
     out = []
     for name, ours, theirs in (("fp32", c.folded, c.exact), (low, c.low, c.authors)):
-        error = chain.relative(chain.denoise(ours, c.latent), c.velocity)
+        error = chain.relative_error(chain.denoise(ours, c.latent), c.velocity)
         errors = {"ours": error}
         if name == "fp32":
             if not error <= EXACT:
                 raise Wrong(f"the folded transformer differs by {error:.1e} in float32, {EXACT:.0e} is allowed")
         else:
-            errors["baseline"] = chain.relative(theirs.transform(c.latent), c.velocity)
+            errors["baseline"] = chain.relative_error(theirs.transform(c.latent), c.velocity)
             _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the folded transformer")
         calls: dict[str, Callable[[], object]] = {
             "baseline": lambda theirs=theirs: theirs.transform(c.latent),  # type: ignore[misc]
@@ -174,8 +174,8 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)
     transformer = compile_(c.low.denoiser)
-    error = chain.relative(transformer_output(transformer, c.latent), c.velocity)
-    errors = {"ours": error, "baseline": chain.relative(theirs.transform(c.latent), c.velocity)}
+    error = chain.relative_error(transformer_output(transformer, c.latent), c.velocity)
+    errors = {"ours": error, "baseline": chain.relative_error(theirs.transform(c.latent), c.velocity)}
     _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the compiled transformer")
     calls: dict[str, Callable[[], object]] = {
         "baseline": lambda: theirs.transform(c.latent),

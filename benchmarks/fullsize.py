@@ -39,7 +39,7 @@ from densegeo.errors import ConfigError, ResourceError
 from densegeo.export.sources import Given, resolve
 from densegeo.files import atomic_write
 from densegeo.models import fe2e
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
 from densegeo.models.loading import open_skeleton, open_streamed, rewritten_form
@@ -230,8 +230,8 @@ def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]
         rope = form.rope_cos, form.rope_sin
         given = (image, text) if name.startswith("double") else (torch.cat([text, image], dim=1),)
         wanted = _outputs(exact, given, None, rope, form.key_bias)
-        ours = relative(_outputs(again, given, None, rope, form.key_bias), wanted)
-        plain = relative(_outputs(low, tuple(x.bfloat16() for x in given), None, rope, form.key_bias), wanted)
+        ours = relative_error(_outputs(again, given, None, rope, form.key_bias), wanted)
+        plain = relative_error(_outputs(low, tuple(x.bfloat16() for x in given), None, rope, form.key_bias), wanted)
         if not ours <= 2 * plain:
             raise ResourceError(f"{name} is {ours:.2e} from its source, twice eager bf16's error is {2 * plain:.2e}")
         found = {"stored": ours, "eager bf16": plain, "share of the bound": ours / (2 * plain)}

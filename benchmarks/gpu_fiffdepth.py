@@ -20,7 +20,7 @@ from densegeo.benchmarks.synthetic import random_fiffdepth, random_image
 from densegeo.benchmarks.timing import flops
 from densegeo.models import chain as chain_of
 from densegeo.models import fiffdepth, precision, rewrites
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends.torch_capture import settings
 from densegeo.runtime.backends.torch_device import DeviceNetwork
@@ -83,7 +83,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
     exact = pipeline_on(device, small)
     wanted = chain(exact, low=False)(rgb)
     plain = precision.cast(copy.deepcopy(exact), LOW)
-    limit = ERROR_FACTOR * relative(chain(plain, low=True)(rgb), wanted)
+    limit = ERROR_FACTOR * relative_error(chain(plain, low=True)(rgb), wanted)
     folded = _folded(exact)
     contenders: dict[str, Callable[[], Network]] = {
         "plain, bf16, eager": lambda: chain(plain, low=True),
@@ -100,7 +100,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
             rows[name] = {"skipped": "no time left"}
             continue
         network = make()
-        error = relative(network(rgb), wanted)
+        error = relative_error(network(rgb), wanted)
         if not error <= limit:
             rows[name] = {"failed": f"its error is {error:.1e}, the limit {limit:.1e}"}
             continue

@@ -19,7 +19,7 @@ from densegeo.benchmarks.setups import FULL
 from densegeo.export.cubins import write_cubins
 from densegeo.kernels.preprocess import preprocess
 from densegeo.models import chain
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.families import FE2E
 from densegeo.runtime.backends.cuda_kernels import Kernels
 from densegeo.runtime.backends.cuda_memory import Memory, architecture_of, open_device
@@ -104,7 +104,7 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
             "split": (_buffer(ring, network, "latents"), latents),
             **{name: (torch.from_numpy(found[name]), wanted[name]) for name in wanted},
         }
-        rows[str(source)] = {name: relative(*pair) for name, pair in pairs.items()}
+        rows[str(source)] = {name: relative_error(*pair) for name, pair in pairs.items()}
     report: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}
     wrong = [f"{name} at {size}" for size, row in rows.items() for name, error in row.items() if not error <= BOUND]
     if not report["captured"]:

@@ -17,7 +17,7 @@ from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
 from densegeo.models import chain, fe2e, precision, rewrites
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.layers import Attention
 from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, quantize_block
 from densegeo.models.rewrites import Pipeline
@@ -198,10 +198,10 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     for name, attention in (("linears", False), ("linears and attention", True)):
         low = device_network(weights, size, True, rgb, attention=attention).recorded(1)
         found = {"plain": emulated(weights, size, rgb, attention=attention), "ours": low(rgb)}
-        fp8[name] = {way: relative(decoded, wanted) for way, decoded in found.items()}
+        fp8[name] = {way: relative_error(decoded, wanted) for way, decoded in found.items()}
     return {
-        "plain": relative(plain, wanted),
-        "ours": relative(ours, wanted),
+        "plain": relative_error(plain, wanted),
+        "ours": relative_error(ours, wanted),
         "captured": float(network.captured),
         "repeated_exactly": float(torch.equal(ours, again)),
         "fp8": fp8,
@@ -242,7 +242,7 @@ class Comparison:
             try:
                 row, decoded = _measure(make, self._rgb, self._weights.device, self._runs)
                 self._wanted = decoded if self._wanted is None else self._wanted
-                self._rows[name] = {**row, "relative_to_authors": relative(decoded, self._wanted)}
+                self._rows[name] = {**row, "relative_to_authors": relative_error(decoded, self._wanted)}
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 self._rows[name] = {"failed": str(error)[:300]}
             free(self._weights.device)

@@ -88,7 +88,7 @@ def price(
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
             wanted = outputs[0] if wanted is None else wanted
             mean = outputs[0].shape[1] != wanted.shape[1]  # that of the channels, where a rewrite makes it
-            error = chain.relative(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
+            error = chain.relative_error(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
             if not error <= EXACT:
                 raise Wrong(
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"

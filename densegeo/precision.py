@@ -17,7 +17,7 @@ class Precision:
 
     bases: the floating-point types that a quantized precision can leave beside it, its default first; a floating-point
     type has itself. first_architecture: of the GPUs that have it in engines, 89 for sm_89. granularity: what has one
-    scale. largest: the magnitude at which quantized numbers saturate.
+    scale. qmax: the magnitude at which quantized numbers saturate.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Precision:
     safetensors: str
     granularity: Literal["none", "row", "block"] = "none"
     weight_only: bool = False  # activations stay in the base, and need no ranges
-    largest: float = 0.0
+    qmax: float = 0.0
     attention: bool = False  # fine enough for attention's probabilities too
     convolutions: bool = False  # builders have kernels of it that are faster than the base's
     engine_each: bool = False  # an engine for several architectures is slower than one for each (DESIGN section 7)
@@ -110,7 +110,7 @@ PRECISIONS = {
             triton="fp8e4nv",
             safetensors="F8_E4M3",
             granularity="row",
-            largest=448.0,
+            qmax=448.0,
             attention=True,
             engine_each=True,
         ),
@@ -124,7 +124,7 @@ PRECISIONS = {
             triton="i8",
             safetensors="I8",
             granularity="row",
-            largest=127.0,  # without -128: symmetric
+            qmax=127.0,  # without -128: symmetric
             convolutions=True,
         ),
     )

@@ -299,7 +299,7 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
             dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
         table.add_row(
             origins[role],
-            *(str(n) for n in (report.found, len(report.missing), len(report.unexpected), len(report.misshapen))),
+            *(str(n) for n in (report.matched, len(report.missing), len(report.unexpected), len(report.misshapen))),
             ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items())),
             f"{sum(part.stat().st_size for part in parts(report.path)):,}",
         )

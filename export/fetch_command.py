@@ -35,7 +35,7 @@ def fetch(
         return
     if not row.files:
         raise CheckpointError(row.nowhere)
-    found = downloads.look(row, row.wanted(*(["no_lora"] if no_lora else [])), offline=offline)
+    found = downloads.look(row, row.needed_roles(*(["no_lora"] if no_lora else [])), offline=offline)
     downloads.show(found, console)
     for path, origin in downloads.fetch(row, found, console, any_digest=any_digest).values():
         console.print(f"{path}  ({origin})", soft_wrap=True)

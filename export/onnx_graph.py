@@ -166,7 +166,7 @@ def _quantized_attention(
     query: Any, key: Any, value: Any, key_bias: Any, q_scale: Any, k_scale: Any, v_scale: Any
 ) -> Any:
     """Attention in the form that TensorRT makes one fp8 kernel of: both products must have 8-bit operands."""
-    unit = op.CastLike(op.Constant(value_float=1 / ATTENTION.largest), query)  # of the probabilities
+    unit = op.CastLike(op.Constant(value_float=1 / ATTENTION.qmax), query)  # of the probabilities
     q, k, v = (_in_8_bits(x, scale) for x, scale in ((query, q_scale), (key, k_scale), (value, v_scale)))
     return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: _in_8_bits(weights, unit))
 

@@ -137,22 +137,22 @@ def read_resources(cubin: bytes) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        done = subprocess.run(
+        process = subprocess.run(
             [str(tool), "--dump-resource-usage", str(file)], capture_output=True, text=True, check=False
         )
-    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout))
-    if done.returncode or len(found) != 4:
-        raise KernelError(f"cuobjdump cannot read a compiled kernel: {(done.stderr or done.stdout).strip()}")
-    return Resources(int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), int(found["SHARED"]))
+    resources = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", process.stdout))
+    if process.returncode or len(resources) != 4:
+        raise KernelError(f"cuobjdump cannot read a compiled kernel: {(process.stderr or process.stdout).strip()}")
+    return Resources(int(resources["REG"]), int(resources["STACK"]), int(resources["LOCAL"]), int(resources["SHARED"]))
 
 
 def resource_table(compiled: Sequence[Compiled], architectures: Sequence[int]) -> str:
     """Registers a thread / bytes of shared memory a block, one row a variant; "-" where a type does not exist."""
     cells = {
-        (one.contract.name, one.contract.architecture): f"{one.resources.registers}/{one.resources.shared}"
-        for one in compiled
+        (kernel.contract.name, kernel.contract.architecture): f"{kernel.resources.registers}/{kernel.resources.shared}"
+        for kernel in compiled
     }
-    names = list(dict.fromkeys(one.contract.name for one in compiled))
+    names = list(dict.fromkeys(kernel.contract.name for kernel in compiled))
     wide = max(len(name) for name in names)
     lines = [f"{'registers/shared bytes':{wide}}" + "".join(f"{f'sm_{a}':>9}" for a in architectures)]
     lines += [f"{name:{wide}}" + "".join(f"{cells.get((name, a), '-'):>9}" for a in architectures) for name in names]
@@ -184,25 +184,25 @@ def main() -> int:
     for architecture in architectures:
         for reason in sorted({row.unsupported(architecture) or "" for row in rows} - {""}):
             print(f"sm_{architecture}: - is {reason}")
-    fused = sum(one.contract.fp_fusion for one in compiled)
+    fused = sum(kernel.contract.fp_fusion for kernel in compiled)
     print(f"{len(compiled)} binaries, no spills, {fused} with fused multiply-add")
     return 0
 
 
 def _chosen(names: Sequence[str] | None, rows: Sequence[Variant]) -> Sequence[Variant]:
     """The rows of these names, or all; raises KernelError for a name that none has."""
-    known = [row.name for row in rows]
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise KernelError(f"Unknown kernels {', '.join(unknown)}; choose from {', '.join(known)}.")
+    existing = [row.name for row in rows]
+    if unknown := sorted(set(names or ()) - set(existing)):
+        raise KernelError(f"Unknown kernels {', '.join(unknown)}; choose from {', '.join(existing)}.")
     return [row for row in rows if not names or row.name in names]
 
 
 def _write(compiled: Iterable[Compiled], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     contracts = []
-    for one in compiled:
-        (folder / one.contract.file).write_bytes(one.cubin)
-        contracts.append(one.contract)
+    for kernel in compiled:
+        (folder / kernel.contract.file).write_bytes(kernel.cubin)
+        contracts.append(kernel.contract)
     (folder / CONTRACTS).write_bytes(msgspec.json.format(msgspec.json.encode(contracts)))
 
 

@@ -85,6 +85,6 @@ def _map(row: Output, decoded: Tensor, box: Box, size: Size, metres: Metres | No
     return resize_depth(decoded, box, size, clamp=row.clamp, metres=metres)
 
 
-def relative(ours: Tensor, wanted: Tensor) -> float:
+def relative_error(values: Tensor, reference: Tensor) -> float:
     """Relative L2 error of a tensor."""
-    return float((ours - wanted).norm() / wanted.norm())
+    return float((values - reference).norm() / reference.norm())

@@ -29,7 +29,7 @@ class KeyReport:
     """How a file's keys differ from what the architecture wants."""
 
     path: Path
-    found: int = 0
+    matched: int = 0
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)  # "key: (2, 3), expected (3, 3)"
@@ -39,13 +39,13 @@ class KeyReport:
     @property
     def is_another(self) -> bool:
         """Whether so little fits that listing the rest would say nothing."""
-        return len(self.missing) > 10 * self.found
+        return len(self.missing) > 10 * self.matched
 
     def problems(self, *, allow_unexpected: bool) -> list[str]:
         """Lines that say what is wrong; empty when the file fits."""
         if self.is_another:
-            wanted = len(self.missing) + self.found
-            return [f"{self.found} of the {wanted} tensors that are wanted ({self.missing[0]} ...); {self.hint}"]
+            expected = len(self.missing) + self.matched
+            return [f"{self.matched} of the {expected} tensors that are wanted ({self.missing[0]} ...); {self.hint}"]
         groups = [("missing", self.missing), ("wrong shape", self.misshapen), ("wrong dtype", self.wrong_dtype)]
         if not allow_unexpected:
             groups.append(("unexpected", self.unexpected))
@@ -55,14 +55,14 @@ class KeyReport:
 
 def compare_keys(path: Path, entries: dict[str, Entry], module: nn.Module, stored: Stored = as_is) -> KeyReport:
     """Compare a file's entries with the tensors `module` (on any device) wants."""
-    wanted = dict(stored(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items())
-    missing, unexpected = (sorted(names) for names in (set(wanted) - set(entries), set(entries) - set(wanted)))
+    expected_shapes = dict(stored(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items())
+    missing, unexpected = sorted(expected_shapes.keys() - entries), sorted(entries.keys() - expected_shapes)
     report = KeyReport(path, missing=missing, unexpected=unexpected)
-    for key in sorted(set(wanted) & set(entries)):
+    for key in sorted(expected_shapes.keys() & entries):
         entry = entries[key]
-        report.found += 1
-        if entry.shape != wanted[key]:
-            report.misshapen.append(f"{key}: {entry.shape}, expected {wanted[key]}")
+        report.matched += 1
+        if entry.shape != expected_shapes[key]:
+            report.misshapen.append(f"{key}: {entry.shape}, expected {expected_shapes[key]}")
         if entry.dtype not in FLOAT_DTYPES:
             report.wrong_dtype.append(f"{key}: {entry.dtype}, expected one of {', '.join(sorted(FLOAT_DTYPES))}")
     if quantized(entries, [entry.dtype for entry in entries.values()]):
@@ -94,9 +94,9 @@ def load_weights(
     updates = read_lora(lora, module) if lora else {}
     state: dict[str, Tensor] = {}
     with opened(path) as file:
-        for key, wanted in module.state_dict().items():
-            name, _ = stored(key, tuple(wanted.shape))
-            tensor = file.finite(name).float().reshape(wanted.shape)
+        for key, parameter in module.state_dict().items():
+            name, _ = stored(key, tuple(parameter.shape))
+            tensor = file.finite(name).float().reshape(parameter.shape)
             if key in updates:
                 tensor = updates[key].merge(tensor)
             state[key] = tensor

@@ -102,12 +102,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _combine(read: dict[str, Any], given: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
+def _combine(read: dict[str, Any], stated: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
     """Merge what shapes say with what a file says; a contradiction is an error."""
     for key, value in read.items():
-        if key in given and given[key] != value:
-            raise ConfigError(f"the configuration says {key} = {given[key]}, but the {what}'s tensors have {value}")
-    return read | {key: given.get(key, value) for key, value in defaults.items()}
+        if key in stated and stated[key] != value:
+            raise ConfigError(f"the configuration says {key} = {stated[key]}, but the {what}'s tensors have {value}")
+    return read | {key: stated.get(key, value) for key, value in defaults.items()}
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -122,14 +122,14 @@ def _dim(shapes: Shapes, key: str, axis: int, what: str) -> int:
     return shapes[key][axis]
 
 
-def transformer_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -> TransformerConfig:
+def transformer_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) -> TransformerConfig:
     """Read the transformer's architecture from its tensors' shapes.
 
     Defaults for what shapes do not tell: RoPE axes in the ratio 16:56:56 of the head size, theta 10000,
-    connector heads of 128 features. `given` (see read_config_file) supplies or confirms values.
+    connector heads of 128 features. `stated` (see read_config_file) supplies or confirms values.
     Raises CheckpointError for another model's tensors, ConfigError for contradictions and impossible sizes.
     """
-    given = given or {}
+    stated = stated or {}
     what = "Step1X-Edit transformer"
     hidden = _dim(shapes, "img_in.weight", 0, what)
     head = _dim(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 0, what)
@@ -150,16 +150,16 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -
     }
     if hidden % head:
         raise ConfigError(f"hidden size {hidden} is no multiple of the head size {head}")
-    if "axes_dim" not in given and head % 32:  # axes are even numbers
+    if "axes_dim" not in stated and head % 32:  # axes are even numbers
         raise ConfigError(f"a head size of {head} has no default RoPE axes (16:56:56): give axes_dim with --config")
-    if "connector_heads" not in given and connector % 128:
+    if "connector_heads" not in stated and connector % 128:
         raise ConfigError(
             f"the connector's {connector} features are no multiple of 128, so its number of heads is unknown: "
             "give connector_heads with --config"
         )
     values = _combine(
         read,
-        given,
+        stated,
         {
             "axes_dim": (head // 8, head * 7 // 16, head * 7 // 16),
             "theta": 10000.0,
@@ -175,8 +175,8 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -
     return TransformerConfig(**values)
 
 
-def vae_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -> VAEConfig:
-    """Read the autoencoder's architecture from its tensors' shapes; `given` is the configuration's `vae` object."""
+def vae_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) -> VAEConfig:
+    """Read the autoencoder's architecture from its tensors' shapes; `stated` is the configuration's `vae` object."""
     what = "Flux autoencoder"
     ch = _dim(shapes, "encoder.conv_in.weight", 0, what)
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
@@ -189,7 +189,7 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any] | None = None) -> VAECon
         "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "z_channels": _dim(shapes, "decoder.conv_in.weight", 1, what),
     }
-    given = dict(given or {})
-    if "ch_mult" in given:
-        given["ch_mult"] = tuple(given["ch_mult"])
-    return VAEConfig(**_combine(read, given, {"scale_factor": 0.3611, "shift_factor": 0.1159}, what))
+    stated = dict(stated or {})
+    if "ch_mult" in stated:
+        stated["ch_mult"] = tuple(stated["ch_mult"])
+    return VAEConfig(**_combine(read, stated, {"scale_factor": 0.3611, "shift_factor": 0.1159}, what))

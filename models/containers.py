@@ -73,8 +73,8 @@ def require_readable(path: Path) -> None:
         raise CheckpointError(f"{path} is an empty file (0 bytes): download or copy it again")
     if _looks_like_safetensors(start):
         return
-    if (found := next((row for row in CONTAINERS if start.startswith(row.starts)), None)) is not None:
-        raise CheckpointError(f"{path} is {found.what} ({path.stat().st_size} bytes): {found.remedy}")
+    if (container := next((row for row in CONTAINERS if start.startswith(row.starts)), None)) is not None:
+        raise CheckpointError(f"{path} is {container.what} ({path.stat().st_size} bytes): {container.remedy}")
 
 
 def _looks_like_safetensors(start: bytes) -> bool:
@@ -109,12 +109,12 @@ def unreadable_safetensors(path: Path, error: object) -> CheckpointError:
         return CheckpointError(f"{path} is not a readable safetensors file ({error}): it is damaged or another format")
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        wanted = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        complete_size = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        wanted = 8 + length if len(header) < length else 0
-    if wanted <= size:
+        complete_size = 8 + length if len(header) < length else 0
+    if complete_size <= size:
         return CheckpointError(f"{path} is not a readable safetensors file ({error}): it is damaged")
     return CheckpointError(
         f"{path} is truncated: it has {size:,} bytes and should have {'at least ' * (len(header) < length)}"
-        f"{wanted:,}. A download or copy broke off; do it again."
+        f"{complete_size:,}. A download or copy broke off; do it again."
     )

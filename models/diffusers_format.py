@@ -69,11 +69,11 @@ def unet_config(values: Mapping[str, Any], path: Path) -> UNetConfig:
     channels = _tuple(values, "block_out_channels", None, path)
     levels = len(channels)
     attention = []
-    for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-        found = tuple(values.get(key, ()))
-        if len(found) != levels or any(name not in known for name in found):
-            raise ConfigError(f"{path}: {key} {list(found)} must be {levels} of {', '.join(known)}")
-        attention.append(tuple(known[name] for name in found))
+    for key, blocks in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+        names = tuple(values.get(key, ()))
+        if len(names) != levels or any(name not in blocks for name in names):
+            raise ConfigError(f"{path}: {key} {list(names)} must be {levels} of {', '.join(blocks)}")
+        attention.append(tuple(blocks[name] for name in names))
     config = _convert(
         {
             "in_channels": values.get("in_channels", 4),
@@ -112,8 +112,8 @@ def sd_vae_config(values: Mapping[str, Any], path: Path) -> VAEConfig:
             f"{path}: block_out_channels {list(widths)} must be four multiples of the first and of {groups}"
         )
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        wanted = [kind] * len(widths)
-        if list(values.get(key, wanted)) != wanted:
+        expected = [kind] * len(widths)
+        if list(values.get(key, expected)) != expected:
             raise ConfigError(f"{path}: {key} {values[key]} must be {len(widths)} times {kind}")
     return _convert(
         {

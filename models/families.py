@@ -86,11 +86,11 @@ def _shapes(entries: Entries) -> Shapes:
 
 def _fe2e(paths: dict[str, Path], dit: Entries, vae: Entries) -> Architecture:
     """From the tensors' shapes; the file "config" holds what they do not tell."""
-    given: dict[str, Any] = read_config_file(paths["config"]) if "config" in paths else {}
+    stated: dict[str, Any] = read_config_file(paths["config"]) if "config" in paths else {}
     with _of(paths["dit"]):
-        transformer = transformer_config(_shapes(dit), given)
+        transformer = transformer_config(_shapes(dit), stated)
     with _of(paths["vae"]):
-        autoencoder = vae_config(_shapes(vae), given.get("vae"))
+        autoencoder = vae_config(_shapes(vae), stated.get("vae"))
     return Architecture(transformer, autoencoder, (as_is, as_is))
 
 

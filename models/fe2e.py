@@ -77,11 +77,11 @@ def merge_padding(pipeline: Pipeline) -> None:
     rows, counts = pipeline.prompt.merge_padding()
     if (counts == 1).all():
         return
-    kept = torch.from_numpy(rows)
+    kept_rows = torch.from_numpy(rows)
     if isinstance(model.connector, ConstantText):
-        model.connector.text = model.connector.text[:, kept].clone()
+        model.connector.text = model.connector.text[:, kept_rows].clone()
     else:
-        model.text_rows = kept
+        model.text_rows = kept_rows
     tokens = len(rows)
     dropped = len(pipeline.prompt.mask) - tokens
     model.rope_cos, model.rope_sin = model.rope_cos[dropped:].clone(), model.rope_sin[dropped:].clone()

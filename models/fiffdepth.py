@@ -51,9 +51,9 @@ def gate_cross_attention(pipeline: Pipeline) -> None:
 
 
 def _fewer_outputs(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
-    made = nn.Conv2d(conv.in_channels, weight.shape[0], conv.kernel_size, padding=conv.padding, device="meta")  # type: ignore[arg-type]
-    made.weight, made.bias = (nn.Parameter(t.clone(), requires_grad=False) for t in (weight, bias))
-    return made
+    smaller = nn.Conv2d(conv.in_channels, weight.shape[0], conv.kernel_size, padding=conv.padding, device="meta")  # type: ignore[arg-type]
+    smaller.weight, smaller.bias = (nn.Parameter(t.clone(), requires_grad=False) for t in (weight, bias))
+    return smaller
 
 
 def fold_channel_mean(pipeline: Pipeline) -> None:

@@ -52,11 +52,11 @@ def layout(names: Collection[str]) -> str:
     parts = Counter(".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in names)
     shown = ", ".join(f"{part} ({count})" for part, count in parts.most_common(6))
     more = f" and {len(parts) - 6} more" if len(parts) > 6 else ""
-    held = f"it holds {len(names)} tensors: {shown}{more}" if names else "it holds no tensor"
-    known = next(
+    contents = f"it holds {len(names)} tensors: {shown}{more}" if names else "it holds no tensor"
+    owner = next(
         (text for patterns, text in _LAYOUTS if all(any(re.match(p, name) for name in names) for p in patterns)), ""
     )
-    return held + (f". That is {known}" if known else "")
+    return contents + (f". That is {owner}" if owner else "")
 
 
 def quantized(names: Collection[str], dtypes: Collection[str]) -> bool:

@@ -75,10 +75,10 @@ class Skeleton:
 def open_skeleton(files: Files) -> Skeleton:
     """Read architectures from headers and configurations, and the prompt. Raises CheckpointError or ConfigError."""
     entries = read_entries(files.denoiser), read_entries(files.vae)
-    found = files.family.architecture(dict(files.paths), *entries)
+    architecture = files.family.architecture(dict(files.paths), *entries)
     with torch.device("meta"):
-        denoiser, vae = files.family.denoiser(found.denoiser), VAE(found.vae)
-    return Skeleton(files, checked_prompt(files.prompt, denoiser), denoiser, vae, entries, found.stored)
+        denoiser, vae = files.family.denoiser(architecture.denoiser), VAE(architecture.vae)
+    return Skeleton(files, checked_prompt(files.prompt, denoiser), denoiser, vae, entries, architecture.stored)
 
 
 def load_pipeline(
@@ -178,9 +178,9 @@ def load_rewritten(
 
 def checked_prompt(path: Path, denoiser: AnyDenoiser) -> Prompt:
     """Load a prompt and check that its width is the denoiser's; raises CheckpointError."""
-    prompt, wanted = load_prompt(path), denoiser.prompt_features
-    if prompt.embeds.shape[1] != wanted:
+    prompt, features = load_prompt(path), denoiser.prompt_features
+    if prompt.embeds.shape[1] != features:
         raise CheckpointError(
-            f"the prompt {path} has {prompt.embeds.shape[1]} features a token, the network wants {wanted}"
+            f"the prompt {path} has {prompt.embeds.shape[1]} features a token, the network wants {features}"
         )
     return prompt

@@ -45,8 +45,8 @@ class Prompt:
         counts: dict[int, int] = {}
         for row, valid in enumerate(self.mask):
             key = b"" if valid else (self.embeds[row] + 0.0).tobytes()  # + 0.0: -0 equals 0
-            kept = row if valid else first.setdefault(key, row)
-            counts[kept] = counts.get(kept, 0) + 1
+            representative = row if valid else first.setdefault(key, row)
+            counts[representative] = counts.get(representative, 0) + 1
         rows = np.array(sorted(counts), dtype=np.int64)
         return rows, np.array([counts[row] for row in rows], dtype=np.int64)
 

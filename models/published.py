@@ -53,7 +53,7 @@ class Publication:
     carried: bool = False
     roles: tuple[Role, ...] = ()
 
-    def wanted(self, *skipped: str) -> list[str]:
+    def needed_roles(self, *skipped: str) -> list[str]:
         """The roles of the files, without those that a switch in `skipped` leaves out."""
         left_out = {role.name for role in self.roles if role.skip in skipped}
         return [file.role for file in self.files if file.role not in left_out]

@@ -34,14 +34,12 @@ class Format(NamedTuple):
     """An 8-bit type, its largest finite value that is used, and that of weights."""
 
     dtype: torch.dtype
-    largest: float
-    weights: float
+    qmax: float
+    weight_qmax: float
 
 
 FORMATS = {
-    row.name: Format(getattr(torch, row.torch), row.largest, row.largest)
-    for row in PRECISIONS.values()
-    if row.calibrated
+    row.name: Format(getattr(torch, row.torch), row.qmax, row.qmax) for row in PRECISIONS.values() if row.calibrated
 }
 _ATTENTION_ROW = next(row for row in PRECISIONS.values() if row.attention)
 ATTENTION = FORMATS[_ATTENTION_ROW.name]  # of its products
@@ -49,16 +47,16 @@ ATTENTION = FORMATS[_ATTENTION_ROW.name]  # of its products
 
 def with_weight_bits(kind: Format, bits: int) -> Format:
     """The same format with weights of fewer bits, if it has whole numbers: int8 in 7 ends at 63."""
-    return kind if kind.dtype.is_floating_point else kind._replace(weights=float(2 ** (bits - 1) - 1))
+    return kind if kind.dtype.is_floating_point else kind._replace(weight_qmax=float(2 ** (bits - 1) - 1))
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x / scale, rounded to nearest even, saturated: ONNX's QuantizeLinear with zero point 0."""
-    largest = next(row.largest for row in FORMATS.values() if row.dtype == dtype)
+    qmax = next(row.qmax for row in FORMATS.values() if row.dtype == dtype)
     steps = x.float() / scale.float()
     if not dtype.is_floating_point:
         steps = steps.round()
-    return steps.clamp(-largest, largest).to(dtype)
+    return steps.clamp(-qmax, qmax).to(dtype)
 
 
 @torch.library.custom_op("densegeo::quantized_linear", mutates_args=())
@@ -69,28 +67,28 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scal
     the 8-bit numbers are multiplied as that dtype, bf16 or float32, which hold them exactly.
     """
     rows, dtype = x.flatten(0, -2), _result(x, weight, bias)
-    taken = rows if x.dtype == weight.dtype else quantize(rows, input_scale, weight.dtype)
-    if _has_product(taken, weight):
-        out = _fp8_product(taken, weight, weight_scale.float(), input_scale.float(), bias, dtype)
+    operand = rows if x.dtype == weight.dtype else quantize(rows, input_scale, weight.dtype)
+    if _has_product(operand, weight):
+        out = _fp8_product(operand, weight, weight_scale.float(), input_scale.float(), bias, dtype)
     else:
-        product = F.linear(taken.to(dtype), weight.to(dtype)).float()
+        product = F.linear(operand.to(dtype), weight.to(dtype)).float()
         out = (product * (weight_scale.float() * input_scale.float()) + bias.float()).to(dtype)
     return out.unflatten(0, x.shape[:-1])
 
 
 def _fp8_product(
-    taken: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor, dtype: torch.dtype
+    operand: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """taken (M, K) and weight (N, K) E4M3 -> (M, N), scaled and biased in the product where torch can.
+    """operand (M, K) and weight (N, K) E4M3 -> (M, N), scaled and biased in the product where torch can.
 
     On most architectures its product with a scale a row gives bf16 alone, and with a float32 result none takes a bias
     (ATen/native/cuda/ScaledBlas.cpp): both are done afterwards then.
     """
     if dtype == torch.bfloat16:
-        scales = input_scale.expand(len(taken), 1).contiguous(), weight_scale[None].contiguous()
-        return torch._scaled_mm(taken, weight.t(), *scales, bias=bias.to(dtype), out_dtype=dtype)
-    one = torch.ones((), device=taken.device)
-    product = torch._scaled_mm(taken, weight.t(), one, one, out_dtype=torch.float32)
+        scales = input_scale.expand(len(operand), 1).contiguous(), weight_scale[None].contiguous()
+        return torch._scaled_mm(operand, weight.t(), *scales, bias=bias.to(dtype), out_dtype=dtype)
+    unit_scale = torch.ones((), device=operand.device)
+    product = torch._scaled_mm(operand, weight.t(), unit_scale, unit_scale, out_dtype=torch.float32)
     return (product * (weight_scale * input_scale) + bias.float()).to(dtype)
 
 
@@ -103,11 +101,11 @@ def _result(x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype:
     return bias.dtype if x.dtype == weight.dtype else x.dtype
 
 
-def _has_product(taken: Tensor, weight: Tensor) -> bool:
+def _has_product(operand: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies these on their device: E4M3 from compute capability 8.9 on."""
-    if not taken.is_cuda or weight.dtype != ATTENTION.dtype or any(size % 16 for size in weight.shape):
+    if not operand.is_cuda or weight.dtype != ATTENTION.dtype or any(size % 16 for size in weight.shape):
         return False
-    return has_fp8(taken.device)
+    return has_fp8(operand.device)
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -134,19 +132,19 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("input_scale", torch.empty((), dtype=dtype, device=device))
         self.register_buffer("bias", torch.empty(shape[0], dtype=dtype, device=device))
 
-    def take(self, weight: Tensor, bias: Tensor | None, input_range: float, kind: Format) -> None:
+    def take(self, weight: Tensor, bias: Tensor | None, input_amax: float, kind: Format) -> None:
         """Round a layer's float32 values; on the meta device there are none.
 
-        input_range: the largest magnitude of the input that is kept.
+        input_amax: the largest magnitude of the input that is kept.
         """
         if weight.is_meta:
             return
         weight = weight.detach().float()
-        peaks = weight.flatten(1).abs().amax(dim=1)
-        peaks = torch.where(peaks > 0, peaks, kind.weights)  # a row of zeros: any scale
-        self.weight_scale.copy_(peaks / kind.weights)
+        amax = weight.flatten(1).abs().amax(dim=1)
+        amax = torch.where(amax > 0, amax, kind.weight_qmax)  # a row of zeros: any scale
+        self.weight_scale.copy_(amax / kind.weight_qmax)
         self.weight.copy_(quantize(weight, self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1)), kind.dtype))
-        self.input_scale.fill_(input_range / kind.largest)
+        self.input_scale.fill_(input_amax / kind.qmax)
         if bias is None:
             self.bias.zero_()
         else:
@@ -157,11 +155,11 @@ class QuantizedLinear(QuantizedLayer):
     """What a linear becomes. weight (N, K)."""
 
     @classmethod
-    def prepare(cls, linear: nn.Linear, input_range: float, kind: Format, dtype: torch.dtype) -> QuantizedLinear:
-        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias."""
-        made = cls(linear.weight.shape, kind, dtype, linear.weight.device)
-        made.take(linear.weight, linear.bias, input_range, kind)
-        return made
+    def prepare(cls, linear: nn.Linear, input_amax: float, kind: Format, dtype: torch.dtype) -> QuantizedLinear:
+        """input_amax: the largest magnitude of the input that is kept. dtype: of scales and bias."""
+        quantized = cls(linear.weight.shape, kind, dtype, linear.weight.device)
+        quantized.take(linear.weight, linear.bias, input_amax, kind)
+        return quantized
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
@@ -185,8 +183,8 @@ def quantized_convolution(
     x's dtype, bf16 or float32, which hold them exactly.
     """
     even = x if input_factor is None else x.float() * input_factor.float()
-    taken = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
-    product = F.conv2d(taken, weight.to(x.dtype), stride=list(stride)).float()
+    operand = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
+    product = F.conv2d(operand, weight.to(x.dtype), stride=list(stride)).float()
     scale = weight_scale.float() * input_scale.float()
     return (product * scale[:, None, None] + bias.float()[:, None, None]).to(x.dtype)
 
@@ -222,25 +220,27 @@ class QuantizedConvolution(QuantizedLayer):
 
     @classmethod
     def prepare(
-        cls, layer: nn.Conv2d, input_range: float, kind: Format, dtype: torch.dtype, smooth: Tensor | None = None
+        cls, layer: nn.Conv2d, input_amax: float, kind: Format, dtype: torch.dtype, smooth: Tensor | None = None
     ) -> QuantizedConvolution:
-        """input_range: the largest magnitude of the input that is kept. dtype: of scales and bias.
+        """input_amax: the largest magnitude of the input that is kept. dtype: of scales and bias.
 
         smooth: (C,), what the input is divided by, before that range, and the weight's columns are multiplied by.
         """
         assert (layer.groups, layer.dilation) == (1, (1, 1))
         assert not isinstance(layer.padding, str)
-        made = cls(layer.weight.shape, kind, dtype, layer.weight.device)
-        made.register_buffer("input_factor", None if smooth is None else made.bias.new_empty(layer.in_channels, 1, 1))
+        quantized = cls(layer.weight.shape, kind, dtype, layer.weight.device)
+        quantized.register_buffer(
+            "input_factor", None if smooth is None else quantized.bias.new_empty(layer.in_channels, 1, 1)
+        )
         if smooth is not None and not layer.weight.is_meta:
-            assert made.input_factor is not None
-            made.input_factor.copy_(1 / smooth[:, None, None])
-            made.take(layer.weight / made.input_factor.float(), layer.bias, input_range, kind)
+            assert quantized.input_factor is not None
+            quantized.input_factor.copy_(1 / smooth[:, None, None])
+            quantized.take(layer.weight / quantized.input_factor.float(), layer.bias, input_amax, kind)
         else:
-            made.take(layer.weight, layer.bias, input_range, kind)
-        (rows, columns), made.stride = layer.padding, layer.stride
-        made.pads = (int(columns), int(columns), int(rows), int(rows))
-        return made
+            quantized.take(layer.weight, layer.bias, input_amax, kind)
+        (rows, columns), quantized.stride = layer.padding, layer.stride
+        quantized.pads = (int(columns), int(columns), int(rows), int(rows))
+        return quantized
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_convolution(
@@ -270,7 +270,7 @@ def quantized_attention(
     float32 one head at a time, so that not all logits are in memory.
     """
     wide = [_in_8_bits(x, scale) for x, scale in ((q, q_scale), (k, k_scale), (v, v_scale))]
-    unit = torch.tensor(1 / ATTENTION.largest, device=q.device)
+    unit = torch.tensor(1 / ATTENTION.qmax, device=q.device)
     heads = []
     for query, key, value in zip(*(x.unbind(1) for x in wide), strict=True):
         logits = (query * query.shape[-1] ** -0.5) @ key.mT
@@ -301,8 +301,8 @@ class QuantizedAttention(nn.Module):
 
     def __init__(self, plan: AttentionPlan, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        for part, limit in plan._asdict().items():
-            scale = torch.full((), limit / ATTENTION.largest, dtype=dtype, device=device)
+        for part, amax in plan._asdict().items():
+            scale = torch.full((), amax / ATTENTION.qmax, dtype=dtype, device=device)
             self.register_buffer(f"{part}_scale", scale)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
@@ -316,7 +316,7 @@ class LayerPlan(NamedTuple):
     smooth: (K,) what its input is divided by and its columns multiplied by, or None.
     """
 
-    input_range: float
+    input_amax: float
     smooth: Tensor | None = None
 
 
@@ -354,25 +354,26 @@ def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dt
     """
     start = f"{prefix}." if prefix else ""
     for norm, names in smoothable(block):
-        given = [plans.get(start + name) for name in names]
-        factors = [plan.smooth for plan in given if isinstance(plan, LayerPlan)]
+        layer_plans = [plans.get(start + name) for name in names]
+        factors = [plan.smooth for plan in layer_plans if isinstance(plan, LayerPlan)]
         if factors and factors[0] is not None and not norm.weight.is_meta:
             _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
     for name, module in list(block.named_modules()):
         plan = plans.get(start + name)
-        made: nn.Module | None = None
+        replacement: nn.Module | None = None
         if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
-            made = QuantizedLinear.prepare(module, plan.input_range, kind, dtype)
+            replacement = QuantizedLinear.prepare(module, plan.input_amax, kind, dtype)
         elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
-            made = QuantizedConvolution.prepare(module, plan.input_range, kind, dtype, plan.smooth)
+            replacement = QuantizedConvolution.prepare(module, plan.input_amax, kind, dtype, plan.smooth)
         elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
-            made = QuantizedAttention(plan, dtype, next(block.parameters()).device)
-        if made is not None:
+            replacement = QuantizedAttention(plan, dtype, next(block.parameters()).device)
+        if replacement is not None:
             before, _, child = name.rpartition(".")
             parent = block.get_submodule(before)
-            if isinstance(parent, Downsample) and isinstance(made, QuantizedConvolution):
-                parent.pads, made.pads = False, parent.PADS  # quantized first: builders take zeros into the product
-            setattr(parent, child, made)
+            if isinstance(parent, Downsample) and isinstance(replacement, QuantizedConvolution):
+                # Quantized before it is padded: engine builders take the zeros into the product.
+                parent.pads, replacement.pads = False, parent.PADS
+            setattr(parent, child, replacement)
 
 
 @torch.no_grad()

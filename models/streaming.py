@@ -41,18 +41,18 @@ class BlockFile:
 
     def fill(self, module: nn.Module, prefix: str, keys: Iterable[str] | None = None) -> None:
         """Give the module's tensors (or those named) their values, in the dtype that they have there."""
-        wanted = module.state_dict()
+        target = module.state_dict()
         state = {}
         with opened(self._path) as file:
-            for key in wanted if keys is None else keys:
+            for key in target if keys is None else keys:
                 name = f"{prefix}.{key}" if prefix else key
-                where, _ = self._stored(name, tuple(wanted[key].shape))
+                where, _ = self._stored(name, tuple(target[key].shape))
                 tensor = file.tensor(where) if name in self._read else file.finite(where)
-                tensor = tensor.float().reshape(wanted[key].shape)
+                tensor = tensor.float().reshape(target[key].shape)
                 self._read.add(name)
                 if name in self._updates:
                     tensor = self._updates[name].merge(tensor)
-                state[key] = tensor.to(wanted[key].dtype)
+                state[key] = tensor.to(target[key].dtype)
         module.load_state_dict(state, assign=True, strict=keys is None)
         module.requires_grad_(False)
 
@@ -134,8 +134,8 @@ def rewritten_parts(
 
 def _without_blocks(denoiser: AnyDenoiser) -> AnyDenoiser:
     """A copy that shares all tensors but has no blocks; rewriting it leaves the original as it is."""
-    kept = {kind: getattr(denoiser, kind) for kind in denoiser.BLOCKS}
-    memo: dict[int, Any] = {id(blocks): nn.ModuleList() for blocks in kept.values()}
+    block_lists = {kind: getattr(denoiser, kind) for kind in denoiser.BLOCKS}
+    memo: dict[int, Any] = {id(blocks): nn.ModuleList() for blocks in block_lists.values()}
     tensors = (*denoiser.parameters(), *denoiser.buffers())
     memo |= {id(tensor): tensor for tensor in tensors}
     return copy.deepcopy(denoiser, memo)

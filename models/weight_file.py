@@ -100,8 +100,8 @@ class WeightFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
         key, _, file = self._tensors[name]
-        found: Tensor = file.get_tensor(key)
-        return found
+        stored_tensor: Tensor = file.get_tensor(key)
+        return stored_tensor
 
     def finite(self, name: str) -> Tensor:
         """The same. Raises CheckpointError for NaN or infinity in it, with the tensor's name and its file's."""
@@ -128,10 +128,10 @@ def opened(path: Path) -> Iterator[WeightFile]:
     """Open a safetensors file, or an index with its shards. Raises CheckpointError that says what else it is."""
     with ExitStack() as stack:
         files = {part: stack.enter_context(_safetensors(part)) for part in parts(path) if not is_index(part)}
-        found = WeightFile(path, files)
+        weight_file = WeightFile(path, files)
         if is_index(path):
             _check_index(path, files)
-        yield found
+        yield weight_file
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
@@ -150,17 +150,17 @@ def plain_names(keys: Iterable[str]) -> tuple[dict[str, str], str]:
     if len(names) != len(keys):
         return {key: key for key in keys}, ""
     prefix = ""
-    while found := next((text for text in _BEFORE if names and all(name.startswith(text) for name in names)), ""):
-        names = {name.removeprefix(found): key for name, key in names.items()}
-        prefix += found
+    while wrapper := next((text for text in _BEFORE if names and all(name.startswith(text) for name in names)), ""):
+        names = {name.removeprefix(wrapper): key for name, key in names.items()}
+        prefix += wrapper
     return names, prefix
 
 
 def _check_index(index: Path, files: dict[Path, Any]) -> None:
     """Raise CheckpointError for tensors that an index promises and its shards lack."""
     places = json.loads(index.read_bytes())["weight_map"]
-    held = {part.name: set(file.keys()) for part, file in files.items()}
-    lost = sorted(key for key, name in places.items() if key not in held[name])
+    keys_of = {part.name: set(file.keys()) for part, file in files.items()}
+    lost = sorted(key for key, name in places.items() if key not in keys_of[name])
     if lost:
         raise CheckpointError(
             f"{index} names {len(lost)} tensors that their shards lack: {'; '.join(lost[:5])}"

@@ -27,7 +27,7 @@ def test_every_precision_has_its_types() -> None:
         assert row.quantized == (row.bits < 16)
         assert row.calibrated <= row.quantized
         assert all(base in FLOATS for base in row.bases)
-        assert (row.largest > 0) == row.quantized
+        assert (row.qmax > 0) == row.quantized
         assert row.bytes_of(10) * 8 == 10 * row.bits
     assert (FLOATS, QUANTIZED, CALIBRATED) == (("fp32", "bf16", "fp16"), ("fp8", "int8"), ("fp8", "int8"))
     with pytest.raises(ConfigError, match="there is no precision 'fp4'; there are fp32, bf16"):
@@ -42,7 +42,7 @@ def test_libraries_know_the_types_by_their_names() -> None:
         assert dtype.itemsize * 8 == row.bits
         assert onnx.TensorProto.DataType.Value(row.onnx)
         if row.quantized and not row.integer:
-            assert torch.finfo(dtype).max == row.largest
+            assert torch.finfo(dtype).max == row.qmax
 
 
 def test_architectures() -> None:
@@ -199,7 +199,7 @@ def test_roles_say_what_can_be_left_out() -> None:
             assert not role.skip or role.skip in Given.__struct_fields__
             assert not role.flag or role.name in Given.__struct_fields__
     row = PUBLICATIONS["fe2e"]
-    assert row.wanted() == ["dit", "vae", "lora", "prompt"]
-    assert row.wanted("no_lora") == ["dit", "vae", "prompt"]
-    assert unnamed(Given(), FAMILIES["fe2e"]) == row.wanted()
+    assert row.needed_roles() == ["dit", "vae", "lora", "prompt"]
+    assert row.needed_roles("no_lora") == ["dit", "vae", "prompt"]
+    assert unnamed(Given(), FAMILIES["fe2e"]) == row.needed_roles()
     assert unnamed(Given(no_lora=True, dit="x"), FAMILIES["fe2e"]) == ["vae", "prompt"]

@@ -15,14 +15,14 @@ import triton.language as tl
 from densegeo.kernels.attention.strategies import Counts, logarithms_of
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.reference import QMAX_OF
 from densegeo.kernels.table import WARPS, Variant
 from densegeo.precision import FLOATS, PRECISIONS
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BLOCK_A = 32  # queries a program of `add_keys`
 BYTES = {row.triton: row.bits // 8 for row in PRECISIONS.values() if row.attention or not row.quantized}
-SCALED = {1: (LIMITS[torch.float8_e4m3fn], 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> LARGEST and SUMMED
+SCALED = {1: (QMAX_OF[torch.float8_e4m3fn], 32), 2: (1, 0), 4: (1, 0)}  # bytes of an element -> QMAX and SUMMED
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def attention_kernel(
     out_scale,
     SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,  # SIZE, rounded up to a power of two, at least 16, and 32 for fp8
-    LARGEST: tl.constexpr,  # what a weight of 1 is multiplied as; out_scale makes up for it
+    QMAX: tl.constexpr,  # what a weight of 1 is multiplied as; out_scale makes up for it
     SUMMED: tl.constexpr,  # keys after which partial sums are added in float32: Hopper's fp8 products lose bits; or 0
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,7 +83,7 @@ def attention_kernel(
         weight = tl.exp2(logits - higher[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
         values = tl.load(value_source + key[:, None] * v_token + feature[None, :], mask=real, other=0.0)
-        weight = (weight * LARGEST).to(values.dtype)
+        weight = (weight * QMAX).to(values.dtype)
         mixed = tl.dot(weight, values, mixed * shrink[:, None], input_precision="ieee", max_num_imprecise_acc=SUMMED)
         peak = higher
 
@@ -229,7 +229,7 @@ def blocks_of(element: int, size: int) -> dict[str, int | bool]:
 def biased(kind: str, target: str, size: int) -> Variant:
     """Heads of `size` features; strides are multiples of 16. target: of the result."""
     element = BYTES[kind]
-    largest, summed = SCALED[element]
+    qmax, summed = SCALED[element]
     padded = max(32 if element == 1 else 16, triton.next_power_of_2(size))
     blocks = blocks_of(element, padded)
     scalars = ("heads", "queries", "keys", "biased", "scale", "out_scale")
@@ -238,7 +238,7 @@ def biased(kind: str, target: str, size: int) -> Variant:
         kernel=attention_kernel,
         arguments=Arguments,
         pointers={"q": kind, "k": kind, "v": kind, "bias": "fp32", "out": target},
-        constants={"SIZE": size, "BLOCK_S": padded, "LARGEST": largest, "SUMMED": summed, **blocks},
+        constants={"SIZE": size, "BLOCK_S": padded, "QMAX": qmax, "SUMMED": summed, **blocks},
         grid=(Axis("queries", int(blocks["BLOCK_Q"])), Axis("heads"), Axis("batch")),
         aligned=tuple(name for name in Arguments._fields if name not in scalars),
         warps=2 * WARPS if blocks["BLOCK_Q"] == 128 else WARPS,
@@ -296,7 +296,7 @@ def attention(
     strides = *_strides(q), *_strides(k), *_strides(v), out.stride(0), out.stride(1)
     scale = math.log2(math.e) / math.sqrt(size) * scales[0] * scales[1]
     row = biased(kind_of(q.dtype), kind_of(out.dtype), size)
-    out_scale = scales[2] / row.constants["LARGEST"]
+    out_scale = scales[2] / row.constants["QMAX"]
     launch(row, Arguments(q, k, v, bias, out, heads, queries, keys, len(bias), *strides, scale, out_scale), batch)
     return out.transpose(1, 2)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.reference import QMAX_OF
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int]) -> Tensor:
@@ -23,8 +23,8 @@ def attention_fp8(
     assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn
     query, key, value = (x.double() * scale for x, scale in zip((q, k, v), scales, strict=True))
     weight = _weights(query, key, counts)
-    largest = LIMITS[q.dtype]
-    rounded = (weight * largest).to(q.dtype).double() / largest
+    qmax = QMAX_OF[q.dtype]
+    rounded = (weight * qmax).to(q.dtype).double() / qmax
     return (rounded @ value / weight.sum(-1, keepdim=True)).to(dtype)
 
 

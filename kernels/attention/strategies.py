@@ -46,9 +46,9 @@ def merge_cudnn(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | N
     """The same over cuDNN's attention, the fastest plain one on Hopper. Raises RuntimeError where there is none."""
     if not q.is_cuda:
         return merge(q, k, v, counts, out)
-    made = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    logsum = made[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]  # (B, H, Tq), or with a last axis of 1
-    return _further_copies(q, k, v, counts, made[0], logsum, out)
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    logsum = results[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]  # (B, H, Tq), or with a last axis of 1
+    return _further_copies(q, k, v, counts, results[0], logsum, out)
 
 
 def _further_copies(

@@ -2,13 +2,13 @@
 
 import torch
 
-from densegeo.kernels.quantize.kernel import QUANTIZED, run, variant
+from densegeo.kernels.quantize.kernel import QMAX_OF_KIND, run, variant
 from densegeo.precision import FLOATS
 
 VARIANTS = tuple(
     variant(source, target, gelu=True)
     for source in FLOATS
-    for target in (source, *(QUANTIZED if source != "fp32" else ()))
+    for target in (source, *(QMAX_OF_KIND if source != "fp32" else ()))
 )
 
 

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.kernel import QMAX_OF_KIND, rounded
+from densegeo.kernels.quantize.reference import QMAX_OF
 from densegeo.kernels.table import Variant
 from densegeo.precision import FLOATS
 
@@ -28,8 +28,8 @@ def layer_norm_kernel(
     batch_stride,
     token_stride,
     eps,
-    inverse_scale,  # not read without LIMIT
-    LIMIT: tl.constexpr,  # largest magnitude of an 8-bit result, 0 for others
+    inverse_scale,  # not read without QMAX
+    QMAX: tl.constexpr,  # largest magnitude of an 8-bit result, 0 for others
     BLOCK_H: tl.constexpr,  # hidden, rounded up to a power of two
 ):
     token = tl.program_id(0)
@@ -41,7 +41,7 @@ def layer_norm_kernel(
     deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / hidden + eps)
     gain = tl.load(weight + feature, mask=mask, other=0.0)
     offset = tl.load(bias + feature, mask=mask, other=0.0)
-    result = rounded(centred / deviation * gain + offset, inverse_scale, LIMIT)
+    result = rounded(centred / deviation * gain + offset, inverse_scale, QMAX)
     target = normed + (picture * tokens + token) * hidden + feature
     tl.store(target, result.to(normed.dtype.element_ty), mask=mask)
 
@@ -69,14 +69,14 @@ def variant(kind: str, target: str, hidden: int) -> Variant:
         kernel=layer_norm_kernel,
         arguments=Arguments,
         pointers={"x": kind, "weight": "fp32", "bias": "fp32", "normed": target},
-        constants={"LIMIT": QUANTIZED.get(target, 0), "BLOCK_H": hidden},
+        constants={"QMAX": QMAX_OF_KIND.get(target, 0), "BLOCK_H": hidden},
         grid=GRID,
         aligned=("weight", "bias", "normed"),
     )
 
 
 VARIANTS = tuple(
-    variant(kind, target, 4096) for kind in FLOATS for target in (kind, *(QUANTIZED if kind != "fp32" else ()))
+    variant(kind, target, 4096) for kind in FLOATS for target in (kind, *(QMAX_OF_KIND if kind != "fp32" else ()))
 )
 
 
@@ -93,7 +93,7 @@ def layer_norm(
     assert x.stride(2) == weight.stride(0) == bias.stride(0) == 1
     assert weight.shape == bias.shape == (hidden,)
     assert weight.dtype == bias.dtype == torch.float32
-    assert dtype in LIMITS or inverse_scale == 1
+    assert dtype in QMAX_OF or inverse_scale == 1
     normed = torch.empty((batch, tokens, hidden), dtype=dtype, device=x.device)
     require_small(x, normed)
     strides = x.stride(0), x.stride(1)

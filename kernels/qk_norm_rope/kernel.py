@@ -9,8 +9,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.kernel import QMAX_OF_KIND, rounded
+from densegeo.kernels.quantize.reference import QMAX_OF
 from densegeo.kernels.table import Variant
 from densegeo.precision import FLOATS
 
@@ -44,9 +44,9 @@ def qk_norm_rope_kernel(
     out_batch,  # strides of query and key
     out_head,
     eps,
-    query_inverse_scale,  # not read without LIMIT, as key_inverse_scale
+    query_inverse_scale,  # not read without QMAX, as key_inverse_scale
     key_inverse_scale,
-    LIMIT: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
+    QMAX: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,  # size, rounded up to a power of two
 ):
@@ -66,13 +66,13 @@ def qk_norm_rope_kernel(
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     x0, x1 = _normed_pairs(value, query_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
     turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
-    turned = rounded(turned, query_inverse_scale, LIMIT)
+    turned = rounded(turned, query_inverse_scale, QMAX)
     tl.store(query + target, turned.to(query.dtype.element_ty), mask=mask)
 
     value = tl.load(source + heads * size, mask=mask, other=0.0).to(tl.float32)
     x0, x1 = _normed_pairs(value, key_scale, feature, mask, size, eps, BLOCK_T, BLOCK_S)
     turned = tl.reshape(tl.join(c * x0 - s * x1, s * x0 + c * x1), (BLOCK_T, BLOCK_S))
-    turned = rounded(turned, key_inverse_scale, LIMIT)
+    turned = rounded(turned, key_inverse_scale, QMAX)
     tl.store(key + target, turned.to(key.dtype.element_ty), mask=mask)
 
 
@@ -110,7 +110,7 @@ def variant(kind: str, target: str, size: int) -> Variant:
             **dict.fromkeys(("query_scale", "key_scale", "cos", "sin"), "fp32"),
             **dict.fromkeys(("query", "key"), target),
         },
-        constants={"LIMIT": QUANTIZED.get(target, 0), "BLOCK_T": BLOCK_T, "BLOCK_S": size},
+        constants={"QMAX": QMAX_OF_KIND.get(target, 0), "BLOCK_T": BLOCK_T, "BLOCK_S": size},
         grid=GRID,
         aligned=("query", "key"),
     )
@@ -144,12 +144,12 @@ def qk_norm_rope(
     for table in (query_scale, key_scale, cos, sin):
         assert table.dtype == torch.float32
         assert table.is_contiguous()
-    assert dtype in LIMITS or inverse_scales == (1, 1)
+    assert dtype in QMAX_OF or inverse_scales == (1, 1)
     query, key = out or _results(qkv, (batch, heads, tokens, size), dtype)
-    for made in (query, key):
-        assert made.shape == (batch, heads, tokens, size)
-        assert made.dtype == (dtype or qkv.dtype)
-        assert made.stride() == (*query.stride()[:2], size, 1)
+    for result in (query, key):
+        assert result.shape == (batch, heads, tokens, size)
+        assert result.dtype == (dtype or qkv.dtype)
+        assert result.stride() == (*query.stride()[:2], size, 1)
     require_small(qkv, query)
     tensors = qkv, query_scale, key_scale, cos, sin, query, key
     strides = qkv.stride(0), qkv.stride(1), query.stride(0), query.stride(1)

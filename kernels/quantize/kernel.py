@@ -12,22 +12,22 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.reference import QMAX_OF
 from densegeo.kernels.table import Variant
 
 BLOCK_F = 2048  # features a program
 GRID = (Axis("tokens"), Axis("features", BLOCK_F), Axis("batch"))
-QUANTIZED = {kind_of(dtype): limit for dtype, limit in LIMITS.items()}  # largest magnitude, by Triton's name of a type
+QMAX_OF_KIND = {kind_of(dtype): qmax for dtype, qmax in QMAX_OF.items()}  # by Triton's name of the type
 TO_INTEGER = tl.constexpr(1.5 * 2**23)  # adding it to a float32 below 2^22 rounds to an integer, ties to even
 
 
 @triton.jit
-def rounded(value, inverse_scale, LIMIT: tl.constexpr):
-    """float32 values that only have to be converted to a type of 8 bits, which LIMIT tells; as they are for LIMIT 0."""
-    if LIMIT > 0:
+def rounded(value, inverse_scale, QMAX: tl.constexpr):
+    """float32 values that only have to be converted to a type of 8 bits, which QMAX tells; as they are for QMAX 0."""
+    if QMAX > 0:
         value *= inverse_scale
-        value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))  # NaN stays
-    if LIMIT == 127:  # int8
+        value = tl.where(value > QMAX, QMAX, tl.where(value < -QMAX, -QMAX, value))  # NaN stays
+    if QMAX == 127:  # int8
         value = tl.where(value == value, value, 0.0) + TO_INTEGER - TO_INTEGER
     return value
 
@@ -42,9 +42,9 @@ def quantize_kernel(
     x_token_stride,
     result_batch_stride,
     result_token_stride,
-    inverse_scale,  # not read without LIMIT
+    inverse_scale,  # not read without QMAX
     GELU: tl.constexpr,
-    LIMIT: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
+    QMAX: tl.constexpr,  # largest magnitude of a quantized result, 0 for others
     BLOCK_F: tl.constexpr,
 ):
     token = tl.program_id(0)
@@ -55,7 +55,7 @@ def quantize_kernel(
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if GELU:  # 1 + tanh(u) = 2 / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
         value = value / (1 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
-    value = rounded(value, inverse_scale, LIMIT)
+    value = rounded(value, inverse_scale, QMAX)
     target = result + picture * result_batch_stride + token * result_token_stride + feature
     tl.store(target, value.to(result.dtype.element_ty), mask=mask)
 
@@ -82,18 +82,18 @@ def variant(source: str, target: str, gelu: bool) -> Variant:
         kernel=quantize_kernel,
         arguments=Arguments,
         pointers={"x": source, "result": target},
-        constants={"GELU": gelu, "LIMIT": QUANTIZED.get(target, 0), "BLOCK_F": BLOCK_F},
+        constants={"GELU": gelu, "QMAX": QMAX_OF_KIND.get(target, 0), "BLOCK_F": BLOCK_F},
         grid=GRID,
         aligned=tuple(name for name in Arguments._fields if name not in ("tokens", "inverse_scale")),
     )
 
 
-VARIANTS = tuple(variant(source, target, gelu=False) for source in ("bf16", "fp16") for target in QUANTIZED)
+VARIANTS = tuple(variant(source, target, gelu=False) for source in ("bf16", "fp16") for target in QMAX_OF_KIND)
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype, inverse_scale: float, out: torch.Tensor | None) -> torch.Tensor:
     """See `densegeo.kernels.quantize.quantize`."""
-    assert dtype in LIMITS
+    assert dtype in QMAX_OF
     return run(x, dtype, inverse_scale, out, gelu=False)
 
 
@@ -106,7 +106,7 @@ def run(
     assert result.shape == x.shape
     assert result.dtype == dtype
     assert x.stride(2) == result.stride(2) == 1
-    assert dtype in LIMITS or inverse_scale == 1
+    assert dtype in QMAX_OF or inverse_scale == 1
     require_small(x, result)
     strides = x.stride(0), x.stride(1), result.stride(0), result.stride(1)
     row = variant(kind_of(x.dtype), kind_of(dtype), gelu)

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from densegeo.kernels.contract import Axis, Pointer
 from densegeo.kernels.launch import kind_of, launch, require_small
-from densegeo.kernels.quantize.kernel import QUANTIZED, rounded
-from densegeo.kernels.quantize.reference import LIMITS
+from densegeo.kernels.quantize.kernel import QMAX_OF_KIND, rounded
+from densegeo.kernels.quantize.reference import QMAX_OF
 from densegeo.kernels.table import Variant
 from densegeo.precision import FLOATS
 
@@ -32,8 +32,8 @@ def residual_layer_norm_kernel(
     update_batch_stride,
     update_token_stride,
     eps,
-    inverse_scale,  # not read without LIMIT
-    LIMIT: tl.constexpr,  # largest magnitude of an 8-bit norm, 0 for others
+    inverse_scale,  # not read without QMAX
+    QMAX: tl.constexpr,  # largest magnitude of an 8-bit norm, 0 for others
     BLOCK_H: tl.constexpr,  # hidden, rounded up to a power of two
 ):
     token = tl.program_id(0)
@@ -50,7 +50,7 @@ def residual_layer_norm_kernel(
     deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / hidden + eps)
     gain = tl.load(weight + feature, mask=mask, other=0.0)
     offset = tl.load(bias + feature, mask=mask, other=0.0)
-    result = rounded(centred / deviation * gain + offset, inverse_scale, LIMIT)
+    result = rounded(centred / deviation * gain + offset, inverse_scale, QMAX)
     tl.store(normed + target, result.to(normed.dtype.element_ty), mask=mask)
 
 
@@ -85,14 +85,14 @@ def variant(kind: str, target: str, hidden: int) -> Variant:
             **dict.fromkeys(("weight", "bias"), "fp32"),
             "normed": target,
         },
-        constants={"LIMIT": QUANTIZED.get(target, 0), "BLOCK_H": hidden},
+        constants={"QMAX": QMAX_OF_KIND.get(target, 0), "BLOCK_H": hidden},
         grid=GRID,
         aligned=tuple(name for name in Arguments._fields if name not in ("tokens", "eps", "inverse_scale")),
     )
 
 
 VARIANTS = tuple(
-    variant(kind, target, 4096) for kind in FLOATS for target in (kind, *(QUANTIZED if kind != "fp32" else ()))
+    variant(kind, target, 4096) for kind in FLOATS for target in (kind, *(QMAX_OF_KIND if kind != "fp32" else ()))
 )
 
 
@@ -109,7 +109,7 @@ def residual_layer_norm(
     batch, tokens, hidden = x.shape
     assert update.shape == x.shape
     assert update.dtype == x.dtype
-    assert dtype in LIMITS or inverse_scale == 1
+    assert dtype in QMAX_OF or inverse_scale == 1
     assert x.stride(2) == update.stride(2) == 1
     assert weight.shape == bias.shape == (hidden,)
     assert weight.dtype == bias.dtype == torch.float32

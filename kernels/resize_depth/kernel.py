@@ -132,8 +132,8 @@ def resize_depth(
     assert max(box_width * width, box_height * height) <= MAX_PRODUCT
     resized = torch.empty((batch, height, width), dtype=torch.float32, device=decoded.device)
     require_small(decoded, resized)
-    given = metres or Metres("affine", 1.0, 0.0)
-    line = given.scale, given.shift, given.near, given.far
+    calibration = metres or Metres("affine", 1.0, 0.0)
+    line = calibration.scale, calibration.shift, calibration.near, calibration.far
     strides = decoded.stride(0), decoded.stride(1), decoded.stride(2), decoded.stride(3)
     row = variant(kind_of(decoded.dtype), channels, clamp, metres and metres.space)
     launch(row, Arguments(decoded, resized, *strides, *box, *size, *line), batch)

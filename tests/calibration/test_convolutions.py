@@ -20,7 +20,7 @@ from densegeo.calibration.work import multiply_adds
 from densegeo.errors import BackendError, ConfigError, QuantizationError
 from densegeo.export.build import build_bundle
 from densegeo.export.graph_stats import node_flops, static_shapes
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.quantized import FEWEST_CHANNELS, QuantizedConvolution, QuantizedLinear
 from densegeo.models.rewrites import stage_of
 from densegeo.processor import saturates_int8
@@ -179,8 +179,8 @@ def test_torch_runs_them_fused_too(made: Path, bundle: Path) -> None:
         given = torch.rand(1, 3, 32, 48, generator=generator) * 2 - 1
         for stage in ("encoder", "decoder"):
             plain = getattr(vae, stage)(given)
-            allowed = relative(plain, getattr(exact, stage)(given))
-            assert relative(getattr(fused, stage)(given), plain) <= allowed
+            allowed = relative_error(plain, getattr(exact, stage)(given))
+            assert relative_error(getattr(fused, stage)(given), plain) <= allowed
             given = plain
 
 

@@ -13,7 +13,7 @@ from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
 from densegeo.export.sources import Given
-from densegeo.models.chain import relative
+from densegeo.models.chain import relative_error
 from densegeo.models.rewrites import stage_of
 from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
 from densegeo.runtime.backends.torch_modules import load_networks
@@ -78,7 +78,7 @@ def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_p
     assert any(isinstance(module, FusedAttention) for module in fused.modules()) == (kind == "fp8")
     latent = torch.randn(1, 4, CASE.size[1] // 8, CASE.size[0] // 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert relative(fused(latent), unet(latent)) <= error
+        assert relative_error(fused(latent), unet(latent)) <= error
 
 
 def test_the_unets_convolutions_too(

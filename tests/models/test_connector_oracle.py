@@ -162,10 +162,10 @@ def test_connector_equals_the_second_implementation(name: str) -> None:
     tokens, pooled = plain_connector(weights, prompt.embeds, prompt.mask, HEADS)
     ours, our_pooled = model.connector(model.prompt_embeds, model.prompt_mask, model.timestep)
     assert tokens.std() > 0.05
-    assert chain.relative(ours[0], tokens) <= BOUND
-    assert chain.relative(our_pooled[0], pooled) <= BOUND
+    assert chain.relative_error(ours[0], tokens) <= BOUND
+    assert chain.relative_error(our_pooled[0], pooled) <= BOUND
     for row in range(TOKENS):  # a wrong row must not drown among right ones
-        assert chain.relative(ours[0, row], tokens[row]) <= BOUND
+        assert chain.relative_error(ours[0, row], tokens[row]) <= BOUND
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -177,7 +177,7 @@ def test_merging_padding_is_exact_for_the_whole_transformer(name: str, on: tuple
     wanted = chain.denoise(plain, latent)
     assert wanted.std() > 0.05
     merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in fe2e.REWRITES if rewrite.name in on])
-    assert chain.relative(chain.denoise(merged, latent), wanted.double()) <= BOUND
+    assert chain.relative_error(chain.denoise(merged, latent), wanted.double()) <= BOUND
     text, _ = merged.denoiser.conditioning()
     assert text.shape[1] == PROMPTS[name]
 

@@ -90,17 +90,17 @@ def test_agrees_with_diffusers(case: Case) -> None:
     for applied in ((), fe2e.REWRITES):
         ours = rewrites.apply(copy.deepcopy(plain), applied)
         our_latent = chain.encode(ours, rgb)
-        assert chain.relative(our_latent, latent) <= BOUND
+        assert chain.relative_error(our_latent, latent) <= BOUND
         our_velocity = chain.denoise(ours, our_latent)
-        assert chain.relative(our_velocity, velocity) <= BOUND
+        assert chain.relative_error(our_velocity, velocity) <= BOUND
         our_decoded = chain.decode(ours, chain.split(ours.decode, our_velocity, Size(width, height)))
-        assert chain.relative(our_decoded, decoded) <= BOUND
+        assert chain.relative_error(our_decoded, decoded) <= BOUND
         # What DESIGN calls p and the unit normals, spelled out.
         clamped = decoded.clamp(-1, 1)
         maps = chain.assemble(ours.decode, our_decoded, Size(width, height))
-        assert chain.relative(maps.prediction, (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
+        assert chain.relative_error(maps.prediction, (clamped[0].sum(0) / 3 + 1) / 2) <= BOUND
         length = clamped[1].square().sum(0).sqrt().clamp(min=1e-9)
-        assert chain.relative(-maps.normals.permute(2, 0, 1), clamped[1] / length) <= BOUND  # left, up, back
+        assert chain.relative_error(-maps.normals.permute(2, 0, 1), clamped[1] / length) <= BOUND  # left, up, back
 
 
 def test_architecture_is_read_from_the_shapes() -> None:
@@ -127,9 +127,9 @@ def test_oracle_notices_a_small_mistake(stage: str) -> None:
         velocity = oracle.transform(latent)
         for block in pipeline.denoiser.double_blocks:
             block.img_mlp[1].approximate = "none"  # type: ignore[union-attr, index]
-        assert chain.relative(chain.denoise(pipeline, latent), velocity) > BOUND
+        assert chain.relative_error(chain.denoise(pipeline, latent), velocity) > BOUND
     else:
         for module in pipeline.vae.encoder.modules():
             if isinstance(module, torch.nn.GroupNorm):
                 module.eps = 1e-4
-        assert chain.relative(chain.encode(pipeline, rgb), latent) > BOUND
+        assert chain.relative_error(chain.encode(pipeline, rgb), latent) > BOUND

@@ -51,7 +51,7 @@ def run(pipeline: Pipeline, rgb: Tensor) -> dict[str, Tensor]:
 
 
 def errors(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    return {name: chain.relative(ours[name], wanted[name]) for name in wanted}
+    return {name: chain.relative_error(ours[name], wanted[name]) for name in wanted}
 
 
 @pytest.mark.parametrize("off", OFF, ids="-".join)

@@ -95,7 +95,7 @@ def test_a_file_can_be_filled_from_again(files: Files, tmp_path: Path) -> None:
     again = BlockFile(tmp_path / "t.safetensors")
     again.fill_outside(form.denoiser)
     again.attach(form.denoiser)
-    assert chain.relative(chain.denoise(form, latent), expected) <= 1e-5
+    assert chain.relative_error(chain.denoise(form, latent), expected) <= 1e-5
 
 
 def test_a_writer_takes_tensors_in_any_order_and_misses_none(tmp_path: Path) -> None:

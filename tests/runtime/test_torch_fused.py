@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from densegeo.models import fe2e, rewrites  # noqa: E402
-from densegeo.models.chain import relative  # noqa: E402
+from densegeo.models.chain import relative_error  # noqa: E402
 from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
 from densegeo.models.precision import DTYPES, cast  # noqa: E402
@@ -75,7 +75,7 @@ def test_the_fused_transformer_is_the_same_function(files: Files, without: tuple
     assert can_fuse(model)
     fused = FusedTransformer(model.to(device))
     assert (fused.counts is None) == ("padding" in without)
-    assert relative(run(fused, latent(), device), exact) <= 1e-5
+    assert relative_error(run(fused, latent(), device), exact) <= 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -83,7 +83,7 @@ def test_low_precision_is_no_worse_than_the_plain_modules(files: Files, device: 
     exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
     plain = run(pipeline(files, (), "bf16").denoiser, latent(), device)
     fused = run(FusedTransformer(pipeline(files, (), "bf16").denoiser.to(device)), latent(), device)
-    assert relative(fused, exact) <= 2 * relative(plain, exact)
+    assert relative_error(fused, exact) <= 2 * relative_error(plain, exact)
 
 
 def quantized(
@@ -128,8 +128,8 @@ def test_kernels_write_what_quantized_linears_take(
     last = {"single_blocks.2.key_value", "single_blocks.2.query_mlp"}
     assert len(linears) > 15
     assert wide == (set() if without else (first | last) & set(linears))
-    assert relative(fused, exact) <= 2 * relative(plain, exact)
-    assert relative(fused, plain) <= relative(plain, exact)
+    assert relative_error(fused, exact) <= 2 * relative_error(plain, exact)
+    assert relative_error(fused, plain) <= relative_error(plain, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,9 +152,9 @@ def test_kernels_write_what_fp8_attention_takes(
     monkeypatch.setattr(FusedAttention, "rounded", watched)
     result = run(fused, latent(), device)
     assert len(wide) == (0 if "trim" in without else 2)
-    assert relative(plain, exact) > 1e-4  # it is 8-bit
-    assert relative(result, exact) <= 2 * relative(plain, exact)
-    assert relative(result, plain) <= relative(plain, exact)
+    assert relative_error(plain, exact) > 1e-4  # it is 8-bit
+    assert relative_error(result, exact) <= 2 * relative_error(plain, exact)
+    assert relative_error(result, plain) <= relative_error(plain, exact)
 
 
 @pytest.mark.parametrize("without", [(), ("padding",)])
@@ -179,9 +179,9 @@ def test_fp8_attention_runs_only_where_it_is_faster(
         assert fused.plainly == (winner == "plain")
         results[winner] = run(fused, latent(), "cpu")
     assert torch.equal(results["plain"], run(floating, latent(), "cpu"))
-    assert relative(results["fp8"], results["plain"]) > 1e-4
+    assert relative_error(results["fp8"], results["plain"]) > 1e-4
     timed = measured[-1]["fp8"], measured[-1]["plain"]
-    assert 1e-3 < relative(*timed) < 0.2  # the same work
+    assert 1e-3 < relative_error(*timed) < 0.2  # the same work
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])
@@ -196,10 +196,10 @@ def test_the_fused_autoencoder_is_the_same_function(files: Files, device: str, p
     given = latent() if stage == "decoder" else torch.rand(1, 3, HEIGHT, WIDTH) * 2 - 1
     exact = run(getattr(pipeline(files, ()).vae, stage), given, "cpu")
     vae = pipeline(files, (), precision).vae
-    plain = relative(run(getattr(vae, stage), given, "cpu"), exact)
+    plain = relative_error(run(getattr(vae, stage), given, "cpu"), exact)
     fused = fuse_pictures(vae)
     shared = dict(vae.named_parameters())
     convolutions = [name for name, value in fused.named_parameters() if value.ndim == 4]
     assert len(convolutions) > 20
     assert all(fused.get_parameter(name) is shared[name] for name in convolutions)
-    assert relative(run(getattr(fused, stage), given, device), exact) <= max(2 * plain, 1e-5)
+    assert relative_error(run(getattr(fused, stage), given, device), exact) <= max(2 * plain, 1e-5)
