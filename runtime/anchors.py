@@ -115,12 +115,12 @@ def _fit(x: Float64, y: Float64, unit: float, share: float, known: Evidence, rob
     weight, source = np.ones(len(x)), f"{len(x)} anchors" if len(x) > 1 else "1 anchor"
     sigma, last = LOCAL_ERROR * unit, (np.inf, np.inf)
     few = min(1.0, 8.0 / len(x))  # how much of the noise's estimate is the usual one, and not these anchors' own
-    found = known
+    evidence = known
     for _ in range(_ITERATIONS):
         variance = sigma**2 * (1 + (_EFFICIENCY - 1) * min(1.0, 0.5 * (len(x) - 1)) if robust else 1.0)
         rows = np.sqrt(variance / (share * weight / weight.mean()))
-        found = known + Evidence.of(x, 1.0, y, rows, source)
-        line = found.line
+        evidence = known + Evidence.of(x, 1.0, y, rows, source)
+        line = evidence.line
         residual = line[0] * x + line[1] - y
         if max(abs(line[0] - last[0]), abs(line[1] - last[1])) < 1e-7 * unit:
             break
@@ -132,7 +132,7 @@ def _fit(x: Float64, y: Float64, unit: float, share: float, known: Evidence, rob
         else:
             spread = float(np.sqrt(np.mean(residual**2)))
         sigma = float(np.hypot(np.sqrt(few) * LOCAL_ERROR * unit, np.sqrt(1 - few) * max(spread, 1e-3 * unit)))
-    return found
+    return evidence
 
 
 def _independent(points: Float64, shape: tuple[int, ...]) -> float:

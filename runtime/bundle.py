@@ -287,21 +287,21 @@ def require_bundle(directory: Path) -> None:
 
 def _other_version(directory: Path, raw: bytes, version: int) -> str:
     """What becomes of a bundle of another schema version: it is not read, and one sentence says what makes it anew."""
-    said = f"{directory} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
+    message = f"{directory} has schema version {version}; this densegeo reads version {SCHEMA_VERSION}. "
     if version > SCHEMA_VERSION:
-        return said + "Install the densegeo that built it, or build the bundle again with this one."
+        return message + "Install the densegeo that built it, or build the bundle again with this one."
     try:
         built = msgspec.json.decode(raw, type=_Built)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         built = _Built()
-    return said + f"Rebuild it: {rebuild_command(built.options or {'--model': [built.model]}, directory)}"
+    return message + f"Rebuild it: {rebuild_command(built.options or {'--model': [built.model]}, directory)}"
 
 
 def rebuild_command(options: dict[str, list[str]], directory: Path) -> str:
     """What to type to make a bundle anew in its place. options: of `densegeo build`, see `Manifest.options`."""
     output = Path(directory.name) if directory.parent == FOLDER else directory  # not into the package
-    given = options | {"--output": [str(output)]}
-    words = [word for flag, values in given.items() for word in _typed(flag, values)]
+    arguments = options | {"--output": [str(output)]}
+    words = [word for flag, values in arguments.items() for word in _typed(flag, values)]
     return shlex.join(["densegeo", "build", *words])
 
 

@@ -38,8 +38,8 @@ _SIZE_FORM = "size must be a pair (uv, metres): uv (2, 2), two pixels; metres, t
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a caller knows of an image beside its intrinsics; see `Geometry.to_metric`.
+class SceneMeasurements:
+    """What a caller measured in the scene, and knows beside the intrinsics; see `Geometry.to_metric`.
 
     Raises ConfigError for no method, CalibrationError for anchors and a direction that cannot be.
     """
@@ -66,8 +66,8 @@ class Facts:
     @property
     def metres(self) -> bool:
         """Whether one of them knows of metres."""
-        measured = (self.anchors, self.camera_height, self.size)
-        return any(fact is not None for fact in measured) or (self.prior is not None and self.prior.metric)
+        metric_values = (self.anchors, self.camera_height, self.size)
+        return any(value is not None for value in metric_values) or (self.prior is not None and self.prior.metric)
 
 
 def normals_evidence(geometry: Geometry, camera: Camera) -> Evidence:
@@ -76,8 +76,8 @@ def normals_evidence(geometry: Geometry, camera: Camera) -> Evidence:
     if never := _never(geometry):
         raise (MissingOutputError if geometry.normals is None else CalibrationError)(never)
     assert geometry.normals is not None
-    found = scale_from_normals(prediction, geometry.normals, geometry.valid, camera)
-    return Evidence.of(1.0, 0.0, found.value, found.sigma, "normals")
+    estimate = scale_from_normals(prediction, geometry.normals, geometry.valid, camera)
+    return Evidence.of(1.0, 0.0, estimate.value, estimate.sigma, "normals")
 
 
 def _never(geometry: Geometry) -> str:
@@ -100,18 +100,18 @@ def up_to_scale(geometry: Geometry, camera: Camera) -> Calibration:
     return Calibration("log_affine", scale, -scale * middle, sources=evidence.sources, variance=spread, metric=False)
 
 
-def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibration:
-    """From facts, and from normals where the camera is known. Raises CalibrationError when they do not suffice."""
+def in_metres(geometry: Geometry, camera: Camera | None, measurements: SceneMeasurements) -> Calibration:
+    """From measurements, and, where the camera is known, from normals. Raises CalibrationError unless they suffice."""
     kind = geometry.space
-    if not facts.metres:
+    if not measurements.metres:
         raise CalibrationError(
             "The unit of this prior is unknown (to_scale made it, or a tracker that was told no metres): it tells the "
-            "scale alone. Give a fact in metres with it: anchors, camera_height or size."
+            "scale alone. Give a measurement in metres with it: anchors, camera_height or size."
         )
-    evidence, reason = gather(geometry, camera, facts)
+    evidence, reason = gather(geometry, camera, measurements)
     fit: AnchorFit | None = None
-    if facts.anchors is not None:
-        fit = anchor_fit(geometry, facts, evidence, reason)
+    if measurements.anchors is not None:
+        fit = anchor_fit(geometry, measurements, evidence, reason)
         evidence = fit.evidence
     if evidence.rank < 2:
         raise reason or CalibrationError(
@@ -121,12 +121,16 @@ def in_metres(geometry: Geometry, camera: Camera | None, facts: Facts) -> Calibr
     return finished(kind, evidence, fit)
 
 
-def anchor_fit(geometry: Geometry, facts: Facts, known: Evidence, reason: CalibrationError | None) -> AnchorFit:
-    """Of facts' anchors, away from steps in depth; `fit_anchors` says what it raises."""
+def anchor_fit(
+    geometry: Geometry, measurements: SceneMeasurements, known: Evidence, reason: CalibrationError | None
+) -> AnchorFit:
+    """Of the measured anchors, away from steps in depth; `fit_anchors` says what it raises."""
     prediction = geometry.require_prediction("depth")
     trusted = geometry.valid & ~flying_pixels(prediction)
     source = Size(*geometry.source_size)
-    return fit_anchors(geometry.space, prediction, trusted, facts.anchors, facts.method, known, reason, source)
+    return fit_anchors(
+        geometry.space, prediction, trusted, measurements.anchors, measurements.method, known, reason, source
+    )
 
 
 def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None, *, metric: bool = True) -> Calibration:
@@ -137,20 +141,20 @@ def finished(kind: DepthKind, evidence: Evidence, fit: AnchorFit | None = None, 
             f"What is known gives the scale {scale:.3g} in {SPACES[kind].text}: it must be positive."
         )
     variance = (float(covariance[0, 0]), float(covariance[1, 1]), float(covariance[0, 1]))
-    found = (fit.residual, fit.inliers, fit.count) if fit else (float("nan"), 0, 0)
-    return Calibration(kind, scale, shift, *found, sources=evidence.sources, variance=variance, metric=metric)
+    fit_summary = (fit.residual, fit.inliers, fit.count) if fit else (float("nan"), 0, 0)
+    return Calibration(kind, scale, shift, *fit_summary, sources=evidence.sources, variance=variance, metric=metric)
 
 
 def gather(
-    geometry: Geometry, camera: Camera | None, facts: Facts, before: Evidence | None = None
+    geometry: Geometry, camera: Camera | None, measurements: SceneMeasurements, before: Evidence | None = None
 ) -> tuple[Evidence, CalibrationError | None]:
     """All evidence but the anchors', and why normals gave none. before: known already, and not returned."""
     kind, prediction = geometry.space, geometry.require_prediction("depth")
     percentiles(prediction[geometry.valid])
     evidence, reason = Evidence.nothing(), None
-    if facts.prior is not None:
-        require_calibration("prior", facts.prior, kind)
-        evidence += facts.prior.prior_for(prediction[geometry.valid])
+    if measurements.prior is not None:
+        require_calibration("prior", measurements.prior, kind)
+        evidence += measurements.prior.prior_for(prediction[geometry.valid])
     if never := _never(geometry):
         reason = CalibrationError(never)
     elif camera is not None:
@@ -159,10 +163,12 @@ def gather(
         except CalibrationError as error:
             reason = error
     known = evidence + (before or Evidence.nothing())
-    if facts.camera_height is not None:
-        evidence += floor_evidence(geometry, _needed(camera, "camera_height"), known, facts.camera_height, facts.up)
-    if facts.size is not None:
-        evidence += _size_evidence(geometry, _needed(camera, "size"), known, facts.size, reason)
+    if measurements.camera_height is not None:
+        evidence += floor_evidence(
+            geometry, _needed(camera, "camera_height"), known, measurements.camera_height, measurements.up
+        )
+    if measurements.size is not None:
+        evidence += _size_evidence(geometry, _needed(camera, "size"), known, measurements.size, reason)
     return evidence, reason
 
 

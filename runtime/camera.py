@@ -65,9 +65,9 @@ class Camera:
 
     def __post_init__(self) -> None:
         for name in ("fx", "fy", "cx", "cy"):
-            given = getattr(self, name)
-            if (number := number_of(given)) is None:
-                raise ConfigError(f"{name} must be a number, in pixels, not {shown(given)}.")
+            value = getattr(self, name)
+            if (number := number_of(value)) is None:
+                raise ConfigError(f"{name} must be a number, in pixels, not {shown(value)}.")
             object.__setattr__(self, name, number)
         object.__setattr__(self, "distortion", _coefficients(self.distortion))
         if self.size is not None:
@@ -140,12 +140,12 @@ class Camera:
             ConfigError: For an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
         """
         require_flags(rectified=rectified)
-        found = camera_info.read(info, rectified)
-        fx, fy, cx, cy = _pinhole(found.matrix)
-        bin_x, bin_y = found.binning
-        x, y = found.offset
-        size = Size(*found.size) if all(found.size) else None
-        return cls(fx / bin_x, fy / bin_y, (cx - x) / bin_x, (cy - y) / bin_y, size, found.lens, found.distortion)
+        fields = camera_info.read(info, rectified)
+        fx, fy, cx, cy = _pinhole(fields.matrix)
+        bin_x, bin_y = fields.binning
+        x, y = fields.offset
+        size = Size(*fields.size) if all(fields.size) else None
+        return cls(fx / bin_x, fy / bin_y, (cx - x) / bin_x, (cy - y) / bin_y, size, fields.lens, fields.distortion)
 
     @classmethod
     def read(cls, path: str | Path, rectified: bool = False) -> Camera:
@@ -175,17 +175,17 @@ class Camera:
             ConfigError: This camera's size has another aspect ratio: then the picture was cropped, and only its maker
                 knows where.
         """
-        wanted = size_of("size", size)
-        if self.size is None or self.size == wanted:
-            return replace(self, size=wanted)
-        x, y = wanted.width / self.size.width, wanted.height / self.size.height
+        target_size = size_of("size", size)
+        if self.size is None or self.size == target_size:
+            return replace(self, size=target_size)
+        x, y = target_size.width / self.size.width, target_size.height / self.size.height
         # a side may have been rounded to a whole pixel
-        if abs(x / y - 1) > max(_ASPECT, 1 / min(wanted), 1 / min(self.size)):
+        if abs(x / y - 1) > max(_ASPECT, 1 / min(target_size), 1 / min(self.size)):
             raise ConfigError(
-                f"The intrinsics belong to an image of {self.size}, this one is {wanted}, another aspect ratio: it was "
-                "cropped. Give the intrinsics of the cropped image: (fx, fy, cx - left, cy - top)."
+                f"The intrinsics belong to an image of {self.size}, this one is {target_size}, another aspect ratio: "
+                "it was cropped. Give the intrinsics of the cropped image: (fx, fy, cx - left, cy - top)."
             )
-        return self.stretched(wanted)
+        return self.stretched(target_size)
 
     def stretched(self, size: tuple[int, int]) -> Camera:
         """The camera of the same picture at another size, whatever its aspect ratio.
@@ -198,15 +198,15 @@ class Camera:
         """
         if self.size is None:
             raise ConfigError("Only the camera of an image of known size can be stretched to another.")
-        wanted = size_of("size", size)
-        x, y = wanted.width / self.size.width, wanted.height / self.size.height
+        target_size = size_of("size", size)
+        x, y = target_size.width / self.size.width, target_size.height / self.size.height
         return replace(
             self,
             fx=self.fx * x,
             fy=self.fy * y,
             cx=(self.cx + 0.5) * x - 0.5,
             cy=(self.cy + 0.5) * y - 0.5,
-            size=wanted,
+            size=target_size,
         )
 
     def rays(self, size: tuple[int, int]) -> Float:
@@ -281,22 +281,22 @@ class Camera:
 CameraLike: TypeAlias = Camera | Mapping[str, Any] | ArrayLike | object  # what `Camera.of` takes
 
 
-def _coefficients(given: object) -> tuple[float, ...]:
-    items = items_of(given)
+def _coefficients(coefficients: object) -> tuple[float, ...]:
+    items = items_of(coefficients)
     numbers = [number for number in map(number_of, items or ()) if number is not None]
     if items is not None and len(numbers) == len(items):
         return tuple(numbers)
-    raise ConfigError(f"distortion must be a sequence of numbers, not {shown(given)}.")
+    raise ConfigError(f"distortion must be a sequence of numbers, not {shown(coefficients)}.")
 
 
-def _rows(name: str, given: ArrayLike, columns: int) -> Float64:
+def _rows(name: str, values: ArrayLike, columns: int) -> Float64:
     """(N, columns) numbers."""
     try:
-        rows = np.asarray(given, dtype=np.float64)
+        rows = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         rows = np.empty(0)
     if rows.ndim != 2 or rows.shape[1] != columns:
-        raise ConfigError(f"{name} must be an array of numbers of shape (N, {columns}), not {shown(given)}.")
+        raise ConfigError(f"{name} must be an array of numbers of shape (N, {columns}), not {shown(values)}.")
     return rows
 
 

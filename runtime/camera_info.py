@@ -54,14 +54,14 @@ def load(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"The camera file {path} cannot be read: {error.strerror or error}.") from error
     try:
         decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.yaml.decode
-        found: object = decode(data)
+        content: object = decode(data)
     except ImportError as error:
         raise ConfigError('Reading YAML needs PyYAML. Install it: pip install "densegeo[camera]".') from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"The camera file {path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise ConfigError(f"The camera file {path} holds no camera_info: camera_matrix is missing.")
-    return found
+    return content
 
 
 def read(info: object, rectified: bool) -> Info:
@@ -82,14 +82,14 @@ def read(info: object, rectified: bool) -> Info:
     roi = _field(info, ("roi",), {})
     x, y, width, height = (_count(roi, key) for key in ("x_offset", "y_offset", "width", "height"))
     full = [_count(info, key, f"image_{key}") for key in ("width", "height")]
-    seen = (width or full[0], height or full[1])
+    region_size = (width or full[0], height or full[1])
     return Info(
         matrix=matrix,
         lens="plumb_bob" if rectified else lens,
         distortion=distortion,
         binning=(binning[0], binning[1]),
         offset=(x, y),
-        size=(seen[0] // binning[0], seen[1] // binning[1]),
+        size=(region_size[0] // binning[0], region_size[1] // binning[1]),
     )
 
 
@@ -106,26 +106,26 @@ def _field(value: object, names: tuple[str, ...], default: Any) -> Any:
 def _count(value: object, *names: str) -> int:
     """Pixels, or how many; 0 where it has none of these fields."""
     for name in names:
-        given = _field(value, (name,), None)
-        if given is None:
+        raw = _field(value, (name,), None)
+        if raw is None:
             continue
-        number = number_of(given)
+        number = number_of(raw)
         if number is None or not (number >= 0 and number.is_integer()):
-            raise ConfigError(f"A CameraInfo's {name} must be a whole number, 0 or more, not {shown(given)}.")
+            raise ConfigError(f"A CameraInfo's {name} must be a whole number, 0 or more, not {shown(raw)}.")
         return int(number)
     return 0
 
 
 def _numbers(info: object, names: tuple[str, ...], required: str | None) -> NDArray[np.float64]:
     """A matrix's numbers in rows; YAML has them under `data`."""
-    found = _field(info, names, None)
-    if isinstance(found, Mapping):
-        found = found.get("data")
-    if found is None:
+    values = _field(info, names, None)
+    if isinstance(values, Mapping):
+        values = values.get("data")
+    if values is None:
         if required is None:
             return np.empty(0)
         raise ConfigError(f"This camera has no {required} (camera_info's YAML: {names[-1]}).")
     try:
-        return np.asarray(found, dtype=np.float64).ravel()
+        return np.asarray(values, dtype=np.float64).ravel()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"A CameraInfo's {names[0]} must be numbers. {error}") from error

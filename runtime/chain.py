@@ -54,15 +54,15 @@ class Chain:
 
     def run(self, stage: Stage, array: Float) -> Float:
         """One network on all that it takes at once."""
-        made = self.backend.run(self.bucket, stage, array)
+        output = self.backend.run(self.bucket, stage, array)
         self.ended(stage)
-        return made
+        return output
 
     def pictures(self, output: Float) -> Float:
         """The denoiser's output -> decoded pictures."""
-        wanted = tuple(self.bucket.denoiser.outputs[0].shape)
-        if output.shape != wanted:
-            raise BackendError(f"The denoiser returned {output.shape}, not {wanted}. Rebuild the bundle.")
+        expected_shape = tuple(self.bucket.denoiser.outputs[0].shape)
+        if output.shape != expected_shape:
+            raise BackendError(f"The denoiser returned {output.shape}, not {expected_shape}. Rebuild the bundle.")
         latents, at_once = latents_of(output, self.bucket.size, self.decode), self.bucket.decodes_at_once
         self.ended("split")
         parts = [self.run("decoder", latents[first : first + at_once]) for first in range(0, len(latents), at_once)]
@@ -80,8 +80,8 @@ def assemble_whole(decoded: Float, bucket: Bucket, decode: Decode) -> dict[str, 
     them: "prediction" (B, H, W), "normals" (B, H, W, 3).
     """
     place = whole(bucket.size)
-    found = [assemble(decoded[i :: bucket.batch], place, decode).named() for i in range(bucket.batch)]
-    return {name: np.stack([maps[name] for maps in found]) for name in decode.names}
+    maps_of_images = [assemble(decoded[i :: bucket.batch], place, decode).named() for i in range(bucket.batch)]
+    return {name: np.stack([maps[name] for maps in maps_of_images]) for name in decode.names}
 
 
 def _restored(picture: Float, row: Output, placement: Placement) -> Float:

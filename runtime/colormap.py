@@ -58,8 +58,8 @@ def colorize(
     whole = bool(valid.all())
     if ends is None:
         step = int(max(1, np.sqrt(farness.size / _SAMPLED)))
-        sample, known = farness[::step, ::step], valid[::step, ::step]
-        sample = sample.ravel() if whole else sample[known]
+        sample, valid_sample = farness[::step, ::step], valid[::step, ::step]
+        sample = sample.ravel() if whole else sample[valid_sample]
         sample = sample if sample.size else farness[valid]
         if not sample.size:
             return np.full((*farness.shape, 3), INVALID, dtype=np.uint8)

@@ -148,8 +148,8 @@ def _require_json(source: object) -> None:
 
 
 def _npy(job: Job, row: ResultFormat) -> Parts:
-    found = {f"{name}.npy": _array(array) for name, array in job.arrays().items()}
-    return found | _json(job, row)
+    files = {f"{name}.npy": _array(array) for name, array in job.arrays().items()}
+    return files | _json(job, row)
 
 
 def _array(array: NDArray[Any]) -> Part:
@@ -169,11 +169,11 @@ def _json(job: Job, row: ResultFormat) -> Parts:
 
 def sidecar(job: Job) -> str:
     """JSON of all that the arrays do not say themselves."""
-    geometry, facts = job.geometry, {key.removeprefix("densegeo."): value for key, value in job.metadata.items()}
+    geometry, fields = job.geometry, {key.removeprefix("densegeo."): value for key, value in job.metadata.items()}
     height, width = geometry.valid.shape
     arrays = {f"{name}.npy": [str(array.dtype), *array.shape] for name, array in job.arrays().items()}
     record = {
-        **facts,
+        **fields,
         "source_size": list(geometry.source_size),
         "size": [width, height],
         "calibration": _calibration(geometry),
@@ -198,15 +198,15 @@ def _finite(value: Any) -> Any:
 
 
 def _png(job: Job, row: ResultFormat) -> Parts:
-    geometry, found = job.geometry, {}
+    geometry, files = job.geometry, {}
     if geometry.prediction is not None:
         look = {"densegeo.picture": "near warm, far cool; for looking at, not for measuring"}
-        found["depth_color.png"] = _picture(lambda: depth_picture(geometry), job.metadata | look)
+        files["depth_color.png"] = _picture(lambda: depth_picture(geometry), job.metadata | look)
     if geometry.normals is not None:
         frame = {"densegeo.normals_frame": "opengl (x right, y up, z to the viewer), RGB = (n + 1) / 2"}
         normals = geometry.normals
-        found["normals.png"] = _picture(lambda: normals_picture(normals), job.metadata | frame)
-    return found
+        files["normals.png"] = _picture(lambda: normals_picture(normals), job.metadata | frame)
+    return files
 
 
 def _grey(bits: int) -> Callable[[Job, ResultFormat], Parts]:
@@ -243,14 +243,14 @@ def _glb(job: Job, row: ResultFormat) -> Parts:
 
 def _exr(job: Job, row: ResultFormat) -> Parts:
     """One picture a file, grey (Y) or x, y, z as R, G, B: the only channels that OpenCV reads (it makes Z black)."""
-    arrays, found = job.arrays(), {}
+    arrays, files = job.arrays(), {}
     if job.geometry.prediction is not None:
         name = "depth" if job.geometry.has_depth else "prediction"
-        found[f"{name}.exr"] = _exr_picture({"Y": arrays[name]}, job.metadata)
+        files[f"{name}.exr"] = _exr_picture({"Y": arrays[name]}, job.metadata)
     if (normals := arrays.get("normals")) is not None:
         channels = {name: normals[..., axis] for axis, name in enumerate("RGB")}
-        found["normals.exr"] = _exr_picture(channels, job.metadata)
-    return found
+        files["normals.exr"] = _exr_picture(channels, job.metadata)
+    return files
 
 
 def _exr_picture(channels: dict[str, NDArray[Any]], meta: dict[str, str]) -> Part:

@@ -71,8 +71,8 @@ class BuildLog(NamedTuple):
 def parse_log(text: str) -> BuildLog:
     """Layers in order of execution, without those that only wait for another stream."""
     layers = tuple(layer for layer in _layers(text) if layer.kind not in ("signal", "wait"))
-    found = {name: pattern.findall(text) for name, pattern in _AMOUNTS.items()}
-    return BuildLog(layers, **{name: int(amounts[-1]) if amounts else 0 for name, amounts in found.items()})
+    amounts_of = {name: pattern.findall(text) for name, pattern in _AMOUNTS.items()}
+    return BuildLog(layers, **{name: int(amounts[-1]) if amounts else 0 for name, amounts in amounts_of.items()})
 
 
 def read_log(path: Path) -> str:
@@ -89,20 +89,22 @@ def warnings(log: BuildLog, precision: str, *, float_tail: bool) -> list[str]:
 
     float_tail: the last convolution is meant to be float32 (a decoder's).
     """
-    found = []
+    findings = []
     wide = [layer for layer in log.layers if layer.role in ("matmul", "convolution") and _is_float(layer)]
     if not PRECISIONS[precision].exact:
         tail = [layer for layer in log.layers if layer.role == "convolution"][-1:] if float_tail else []
-        found += [f"{layer.name}: a float32 {layer.role} in a {precision} graph" for layer in wide if layer not in tail]
+        findings += [
+            f"{layer.name}: a float32 {layer.role} in a {precision} graph" for layer in wide if layer not in tail
+        ]
     for layer in log.layers:
         softmax = [node for node in layer.onnx if "Softmax" in node]
         if softmax and layer.role != "attention":
-            found.append(f"{layer.name}: attention is not fused ({softmax[0]})")
+            findings.append(f"{layer.name}: attention is not fused ({softmax[0]})")
     for layer in log.layers:
         if "reformat" in layer.kind.lower() or "reformat" in layer.name.lower():
             shape = "x".join(map(str, layer.outputs[0].shape)) if layer.outputs else "?"
-            found.append(f"{layer.name}: a reformat of {shape}")
-    return found
+            findings.append(f"{layer.name}: a reformat of {shape}")
+    return findings
 
 
 def _is_float(layer: Layer) -> bool:

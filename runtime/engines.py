@@ -21,7 +21,7 @@ from densegeo.runtime.ready import FOLDER as READY
 
 FOLDER = "engines"
 # What an engine depends on; the rest of its record says where it lies and how its build went.
-FACTS = (
+FINGERPRINTED = (
     "stage",
     "bucket",
     "graph_sha256",
@@ -37,8 +37,8 @@ FACTS = (
 
 def fingerprint(engine: Engine) -> str:
     """SHA-256 of all that the engine depends on."""
-    facts = {name: getattr(engine, name) for name in FACTS}
-    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
+    fields = {name: getattr(engine, name) for name in FINGERPRINTED}
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()
 
 
 def renew_command(
@@ -91,7 +91,7 @@ def check_engine(
     if bucket is None:
         _refuse(directory, engine, "size", engine.bucket, "none of the bundle's", renew)
     graph = getattr(bucket, engine.stage).file
-    facts = {
+    pairs = {
         "graph": (engine.graph_sha256[:16], _digest(manifest, graph)[:16]),
         "weights": (engine.weights_sha256[:16], _digest(manifest, f"{engine.stage}.safetensors")[:16]),
         "precision": (engine.precision, manifest.precision),
@@ -99,7 +99,7 @@ def check_engine(
         f"{library} version": (engine.version, version),
         "fingerprint": (engine.fingerprint[:16], fingerprint(engine)[:16]),
     }
-    for what, (built, here) in facts.items():
+    for what, (built, here) in pairs.items():
         if built != here:
             _refuse(directory, engine, what, built, here, renew)
     if architecture is not None and not runs_on(engine, architecture):
@@ -150,10 +150,10 @@ def read_engine(directory: Path, manifest: Manifest, engine: Engine, *, trust: b
         data = path.read_bytes()
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != listed.sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != listed.sha256:
         raise EngineError(
-            f"{path} is corrupted or was replaced: its SHA-256 is {found[:16]}…, the manifest says "
+            f"{path} is corrupted or was replaced: its SHA-256 is {digest[:16]}…, the manifest says "
             f"{listed.sha256[:16]}…. Rebuild it: {renew_command(manifest, directory, library=engine.library)}"
         )
     return data
@@ -176,10 +176,10 @@ def trusted() -> bool:
     return os.environ.get("DENSEGEO_TRUST_ENGINES") == "1"
 
 
-def reusable(directory: Path, manifest: Manifest, wanted: str) -> Engine | None:
+def reusable(directory: Path, manifest: Manifest, expected: str) -> Engine | None:
     """The engine of an older bundle with this fingerprint whose file is still what was built, or None."""
     for engine in manifest.engines:
-        if engine.fingerprint == wanted and fingerprint(engine) == wanted:
+        if engine.fingerprint == expected and fingerprint(engine) == expected:
             names = (engine.file, engine.log)
             if all(name in manifest.files and (directory / name).is_file() for name in names) and all(
                 sha256_file(directory / name) == manifest.files[name].sha256 for name in names

@@ -330,8 +330,8 @@ class Estimator:
                 f'{self.backend} with preprocessing="{how}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
-        asked = (scale, shift, near, far) != (None, None, None, None)
-        metres = self._metres(scale, shift, near, far) if asked else None
+        calibrated = (scale, shift, near, far) != (None, None, None, None)
+        metres = self._metres(scale, shift, near, far) if calibrated else None
         size = device_size(image, color)
         bucket = choose_bucket(self.manifest.buckets, size)
         maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)

@@ -63,8 +63,8 @@ class Evidence:
     @property
     def line(self) -> tuple[float, float]:
         """(scale, shift); of those that fit equally well the smallest."""
-        found = np.linalg.lstsq(self.information, self.vector, rcond=None)[0] if self.rank < 2 else self._solve()
-        return float(found[0]), float(found[1])
+        solution = np.linalg.lstsq(self.information, self.vector, rcond=None)[0] if self.rank < 2 else self._solve()
+        return float(solution[0]), float(solution[1])
 
     @property
     def covariance(self) -> Float64:

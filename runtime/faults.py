@@ -27,7 +27,7 @@ Change = Callable[[Any], Any]  # what is there -> what takes its place
 
 def _after(spoil: Callable[[Any], Any]) -> Change:
     """The same function, and then its result spoilt."""
-    return lambda real: lambda *given, **named: spoil(real(*given, **named))
+    return lambda real: lambda *arguments, **named: spoil(real(*arguments, **named))
 
 
 def _launching(kernel: str, spoil: Callable[[Any], Any]) -> Change:
@@ -45,8 +45,8 @@ def _launching(kernel: str, spoil: Callable[[Any], Any]) -> Change:
 def _stale(real: Any) -> Any:
     """A recording whose inputs are those of its first replay for ever."""
 
-    def replay(self: Any, *given: Any) -> Any:
-        first = self.__dict__.setdefault("first_given", tuple(one.clone() for one in given))
+    def replay(self: Any, *arguments: Any) -> Any:
+        first = self.__dict__.setdefault("first_arguments", tuple(tensor.clone() for tensor in arguments))
         return real(self, *first)
 
     return replay
@@ -68,7 +68,7 @@ def _louder(real: Any) -> Any:
 
     def fuse(denoiser: Any) -> Any:
         fused = real(denoiser)
-        fused.register_forward_hook(lambda module, given, made: 1.5 * made)
+        fused.register_forward_hook(lambda module, arguments, output: 1.5 * output)
         return fused
 
     return fuse
@@ -94,13 +94,16 @@ FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
         "preprocess": ((_TORCH, "preprocess"), _after(lambda rgb: rgb.flip(1))),
         "split": ((_CHAIN, "split_tokens"), _after(lambda latents: -latents)),
         "resize": ((_CHAIN, "resize_depth"), _after(lambda prediction: prediction.flip(-1))),
-        "normals": ((_CHAIN, "normals"), _after(lambda found: (-found[0], *found[1:]))),
+        "normals": ((_CHAIN, "normals"), _after(lambda result: (-result[0], *result[1:]))),
         "graph": ((f"{_RUNTIME}.backends.torch_capture", "Replay.__call__"), _stale),
         "fused": ((f"{_RUNTIME}.backends.torch_modules", "fuse"), _louder),
     },
     "tensorrt": {
-        "preprocess": (_LAUNCH, _launching("preprocess", lambda given: given._replace(red=2 - given.red))),
-        "split": (_LAUNCH, _launching("split", lambda given: given._replace(first_factor=-given.first_factor))),
+        "preprocess": (_LAUNCH, _launching("preprocess", lambda args: args._replace(red=2 - args.red))),
+        "split": (
+            _LAUNCH,
+            _launching("split", lambda args: args._replace(first_factor=-args.first_factor)),
+        ),
         "resize": (_LAUNCH, _launching("resize_depth", _half_as_wide)),
         "normals": (_LAUNCH, _launching("normals", _half_as_wide)),
         "graph": ((f"{_RUNTIME}.backends.tensorrt_network", "Network.launch"), _once),
@@ -111,14 +114,14 @@ FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
 def stages(estimator: Estimator) -> dict[str, tuple[tuple[str, str], Change]]:
     """What can be broken on an estimator's way."""
     backend, decode = estimator.frames, estimator.manifest.decode
-    found = dict(FAULTS["host" if backend is None else backend.name])
+    faults = dict(FAULTS["host" if backend is None else backend.name])
     lacking = {
         "split": decode.packing != "tokens",
         "normals": not decode.has("normals"),
         "resize": backend is not None and not decode.has("depth"),  # normals are resized by their own kernel
         "graph": backend is not None and not backend.records,
     }
-    return {stage: fault for stage, fault in found.items() if not lacking.get(stage, False)}
+    return {stage: fault for stage, fault in faults.items() if not lacking.get(stage, False)}
 
 
 @contextmanager

@@ -130,8 +130,8 @@ class Geometry:
         which are weighed together with what normals tell where `intrinsics` are given.
 
         Args:
-            intrinsics: As in `points`. With them, log-affine depth with normals needs one more fact; without, three
-                anchors.
+            intrinsics: As in `points`. With them, log-affine depth with normals needs one more measurement; without,
+                three anchors.
             scale: With `shift`, the line of the depth kind, for example ln(depth) = scale * prediction + shift.
             shift: See `scale`.
             near: Metres of the nearest valid pixel, with `far`.
@@ -155,24 +155,24 @@ class Geometry:
             CalibrationError: These do not determine a positive scale, or the result is metric already.
             MissingOutputError: The model has normals alone.
         """
-        from densegeo.runtime.calibrate import Facts, in_metres
+        from densegeo.runtime.calibrate import SceneMeasurements, in_metres
 
         kind, prediction = self.space, self.require_prediction("depth")
         if prior is not None:
             require_calibration("prior", prior, kind)
-        facts = Facts(anchors, camera_height, up, size, method, prior)
+        measurements = SceneMeasurements(anchors, camera_height, up, size, method, prior)
         pairs = {"scale": (scale, shift), "near": (near, far)}
-        given = [name for name, (one, other) in pairs.items() if one is not None or other is not None]
-        given += ["facts"] if facts.any else []
-        if not given and up is not None:
+        ways = [name for name, (first, second) in pairs.items() if first is not None or second is not None]
+        ways += ["measurements"] if measurements.any else []
+        if not ways and up is not None:
             raise CalibrationError("up only says where the floor is: give camera_height, in metres over it, too.")
-        if len(given) != 1:
+        if len(ways) != 1:
             raise CalibrationError(
-                "Give exactly one of: scale and shift; near and far; facts (anchors=(uv, metres), camera_height, size, "
-                "prior)."
+                "Give exactly one of: scale and shift; near and far; measurements (anchors=(uv, metres), "
+                "camera_height, size, prior)."
             )
-        if facts.any:
-            calibration = in_metres(self, None if intrinsics is None else self.camera(intrinsics), facts)
+        if measurements.any:
+            calibration = in_metres(self, None if intrinsics is None else self.camera(intrinsics), measurements)
         elif scale is not None and shift is not None:
             calibration = from_parameters(kind, scale, shift)
         elif near is not None and far is not None:
@@ -407,28 +407,29 @@ class Geometry:
         """Whether `depth` can be asked for."""
         return self.depth_kind in ("metric", "up_to_scale")
 
-    def require_prediction(self, wanted: str) -> Float:
-        """The prediction; raises MissingOutputError, which says that `wanted` cannot be had, where there is none."""
+    def require_prediction(self, product: str) -> Float:
+        """The prediction; raises MissingOutputError, which says that `product` cannot be had, where there is none."""
         if self.prediction is None:
             raise MissingOutputError(
-                f"There is no {wanted}: {self.model or 'this model'} predicts normals alone. Use one that has depth."
+                f"There is no {product}: {self.model or 'this model'} predicts normals alone. Use one that has depth."
             )
         return self.prediction
 
-    def require_depth(self, wanted: str, *, metres: bool = False) -> Float:
-        """The prediction; raises MissingOutputError or NotMetricError, which say that `wanted` cannot be had and why.
+    def require_depth(self, product: str, *, metres: bool = False) -> Float:
+        """The prediction; raises MissingOutputError or NotMetricError, which say that `product` cannot be had and why.
 
         metres: whether it needs metres, and not depth of any unit.
         """
-        prediction = self.require_prediction(wanted)
+        prediction = self.require_prediction(product)
         if self.depth_kind == "up_to_scale" and metres:
             raise NotMetricError(
-                f"There is no {wanted}: this result is up to scale, its unit is unknown. Calibrate the one the "
-                "estimator returned with to_metric(intrinsics, ...) and a fact: an anchor, the camera's height, a size."
+                f"There is no {product}: this result is up to scale, its unit is unknown. Calibrate the one the "
+                "estimator returned with to_metric(intrinsics, ...) and a measurement: an anchor, the camera's "
+                "height, a size."
             )
         if not self.has_depth:
             raise NotMetricError(
-                f"There is no {wanted}: this result is {self.depth_kind}, known only up to a scale and a shift. "
+                f"There is no {product}: this result is {self.depth_kind}, known only up to a scale and a shift. "
                 "Calibrate it first with to_metric(near=..., far=...), to_metric(anchors=(uv, metres)) or "
                 "to_metric(scale=..., shift=...), or, without measurements, to_scale(intrinsics)."
             )

@@ -43,9 +43,9 @@ class Original:
     def __init__(self, manifest: Path) -> None:
         """A manifest that is not there is for who reads it to refuse."""
         self._manifest, self._content = manifest, b""
-        self._facts: tuple[int, ...] = ()
+        self._file_status: tuple[int, ...] = ()
         with suppress(OSError):
-            self._facts, self._content = _facts(manifest), manifest.read_bytes()
+            self._file_status, self._content = _file_status(manifest), manifest.read_bytes()
 
     def require(self, *, there: bool = False) -> None:
         """Raise BundleError when another bundle has taken its place.
@@ -53,8 +53,8 @@ class Original:
         there: also when it is gone, or is being replaced: its files are needed. Else what is in memory will do.
         """
         try:
-            facts = _facts(self._manifest)
-            if facts == self._facts:
+            status = _file_status(self._manifest)
+            if status == self._file_status:
                 return
             same = self._manifest.read_bytes() == self._content
         except OSError as error:
@@ -68,7 +68,7 @@ class Original:
                 f"{self._manifest.parent} was replaced by another bundle after this estimator opened it: make a new "
                 "Estimator. (To change bundles under a running one, give each a directory of its own.)"
             )
-        self._facts = facts  # copied again, or touched
+        self._file_status = status  # copied again, or touched
 
 
 _NATIVE: WeakSet[Any] = WeakSet()
@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):  # systems that fork
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _facts(path: Path) -> tuple[int, ...]:
+def _file_status(path: Path) -> tuple[int, ...]:
     """What changes when a file is replaced or written to."""
     status = path.stat()
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

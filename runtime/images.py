@@ -104,8 +104,10 @@ class _Reading(NamedTuple):
 
 def require_several(images: object) -> None:
     """Raise ImageError for one image, whose characters, rows or lines would be taken as images."""
-    one = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read")
-    if one or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable):
+    is_one_image = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(
+        images, "read"
+    )
+    if is_one_image or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable):
         raise ImageError(
             f"`batch` takes several images, not one {type(images).__name__}: `estimator.batch([image])`, or "
             "`estimator(image)` for one alone."
@@ -123,8 +125,8 @@ def device_size(image: Any, color: Color = "rgb") -> Size:
     kind = described["typestr"] if described else str(getattr(image, "dtype", type(image).__name__))
     right = kind.removeprefix("torch.") in ("uint8", "|u1")
     if not right or (ycbcr is None and (len(shape) != 3 or shape[2] != 3)):
-        wanted = "" if ycbcr else " of shape (height, width, 3)"
-        raise ImageError(f"On a device an image must be uint8{wanted}, not {kind} {shape}.")
+        layout = "" if ycbcr else " of shape (height, width, 3)"
+        raise ImageError(f"On a device an image must be uint8{layout}, not {kind} {shape}.")
     size = Size(int(shape[1]), int(shape[0])) if ycbcr is None else ycbcr.size(shape)
     if min(size) < MIN_SIDE:
         raise ImageError(f"The image is {size}; each side must have at least {MIN_SIDE} pixels.")

@@ -54,8 +54,8 @@ def undistort(x: Float64, y: Float64, lens: Lens, coefficients: tuple[float, ...
     folds = np.flatnonzero(~(np.diff(imaged) > 0))
     end = folds[0] + 1 if len(folds) else len(table)
     radius = np.hypot(x, y)
-    found = np.tan(np.interp(radius, imaged[:end], _ANGLES[:end], right=np.nan))
-    ratio = np.where(radius > 1e-12, found / np.maximum(radius, 1e-12), 1.0)
+    tangent = np.tan(np.interp(radius, imaged[:end], _ANGLES[:end], right=np.nan))
+    ratio = np.where(radius > 1e-12, tangent / np.maximum(radius, 1e-12), 1.0)
     u, v = x * ratio, y * ratio
     if lens == "equidistant" or _radial_only(coefficients) == coefficients:
         return u, v

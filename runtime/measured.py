@@ -39,16 +39,16 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def doubts(self) -> list[str]:
         """Why it is not to be believed, in words; empty when it is."""
-        found = []
+        reasons = []
         if self.runs < ENOUGH:
-            found.append(f"{self.runs} runs are few: with --runs {ENOUGH} it counts")
+            reasons.append(f"{self.runs} runs are few: with --runs {ENOUGH} it counts")
         if self.others is not None and self.others > BUSY:
-            found.append(f"the machine is loaded: other processes took {100 * self.others:.0f} % of its processors")
+            reasons.append(f"the machine is loaded: other processes took {100 * self.others:.0f} % of its processors")
         if self.variation > SPREAD:
-            found.append(f"the times spread: standard deviation {100 * self.variation:.0f} % of the mean")
+            reasons.append(f"the times spread: standard deviation {100 * self.variation:.0f} % of the mean")
         if self.throttled:
-            found.append(f"the GPU was throttled ({', '.join(self.throttled)})")
-        return found
+            reasons.append(f"the GPU was throttled ({', '.join(self.throttled)})")
+        return reasons
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,11 +113,11 @@ def _what(manifest: Manifest) -> str:
 def fastest_first(manifest: Manifest) -> list[str]:
     """Backends that ran such a bundle at its first size on this machine, by their medians; those to be believed."""
     (bucket, *_), what = manifest.buckets, _what(manifest)
-    wanted = manifest.model, what, bucket.name, _flops(bucket)
+    same_work = manifest.model, what, bucket.name, _flops(bucket)
     alike = [
         record
         for record in _records()
-        if (record.model, record.what, record.bucket, record.flops) == wanted and not record.conditions.doubts
+        if (record.model, record.what, record.bucket, record.flops) == same_work and not record.conditions.doubts
     ]
     return list(dict.fromkeys(record.backend for record in sorted(alike, key=lambda record: record.p50)))
 
@@ -169,11 +169,11 @@ def _advise(size: str, eight: Measured, floating: Measured) -> str:
     """8 bits where median and tail are both shorter as they are printed, for they cost some accuracy; and why."""
     shorter = [_ms(getattr(eight, name)) < _ms(getattr(floating, name)) for name in ("p50", "p90")]
     best = eight if all(shorter) else floating
-    times = ", ".join(f"{one.what} took {_said(one.p50)} ms (p90 {_said(one.p90)})" for one in (eight, floating))
+    times = ", ".join(f"{row.what} took {_printed(row.p50)} ms (p90 {_printed(row.p90)})" for row in (eight, floating))
     why = "both were verified there"
     if any(shorter) and not all(shorter):
-        one, other = ("median", "p90") if shorter[0] else ("p90", "median")
-        why += f"; the {one} of {eight.what} is shorter, its {other} is not, and it is less accurate"
+        shorter_one, longer_one = ("median", "p90") if shorter[0] else ("p90", "median")
+        why += f"; the {shorter_one} of {eight.what} is shorter, its {longer_one} is not, and it is less accurate"
     elif not any(shorter):
         why += f"; {eight.what} is no faster, and less accurate"
     return f"{best.what} is recommended at {size} on {best.device} ({best.backend}): {times}; {why}"
@@ -184,7 +184,7 @@ def _ms(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _said(value: float) -> str:
+def _printed(value: float) -> str:
     return f"{_ms(value):g}"
 
 

@@ -27,15 +27,15 @@ def ply_part(
     """Binary little-endian points of the OpenCV frame. points: (H, W, 3), NaN where there is none. colours: (H, W, 3)
     RGB of the image, or None for none.
     """
-    kept = np.isfinite(points[..., 2])
+    finite = np.isfinite(points[..., 2])
     columns: list[tuple[str, str, NDArray[Any]]] = [(name, "<f4", points[..., i]) for i, name in enumerate("xyz")]
     if geometry.normals is not None:
         columns += [(name, "<f4", geometry.normals[..., i]) for i, name in enumerate(("nx", "ny", "nz"))]
     if colours is not None:
         columns += [(name, "u1", colours[..., i]) for i, name in enumerate(("red", "green", "blue"))]
-    vertices = np.empty(int(kept.sum()), dtype=[(name, kind) for name, kind, _ in columns])
+    vertices = np.empty(int(finite.sum()), dtype=[(name, kind) for name, kind, _ in columns])
     for name, _, values in columns:
-        vertices[name] = values[kept]
+        vertices[name] = values[finite]
     lines = ["ply", "format binary_little_endian 1.0"]
     lines += [f"comment units {metadata['densegeo.depth_units']}"]
     lines += ["comment frame opencv (x right, y down, z forward)"]

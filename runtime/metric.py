@@ -81,9 +81,9 @@ class Calibration:
         Raises CalibrationError when its uncertainty is unknown, ConfigError for no numbers.
         """
         if not np.isfinite(self.variance).all():
-            given = f" ({', '.join(self.sources)})" if self.sources else ""
+            origin = f" ({', '.join(self.sources)})" if self.sources else ""
             raise CalibrationError(
-                f"The prior has no uncertainty, for its numbers were given{given}: it cannot be weighed, whatever "
+                f"The prior has no uncertainty, for its numbers were given{origin}: it cannot be weighed, whatever "
                 "comes with it. Leave it out, or take the calibration of a result from anchors, a height or a size."
             )
         values = _numbers(prediction)
@@ -157,12 +157,12 @@ def from_parameters(kind: DepthKind, scale: float, shift: float) -> Calibration:
 
 def number(name: str, value: object) -> float:
     """A float whose magnitude float32 holds, or an infinity or NaN. Raises CalibrationError for anything else."""
-    found = number_of(value)
-    if found is None:
+    converted = number_of(value)
+    if converted is None:
         raise CalibrationError(f"{name} must be a number, not {shown(value)}.")
-    if math.isfinite(found) and abs(found) > float(np.finfo(np.float32).max):
+    if math.isfinite(converted) and abs(converted) > float(np.finfo(np.float32).max):
         raise CalibrationError(f"{name} must be within float32's range, not {value!r}.")
-    return found
+    return converted
 
 
 def doubt_metres(what: str, metres: float, stacklevel: int) -> None:

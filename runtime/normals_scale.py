@@ -129,10 +129,10 @@ def _blocks(plane: Float, block: int) -> Float:
     rows = plane[0:height:block, :width].astype(np.float32)
     for offset in range(1, block):
         rows += plane[offset:height:block, :width]
-    found = rows[:, 0::block].copy()
+    sums = rows[:, 0::block].copy()
     for offset in range(1, block):
-        found += rows[:, offset::block]
-    return np.asarray(found / np.float32(block * block))
+        sums += rows[:, offset::block]
+    return np.asarray(sums / np.float32(block * block))
 
 
 def _around(plane: NDArray[np.bool_], reach: int) -> Float:
@@ -152,10 +152,10 @@ def _every(plane: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
     rows = plane[0:height:block, :width].copy()
     for offset in range(1, block):
         rows &= plane[offset:height:block, :width]
-    found = rows[:, 0::block].copy()
+    all_true = rows[:, 0::block].copy()
     for offset in range(1, block):
-        found &= rows[:, offset::block]
-    return np.asarray(found)
+        all_true &= rows[:, offset::block]
+    return np.asarray(all_true)
 
 
 @dataclass(frozen=True)

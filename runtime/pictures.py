@@ -52,8 +52,8 @@ def grey_picture(geometry: Geometry, bits: int) -> tuple[NDArray[Any], dict[str,
     """
     values, valid = farness(geometry)
     most = 2**bits - 1
-    known = values[valid]
-    near, far = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    valid_values = values[valid]
+    near, far = (float(valid_values.min()), float(valid_values.max())) if valid_values.size else (0.0, 0.0)
     steps = (most - 1) / (near - far) if near != far else 0.0
     with np.errstate(invalid="ignore"):
         scaled = np.round((values - np.float32(far)) * np.float32(steps)) + 1

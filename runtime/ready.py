@@ -16,18 +16,18 @@ def names() -> list[str]:
     return sorted(path.name for path in FOLDER.iterdir()) if FOLDER.is_dir() else []
 
 
-def find_bundle(given: str | os.PathLike[str]) -> Path:
+def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     """The directory that is meant: the given one, or, if nothing is there, the ready bundle of that name.
 
     Raises BundleError for what is no path.
     """
-    if not isinstance(given, (str, os.PathLike)) or "\0" in os.fsdecode(given):
+    if not isinstance(name_or_path, (str, os.PathLike)) or "\0" in os.fsdecode(name_or_path):
         raise BundleError(
             "A bundle is given by its directory's path, as text or as a pathlib.Path, or by the name of one that comes "
-            f"with densegeo ({', '.join(names())}), not by {shown(given)}."
+            f"with densegeo ({', '.join(names())}), not by {shown(name_or_path)}."
         )
-    path = Path(os.fsdecode(given))
-    return FOLDER / path if not os.path.exists(path) and os.fspath(given) in names() else path
+    path = Path(os.fsdecode(name_or_path))
+    return FOLDER / path if not os.path.exists(path) and os.fspath(name_or_path) in names() else path
 
 
 def beside(bundle: Path, ending: str) -> Path:

@@ -83,9 +83,9 @@ def plain_strips(planes: Float, width: int, height: int) -> Iterator[tuple[slice
         yield rows, strip
 
 
-def _taps(size: int, wanted: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float]:
-    """Of each wanted pixel the two that it lies between, and how far it is from the first."""
-    place = np.clip((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0, size - 1)
+def _taps(size: int, target_size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float]:
+    """Of each pixel of the result the two that it lies between, and how far it is from the first."""
+    place = np.clip((np.arange(target_size) + 0.5) * (size / target_size) - 0.5, 0, size - 1)
     first = np.minimum(place.astype(np.intp), max(0, size - 2))
     return first, np.minimum(first + 1, size - 1), (place - first).astype(np.float32)
 
@@ -104,11 +104,11 @@ def shrink_rows(pixels: NDArray[Any], height: int) -> Float:
         low, high = max(0, int(centres[0] - scale + 0.5)), min(size, int(centres[-1] + scale + 0.5))
         weights = np.maximum(0, 1 - np.abs(np.arange(low, high) + 0.5 - centres[:, None]) / scale)
         weights /= weights.sum(axis=1, keepdims=True) * unit
-        taps, made = weights.astype(np.float32), shrunk[first : first + _ROWS]
+        taps, rows = weights.astype(np.float32), shrunk[first : first + _ROWS]
         step = max(64, _ALONE // taps.size)
         for column in range(0, width * channels, step):
             columns = slice(column, column + step)
-            np.matmul(taps, source[low:high, columns].astype(np.float32), out=made[:, columns])
+            np.matmul(taps, source[low:high, columns].astype(np.float32), out=rows[:, columns])
     return shrunk.reshape(height, width, channels)
 
 
@@ -153,11 +153,11 @@ def nearest(sizes: Sequence[Size], image: Size) -> Size:
 def in_batches(buckets: Sequence[Bucket], bucket: Bucket, count: int) -> Iterator[tuple[Bucket, slice]]:
     """How `count` images of a bucket's size are run: each time the largest batch that those left fill, and which."""
     same = [other for other in buckets if other.size == bucket.size]
-    done = 0
-    while done < count:
-        largest = max((b for b in same if b.batch <= count - done), key=lambda b: b.batch)
-        yield largest, slice(done, done + largest.batch)
-        done += largest.batch
+    start = 0
+    while start < count:
+        largest = max((b for b in same if b.batch <= count - start), key=lambda b: b.batch)
+        yield largest, slice(start, start + largest.batch)
+        start += largest.batch
 
 
 def authors_bucket(buckets: Sequence[Bucket], image: Size) -> Bucket:

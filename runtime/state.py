@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def folder(kind: str) -> Path:
-    """The folder of one kind of facts, among the user's state (XDG_STATE_HOME); it need not be there."""
+    """The folder of one kind of record, among the user's state (XDG_STATE_HOME); it need not be there."""
     root = os.environ.get("XDG_STATE_HOME")
     return (Path(root) if root else Path.home() / ".local" / "state") / "densegeo" / kind
 
 
 def machine() -> str:
-    """Name and NVIDIA driver: after another driver, facts are to be found anew."""
+    """Name and NVIDIA driver: after another driver, everything is measured anew."""
     try:
         driver = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
     except OSError:

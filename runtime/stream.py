@@ -26,7 +26,7 @@ from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.tracker import ScaleTracker, checked_motion
 
 log = logging.getLogger("densegeo")
-_STANDING = ("intrinsics", "camera_height")  # facts that hold for later frames too
+_STANDING = ("intrinsics", "camera_height")  # what holds for later frames too
 _POLL = 0.1  # seconds
 
 
@@ -61,7 +61,7 @@ class _Frame:
     stamp: object
     image: object
     future: Future[Geometry] | None  # None: not submitted yet
-    facts: dict[str, Any]  # what `ScaleTracker.update` takes
+    observations: dict[str, Any]  # what `ScaleTracker.update` takes
 
 
 class Stream:
@@ -92,9 +92,9 @@ class Stream:
         self._dropped = 0
         self._closed = False
         self._consumer = threading.Lock()  # one result at a time, in order; guards what follows
-        self._taken: _Frame | None = None  # submitted, and not delivered yet
+        self._submitted: _Frame | None = None  # submitted, and not delivered yet
         self._tracker = ScaleTracker()
-        self._standing: dict[str, Any] = {}  # facts that hold until others are given
+        self._standing: dict[str, Any] = {}  # what holds until something else is given
         self._lost: Any = None  # the motion up to a frame that failed
 
     @property
@@ -133,24 +133,26 @@ class Stream:
             The frame's id.
 
         Raises:
-            ConfigError: For facts of another type or shape.
+            ConfigError: For intrinsics, anchors, a direction, a height or a motion of another type or shape.
             ShutdownError: The stream or its estimator is closed.
             BackendTimeoutError: After a hang (with latest=True the frame's result carries it).
             BackendError: In a process that was forked since.
         """
         self._process.require()
-        given = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
-        facts = {name: value for name, value in given.items() if value is not None}
-        _check_types(**facts)
-        facts["motion"] = None if motion is None else checked_motion(motion)
+        options = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
+        observations = {name: value for name, value in options.items() if value is not None}
+        _check_types(**observations)
+        observations["motion"] = None if motion is None else checked_motion(motion)
         if intrinsics is not None:
-            facts["intrinsics"] = Camera.of(intrinsics)
+            observations["intrinsics"] = Camera.of(intrinsics)
         if self._latest:
             with self._changed:
-                frame = self._number(image, stamp, frame_id, facts)
+                frame = self._number(image, stamp, frame_id, observations)
                 for passed in self._frames:  # what held from it on still does
-                    facts["motion"] = _after(passed.facts["motion"], facts["motion"])
-                    frame.facts.update({k: v for k, v in passed.facts.items() if k in _STANDING and k not in facts})
+                    observations["motion"] = _after(passed.observations["motion"], observations["motion"])
+                    frame.observations.update(
+                        {k: v for k, v in passed.observations.items() if k in _STANDING and k not in observations}
+                    )
                 self._drop_all()
                 self._frames.append(frame)
                 self._changed.notify()
@@ -158,13 +160,13 @@ class Stream:
         with self._producer:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or len(self._frames) < self._depth)
-                frame = self._number(None, stamp, frame_id, facts)
+                frame = self._number(None, stamp, frame_id, observations)
             future = self._start(image)
             with self._changed:
                 if self._closed:
                     future.cancel()
                     self._require_open()
-                self._frames.append(_Frame(frame.frame_id, stamp, None, future, facts))
+                self._frames.append(_Frame(frame.frame_id, stamp, None, future, observations))
                 self._changed.notify_all()
         return frame.frame_id
 
@@ -192,11 +194,11 @@ class Stream:
         if seconds is None or math.isnan(seconds):
             raise ConfigError(f"timeout must be seconds, or None for no limit, not {shown(timeout)}.")
         end = None if seconds > threading.TIMEOUT_MAX else time.monotonic() + seconds
-        found = self._next(end)
-        if found is None:
+        result = self._next(end)
+        if result is None:
             self._require_open()
             raise DeadlineError(f"No result within {seconds:g} s. It comes with a later call.")
-        return found
+        return result
 
     def subscribe(self, callback: Callable[[FrameResult], object]) -> threading.Thread:
         """Call `callback` with every result, in a thread of its own that ends when the stream does; returns it.
@@ -222,10 +224,10 @@ class Stream:
         return self
 
     def __next__(self) -> FrameResult:
-        found = self._next(None)
-        if found is None:
+        result = self._next(None)
+        if result is None:
             raise StopIteration
-        return found
+        return result
 
     def __aiter__(self) -> AsyncIterator[FrameResult]:
         return self
@@ -237,11 +239,11 @@ class Stream:
             # short waits in a thread: a cancelled task leaves none behind, and no result is lost
             ready = await asyncio.get_running_loop().run_in_executor(None, self._ready, time.monotonic() + _POLL)
             if ready:
-                found = self._next(time.monotonic())
-                if found is not None:
-                    return found
+                result = self._next(time.monotonic())
+                if result is not None:
+                    return result
                 with self._changed:
-                    if self._closed and not self._frames and self._taken is None:
+                    if self._closed and not self._frames and self._submitted is None:
                         raise StopAsyncIteration
 
     def _ready(self, end: float | None) -> bool:
@@ -260,15 +262,17 @@ class Stream:
         if not self._consumer.acquire(timeout=-1 if end is None else max(0.0, end - time.monotonic())):
             return None
         try:
-            if not self._wait(end) or self._taken is None:
+            if not self._wait(end) or self._submitted is None:
                 return None
-            frame, self._taken = self._taken, None
+            frame, self._submitted = self._submitted, None
             assert frame.future is not None
             try:
                 return self._tracked(frame, frame.future.result())
             except Exception as error:
                 self._lost = (
-                    _after(self._lost, frame.facts["motion"]) if self._lost is not None else frame.facts["motion"]
+                    _after(self._lost, frame.observations["motion"])
+                    if self._lost is not None
+                    else frame.observations["motion"]
                 )
                 return FrameResult(frame.frame_id, frame.stamp, error)
         finally:
@@ -276,7 +280,7 @@ class Stream:
 
     def _wait(self, end: float | None) -> bool:
         """Take a frame and wait until it was run; False when that takes longer. The consumer's lock is held."""
-        if self._taken is None:
+        if self._submitted is None:
             with self._changed:
                 left = None if end is None else max(0.0, end - time.monotonic())
                 if not self._changed.wait_for(lambda: self._closed or self._frames, left):
@@ -290,21 +294,23 @@ class Stream:
             except Exception as error:
                 future = Future()
                 future.set_exception(error)
-            self._taken = dataclasses.replace(frame, image=None, future=future)
-        assert self._taken.future is not None
+            self._submitted = dataclasses.replace(frame, image=None, future=future)
+        assert self._submitted.future is not None
         left = None if end is None else max(0.0, end - time.monotonic())
-        return bool(wait([self._taken.future], left).done)
+        return bool(wait([self._submitted.future], left).done)
 
     def _tracked(self, frame: _Frame, geometry: Geometry) -> FrameResult:
         """With depth, where anything was said of the camera or the scene."""
-        facts = dict(frame.facts)
-        self._standing.update({name: facts[name] for name in _STANDING if name in facts})
+        observations = dict(frame.observations)
+        self._standing.update({name: observations[name] for name in _STANDING if name in observations})
         if self._lost is not None:
-            facts["motion"], self._lost = _after(self._lost, facts["motion"]), None
-        if geometry.prediction is None or not (self._standing or "anchors" in facts):
+            observations["motion"], self._lost = _after(self._lost, observations["motion"]), None
+        if geometry.prediction is None or not (self._standing or "anchors" in observations):
             return FrameResult(frame.frame_id, frame.stamp, geometry)
         try:
-            return FrameResult(frame.frame_id, frame.stamp, self._tracker.update(geometry, **(self._standing | facts)))
+            return FrameResult(
+                frame.frame_id, frame.stamp, self._tracker.update(geometry, **(self._standing | observations))
+            )
         except CalibrationError as error:
             return FrameResult(frame.frame_id, frame.stamp, geometry, error)
 
@@ -325,11 +331,11 @@ class Stream:
             failed.set_exception(error)
             return failed
 
-    def _number(self, image: object, stamp: object, frame_id: object, facts: dict[str, Any]) -> _Frame:
+    def _number(self, image: object, stamp: object, frame_id: object, observations: dict[str, Any]) -> _Frame:
         """A frame with its id; the lock is held."""
         self._require_open()
         number, self._count = self._count, self._count + 1
-        return _Frame(number if frame_id is None else frame_id, stamp, image, None, facts)
+        return _Frame(number if frame_id is None else frame_id, stamp, image, None, observations)
 
     def _drop_all(self) -> None:
         """Drop and count the frames that nobody took; the lock is held."""
@@ -346,7 +352,7 @@ class Stream:
 
 
 def _check_types(intrinsics: object = None, camera_height: object = None, anchors: Any = None, up: Any = None) -> None:
-    """Raises ConfigError for what is no such fact, whatever the frame; what a frame says against one is its refusal."""
+    """Raises ConfigError for what no frame can have; what a frame says against one is its refusal."""
     height = number_of(camera_height)
     if camera_height is not None and (height is None or not 0 < height < math.inf):
         raise ConfigError(f"camera_height must be metres above 0, not {shown(camera_height)}.")

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from densegeo.errors import CalibrationError, ConfigError
 from densegeo.given import shown
 from densegeo.runtime.anchors import AnchorFit, Method, sample
-from densegeo.runtime.calibrate import Facts, anchor_fit, finished, gather
+from densegeo.runtime.calibrate import SceneMeasurements, anchor_fit, finished, gather
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.edges import flying_pixels
 from densegeo.runtime.evidence import Evidence
@@ -64,8 +64,8 @@ def align(
     usable = (before.valid & ~flying_pixels(p))[part]
     first = p[part][usable].astype(np.float64)
     if motion is None:
-        kept = (after.valid & ~flying_pixels(q))[part][usable]
-        return _fitted(first[kept], q[part][usable][kept].astype(np.float64))
+        steady = (after.valid & ~flying_pixels(q))[part][usable]
+        return _fitted(first[steady], q[part][usable][steady].astype(np.float64))
     if intrinsics is None or before.calibration is None:
         raise CalibrationError("motion needs intrinsics, and a frame before whose depth is known.")
     pose = checked_motion(motion)
@@ -74,11 +74,11 @@ def align(
     points = points @ pose[:3, :3].T + pose[:3, 3]
     uv = camera.project(points)
     height, width = q.shape
-    seen = np.isfinite(uv).all(axis=1) & (uv >= 0).all(axis=1) & (uv[:, 0] <= width - 1) & (uv[:, 1] <= height - 1)
-    second = sample(np.where(after.valid & ~flying_pixels(q), q, np.float32(np.nan)), uv[seen])
+    in_view = np.isfinite(uv).all(axis=1) & (uv >= 0).all(axis=1) & (uv[:, 0] <= width - 1) & (uv[:, 1] <= height - 1)
+    second = sample(np.where(after.valid & ~flying_pixels(q), q, np.float32(np.nan)), uv[in_view])
     # what the line before says of the depth that these points have now, as a prediction of the frame before
     line = before.calibration
-    expected = (np.asarray(SPACES[line.kind].to(points[seen, 2])) - line.shift) / line.scale
+    expected = (np.asarray(SPACES[line.kind].to(points[in_view, 2])) - line.shift) / line.scale
     known = np.isfinite(second) & np.isfinite(expected)
     return _fitted(expected[known], second[known])
 
@@ -175,11 +175,11 @@ class ScaleTracker:
             raise ConfigError(f"geometry must be a result of an estimator, a Geometry, not {shown(geometry)}.")
         motion = None if motion is None else checked_motion(motion)
         camera = None if intrinsics is None else geometry.camera(intrinsics)
-        facts = Facts(anchors, camera_height, up, size, method)
+        measurements = SceneMeasurements(anchors, camera_height, up, size, method)
         predicted = self._predicted(geometry, intrinsics, motion)
         first = predicted.rank == 0
-        evidence, fit, reason = self._measured(geometry, camera, facts, predicted)
-        if facts.metres and evidence.information[1, 1] > 0 and not self._metres:
+        evidence, fit, reason = self._own_evidence(geometry, camera, measurements, predicted)
+        if measurements.metres and evidence.information[1, 1] > 0 and not self._metres:
             # the first word of metres: the unit so far was made up
             predicted = _unitless(predicted)
             self._metres = True
@@ -209,15 +209,15 @@ class ScaleTracker:
             state += Evidence.of(_median(geometry), 1.0, 0.0, 1e-3)
         if state.rank < 2:
             state += Evidence.of(0.0, 1.0, 0.0, _VAGUE)
-        return self._kept(geometry, state, fit)
+        return self._with_depth(geometry, state, fit)
 
-    def _kept(self, geometry: Geometry, state: Evidence, fit: AnchorFit | None) -> Geometry:
+    def _with_depth(self, geometry: Geometry, state: Evidence, fit: AnchorFit | None) -> Geometry:
         sources = tuple(
             dict.fromkeys(source.split(" ")[-1] if "anchor" in source else source for source in state.sources)
         )
-        found = finished(geometry.space, replace(state, sources=sources), fit, metric=self._metres)
+        calibration = finished(geometry.space, replace(state, sources=sources), fit, metric=self._metres)
         self._state = replace(state, sources=sources)
-        result = geometry.calibrated(found)
+        result = geometry.calibrated(calibration)
         self._last = result
         return result
 
@@ -230,8 +230,8 @@ class ScaleTracker:
             if last.calibration is None or last.calibration.kind != geometry.space or _turned(last, geometry) > _TURNED:
                 raise CalibrationError("Another scene.")
             motion = motion if self._metres else None  # in metres it says nothing in an unknown unit
-            found = align(last, geometry, intrinsics, motion)
-            if found.agreement < _SAME:
+            alignment = align(last, geometry, intrinsics, motion)
+            if alignment.agreement < _SAME:
                 raise CalibrationError("Another scene.")
         except CalibrationError:
             self.resets += 1
@@ -239,22 +239,22 @@ class ScaleTracker:
             return Evidence.nothing()
         scale = self._state.line[0]
         # the step's error grows with how badly the two frames agree
-        worse = 1 + 20 * (1 - found.agreement)
+        worse = 1 + 20 * (1 - alignment.agreement)
         lift = DRIFT if motion is None else _STEP[1]
         noise = drift_noise(_median(geometry), _STEP[0] * worse * scale, lift * worse)
-        moved = self._state.moved(found.alpha, found.beta, noise)
+        moved = self._state.moved(alignment.alpha, alignment.beta, noise)
         return replace(moved, sources=self._state.sources)
 
-    def _measured(
-        self, geometry: Geometry, camera: Camera | None, facts: Facts, predicted: Evidence
+    def _own_evidence(
+        self, geometry: Geometry, camera: Camera | None, measurements: SceneMeasurements, predicted: Evidence
     ) -> tuple[Evidence, AnchorFit | None, CalibrationError | None]:
         """What this frame says by itself; `predicted` only helps the robust fit of its anchors."""
-        evidence, reason = gather(geometry, camera, facts, predicted)
-        if facts.anchors is None:
+        evidence, reason = gather(geometry, camera, measurements, predicted)
+        if measurements.anchors is None:
             return evidence, None, reason
         known = _unitless(predicted + evidence) if not self._metres else predicted + evidence
         try:
-            fit = anchor_fit(geometry, facts, known, reason)
+            fit = anchor_fit(geometry, measurements, known, reason)
         except CalibrationError as error:  # on a depth edge, say: the frames before know enough
             if not self._metres:
                 raise

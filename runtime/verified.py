@@ -16,14 +16,14 @@ from densegeo.runtime.bundle import MANIFEST
 
 def is_verified(bundle: Path, backend: str) -> bool:
     """Whether this very bundle passed with this backend on this machine."""
-    found = _finding(bundle, backend)
-    return found is not None and found.good
+    finding = _finding(bundle, backend)
+    return finding is not None and finding.good
 
 
 def has_failed(bundle: Path, backend: str) -> bool:
     """Whether this very bundle was verified with this backend on this machine, and did not pass."""
-    found = _finding(bundle, backend)
-    return found is not None and not found.good
+    finding = _finding(bundle, backend)
+    return finding is not None and not finding.good
 
 
 def remember(bundle: Path, backend: str, device: str, wrong: str = "") -> None:
@@ -33,12 +33,12 @@ def remember(bundle: Path, backend: str, device: str, wrong: str = "") -> None:
     """
     marker = _marker(bundle, backend)
     when = datetime.now().isoformat(" ", "minutes")
-    found = Finding(str(bundle.resolve()), backend, device, not wrong, wrong, when)
+    finding = Finding(str(bundle.resolve()), backend, device, not wrong, wrong, when)
     try:
         if marker is not None:
             marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with atomic_write(marker) as partial:
-                partial.write_bytes(msgspec.json.encode(found))
+                partial.write_bytes(msgspec.json.encode(finding))
     except OSError:
         pass
 
@@ -55,9 +55,11 @@ def forget(bundle: Path, backend: str) -> None:
 
 def findings() -> list[Finding]:
     """Of bundles that are still the same ones, on this machine."""
-    found = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
-    here = [one for marker, one in found if one and _marker(Path(one.bundle), one.backend) == marker]
-    return sorted(here, key=lambda one: (one.bundle, one.backend))
+    stored = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
+    here = [
+        finding for marker, finding in stored if finding and _marker(Path(finding.bundle), finding.backend) == marker
+    ]
+    return sorted(here, key=lambda finding: (finding.bundle, finding.backend))
 
 
 def _finding(bundle: Path, backend: str) -> Finding | None:

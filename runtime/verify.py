@@ -141,19 +141,23 @@ def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[C
     for bucket in single(estimator.manifest.buckets):
         pictures = stored(tensors, path, bucket, ("image", *(f"{IMAGE}{name}" for name in outputs)))
         images = [picture["image"] for picture in pictures]
-        wanted = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
+        references = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
 
-        def compare(what: str, results: Sequence[Geometry], size: str = str(bucket.size), wanted: Any = wanted) -> None:
+        def compare(
+            what: str, results: Sequence[Geometry], size: str = str(bucket.size), references: Any = references
+        ) -> None:
             for name in outputs:
-                pairs = zip(results, wanted, strict=False)
-                error = float(np.max([relative_error(getattr(found, name), one[name]) for found, one in pairs]))
+                pairs = zip(results, references, strict=False)
+                error = float(
+                    np.max([relative_error(getattr(result, name), reference[name]) for result, reference in pairs])
+                )
                 checks.append(Check(size, name, f"stored float32: {what}", error, _bound(estimator.manifest, name)))
 
         compare("estimator(image)", [estimator(image) for image in images])
         for index in range(len(images), estimator.images_together):
             images.append(_shifted(images[index % PICTURES], index))
             alone = estimator(images[-1])
-            wanted.append({name: getattr(alone, name) for name in outputs})
+            references.append({name: getattr(alone, name) for name in outputs})
         for count in _together(estimator, bucket):
             compare(f"batch of {count}", estimator.batch(images[:count]))
         compare("submit", [future.result(WAIT_S) for future in [estimator.submit(image) for image in images]])
@@ -190,9 +194,9 @@ def run_stages(estimator: Estimator, tensors: dict[str, Array], path: Path) -> l
             if picture["rgb"].shape != (1, 3, bucket.height, bucket.width):
                 shape = picture["rgb"].shape
                 raise BundleError(f"{path}: rgb of {bucket.size} has shape {shape}. Rebuild the bundle.")
-        wanted = alternating(pictures, bucket.batch)
-        outputs = estimator.replay(wanted.pop("rgb"))
-        for output, reference in wanted.items():
+        references = alternating(pictures, bucket.batch)
+        outputs = estimator.replay(references.pop("rgb"))
+        for output, reference in references.items():
             error = relative_error(outputs[output], reference)
             checks.append(Check(bucket.name, output, "stored float32", error, manifest.verification.replay_bound))
     return checks

@@ -93,10 +93,10 @@ class HostWay:
 
     def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
         """In batches that the bundle has graphs for. Raises BackendError."""
-        found: list[Maps[Float]] = []
+        maps: list[Maps[Float]] = []
         for bucket, part in in_batches(self._manifest.buckets, jobs[0].bucket, len(jobs)):
-            found += self._at_once(bucket, jobs[part])
-        return found
+            maps += self._at_once(bucket, jobs[part])
+        return maps
 
     def _at_once(self, bucket: Bucket, jobs: Sequence[Job]) -> list[Maps[Float]]:
         """As many jobs as the bucket takes."""
@@ -143,7 +143,7 @@ class DeviceWay:
     def run(self, jobs: Sequence[Job]) -> list[Maps[Float]]:
         """All at once, as far as the device has room."""
         pixels, placements = [job.array for job in jobs], [job.placement for job in jobs]
-        found = self._backend.estimate(jobs[0].bucket, pixels, placements, jobs[0].color)
+        results = self._backend.estimate(jobs[0].bucket, pixels, placements, jobs[0].color)
         for job in jobs:
             job.timings.end_stage("device")
-        return found
+        return results

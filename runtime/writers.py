@@ -31,13 +31,13 @@ def encode(geometry: Geometry, name: str, file: str, extras: Extras) -> bytes:
     """One format's bytes; see `Geometry.encode`."""
     if not isinstance(file, str):
         raise ConfigError(f'file must be a file\'s name, such as "normals.png", not {shown(file)}.')
-    found = parts(geometry, name, extras)
-    if not file and len(found) > 1:
-        raise ConfigError(f"{name} is several files here: name one of them, file={' or '.join(map(repr, found))}.")
-    if file and file not in found:
-        raise ConfigError(f"There is no {file!r} in {name} of this result; there is {', '.join(found)}.")
+    files = parts(geometry, name, extras)
+    if not file and len(files) > 1:
+        raise ConfigError(f"{name} is several files here: name one of them, file={' or '.join(map(repr, files))}.")
+    if file and file not in files:
+        raise ConfigError(f"There is no {file!r} in {name} of this result; there is {', '.join(files)}.")
     stream = io.BytesIO()
-    (found[file] if file else next(iter(found.values())))(stream)
+    (files[file] if file else next(iter(files.values())))(stream)
     return stream.getvalue()
 
 
@@ -64,7 +64,7 @@ def _sidecar_last(names: Iterable[Path]) -> list[Path]:
 def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
     staged: list[tuple[Path, Path]] = []
     placed: list[tuple[Path, Path | None]] = []  # a final name, and where the file lies that it had before
-    made = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
+    new_folders = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for final in _sidecar_last(planned):
@@ -73,14 +73,14 @@ def _write_together(directory: Path, planned: dict[Path, Part]) -> None:
             with open(staged[-1][0], "wb") as stream:
                 planned[final](stream)
         for temporary, final in staged:
-            placed.append((final, _kept(final)))
+            placed.append((final, _backup(final)))
             os.replace(temporary, final)
     except BaseException as error:  # Ctrl-C too must leave nothing behind
         for final, before in placed:
             _quietly(partial(os.replace, before, final) if before else final.unlink)
         for temporary, _ in staged:
             _quietly(temporary.unlink)
-        for folder in made:
+        for folder in new_folders:
             _quietly(folder.rmdir)
         if isinstance(error, OSError):
             raise ResourceError(
@@ -97,18 +97,18 @@ def _hidden(final: Path) -> Path:
     return final.with_name(f".{secrets.token_hex(6)}")
 
 
-def _kept(final: Path) -> Path | None:
+def _backup(final: Path) -> Path | None:
     """A second name of the file that is about to be replaced; None where there is none. Raises OSError."""
     if not os.path.lexists(final):
         return None
     if final.is_dir() and not final.is_symlink():
         raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
-    kept = _hidden(final)
+    backup = _hidden(final)
     try:
-        os.link(final, kept, follow_symlinks=False)
+        os.link(final, backup, follow_symlinks=False)
     except (OSError, NotImplementedError):  # a file system without links
-        os.replace(final, kept)
-    return kept
+        os.replace(final, backup)
+    return backup
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -91,7 +91,7 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raises CalibrationError, ConfigError for numbers that no picture could go with."""
         if self._facts + ((self.near, self.far) != (None, None)) + ((self.scale, self.shift) != (None, None)) > 1:
             raise CalibrationError(
-                "Give exactly one of: scale and shift; near and far; facts (anchors, camera_height, size)."
+                "Give exactly one of: scale and shift; near and far; measurements (anchors, camera_height, size)."
             )
         if self.intrinsics is not None:
             Camera.of(self.intrinsics)

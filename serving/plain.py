@@ -166,7 +166,7 @@ def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
         if geometry.depth_kind != "metric":
             raise NotMetricError(
                 f"{answer.media_type} holds millimetres, and nothing tells the unit: give near and far, scale and "
-                "shift, or a fact: anchors, or with intrinsics camera_height or size."
+                "shift, or a measurement: anchors, or with intrinsics camera_height or size."
             )
     elif row.needs == "depth" and not _to_scale(asked, answer):
         geometry.require_depth(row.about)

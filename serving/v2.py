@@ -136,8 +136,8 @@ def require_output(name: str, decode: Decode, metres: Metres) -> None:
     if name == "depth" and "depth" not in there and decode.has("depth"):
         raise NotMetricError(
             "There is no output depth in this request: the prediction is known only up to a scale and a shift. Say in "
-            "the request's parameters what fixes them: near and far, scale and shift, or a fact: anchors, or with "
-            "intrinsics camera_height or size."
+            "the request's parameters what fixes them: near and far, scale and shift, or a measurement: anchors, or "
+            "with intrinsics camera_height or size."
         )
     if name not in there:
         raise RequestError(f"There is no output {name[:60]!r}; there are {', '.join(there)}.")
