@@ -12,13 +12,13 @@ from densegeo.backends import NAMES
 from densegeo.errors import DensegeoError
 
 
-def find_bundle(given: str) -> Path:
+def find_bundle(name_or_path: str) -> Path:
     """As `runtime.ready.find_bundle`, for a bundle that is there: BadParameter for anything else."""
     from densegeo.errors import BundleError
     from densegeo.runtime.bundle import require_bundle
     from densegeo.runtime.ready import find_bundle as find
 
-    path = find(given)
+    path = find(name_or_path)
     try:
         require_bundle(path)
     except BundleError as error:
@@ -26,36 +26,36 @@ def find_bundle(given: str) -> Path:
     return path
 
 
-def known_backend(given: str) -> str:
+def known_backend(name: str) -> str:
     """`auto` or a backend's name: BadParameter for anything else."""
-    if given not in ("auto", *NAMES):
-        raise typer.BadParameter(f"There is no {given!r}; choose auto, {', '.join(NAMES)}.")
-    return given
+    if name not in ("auto", *NAMES):
+        raise typer.BadParameter(f"There is no {name!r}; choose auto, {', '.join(NAMES)}.")
+    return name
 
 
-def known_device(given: str) -> str:
+def known_device(device: str) -> str:
     """auto, cpu, cuda or cuda:N: BadParameter for anything else."""
     from densegeo.runtime.backends import parse_device
 
     try:
-        parse_device(given)
+        parse_device(device)
     except DensegeoError as error:
         raise typer.BadParameter(str(error)) from error
-    return given
+    return device
 
 
-def above_zero(given: float) -> float:
+def above_zero(value: float) -> float:
     """BadParameter for 0, less, and what is not finite."""
-    if not 0 < given < math.inf:
-        raise typer.BadParameter(f"must be above 0, not {given:g}.")
-    return given
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"must be above 0, not {value:g}.")
+    return value
 
 
-def not_negative(given: float) -> float:
+def not_negative(value: float) -> float:
     """BadParameter for less than 0 and what is not finite."""
-    if not 0 <= given < math.inf:
-        raise typer.BadParameter(f"must be 0 or more, not {given:g}.")
-    return given
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"must be 0 or more, not {value:g}.")
+    return value
 
 
 Bundle = Annotated[

@@ -111,8 +111,8 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(show: bool) -> None:
+    if show:
         from densegeo import __version__
 
         typer.echo(f"densegeo {__version__}")

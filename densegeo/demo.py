@@ -21,8 +21,8 @@ ATTRIBUTION_FILE = "ATTRIBUTION.txt"
 
 def photographs() -> list[Path]:
     """The files, in the order of their names. Raises BundleError where the installation lacks them."""
-    if found := sorted(PHOTOGRAPHS.glob("*.jpg")):
-        return found
+    if files := sorted(PHOTOGRAPHS.glob("*.jpg")):
+        return files
     raise BundleError(f"{PHOTOGRAPHS} holds no photographs: this installation is incomplete, install densegeo again.")
 
 

@@ -167,8 +167,8 @@ def version(distribution: str) -> str | None:
 def _installed(row: BackendRow) -> str:
     """Versions of the distributions that a backend is made of, of each group the first that is here; or ""."""
     groups = [[(name, number) for name in group if (number := version(name))] for group in row.distributions]
-    found = [group[0] for group in groups if group]
-    return found[0][1] if len(groups) == 1 and found else ", ".join(f"{name} {number}" for name, number in found)
+    present = [group[0] for group in groups if group]
+    return present[0][1] if len(groups) == 1 and present else ", ".join(f"{name} {number}" for name, number in present)
 
 
 def _examined(row: BackendRow, has_gpu: bool) -> list[Backend]:
@@ -200,18 +200,18 @@ def _providers(row: BackendRow, installed: str, has_gpu: bool, tells: str) -> li
         available = list(onnxruntime.get_available_providers())
     except Exception as error:  # a broken installation is a finding, not a failure
         return [Backend(row.name, installed, "no", f"installed, but cannot be imported: {error}")]
-    found = []
+    rows = []
     for kind, provider in row.providers.items():
         name, title = _label(row, (kind,)), PROVIDERS[provider].title
         if provider not in available:
-            found.append(Backend(name, None, "no", f"this ONNX Runtime has no {title} provider"))
+            rows.append(Backend(name, None, "no", f"this ONNX Runtime has no {title} provider"))
         elif kind == "cpu":
-            found.append(Backend(name, installed, "yes", f"{title} provider"))
+            rows.append(Backend(name, installed, "yes", f"{title} provider"))
         elif not has_gpu:
-            found.append(Backend(name, installed, "no", f"{title} provider there, but {row.without_gpu}"))
+            rows.append(Backend(name, installed, "no", f"{title} provider there, but {row.without_gpu}"))
         else:
-            found.append(Backend(name, installed, "untried", f"{row.untried}: {tells}"))
-    return found
+            rows.append(Backend(name, installed, "untried", f"{row.untried}: {tells}"))
+    return rows
 
 
 def _gpus() -> tuple[list[str], str]:
@@ -223,8 +223,8 @@ def _gpus() -> tuple[list[str], str]:
             result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         except (OSError, subprocess.SubprocessError) as error:
             return [], f"nvidia-smi is there but failed ({error})."
-        found = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-        return found, f"Listed by nvidia-smi; no computation was run on them.{_toolkits(found)}"
+        cards = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        return cards, f"Listed by nvidia-smi; no computation was run on them.{_toolkits(cards)}"
     count = _driver_device_count()
     if count is None:
         return [], "No NVIDIA driver (libcuda.so.1 cannot be loaded, nvidia-smi not found)."
@@ -254,7 +254,7 @@ def _driver_device_count() -> int | None:
 
 def _extras() -> list[Offered]:
     """Every extra. `cpu` and `gpu` are alternatives: with one of them here, the other need not be installed."""
-    found = []
+    offers = []
     for extra in EXTRAS:
         have = {name: number for name in extra.distributions if (number := version(name)) is not None}
         lacks = [name for name in extra.distributions if name not in have]
@@ -263,8 +263,8 @@ def _extras() -> list[Offered]:
             install = ""
         if extra.name == "gpu" and lacks and version("onnxruntime") is not None:
             install = f"pip uninstall -y onnxruntime && {install}"
-        found.append(Offered(extra.name, extra.purpose, have, lacks, install))
-    return found
+        offers.append(Offered(extra.name, extra.purpose, have, lacks, install))
+    return offers
 
 
 def _warnings() -> list[str]:
@@ -319,6 +319,6 @@ def print_report(report: Report) -> None:
     console.print("\n`densegeo verify BUNDLE` shows whether a bundle's numbers come out right on this machine.")
 
 
-def _in_words(one: Finding) -> str:
-    with_what = f"{one.bundle} with {one.backend} on {one.device}, {one.when}"
-    return f"{with_what}: {'passed' if one.good else f'failed, {one.said}'}"
+def _in_words(finding: Finding) -> str:
+    with_what = f"{finding.bundle} with {finding.backend} on {finding.device}, {finding.when}"
+    return f"{with_what}: {'passed' if finding.good else f'failed, {finding.said}'}"

@@ -29,7 +29,7 @@ from densegeo.inputs import Input, is_live
 from densegeo.records import Results, source_record
 from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.pictures import Span
-from densegeo.signals import told
+from densegeo.signals import signals_handed_to
 
 log = logging.getLogger("densegeo")
 
@@ -60,7 +60,7 @@ def run_films(
     for item in items:
         stops: list[KeyboardInterrupt] = []
         try:
-            with tally.notices.about(item.path) as warnings, told(stops.append):
+            with tally.notices.about(item.path) as warnings, signals_handed_to(stops.append):
                 count = _Film(estimator, item, making, results, tally, options, warnings).make(advance, stops)
         except FATAL:
             raise
@@ -125,15 +125,15 @@ class _Film:
             FilmWriter(self._folder / f"{self._stem}_{SIDE_BY_SIDE}") as film,
             closing(newest(frames) if self._live else frames) as all_frames,
         ):
-            taken = _until(islice(all_frames, self._options.most), stops, self._live)
+            chosen_frames = _until(islice(all_frames, self._options.most), stops, self._live)
             workers = 1 if self._live else self._options.workers
             try:
-                for frame, made in in_order(taken, lambda frame: self._picture(frame, results), workers):
-                    if isinstance(made, _Refused):
-                        why = why or made.reason
-                        self._note_refusal(frame, made)
+                for frame, picture in in_order(chosen_frames, lambda frame: self._picture(frame, results), workers):
+                    if isinstance(picture, _Refused):
+                        why = why or picture.reason
+                        self._note_refusal(frame, picture)
                     else:
-                        film.add(made, frame.seconds)
+                        film.add(picture, frame.seconds)
                         count += 1
                     advance()
             except ImageError as error:

@@ -93,14 +93,14 @@ def sampled(path: str, count: int = SAMPLED) -> list[NDArray[np.uint8]]:
     """Some frames from all over a film, or the first one where it cannot be searched. Raises ImageError."""
     with _container(path) as container:
         stream = container.streams.video[0]
-        found = [next(_frames(container, path)).pixels]
+        samples = [next(_frames(container, path)).pixels]
         for part in range(1, count if stream.duration else 1):
             try:
                 container.seek((stream.start_time or 0) + part * stream.duration // count, stream=stream)
-                found.append(next(_frames(container, path)).pixels)
+                samples.append(next(_frames(container, path)).pixels)
             except (ImageError, OSError):  # a damaged part: the others do
                 continue
-        return found
+        return samples
 
 
 def span_of(geometries: list[Geometry]) -> tuple[float, float] | None:
@@ -126,11 +126,11 @@ def in_order(
             for frame in frames:
                 waiting.append((frame, pool.submit(work, frame)))
                 if len(waiting) > workers:
-                    first, made = waiting.popleft()
-                    yield first, made.result()
+                    first, outcome = waiting.popleft()
+                    yield first, outcome.result()
             while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
+                first, outcome = waiting.popleft()
+                yield first, outcome.result()
         finally:
             for _, future in waiting:
                 future.cancel()

@@ -43,9 +43,9 @@ def require_text(name: str, value: object, such_as: str) -> None:
 
 def whole_of(name: str, value: object, *, none: bool = False) -> int:
     """Raises ConfigError for anything but a whole number above 0. none: the error says that None is taken too."""
-    found = integer_of(value)
-    if found is not None and found > 0:
-        return found
+    number = integer_of(value)
+    if number is not None and number > 0:
+        return number
     raise ConfigError(f"{name} must be a whole number above 0{', or None' if none else ''}, not {shown(value)}.")
 
 

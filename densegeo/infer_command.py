@@ -120,10 +120,10 @@ def infer(
     options |= {"threads": threads, "resolution": resolution}
     of_films = {"--frames": frames, "--max-frames": max_frames}
     fleet = checked.ray_of(ray, actors, actor_cpus, into, device=device, overwrite=overwrite, of_films=of_films)
-    asked = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames, fleet)
-    found = checked.inputs_of(inputs or [], list_file, output, making)
-    if fleet is not None and any(item.film for item in found.inputs):
+    job = Run(bundle, output, options, workers, skip_existing, overwrite, quiet, as_json, frames, max_frames, fleet)
+    found_inputs = checked.inputs_of(inputs or [], list_file, output, making)
+    if fleet is not None and any(item.film for item in found_inputs.inputs):
         raise typer.BadParameter("is about images: run films and cameras without it.", param_hint="--ray")
-    code = run(asked, making, found)
+    code = run(job, making, found_inputs)
     if code:
         raise typer.Exit(code)

@@ -17,7 +17,7 @@ from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
 if TYPE_CHECKING:
     from densegeo.fleet.ray_inference import RayOptions
     from densegeo.inference import Making
-    from densegeo.inputs import Found
+    from densegeo.inputs import FoundInputs
     from densegeo.runtime.bundle import Manifest
     from densegeo.runtime.camera import Camera
 
@@ -40,28 +40,28 @@ def in_options(text: str) -> str:
     return text
 
 
-def inputs_of(arguments: list[str], list_file: str | None, output: Path, making: Making) -> Found:
+def inputs_of(arguments: list[str], list_file: str | None, output: Path, making: Making) -> FoundInputs:
     """What there is to work on."""
     from densegeo.errors import ImageError
     from densegeo.inputs import find_inputs, read_list
 
     try:
-        given = [argument for argument in arguments if argument != "-"]
+        named = [argument for argument in arguments if argument != "-"]
         listed = [path for name in arguments if name == "-" for path in read_list(name)]
         if list_file is not None:
             listed += read_list(list_file)
-        if not given and not listed:
+        if not named and not listed:
             raise ImageError("There is nothing to work on: name images or folders, or a list with --list.")
-        found = find_inputs(given, output, listed)
+        found_inputs = find_inputs(named, output, listed)
     except ImageError as error:
         raise typer.BadParameter(str(error), param_hint="INPUTS") from error
-    if any(item.film for item in found.inputs) and not installed(FILM_MODULE):
+    if any(item.film for item in found_inputs.inputs) and not installed(FILM_MODULE):
         hint = f'Films and cameras need {FILM_MODULE}: pip install "densegeo[{FILM_EXTRA}]".'
         raise typer.BadParameter(hint, param_hint="INPUTS")
-    if all(item.film for item in found.inputs) and (making.value_range or making.truncated):
+    if all(item.film for item in found_inputs.inputs) and (making.value_range or making.truncated):
         option = "--value-range" if making.value_range else "--truncated"
         raise typer.BadParameter("is about images; films and cameras need it not.", param_hint=option)
-    return found
+    return found_inputs
 
 
 def ray_of(
@@ -136,14 +136,14 @@ def require_what_formats_need(making: Making) -> None:
         raise typer.BadParameter("Give either --near and --far or --scale and --shift, not both.")
     metric = making.depth_range is not None or making.scale_shift is not None
     for row in (RESULTS[name] for name in making.formats):
-        seen = making.intrinsics is not None or making.fov is not None
-        if (row.needs == "metres" and not metric) or (row.needs == "depth" and not (metric or seen)):
+        has_camera = making.intrinsics is not None or making.fov is not None
+        if (row.needs == "metres" and not metric) or (row.needs == "depth" and not (metric or has_camera)):
             raise typer.BadParameter(
                 f"{row.name} needs depth in metres: give --near and --far, or --scale and --shift."
                 + (" (Or the camera alone, for a shape whose unit is unknown.)" if row.needs == "depth" else ""),
                 param_hint="--format",
             )
-        if row.intrinsics and not seen:
+        if row.intrinsics and not has_camera:
             raise typer.BadParameter(
                 f"{row.name} needs the camera: give --fov, --camera, or --fx, --fy, --cx and --cy.",
                 param_hint="--format",
@@ -217,7 +217,7 @@ def camera_of(
     from densegeo.runtime.camera import Camera
 
     intrinsics = _intrinsics(fx, fy, cx, cy)
-    if sum(given is not None for given in (intrinsics, fov, file)) > 1:
+    if sum(source is not None for source in (intrinsics, fov, file)) > 1:
         raise typer.BadParameter("Give the camera once: --fov, --camera, or --fx, --fy, --cx and --cy.")
     if fov is not None and not 0 < fov < 180:
         raise typer.BadParameter("must be between 0 and 180 degrees.", param_hint="--fov")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from densegeo.formats import SIDECAR
 from densegeo.infer_options import in_options, require_outputs
 from densegeo.inference import Making, Tally, run_images
-from densegeo.inputs import Found, Input, in_words, is_live
+from densegeo.inputs import FoundInputs, Input, in_words, is_live
 from densegeo.notices import Notice, Notices
 from densegeo.progress import progress
 from densegeo.records import Results, bundle_record
@@ -47,96 +47,96 @@ class Run:
     ray: RayOptions | None = None
 
 
-def run(asked: Run, making: Making, found: Found) -> int:
+def run(job: Run, making: Making, found_inputs: FoundInputs) -> int:
     """Plan, work, and say how it went; the exit code."""
-    manifest = read_manifest(asked.bundle)
+    manifest = read_manifest(job.bundle)
     require_outputs(making, manifest)
-    options = {key: asked.estimator[key] for key in ("fit", "preprocessing", "resolution")} | making.record()
-    maker = {"bundle": bundle_record(asked.bundle, manifest), "options": options, "formats": list(making.formats)}
-    results = _results(asked, maker)
+    options = {key: job.estimator[key] for key in ("fit", "preprocessing", "resolution")} | making.record()
+    maker = {"bundle": bundle_record(job.bundle, manifest), "options": options, "formats": list(making.formats)}
+    results = _results(job, maker)
     console = Console(stderr=True)
-    tally = Tally(skipped=found.skipped, notices=Notices(_shower(console, asked.quiet)))
-    todo = _todo(found.inputs, results, asked, tally)
+    tally = Tally(skipped=found_inputs.skipped, notices=Notices(_shower(console, job.quiet)))
+    todo = _todo(found_inputs.inputs, results, job, tally)
     listed = results.open_journal()
     try:
         ahead = set(todo)
-        for item in found.inputs:
+        for item in found_inputs.inputs:
             if item not in ahead and item.name not in listed:
                 results.note(item, "done", files=results.existing(item))
-        return _work(asked, making, results, todo, tally, console)
+        return _work(job, making, results, todo, tally, console)
     finally:
         results.close()
 
 
-def _work(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> int:
+def _work(job: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> int:
     started, code = time.monotonic(), 0
     try:
         with terminable(), tally.notices.collected():
-            if todo and asked.ray is not None:
-                _on_ray(asked, making, results, todo, tally, console)
+            if todo and job.ray is not None:
+                _on_ray(job, making, results, todo, tally, console)
             elif todo:
-                _all(asked, making, results, todo, tally, console)
+                _all(job, making, results, todo, tally, console)
     except Terminated as end:
         tally.stopped_by, code = end.name, end.status
     except KeyboardInterrupt:
         tally.stopped_by, code = "Ctrl-C", 130
     finally:
         tally.seconds = time.monotonic() - started
-        _summary(asked, tally, todo, console)
+        _summary(job, tally, todo, console)
     return code or (1 if tally.failures else 0)
 
 
-def _all(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
+def _all(job: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
     images, films = ([item for item in todo if item.film == film] for film in (False, True))
-    together = asked.workers if any(not is_live(item.path) for item in films) else len(images)
-    calls = max(1, min(asked.workers, together, os.cpu_count() or 1))
-    with Estimator(asked.bundle, **asked.estimator, calls_at_once=calls) as estimator:
+    together = job.workers if any(not is_live(item.path) for item in films) else len(images)
+    calls = max(1, min(job.workers, together, os.cpu_count() or 1))
+    with Estimator(job.bundle, **job.estimator, calls_at_once=calls) as estimator:
         if images:
-            with progress("images", len(images), console, quiet=asked.quiet) as advance:
-                run_images(estimator, images, making, results, tally, asked.workers, advance)
+            with progress("images", len(images), console, quiet=job.quiet) as advance:
+                run_images(estimator, images, making, results, tally, job.workers, advance)
         if films:
             from densegeo.film_inference import FilmOptions, run_films
 
-            with progress("frames", None, console, quiet=asked.quiet) as advance:
-                options = FilmOptions(asked.frames, asked.max_frames, asked.workers)
+            with progress("frames", None, console, quiet=job.quiet) as advance:
+                options = FilmOptions(job.frames, job.max_frames, job.workers)
                 run_films(estimator, films, making, results, tally, options, advance)
 
 
-def _results(asked: Run, maker: dict[str, Any]) -> Results:
-    if asked.ray is None:
-        return Results(asked.output, maker)
+def _results(job: Run, maker: dict[str, Any]) -> Results:
+    if job.ray is None:
+        return Results(job.output, maker)
     from densegeo.fleet.ray_inference import results_of
 
-    return results_of(asked.output, maker, asked.ray.into)
+    return results_of(job.output, maker, job.ray.into)
 
 
-def _on_ray(asked: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
+def _on_ray(job: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> None:
     from densegeo.fleet.ray_inference import run_on_ray
 
-    with progress("images", len(todo), console, quiet=asked.quiet) as advance:
-        run_on_ray(asked, making, results, todo, tally, advance)
+    with progress("images", len(todo), console, quiet=job.quiet) as advance:
+        run_on_ray(job, making, results, todo, tally, advance)
 
 
-def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> list[Input]:
+def _todo(items: list[Input], results: Results, job: Run, tally: Tally) -> list[Input]:
     """What there is to work on, after what is there already. Raises BadParameter before anything is run."""
-    if asked.overwrite:
+    if job.overwrite:
         sources = {item.path for item in items}
         clash = [path for item in items for path in _paths(results, item) if path in sources]
         if clash:
             raise typer.BadParameter(f"Results would take the place of the image {clash[0]}.", param_hint="--output")
         return items
-    if asked.skip_existing:
+    if job.skip_existing:
         states = {item: results.state(item) for item in items}
         if damaged := [item for item, state in states.items() if state == "unreadable"]:
             raise typer.BadParameter(
-                f"{len(damaged)} of {len(items)} results in {asked.output} cannot be read (the first: "
+                f"{len(damaged)} of {len(items)} results in {job.output} cannot be read (the first: "
                 f"{damaged[0].name}_{SIDECAR}): it is damaged, or no result. Remove it, replace all with --overwrite, "
                 "or choose another folder.",
                 param_hint="--skip-existing",
             )
         if foreign := [item for item, state in states.items() if state == "foreign"]:
             raise typer.BadParameter(
-                f"{len(foreign)} of {len(items)} results in {asked.output} were made of other images, by another "
+                f"{len(foreign)} of {len(items)} results in {job.output} were made of other images, by another "
                 f"bundle or with other options (the first: {foreign[0].name}). Replace them with --overwrite, or "
                 "choose another folder.",
                 param_hint="--skip-existing",
@@ -149,7 +149,7 @@ def _todo(items: list[Input], results: Results, asked: Run, tally: Tally) -> lis
         return [item for item, state in states.items() if state != "whole"]
     if there := [item for item in items if results.existing(item)]:
         raise typer.BadParameter(
-            f"{len(there)} of {len(items)} results are in {asked.output} already (the first: "
+            f"{len(there)} of {len(items)} results are in {job.output} already (the first: "
             f"{results.existing(there[0])[0]}). Keep them with --skip-existing, replace them with --overwrite, or "
             "choose another folder.",
             param_hint="--output",
@@ -175,17 +175,17 @@ def _shower(console: Console, quiet: bool) -> Callable[[Notice], None]:
     return show
 
 
-def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> None:
-    if asked.as_json:
+def _summary(job: Run, tally: Tally, todo: list[Input], console: Console) -> None:
+    if job.as_json:
         import msgspec
 
-        typer.echo(msgspec.json.encode(_record(asked, tally, len(todo))).decode())
-    if not asked.quiet:
+        typer.echo(msgspec.json.encode(_record(job, tally, len(todo))).decode())
+    if not job.quiet:
         films = any(item.film for item in todo)
         stopped = f"stopped by {tally.stopped_by}: " if tally.stopped_by else ""
         speed = f", {tally.done / tally.seconds:.3g} a second" if tally.done and tally.seconds else ""
         what = "images, films and cameras" if films else "images"
-        line = f"{stopped}{tally.done} of {len(todo)} {what} done{speed}, results in {asked.output}"
+        line = f"{stopped}{tally.done} of {len(todo)} {what} done{speed}, results in {job.output}"
         console.print(escape(line), soft_wrap=True, highlight=False)
         if tally.skipped:
             console.print(f"left out: {escape(in_words(tally.skipped))}", soft_wrap=True, highlight=False)
@@ -193,18 +193,18 @@ def _summary(asked: Run, tally: Tally, todo: list[Input], console: Console) -> N
         for notice in several[:_SHOWN]:
             _say(console, "yellow", "warning", f"{notice.count} times, first of {_of(notice.source, notice.text)}")
         if tally.notices.kinds:
-            console.print(f"warnings are listed in {escape(str(asked.output))}/results.jsonl", soft_wrap=True)
+            console.print(f"warnings are listed in {escape(str(job.output))}/results.jsonl", soft_wrap=True)
     for failure in tally.failures[:_SHOWN]:
         _say(console, "red", "failed", _of(failure.where, failure.reason))
     if (more := len(tally.failures) - _SHOWN) > 0:
-        _say(console, "red", "failed", f"{more} more, listed in {asked.output}/results.jsonl")
+        _say(console, "red", "failed", f"{more} more, listed in {job.output}/results.jsonl")
 
 
-def _record(asked: Run, tally: Tally, count: int) -> dict[str, Any]:
+def _record(job: Run, tally: Tally, count: int) -> dict[str, Any]:
     """The summary as `--json` prints it."""
     notices = tally.notices.kinds.values()
     return {
-        "output": _as_text(str(asked.output)),
+        "output": _as_text(str(job.output)),
         "done": tally.done,
         "failed": [
             {"source": _as_text(failure.source), "error": _as_text(in_options(failure.reason))}

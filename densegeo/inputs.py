@@ -31,7 +31,7 @@ class Input:
 
 
 @dataclass
-class Found:
+class FoundInputs:
     """What there is to do, and how much was left out, by reason."""
 
     inputs: list[Input] = field(default_factory=list)
@@ -43,7 +43,7 @@ def in_words(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
 
 
-def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = ()) -> Found:
+def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = ()) -> FoundInputs:
     """Files named, images in folders (recursively), matches of globs, addresses of cameras; each once, in order.
 
     In folders, hidden files and folders, the output folder, earlier results, films and what is no image are left out
@@ -52,21 +52,21 @@ def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = 
     listed: more arguments, of a list that may be older than the files: what gives nothing is taken for a file, whose
     reading then fails by itself. Raises ImageError for any other argument that gives nothing.
     """
-    found = Found()
+    result = FoundInputs()
     files: dict[str, str] = {}  # absolute path -> the folder that it was found under
     streams: list[str] = []
     stored: dict[str, str] = {}  # URL -> that of the folder that it was found under
     for position, argument in enumerate((*arguments, *listed)):
         if remote.is_remote(argument):
-            _expand_remote(argument, stored, found.skipped, listed=position >= len(arguments))
+            _expand_remote(argument, stored, result.skipped, listed=position >= len(arguments))
             continue
         if is_stream(argument):
             streams.append(argument)
             continue
-        before, left = len(files), found.skipped.total()
-        for root, path in _expand(argument, output, found.skipped):
+        before, left = len(files), result.skipped.total()
+        for root, path in _expand(argument, output, result.skipped):
             files.setdefault(path, root)
-        if len(files) == before and found.skipped.total() == left and not _known(argument, files):
+        if len(files) == before and result.skipped.total() == left and not _is_listed(argument, files):
             if position >= len(arguments):
                 path = os.path.abspath(argument)
                 files[path] = os.path.dirname(path)
@@ -74,21 +74,21 @@ def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = 
             raise ImageError(f"{argument} matches no image: it is neither a file, a folder with images, nor a glob.")
     if not files and not streams and not stored:
         raise ImageError(
-            f"There is no image to work on in {', '.join(arguments)}; left out: {in_words(found.skipped)}."
+            f"There is no image to work on in {', '.join(arguments)}; left out: {in_words(result.skipped)}."
         )
     root = os.path.commonpath([*files.values()]) if files else ""
     under = os.path.commonpath([*stored.values()]) if stored else ""
     pairs = [(os.path.relpath(path, root), path) for path in files]
     pairs += [(os.path.relpath(path, under), path) for path in stored]
     for (_, path), name in zip(pairs, unique_names(pairs), strict=True):
-        found.inputs.append(Input(path, name, is_film(path)))
-    found.inputs += [Input(stream, f"camera_{index}", film=True) for index, stream in enumerate(streams, start=1)]
-    return found
+        result.inputs.append(Input(path, name, is_film(path)))
+    result.inputs += [Input(stream, f"camera_{index}", film=True) for index, stream in enumerate(streams, start=1)]
+    return result
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
     """The images of `find_inputs`, without films and cameras."""
-    return [Path(found.path) for found in find_inputs(arguments, Path(os.devnull)).inputs if not found.film]
+    return [Path(item.path) for item in find_inputs(arguments, Path(os.devnull)).inputs if not item.film]
 
 
 def read_list(name: str) -> list[str]:
@@ -226,7 +226,7 @@ def _against_name(path: str) -> str | None:
     return None
 
 
-def _known(argument: str, files: dict[str, str]) -> bool:
+def _is_listed(argument: str, files: dict[str, str]) -> bool:
     """Whether an argument gave only what another gave before."""
     path = os.path.abspath(argument)
     return path in files or any(root == path or root.startswith(path + os.sep) for root in files.values())

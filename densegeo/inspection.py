@@ -154,10 +154,10 @@ def print_layers(bundle: Path, manifest: Manifest, *, every: bool = False) -> No
         )
         if every:
             console.print(_layers(log))
-        found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
-        for line in found:
+        findings = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
+        for line in findings:
             console.print(f"[yellow]warning[/] {escape(line)}", soft_wrap=True)
-        if not found:
+        if not findings:
             console.print("[green]nothing looks wrong[/]")
         console.print()
 

@@ -39,12 +39,12 @@ def source_record(path: str, maker: Mapping[str, Any], content: bytes | None = N
     content: of an image in storage.
     """
     if content is not None:
-        return {"path": path, **remote.facts(path), "sha256": hashlib.sha256(content).hexdigest(), **maker}
+        return {"path": path, **remote.file_status(path), "sha256": hashlib.sha256(content).hexdigest(), **maker}
     if is_stream(path):
         return {"path": path, **maker}
-    facts = os.stat(path)
+    status = os.stat(path)
     digest = sha256_file(Path(path))
-    return {"path": path, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns, "sha256": digest, **maker}
+    return {"path": path, "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "sha256": digest, **maker}
 
 
 class Results:
@@ -64,7 +64,7 @@ class Results:
     def existing(self, item: Input) -> list[str]:
         """Names of those of an image's results, in this run's formats, that are there already."""
         folder, stem = self.where(item)
-        possible = [file for files in self._wanted(item) for file in files]
+        possible = [file for files in self._expected_files(item) for file in files]
         there = self._names(folder)
         return [file for file in dict.fromkeys(f"{stem}_{file}" for file in (*possible, SIDECAR)) if file in there]
 
@@ -103,11 +103,11 @@ class Results:
         folder, stem = self.where(item)
         return int(json.loads((folder / f"{stem}_{SIDECAR}").read_bytes()).get("refused", 0)) if item.film else 0
 
-    def clear(self, item: Input, kept: Iterable[Path]) -> None:
+    def clear(self, item: Input, current: Iterable[Path]) -> None:
         """Remove what an earlier result had in other formats, so that all files of a name are of one result."""
         folder, stem = self.where(item)
         names = {f"{stem}_{file}" for file in RESULT_ENDINGS} & self._names(folder)
-        for name in names - {path.name for path in kept}:
+        for name in names - {path.name for path in current}:
             (folder / name).unlink(missing_ok=True)
 
     def open_journal(self) -> set[str]:
@@ -130,9 +130,9 @@ class Results:
             raise ResourceError(f"Cannot write to {self.folder}: {error.strerror or error}.") from error
         return done
 
-    def note(self, item: Input, status: str, **facts: Any) -> None:
+    def note(self, item: Input, status: str, **fields: Any) -> None:
         """One more line of the journal. Raises OSError."""
-        line = json.dumps({"name": item.name, "status": status, "source": item.path, **facts})
+        line = json.dumps({"name": item.name, "status": status, "source": item.path, **fields})
         self._journal.write(line.encode() + b"\n")
         self._journal.flush()
 
@@ -151,9 +151,9 @@ class Results:
         """Whether all formats of this run are there."""
         folder, stem = self.where(item)
         there = self._names(folder)
-        return all(any(f"{stem}_{file}" in there for file in group) for group in self._wanted(item))
+        return all(any(f"{stem}_{file}" in there for file in group) for group in self._expected_files(item))
 
-    def _wanted(self, item: Input) -> list[Sequence[str]]:
+    def _expected_files(self, item: Input) -> list[Sequence[str]]:
         """Groups of files, of each of which a whole result has some."""
         return [(SIDE_BY_SIDE,)] if item.film else [[*RESULTS[name].files] for name in self.maker["formats"]]
 
@@ -170,10 +170,10 @@ class Results:
 def _is_of(record: Mapping[str, Any], path: str) -> bool:
     """Whether a result is of a file as it is now: of equal size and time of change, or else of equal content."""
     if remote.is_remote(path):
-        now = {"path": path, **remote.facts(path)}
+        now = {"path": path, **remote.file_status(path)}
         same = all(record[name] == value for name, value in now.items())
         return same or bool(record["sha256"] == hashlib.sha256(remote.read(path)).hexdigest())
-    facts = os.stat(path)
-    now = {"path": path, "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}
+    status = os.stat(path)
+    now = {"path": path, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
     same = all(record[name] == value for name, value in now.items())
     return same or bool(record["sha256"] == sha256_file(Path(path)))

@@ -29,7 +29,7 @@ def find(url: str) -> list[str]:
     return sorted(system.unstrip_protocol(name) for name in system.find(path))
 
 
-def facts(url: str) -> dict[str, Any]:
+def file_status(url: str) -> dict[str, Any]:
     """bytes, and version: the storage's name of an object's content (ETag), or its time of change. Raises OSError."""
     system, path = _opened(url)
     info = system.info(path)
@@ -43,7 +43,7 @@ def _opened(url: str) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise ImageError(f'{url} is in storage, which needs fsspec: pip install "densegeo[ray]".') from error
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        opened: tuple[Any, str] = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # the library of this kind of storage
         raise ImageError(f"{url} cannot be opened: {error}.") from error
-    return found
+    return opened

@@ -22,7 +22,7 @@ from densegeo.ros.bag_input import STORE, Bag, Item
 from densegeo.ros.bag_output import Output
 from densegeo.ros.bag_scene import Scene, Sensors, Source, base
 from densegeo.ros.images import Picture, check_conversion, check_format, read_compressed, read_image
-from densegeo.ros.metric import Asked, Known, calibrated, facts
+from densegeo.ros.metric import ImageContext, MetresOptions, calibrated, tracker_arguments
 from densegeo.ros.ranges import Transform
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import MANIFEST, read_manifest
@@ -45,7 +45,7 @@ class Options:
     output: Path
     image_topics: tuple[str, ...] = ()
     sensors: Sensors = field(default_factory=Sensors)
-    asked: Asked = field(default_factory=Asked)
+    metres: MetresOptions = field(default_factory=MetresOptions)
     ycbcr: str = ""
     results: outputs.Options = field(default_factory=outputs.Options)
     overwrite: bool = False
@@ -62,7 +62,7 @@ class Waiting(NamedTuple):
     header: Any
     picture: Picture
     info: Any
-    known: Known
+    context: ImageContext
     future: Future[Geometry]
 
 
@@ -118,7 +118,7 @@ def check(options: Options) -> None:
         raise ConfigError(f"{options.output} is the bag that is read: choose another name.")
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists. Choose another name, or say --overwrite.")
-    near, far, height = options.asked
+    near, far, height = options.metres
     if (near, far) != (0, 0) and not 0 < near < far < math.inf:
         raise ConfigError("--near and --far belong together, in metres with 0 < near < far.")
     if not 0 <= height < math.inf:
@@ -131,39 +131,39 @@ def check(options: Options) -> None:
         raise ConfigError(f"Give either --near and --far or {other}, not both: each says where metres come from.")
     if not 0 <= sensors.anchors_max_age < math.inf:
         raise ConfigError(f"--anchors-max-age is 0 or more seconds, not {sensors.anchors_max_age:g}.")
-    for name, topic, given in (
+    for name, topic, transform in (
         ("anchors", sensors.anchors_topic, sensors.anchors_transform),
         ("imu", sensors.imu_topic, sensors.imu_transform),
     ):
-        if given and not topic:
+        if transform and not topic:
             raise ConfigError(f"--{name}-transform says where a sensor sits: give --{name}-topic too.")
-        if given:
+        if transform:
             try:
-                Transform.of(given)
+                Transform.of(transform)
             except ConfigError as error:
                 raise ConfigError(f"--{name}-transform: {error}") from error
 
 
-def choose(bag: Bag, asked: Sequence[str]) -> list[Source]:
+def choose(bag: Bag, topics: Sequence[str]) -> list[Source]:
     """The image topics to work on. Raises BagError for one that is not there or holds no pictures, and where none was
     asked for and none has a camera_info.
     """
-    for topic in asked:
+    for topic in topics:
         if topic not in bag.topics:
             raise BagError(f"{bag.path} has no topic {topic}; it has {', '.join(sorted(bag.topics))}.")
         if bag.topics[topic] not in (RAW, COMPRESSED):
             raise BagError(f"{topic} is of type {bag.topics[topic]}, not {RAW} or {COMPRESSED}.")
-    if asked:
-        return [Source(topic, _info_of(bag, topic)) for topic in dict.fromkeys(asked)]
+    if topics:
+        return [Source(topic, _info_of(bag, topic)) for topic in dict.fromkeys(topics)]
     images = [topic for topic, kind in bag.topics.items() if kind in (RAW, COMPRESSED)]
     plain = [topic for topic in images if topic == base(topic) or base(topic) not in images]
-    seen = {topic: _no_pictures(bag, topic) for topic in sorted(plain) if _info_of(bag, topic)}
-    if found := [Source(topic, _info_of(bag, topic)) for topic, why in seen.items() if not why]:
-        return found
+    problems = {topic: _no_pictures(bag, topic) for topic in sorted(plain) if _info_of(bag, topic)}
+    if usable := [Source(topic, _info_of(bag, topic)) for topic, why in problems.items() if not why]:
+        return usable
     if not images:
         raise BagError(f"{bag.path} has no image topic; it has {', '.join(sorted(bag.topics))}.")
-    if seen:
-        reasons = " ".join(f"{topic}: {why}" for topic, why in seen.items())
+    if problems:
+        reasons = " ".join(f"{topic}: {why}" for topic, why in problems.items())
         raise BagError(f"No image topic of {bag.path} that has a camera_info holds pictures. {reasons}")
     places = ", ".join(f"{topic} (looked for {_info_name(topic)})" for topic in images)
     raise BagError(
@@ -219,10 +219,10 @@ class _Work:
         self._scene = Scene(bag, sources, options.sensors)
         self._trackers = {source.topic: ScaleTracker() for source in sources}
         # depth that rests on the frames before it needs them again when a run goes on
-        measured = options.asked.camera_height > 0 or options.sensors.anchors_topic
-        self._metres_asked = bool(measured or options.asked.far)
-        alone = any(source.info for source in sources) and not options.asked.far
-        self._steady = bool(measured or alone)
+        has_metres = options.metres.camera_height > 0 or options.sensors.anchors_topic
+        self._metres_asked = bool(has_metres or options.metres.far)
+        alone = any(source.info for source in sources) and not options.metres.far
+        self._steady = bool(has_metres or alone)
 
     def run(self, console: Console) -> None:
         columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -259,7 +259,7 @@ class _Work:
         """What the output is made from: an interrupted run goes on only with the same."""
         options = self._options
         bundle = hashlib.sha256((options.bundle / MANIFEST).read_bytes()).hexdigest()
-        asked = (sorted(self._sources), options.sensors, options.asked, options.ycbcr, options.results)
+        asked = (sorted(self._sources), options.sensors, options.metres, options.ycbcr, options.results)
         counts = {topic: self._bag.counts[topic] for topic in sorted(self._bag.counts)}
         return {"bundle": bundle, "source": options.source.name, "options": repr(asked), "messages": repr(counts)}
 
@@ -279,39 +279,49 @@ class _Work:
         source, message = self._sources[item.topic], self._bag.decode(item)
         compressed = self._bag.topics[item.topic] == COMPRESSED
         picture = read_compressed(message) if compressed else read_image(message, self._options.ycbcr)
-        known = self._scene.known(source, message.header, picture.size)
+        context = self._scene.context(source, message.header, picture.size)
         info = self._scene.info(source)
         future = self._estimator.submit(picture.image, picture.color)
-        return Waiting(source, number, item.time, message.header, picture, info, known, future)
+        return Waiting(source, number, item.time, message.header, picture, info, context, future)
 
-    def _finish(self, one: Waiting, output: Output, written: int) -> None:
+    def _finish(self, waiting: Waiting, output: Output, written: int) -> None:
         """written: images whose results are there already, from before an interruption."""
         try:
-            result = one.future.result()
+            result = waiting.future.result()
         except ImageError as error:
             self.failures.append(str(error))
             return
-        geometry = self._calibrated(one, result)
-        if one.number < written:
+        geometry = self._calibrated(waiting, result)
+        if waiting.number < written:
             return
-        everything = outputs.messages(geometry, one.picture, one.known.camera, outputs.TOPICS, self._options.results)
-        for name, fields in everything.items():
+        fields_of = outputs.messages(
+            geometry, waiting.picture, waiting.context.camera, outputs.TOPICS, self._options.results
+        )
+        for name, fields in fields_of.items():
             output.write(
-                one.source.result(name), outputs.TOPICS[name], _message(name, one.header, fields), one.time, one.number
+                waiting.source.result(name),
+                outputs.TOPICS[name],
+                _message(name, waiting.header, fields),
+                waiting.time,
+                waiting.number,
             )
-        if one.info is not None:
-            info = type(one.info)(**{**vars(one.info), "header": one.header})
-            output.write(one.source.result("camera_info"), INFO, info, one.time, one.number)
+        if waiting.info is not None:
+            info = type(waiting.info)(**{**vars(waiting.info), "header": waiting.header})
+            output.write(waiting.source.result("camera_info"), INFO, info, waiting.time, waiting.number)
 
-    def _calibrated(self, one: Waiting, result: Geometry) -> Geometry:
+    def _calibrated(self, waiting: Waiting, result: Geometry) -> Geometry:
         """With depth where anything tells it, steady from image to image."""
         refusal: CalibrationError | None = None
-        if self._steady and result.prediction is not None and (said := facts(one.known, self._options.asked)):
+        if (
+            self._steady
+            and result.prediction is not None
+            and (arguments := tracker_arguments(waiting.context, self._options.metres))
+        ):
             try:
-                result = self._trackers[one.source.topic].update(result, **said)
+                result = self._trackers[waiting.source.topic].update(result, **arguments)
             except CalibrationError as error:
                 refusal = error
-        geometry, self.depth = calibrated(result, refusal, one.known, self._options.asked)
+        geometry, self.depth = calibrated(result, refusal, waiting.context, self._options.metres)
         if self._metres_asked and geometry.depth_kind != "metric":
             self.without_metres.append(self.depth.partition(": ")[2])
         return geometry
@@ -321,5 +331,5 @@ def _message(name: str, header: Any, fields: outputs.Fields) -> Any:
     point_field = STORE.types["sensor_msgs/msg/PointField"]
     rest = dict(fields)
     if "fields" in rest:
-        rest["fields"] = [point_field(**one) for one in rest["fields"]]
+        rest["fields"] = [point_field(**point_fields) for point_fields in rest["fields"]]
     return STORE.types[outputs.TOPICS[name]](header=header, **rest)

@@ -45,7 +45,7 @@ class Bag:
         if not path.exists():
             raise BagError(f"{path} does not exist. Check the path.")
         if path.is_dir() and not (path / "metadata.yaml").exists():
-            parts = sorted(one.name for one in path.iterdir() if one.suffix in (".mcap", ".db3"))
+            parts = sorted(file.name for file in path.iterdir() if file.suffix in (".mcap", ".db3"))
             hint = f" It holds {', '.join(parts)}: give one of these." if parts else ""
             raise BagError(f"{path} has no metadata.yaml, so it is no complete bag.{hint}")
         bag = cls(path)

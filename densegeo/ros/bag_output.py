@@ -77,24 +77,24 @@ class Output:
         """One message, of a type of `STORE`. image: its number, from 0, in the order in which images are written."""
         self._add(Written(topic, kind, bytes(STORE.serialize_cdr(message, kind)), time, image))
 
-    def _add(self, made: Written) -> None:
-        if made.topic not in self._channels:
-            text = STORE.generate_msgdef(made.kind, ros_version=2)[0]
-            schema = self._writer.register_schema(made.kind, "ros2msg", text.encode())
-            self._channels[made.topic] = self._writer.register_channel(made.topic, "cdr", schema)
-        self._writer.add_message(self._channels[made.topic], made.time, made.data, made.time, made.image)
+    def _add(self, message: Written) -> None:
+        if message.topic not in self._channels:
+            text = STORE.generate_msgdef(message.kind, ros_version=2)[0]
+            schema = self._writer.register_schema(message.kind, "ros2msg", text.encode())
+            self._channels[message.topic] = self._writer.register_channel(message.topic, "cdr", schema)
+        self._writer.add_message(self._channels[message.topic], message.time, message.data, message.time, message.image)
 
     def _take_over(self) -> Done:
         """What an interrupted run wrote, without its last image, of which messages may be missing."""
         group: list[Written] = []
         done = Done()
-        for made in self._earlier():
-            if group and group[0].image != made.image:
+        for message in self._earlier():
+            if group and group[0].image != message.image:
                 for whole in group:
                     self._add(whole)
                 group = []
-                done = Done(made.image, done.written + 1)
-            group.append(made)
+                done = Done(message.image, done.written + 1)
+            group.append(message)
         return done
 
     def _earlier(self) -> Iterator[Written]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from densegeo.errors import ImageError
 from densegeo.ros.bag_input import Bag, Item
 from densegeo.ros.gravity import Gravity
-from densegeo.ros.metric import Known, turned
+from densegeo.ros.metric import ImageContext, turned
 from densegeo.ros.ranges import Transform, read_points
 from densegeo.ros.static import StaticTransforms
 
@@ -57,7 +57,7 @@ class Scene:
     def __init__(self, bag: Bag, sources: Collection[Source], sensors: Sensors) -> None:
         self._bag, self._sensors = bag, sensors
         self._infos: dict[str, Any] = {}
-        self._cameras: dict[tuple[str, bool], Known] = {}
+        self._cameras: dict[tuple[str, bool], ImageContext] = {}
         self._ranges: Any = None
         self._gravity = Gravity()
         self._static = StaticTransforms()
@@ -89,38 +89,38 @@ class Scene:
         """The newest camera_info, or None."""
         return self._infos.get(source.info)
 
-    def known(self, source: Source, header: Any, size: tuple[int, int] | None) -> Known:
+    def context(self, source: Source, header: Any, size: tuple[int, int] | None) -> ImageContext:
         """Of an image, by what was taken until now. Raises BagError where a sensor's place is not known."""
-        found = self._camera(source).at(size)
+        context = self._camera(source).at(size)
         for topic, add in ((self._sensors.anchors_topic, self._add_ranges), (self._sensors.imu_topic, self._add_up)):
-            found = add(found, header) if topic else found
-        return found
+            context = add(context, header) if topic else context
+        return context
 
-    def _add_ranges(self, found: Known, header: Any) -> Known:
+    def _add_ranges(self, context: ImageContext, header: Any) -> ImageContext:
         ranges, most = self._ranges, self._sensors.anchors_max_age
         if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > most:
-            return found.without(f"no ranges lie within {most:g} s before the image")
+            return context.without(f"no ranges lie within {most:g} s before the image")
         into = self._between(self._sensors.anchors_topic, ranges.header.frame_id, header.frame_id)
         try:
-            return found._replace(points=into(read_points(ranges)))
+            return context._replace(points=into(read_points(ranges)))
         except ImageError as error:
-            return found.without(str(error))
+            return context.without(str(error))
 
-    def _add_up(self, found: Known, header: Any) -> Known:
+    def _add_up(self, context: ImageContext, header: Any) -> ImageContext:
         up = self._gravity.up(_seconds(header))
         if up is None:
-            return found.without(self._gravity.problem)
-        return found._replace(
+            return context.without(self._gravity.problem)
+        return context._replace(
             up=turned(up, self._between(self._sensors.imu_topic, self._gravity.frame, header.frame_id))
         )
 
     def _between(self, topic: str, source: str, target: str) -> Transform:
         return self._given.get(topic) or self._static.between(source, target)
 
-    def _camera(self, source: Source) -> Known:
+    def _camera(self, source: Source) -> ImageContext:
         key = (source.info, source.rectified)
         if key not in self._cameras:
-            self._cameras[key] = Known.of(self._infos.get(source.info), source.rectified)
+            self._cameras[key] = ImageContext.of(self._infos.get(source.info), source.rectified)
         return self._cameras[key]
 
     def _look_ahead(self, infos: set[str], placed: set[str]) -> None:

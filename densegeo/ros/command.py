@@ -13,7 +13,7 @@ from densegeo.infer_options import choice, depth_range
 from densegeo.ros import outputs
 from densegeo.ros.bag import Options, check, run
 from densegeo.ros.bag_scene import Sensors
-from densegeo.ros.metric import Asked
+from densegeo.ros.metric import MetresOptions
 
 
 def bag(
@@ -64,7 +64,7 @@ def bag(
             imu_topic=imu_topic,
             imu_transform=_numbers("--imu-transform", imu_transform),
         ),
-        asked=Asked(*(depth_range(near, far) or (0.0, 0.0)), camera_height),
+        metres=MetresOptions(*(depth_range(near, far) or (0.0, 0.0)), camera_height),
         ycbcr=ycbcr,
         results=outputs.Options(_encoding(depth_encoding), points_stride),
         overwrite=overwrite,

@@ -27,8 +27,8 @@ class Gravity:
 
     def take(self, message: Any) -> None:
         """A sensor_msgs/Imu; one without accelerations (covariance -1 at its head) or gravity is left out."""
-        found = np.array([getattr(message.linear_acceleration, axis) for axis in "xyz"], dtype=np.float64)
-        length = float(np.linalg.norm(found))
+        acceleration = np.array([getattr(message.linear_acceleration, axis) for axis in "xyz"], dtype=np.float64)
+        length = float(np.linalg.norm(acceleration))
         if message.linear_acceleration_covariance[0] == -1 or not math.isfinite(length):
             self.problem = "the IMU measures no acceleration"
             return
@@ -40,10 +40,10 @@ class Gravity:
         now = message.header.stamp.sec + message.header.stamp.nanosec / 1e9
         passed = now - self._time
         if self._mean is None or not 0 <= passed < _GAP or message.header.frame_id != self.frame:
-            self._mean = found
+            self._mean = acceleration
         else:
             share = 1 - math.exp(-passed / _AVERAGED)
-            self._mean = (1 - share) * self._turned(self._mean, message, passed) + share * found
+            self._mean = (1 - share) * self._turned(self._mean, message, passed) + share * acceleration
         self.frame, self._time, self.problem = message.header.frame_id, now, ""
 
     def up(self, seconds: float) -> Float64 | None:

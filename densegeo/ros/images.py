@@ -33,19 +33,20 @@ class Encoding:
 
 
 def _encodings() -> dict[str, Encoding]:
-    found: dict[str, Encoding] = {}
+    encodings: dict[str, Encoding] = {}
     for bits in (8, 16):
-        found |= {
+        encodings |= {
             f"rgb{bits}": Encoding(3, bits),
             f"bgr{bits}": Encoding(3, bits, "bgr"),
             f"rgba{bits}": Encoding(4, bits),
             f"bgra{bits}": Encoding(4, bits, "bgr"),
             f"mono{bits}": Encoding(1, bits),
         }
-        found |= {f"bayer_{p}{bits}": Encoding(1, bits, bayer=p) for p in ("rggb", "bggr", "gbrg", "grbg")}
+        encodings |= {f"bayer_{p}{bits}": Encoding(1, bits, bayer=p) for p in ("rggb", "bggr", "gbrg", "grbg")}
     yuyv, uyvy = Encoding(2, color="yuyv"), Encoding(2, color="uyvy")
-    found |= {"8UC1": found["mono8"], "8UC3": found["bgr8"], "16UC1": found["mono16"]}  # as cv_bridge reads them
-    return found | {
+    # as cv_bridge reads them
+    encodings |= {"8UC1": encodings["mono8"], "8UC3": encodings["bgr8"], "16UC1": encodings["mono16"]}
+    return encodings | {
         "nv12": Encoding(1, color="nv12"),
         "yuyv": yuyv,
         "yuv422_yuy2": yuyv,

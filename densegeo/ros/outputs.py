@@ -53,36 +53,36 @@ def possible(geometry: Geometry, camera: object | None) -> set[str]:
     """Which topics a result has something for: metres are "depth", anything else the prediction, "relative_depth", and
     true shape in an unknown unit "depth_up_to_scale" as well.
     """
-    found = {"normals"} if geometry.normals is not None else set()
+    topics = {"normals"} if geometry.normals is not None else set()
     if geometry.depth_kind == "metric":
-        found |= {"depth", "points"} if camera is not None else {"depth"}
+        topics |= {"depth", "points"} if camera is not None else {"depth"}
     elif geometry.depth_kind is not None:
-        found.add("relative_depth")
+        topics.add("relative_depth")
     if geometry.depth_kind == "up_to_scale":
-        found.add("depth_up_to_scale")
-    return found
+        topics.add("depth_up_to_scale")
+    return topics
 
 
 def messages(
-    geometry: Geometry, picture: Picture, camera: Any, wanted: Collection[str], options: Options
+    geometry: Geometry, picture: Picture, camera: Any, topics: Collection[str], options: Options
 ) -> dict[str, Fields]:
     """Topic -> fields, of the topics that are wanted and `possible`. camera: a `Camera`, or None where unknown."""
-    found: dict[str, Fields] = {}
+    fields_of: dict[str, Fields] = {}
     able = possible(geometry, camera)
-    for topic in (topic for topic in TOPICS if topic in able and topic in wanted):
+    for topic in (topic for topic in TOPICS if topic in able and topic in topics):
         if topic == "depth":
-            found[topic] = depth_image(geometry.depth, options.depth_encoding)
+            fields_of[topic] = depth_image(geometry.depth, options.depth_encoding)
         elif topic == "depth_up_to_scale":
-            found[topic] = float_image(geometry.depth)
+            fields_of[topic] = float_image(geometry.depth)
         elif topic == "relative_depth":
-            found[topic] = float_image(relative_depth(geometry))
+            fields_of[topic] = float_image(relative_depth(geometry))
         elif topic == "normals":
             assert geometry.normals is not None
-            found[topic] = float_image(geometry.normals)
+            fields_of[topic] = float_image(geometry.normals)
         else:
             rgb = load_image(picture.image, picture.color).rgb
-            found[topic] = point_cloud(geometry.points(camera), rgb, geometry.normals, options.points_stride)
-    return found
+            fields_of[topic] = point_cloud(geometry.points(camera), rgb, geometry.normals, options.points_stride)
+    return fields_of
 
 
 def relative_depth(geometry: Geometry) -> Float:
@@ -100,8 +100,8 @@ def depth_image(depth: Float, encoding: DepthEncoding = "32FC1") -> Fields:
         raise ConfigError(f"A depth image is one of {', '.join(DEPTH_ENCODINGS)}, not {encoding!r}.")
     with np.errstate(invalid="ignore"):
         millimetres = np.rint(depth * np.float32(1000))
-        held = (millimetres > 0) & (millimetres <= MOST_MILLIMETRES)
-    return _image(np.where(held, millimetres, 0).astype("<u2"), "16UC1")
+        representable = (millimetres > 0) & (millimetres <= MOST_MILLIMETRES)
+    return _image(np.where(representable, millimetres, 0).astype("<u2"), "16UC1")
 
 
 def float_image(array: Float) -> Fields:

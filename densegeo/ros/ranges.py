@@ -80,8 +80,8 @@ def read_points(message: Any) -> Float64:
         return _scan(message)
     if hasattr(message, "radiation_type"):
         reading = float(message.range)
-        seen = np.isfinite(reading) and message.min_range <= reading < message.max_range
-        return np.array([[reading, 0.0, 0.0]]) if seen else np.empty((0, 3))
+        in_range = np.isfinite(reading) and message.min_range <= reading < message.max_range
+        return np.array([[reading, 0.0, 0.0]]) if in_range else np.empty((0, 3))
     raise ImageError(f"Ranges come as PointCloud2, LaserScan or Range, not as {type(message).__name__}.")
 
 
@@ -113,6 +113,6 @@ def _scan(message: Any) -> Float64:
     ranges = np.asarray(message.ranges, dtype=np.float64)
     angles = message.angle_min + message.angle_increment * np.arange(len(ranges))
     with np.errstate(invalid="ignore"):
-        seen = np.isfinite(ranges) & (ranges >= message.range_min) & (ranges < message.range_max)
-    ranges, angles = ranges[seen], angles[seen]
+        in_range = np.isfinite(ranges) & (ranges >= message.range_min) & (ranges < message.range_max)
+    ranges, angles = ranges[in_range], angles[in_range]
     return np.stack([ranges * np.cos(angles), ranges * np.sin(angles), np.zeros_like(ranges)], axis=1)

@@ -16,9 +16,9 @@ class StaticTransforms:
 
     def add(self, message: Any) -> None:
         """A tf2_msgs/TFMessage."""
-        for one in message.transforms:
-            moved = Transform.of_message(one.transform)
-            self._parents[one.child_frame_id.lstrip("/")] = one.header.frame_id.lstrip("/"), moved
+        for stamped in message.transforms:
+            moved = Transform.of_message(stamped.transform)
+            self._parents[stamped.child_frame_id.lstrip("/")] = stamped.header.frame_id.lstrip("/"), moved
 
     def between(self, source: str, target: str) -> Transform:
         """Raises BagError where the tree does not join them."""
@@ -33,11 +33,11 @@ class StaticTransforms:
 
     def _to_root(self, frame: str) -> dict[str, Transform]:
         """Every ancestor, the frame itself first -> from the frame into it."""
-        found, transform = {frame: IDENTITY}, IDENTITY
+        ancestors, transform = {frame: IDENTITY}, IDENTITY
         while frame in self._parents:
             frame, step = self._parents[frame]
-            if frame in found:
+            if frame in ancestors:
                 raise BagError(f"/tf_static goes in a circle through {frame!r}.")
             transform = transform.then(step)
-            found[frame] = transform
-        return found
+            ancestors[frame] = transform
+        return ancestors

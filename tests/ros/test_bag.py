@@ -30,7 +30,7 @@ from densegeo.errors import BagError, BundleError, ConfigError
 from densegeo.ros.bag import Options, run
 from densegeo.ros.bag_input import Bag
 from densegeo.ros.bag_scene import Sensors
-from densegeo.ros.metric import Asked
+from densegeo.ros.metric import MetresOptions
 from densegeo.ros.ranges import Transform
 from densegeo.runtime import Camera, Estimator
 from densegeo.runtime.ready import find_bundle
@@ -67,7 +67,7 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
         wanted = [estimator(picture).to_metric(near=0.5, far=10.0) for picture in pictures(4)]
     for source in (folder, file):
         output = tmp_path / f"{source.name}.out.mcap"
-        assert run(Options(bundle, source, output, asked=Asked(0.5, 10.0))) == 0
+        assert run(Options(bundle, source, output, metres=MetresOptions(0.5, 10.0))) == 0
         found = read(output)
         base = "/camera/image_raw/densegeo"
         assert set(found) == {f"{base}/{name}" for name in ("depth", "normals", "points", "camera_info")}
@@ -209,15 +209,15 @@ def test_a_message_that_is_broken_does_not_stop_the_others(bundle: Path, tmp_pat
         ({"sensors": Sensors("/scan")}, BagError, "no topic /scan"),
         ({"sensors": Sensors("/camera/camera_info")}, BagError, "anchors are one of sensor_msgs/msg/PointCloud2"),
         ({"sensors": Sensors(imu_topic="/imu")}, ConfigError, "--camera-height alone needs"),
-        ({"sensors": Sensors(imu_topic="/imu"), "asked": Asked(camera_height=1.0)}, BagError, "no topic /imu"),
-        ({"asked": Asked(near=2.0)}, ConfigError, "belong together"),
-        ({"asked": Asked(math.nan, math.nan)}, ConfigError, "belong together"),
-        ({"asked": Asked(camera_height=-1.0)}, ConfigError, "metres above 0"),
+        ({"sensors": Sensors(imu_topic="/imu"), "metres": MetresOptions(camera_height=1.0)}, BagError, "no topic /imu"),
+        ({"metres": MetresOptions(near=2.0)}, ConfigError, "belong together"),
+        ({"metres": MetresOptions(math.nan, math.nan)}, ConfigError, "belong together"),
+        ({"metres": MetresOptions(camera_height=-1.0)}, ConfigError, "metres above 0"),
         ({"ycbcr": "bt2020"}, ConfigError, "bt709-full"),
         ({"sensors": Sensors("/camera/camera_info", (1.0, 2.0))}, ConfigError, "--anchors-transform: A transform"),
         ({"sensors": Sensors(imu_transform=(0.0,) * 6 + (1.0,))}, ConfigError, "give --imu-topic too"),
         ({"sensors": Sensors("/scan", anchors_max_age=math.nan)}, ConfigError, "0 or more seconds, not nan"),
-        ({"sensors": Sensors("/scan"), "asked": Asked(1.0, 4.0)}, ConfigError, "or --anchors-topic, not both"),
+        ({"sensors": Sensors("/scan"), "metres": MetresOptions(1.0, 4.0)}, ConfigError, "or --anchors-topic, not both"),
         ({"bundle": Path("none"), "source": Path("none")}, BundleError, "none is not a densegeo bundle"),
         ({"output": Path("x.bag")}, ConfigError, r"name it x\.mcap"),
     ],
@@ -304,16 +304,16 @@ def test_images_without_metres_are_counted(bundle: Path, tmp_path: Path, capsys:
     flat = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
     messages = camera_messages(count=3)
     messages[2] = (messages[2][0], messages[2][1], image(flat, "rgb8", at=messages[2][1]))
-    asked = Asked(1.0, 5.0)
-    some = Options(bundle, write_bag(tmp_path / "some", messages), tmp_path / "some.mcap", asked=asked)
+    asked = MetresOptions(1.0, 5.0)
+    some = Options(bundle, write_bag(tmp_path / "some", messages), tmp_path / "some.mcap", metres=asked)
     assert run(some) == 0
     assert "no metres 1 of 3 images: The prediction is flat" in words(capsys)
     for number in (0, 4):
         messages[number] = (messages[number][0], messages[number][1], image(flat, "rgb8", at=messages[number][1]))
-    none = Options(bundle, write_bag(tmp_path / "none", messages), tmp_path / "none.mcap", asked=asked)
+    none = Options(bundle, write_bag(tmp_path / "none", messages), tmp_path / "none.mcap", metres=asked)
     assert run(none) == 1
     assert "no metres 3 of 3 images" in words(capsys)
-    assert run(dataclasses.replace(none, output=tmp_path / "relative.mcap", asked=Asked())) == 0
+    assert run(dataclasses.replace(none, output=tmp_path / "relative.mcap", metres=MetresOptions())) == 0
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -330,8 +330,10 @@ def test_a_bag_never_takes_the_place_of_its_source(bundle: Path, tmp_path: Path,
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("how", "asked"), [(signal.SIGKILL, Asked(0.5, 10.0)), (signal.SIGINT, Asked())])
-def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int, asked: Asked) -> None:
+@pytest.mark.parametrize(
+    ("how", "asked"), [(signal.SIGKILL, MetresOptions(0.5, 10.0)), (signal.SIGINT, MetresOptions())]
+)
+def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int, asked: MetresOptions) -> None:
     """Killed at any moment, and started again, to the same file as a run that was not: with depth of each image by
     itself, and with depth that rests on the images before.
     """
@@ -346,7 +348,7 @@ bag_output.CHUNK = 200_000
 finish = bag._Work._finish
 bag._Work._finish = lambda *given: (finish(*given), time.sleep(0.02))
 near, far = map(float, sys.argv[1:3])
-print(bag.run(bag.Options(*map(Path, sys.argv[3:]), asked=bag.Asked(near, far))), flush=True)
+print(bag.run(bag.Options(*map(Path, sys.argv[3:]), metres=bag.MetresOptions(near, far))), flush=True)
 """
     command = [sys.executable, "-c", code, str(asked.near), str(asked.far), str(bundle), str(source)]
     output = tmp_path / "out.mcap"
@@ -366,7 +368,7 @@ print(bag.run(bag.Options(*map(Path, sys.argv[3:]), asked=bag.Asked(near, far)))
     assert done.stdout.strip() == "1", done.stderr
     assert "39 of 40 images done" in done.stderr
     assert not partial.exists()
-    assert run(Options(bundle, source, tmp_path / "whole.mcap", asked=asked)) == 1
+    assert run(Options(bundle, source, tmp_path / "whole.mcap", metres=asked)) == 1
     resumed, whole = read_in_order(output), read_in_order(tmp_path / "whole.mcap")
     assert [one[:2] for one in resumed] == [one[:2] for one in whole]
     for (topic, _, ours), (_, _, theirs) in zip(resumed, whole, strict=True):

@@ -15,7 +15,7 @@ pytest.importorskip("rosbags")
 from densegeo.errors import CalibrationError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture
-from densegeo.ros.metric import Asked, Known, calibrated, facts, turned, uncertainty
+from densegeo.ros.metric import ImageContext, MetresOptions, calibrated, tracker_arguments, turned, uncertainty
 from densegeo.ros.ranges import Transform
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
@@ -42,10 +42,10 @@ def room() -> tuple[Geometry, np.ndarray]:
     return Geometry(p, "log_affine", normals, np.ones(p.shape, bool), SIZE, model="m"), depth
 
 
-def run(geometry: Geometry, known: Known, asked: Asked) -> tuple[Geometry, str]:
+def run(geometry: Geometry, known: ImageContext, asked: MetresOptions) -> tuple[Geometry, str]:
     """As the node and bags do."""
     refusal = None
-    said = facts(known, asked)
+    said = tracker_arguments(known, asked)
     if said:
         try:
             geometry = ScaleTracker().update(geometry, **said)
@@ -57,17 +57,17 @@ def run(geometry: Geometry, known: Known, asked: Asked) -> tuple[Geometry, str]:
 @pytest.mark.parametrize(
     ("more", "asked", "source"),
     [
-        ({"points": np.array([[0.2, 0.3, 0.0]])}, Asked(), "anchor"),
-        ({"up": UP}, Asked(camera_height=HEIGHT), "the camera's height"),
-        ({}, Asked(camera_height=HEIGHT), "the camera's height"),
+        ({"points": np.array([[0.2, 0.3, 0.0]])}, MetresOptions(), "anchor"),
+        ({"up": UP}, MetresOptions(camera_height=HEIGHT), "the camera's height"),
+        ({}, MetresOptions(camera_height=HEIGHT), "the camera's height"),
     ],
 )
-def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked: Asked, source: str) -> None:
+def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked: MetresOptions, source: str) -> None:
     geometry, depth = room
     if "points" in more:  # what a range finder beside the axis measures
         u, v = 70, 60
         more = {"points": CAMERA.rays(SIZE)[v, u].astype(np.float64)[None] * depth[v, u]}
-    found, why = run(geometry, Known(CAMERA)._replace(**more), asked)
+    found, why = run(geometry, ImageContext(CAMERA)._replace(**more), asked)
     assert found.depth_kind == "metric"
     np.testing.assert_allclose(found.depth, depth, rtol=0.05)
     assert re.fullmatch(rf"metric, from normals and {source}, give or take [0-9.]+ %", why), why
@@ -77,7 +77,7 @@ def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked:
 
 def test_a_camera_alone_gives_a_shape_without_a_unit(room: tuple[Geometry, np.ndarray]) -> None:
     geometry, depth = room
-    found, why = run(geometry, Known(CAMERA).without("no ranges have come"), Asked())
+    found, why = run(geometry, ImageContext(CAMERA).without("no ranges have come"), MetresOptions())
     assert why.startswith("up to scale, from normals, its unit unknown")
     assert why.endswith(": no ranges have come")
     made = outputs.messages(
@@ -90,7 +90,7 @@ def test_a_camera_alone_gives_a_shape_without_a_unit(room: tuple[Geometry, np.nd
 
 
 def test_near_and_far_are_used_where_nothing_measures(room: tuple[Geometry, np.ndarray]) -> None:
-    found, why = run(room[0], Known().without("no camera_info has come"), Asked(1.0, 6.0))
+    found, why = run(room[0], ImageContext().without("no camera_info has come"), MetresOptions(1.0, 6.0))
     assert found.depth_kind == "metric"
     assert why == "metric, from near and far; no camera_info has come"
     assert np.isnan(uncertainty(found))
@@ -98,22 +98,22 @@ def test_near_and_far_are_used_where_nothing_measures(room: tuple[Geometry, np.n
 
 def test_why_there_are_no_metres(room: tuple[Geometry, np.ndarray]) -> None:
     geometry, _ = room
-    found, why = run(geometry, Known(), Asked())
+    found, why = run(geometry, ImageContext(), MetresOptions())
     assert why == "relative (log_affine): nothing measures it: set camera_height, anchors, or near and far"
     wall = Geometry(
         geometry.prediction, "log_affine", np.full_like(geometry.normals, (0, 0, -1)), geometry.valid, SIZE, model="m"
     )
-    found, why = run(wall, Known(CAMERA), Asked(camera_height=1.0))
+    found, why = run(wall, ImageContext(CAMERA), MetresOptions(camera_height=1.0))
     assert found.depth_kind == "log_affine"
     assert why.startswith("relative (log_affine): "), why
     assert "ormals" in why or "scale" in why
     alone = Geometry(None, None, geometry.normals, geometry.valid, SIZE)
-    assert calibrated(alone, None, Known(), Asked())[1] == "not there: the model has normals alone"
+    assert calibrated(alone, None, ImageContext(), MetresOptions())[1] == "not there: the model has normals alone"
 
 
 def test_a_camera_that_is_none_or_anothers_is_said_and_not_used() -> None:
     info = camera_info(128, 96)
-    seen = Known.of(info, False)
+    seen = ImageContext.of(info, False)
     assert seen.at(SIZE).camera == Camera.from_camera_info(info)
     half = seen.at((64, 48)).camera
     assert half is not None
@@ -121,19 +121,19 @@ def test_a_camera_that_is_none_or_anothers_is_said_and_not_used() -> None:
     known = seen.at((100, 20))
     assert known.camera is None
     assert "camera_info is of another picture" in known.lacking[0]
-    assert facts(known, Asked(camera_height=1.0)) == {}
-    assert Known.of(None, False).at(SIZE).lacking == ("no camera_info has come",)
+    assert tracker_arguments(known, MetresOptions(camera_height=1.0)) == {}
+    assert ImageContext.of(None, False).at(SIZE).lacking == ("no camera_info has come",)
     info.k[0] = 0.0
-    (why,) = Known.of(info, False).at(SIZE).lacking
+    (why,) = ImageContext.of(info, False).at(SIZE).lacking
     assert why.startswith("camera_info cannot be used: ")
 
 
 def test_points_beside_and_behind_are_no_anchors() -> None:
     points = np.array([[0, 0, 2.0], [9, 0, 2.0], [0, 0, -2.0]])
-    uv, metres = facts(Known(CAMERA)._replace(points=points), Asked())["anchors"]
+    uv, metres = tracker_arguments(ImageContext(CAMERA)._replace(points=points), MetresOptions())["anchors"]
     np.testing.assert_allclose(uv, [[63.5, 47.5]])
     np.testing.assert_array_equal(metres, [2.0])
-    assert "anchors" not in facts(Known(CAMERA)._replace(points=points[1:]), Asked())
+    assert "anchors" not in tracker_arguments(ImageContext(CAMERA)._replace(points=points[1:]), MetresOptions())
 
 
 def test_up_turns_with_its_sensor() -> None:

@@ -20,7 +20,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from densegeo.errors import BackendError, ConfigError, DensegeoError, ImageError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture, read_compressed, read_image
-from densegeo.ros.metric import Asked, Known, calibrated, facts, uncertainty
+from densegeo.ros.metric import ImageContext, MetresOptions, calibrated, tracker_arguments, uncertainty
 from densegeo.runtime import Estimator
 from densegeo.runtime.stream import FrameResult
 from densegeo_ros import convert, parameters, qos
@@ -32,14 +32,14 @@ SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in (
 KEPT = 30  # camera_infos that may wait for their images
 
 
-class Given(NamedTuple):
+class InFlight(NamedTuple):
     """What goes with an image through the network."""
 
     header: Any
     picture: Picture
     info: CameraInfo | None
-    known: Known
-    wanted: frozenset[str]  # results that had subscribers when it came
+    context: ImageContext
+    topics: frozenset[str]  # results that had subscribers when it came
 
 
 class GeometryNode(LifecycleNode):
@@ -51,12 +51,12 @@ class GeometryNode(LifecycleNode):
         super().__init__("geometry", **options)
         parameters.declare(self)
         self.add_on_set_parameters_callback(self._check_parameters)
-        self._values, self._asked = SimpleNamespace(), Asked()
+        self._values, self._metres_options = SimpleNamespace(), MetresOptions()
         self._estimator: Estimator | None = None
         self._worker: Worker | None = None
         self._sensors: list[RangeSensor | ImuSensor] = []
         self._infos: OrderedDict[int, CameraInfo] = OrderedDict()
-        self._camera: tuple[Any, Known] = (None, Known.of(None, False))
+        self._camera: tuple[Any, ImageContext] = (None, ImageContext.of(None, False))
         self._inputs: list[Any] = []
         self._results: dict[str, Any] = {}
         self._tally, self._last_run, self._reported = Tally(), 0, self.get_clock().now()
@@ -110,7 +110,7 @@ class GeometryNode(LifecycleNode):
         values = self._values = parameters.read(self)
         if self._timer is None:
             self._timer = self.create_timer(values.diagnostics_period, self._report)
-        self._asked = Asked(values.near, values.far, values.camera_height)
+        self._metres_options = MetresOptions(values.near, values.far, values.camera_height)
         self._sensors = self._make_sensors(values)
         self._estimator = Estimator(
             values.bundle, values.backend, values.device, fit=values.fit, timeout_s=values.timeout_s
@@ -211,8 +211,8 @@ class GeometryNode(LifecycleNode):
 
     def _on_image(self, message: Any, about: Any) -> None:
         self._tally.receive(about["publication_sequence_number"] or 0)
-        wanted = self._wanted()
-        if self.get_parameter("lazy").value and not wanted:
+        topics = self._subscribed()
+        if self.get_parameter("lazy").value and not topics:
             self._tally.count("idle")
             return
         rate, now = self.get_parameter("max_rate").value, self.get_clock().now().nanoseconds
@@ -222,33 +222,37 @@ class GeometryNode(LifecycleNode):
         self._last_run = now
         assert self._worker is not None
         try:
-            given = self._given(message, wanted)
-            self._worker.put(given.picture.image, given.picture.color, given, **self._facts(given))
+            frame = self._in_flight(message, topics)
+            self._worker.put(frame.picture.image, frame.picture.color, frame, **self._tracker_arguments(frame))
         except BackendError as error:
             self._on_failure(error)
         except (ImageError, ConfigError) as error:
             self._reject(error)
 
-    def _given(self, message: Any, wanted: frozenset[str]) -> Given:
+    def _in_flight(self, message: Any, topics: frozenset[str]) -> InFlight:
         """Raises ImageError."""
         picture = read_compressed(message) if hasattr(message, "format") else read_image(message, self._values.ycbcr)
         header = message.header
         info = self._infos.get(convert.nanoseconds(header)) or next(reversed(self._infos.values()), None)
-        seen = self._camera_of(info)
-        known = seen if seen.camera is None else seen.at(picture.size)
+        context = self._camera_of(info)
+        context = context if context.camera is None else context.at(picture.size)
         for sensor in self._sensors:
-            known = sensor.add(known, header)
-        return Given(header, picture, info, known, wanted)
+            context = sensor.add(context, header)
+        return InFlight(header, picture, info, context, topics)
 
-    def _facts(self, given: Given) -> dict[str, Any]:
+    def _tracker_arguments(self, frame: InFlight) -> dict[str, Any]:
         """What the stream is told. The camera alone gives depth of an unknown unit: only where somebody wants that."""
-        measured = self._sensors or self._asked.camera_height
-        return facts(given.known, self._asked) if measured or "depth_up_to_scale" in given.wanted else {}
+        has_metres = self._sensors or self._metres_options.camera_height
+        return (
+            tracker_arguments(frame.context, self._metres_options)
+            if has_metres or "depth_up_to_scale" in frame.topics
+            else {}
+        )
 
-    def _camera_of(self, info: CameraInfo | None) -> Known:
+    def _camera_of(self, info: CameraInfo | None) -> ImageContext:
         """Made anew only when the calibration changes."""
         if info is None:
-            return Known.of(None, False)
+            return ImageContext.of(None, False)
         key = (
             *info.k,
             *info.d,
@@ -260,32 +264,32 @@ class GeometryNode(LifecycleNode):
             repr(info.roi),
         )
         if self._camera[0] != key:
-            self._camera = key, Known.of(info, self._values.rectified)
+            self._camera = key, ImageContext.of(info, self._values.rectified)
         return self._camera[1]
 
     # What goes out, in the worker's thread
 
     def _on_result(self, result: FrameResult) -> None:
-        given: Given = result.frame_id  # type: ignore[assignment]
+        frame: InFlight = result.frame_id  # type: ignore[assignment]
         if isinstance(result.error, BackendError):
             raise result.error
         if result.error is not None:
             self._reject(result.error)
             return
-        geometry, self._tally.depth = calibrated(result.geometry, result.refusal, given.known, self._asked)
+        geometry, self._tally.depth = calibrated(result.geometry, result.refusal, frame.context, self._metres_options)
         self._tally.uncertainty = uncertainty(geometry)
         options = outputs.Options(self.get_parameter("depth_encoding").value, self.get_parameter("points_stride").value)
-        fields = outputs.messages(geometry, given.picture, given.known.camera, given.wanted, options)
-        header = convert.header(given.header)
+        fields = outputs.messages(geometry, frame.picture, frame.context.camera, frame.topics, options)
+        header = convert.header(frame.header)
         for topic, content in fields.items():
             self._results[topic].publish(convert.message(topic, header, content))
-        if given.info is not None and "camera_info" in given.wanted:
-            self._results["camera_info"].publish(convert.camera_info(given.header, given.info))
+        if frame.info is not None and "camera_info" in frame.topics:
+            self._results["camera_info"].publish(convert.camera_info(frame.header, frame.info))
         self._tally.count("published")
-        age = (self.get_clock().now().nanoseconds - convert.nanoseconds(given.header)) / 1e6
+        age = (self.get_clock().now().nanoseconds - convert.nanoseconds(frame.header)) / 1e6
         self._tally.observe({**geometry.timings, "stamp to publication": age})
 
-    def _wanted(self) -> frozenset[str]:
+    def _subscribed(self) -> frozenset[str]:
         return frozenset(topic for topic, publisher in self._results.items() if publisher.get_subscription_count())
 
     # What goes wrong

@@ -11,7 +11,7 @@ from sensor_msgs.msg import Imu, LaserScan, PointCloud2, Range
 
 from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.gravity import Gravity
-from densegeo.ros.metric import Known, turned
+from densegeo.ros.metric import ImageContext, turned
 from densegeo.ros.ranges import IDENTITY, Transform, read_points
 from densegeo_ros.convert import nanoseconds
 
@@ -63,20 +63,20 @@ class RangeSensor:
         """A subscription's callback."""
         self._messages.append(message)
 
-    def add(self, known: Known, header: Any) -> Known:
+    def add(self, context: ImageContext, header: Any) -> ImageContext:
         """With the points nearest in time to an image's header, or with why there are none."""
         stamp = nanoseconds(header)
         near = min(list(self._messages), key=lambda one: abs(nanoseconds(one.header) - stamp), default=None)
         if near is None or abs(nanoseconds(near.header) - stamp) > self._max_age * 1e9:
             what = "have come" if near is None else f"lie within {self._max_age:g} s of the image"
-            return known.without(f"no ranges {what}")
+            return context.without(f"no ranges {what}")
         into = self._frames.between(near.header.frame_id, header.frame_id)
         if into is None:
-            return known.without(_unknown(near.header.frame_id, header.frame_id))
+            return context.without(_unknown(near.header.frame_id, header.frame_id))
         try:
-            return known._replace(points=into(read_points(near)))
+            return context._replace(points=into(read_points(near)))
         except ImageError as error:
-            return known.without(str(error))
+            return context.without(str(error))
 
 
 class ImuSensor:
@@ -91,15 +91,15 @@ class ImuSensor:
         """A subscription's callback."""
         self._gravity.take(message)
 
-    def add(self, known: Known, header: Any) -> Known:
+    def add(self, context: ImageContext, header: Any) -> ImageContext:
         """With the direction at an image's header, or with why there is none."""
         up = self._gravity.up(nanoseconds(header) / 1e9)
         if up is None:
-            return known.without(self._gravity.problem)
+            return context.without(self._gravity.problem)
         into = self._frames.between(self._gravity.frame, header.frame_id)
         if into is None:
-            return known.without(_unknown(self._gravity.frame, header.frame_id))
-        return known._replace(up=turned(up, into))
+            return context.without(_unknown(self._gravity.frame, header.frame_id))
+        return context._replace(up=turned(up, into))
 
 
 def _unknown(source: str, target: str) -> str:

@@ -32,14 +32,14 @@ class Worker:
         """Images that newer ones replaced before the network was free."""
         return self._dropped + (0 if self._stream is None else self._stream.dropped)
 
-    def put(self, image: object, color: Color, given: object, **known: Any) -> None:
-        """Hand an image in; never waits. given: comes back as the result's `frame_id`; known: see `Stream.put`."""
+    def put(self, image: object, color: Color, frame: object, **observations: Any) -> None:
+        """Hand an image in; never waits. frame: the result's `frame_id`; observations: see `Stream.put`."""
         if color != self._color:
             self.close()
             self._color, self._stream = color, self._estimator.stream(color=color)
             self._thread = threading.Thread(target=self._work, args=(self._stream,), name="densegeo", daemon=True)
             self._thread.start()
-        self._stream.put(image, frame_id=given, **known)
+        self._stream.put(image, frame_id=frame, **observations)
 
     def close(self) -> None:
         """Drop what waits, and wait for the image that is run."""
