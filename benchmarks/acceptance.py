@@ -125,22 +125,22 @@ def build(model: str, checkpoint: str, sizes: tuple[Size, ...], bundle: Path, mo
 
 def judge(published: Published, rows: dict[str, Row]) -> list[Outcome]:
     """Every figure, held against the bundle's row of its set."""
-    found = []
+    outcomes = []
     for figure in published.figures:
         value = figure.measured(rows[figure.dataset])
         met, rule = figure.met(value), RULES[figure.rule]
-        found.append(Outcome(figure.dataset, figure.score, figure.published, rule, figure.allowed, value, met))
-    return found
+        outcomes.append(Outcome(figure.dataset, figure.score, figure.published, rule, figure.allowed, value, met))
+    return outcomes
 
 
 def outcome_table(model: str, outcomes: list[Outcome]) -> Table:
     table = Table(title=f"{model}, against what its authors published", title_justify="left", show_edge=False)
     for column in ("set", "score", "published", "here", "allowed", ""):
         table.add_column(column, justify="right" if column in ("published", "here", "allowed") else "left")
-    for one in outcomes:
-        mark = "[green]met[/]" if one.met else "[bold red]missed[/]"
-        numbers = (f"{value:.4f}" for value in (one.published, one.measured, one.allowed))
-        table.add_row(one.dataset, one.score, *numbers, mark)
+    for outcome in outcomes:
+        mark = "[green]met[/]" if outcome.met else "[bold red]missed[/]"
+        numbers = (f"{value:.4f}" for value in (outcome.published, outcome.measured, outcome.allowed))
+        table.add_row(outcome.dataset, outcome.score, *numbers, mark)
     return table
 
 
@@ -171,7 +171,7 @@ def run(
     Console().print(outcome_table(model, outcomes))
     return {
         "benchmark": "acceptance",
-        "passed": not partial and all(one.met for one in outcomes),
+        "passed": not partial and all(outcome.met for outcome in outcomes),
         "partial": partial,
         "model": model,
         "published": published.source,

@@ -125,8 +125,8 @@ def evaluate(split: Split, predictors: Named, advance: Callable[[], object] = la
                 pools[index].add(normal_angles(sample, prediction.normals))
                 normal_images[index] += 1
         advance()
-    found = zip(predictors, images, pools, normal_images, strict=True)
-    return [Row(name, mean_scores(each), pool.scores(), len(each), n, skipped) for (name, _), each, pool, n in found]
+    scored = zip(predictors, images, pools, normal_images, strict=True)
+    return [Row(name, mean_scores(each), pool.scores(), len(each), n, skipped) for (name, _), each, pool, n in scored]
 
 
 def score_depth(sample: Sample, prediction: Prediction, depth_range: tuple[float, float]) -> DepthScores:
@@ -194,8 +194,8 @@ def score_table(split: Split, rows: list[Row]) -> Table:
         if depths:
             cells += [f"{value:.4f}" for value in astuple(row.depth)] if row.depth else ["-"] * len(DEPTH_COLUMNS)
         if normals:
-            found = astuple(row.normals)[1:] if row.normals else ()
-            cells += [f"{value:.2f}" for value in found] or ["-"] * len(NORMAL_COLUMNS)
+            angles = astuple(row.normals)[1:] if row.normals else ()
+            cells += [f"{value:.2f}" for value in angles] or ["-"] * len(NORMAL_COLUMNS)
         out.add_row(escape(row.predictor), row.precision or "-", *cells)
     return out
 

@@ -31,7 +31,7 @@ def read(files: Sequence[Path]) -> list[Named]:
         if not results:
             raise ConfigError(f"{file} is no file of `densegeo bench --json`: it is empty.")
         many = len(results) > 1
-        out += [(f"{file.stem}:{number}" if many else file.stem, one) for number, one in enumerate(results, 1)]
+        out += [(f"{file.stem}:{number}" if many else file.stem, result) for number, result in enumerate(results, 1)]
     return out
 
 
@@ -65,8 +65,8 @@ def print_comparison(results: Sequence[Named], console: Console | None = None) -
         console.print("[yellow]Not all are of the first one's model and size: their totals do not compare.[/]")
 
 
-def _alike(one: Latency, other: Latency) -> bool:
-    return (one.model, one.bucket) == (other.model, other.bucket)
+def _alike(first: Latency, second: Latency) -> bool:
+    return (first.model, first.bucket) == (second.model, second.bucket)
 
 
 def _table(title: str, columns: Sequence[str], left: int) -> Table:
@@ -150,8 +150,8 @@ def draw(results: Sequence[Named], path: Path) -> None:
     axes.plot([total.p50 for total in totals], rows, "k|", markersize=22, markeredgewidth=2, label="total")
     for row, end, total in zip(rows, ends, totals, strict=True):
         axes.text(end, row, f"  {_ms(total.p50)} ms, p99 {_ms(total.p99)}", va="center", fontsize="small")
-    labels: Callable[[str, Latency], str] = lambda name, one: (  # noqa: E731
-        f"{name}: {one.model} {one.precision} {one.bucket}\n{one.backend}, {one.device_name}"
+    labels: Callable[[str, Latency], str] = lambda name, run: (  # noqa: E731
+        f"{name}: {run.model} {run.precision} {run.bucket}\n{run.backend}, {run.device_name}"
     )
     axes.set_yticks(rows, [labels(name, result) for name, result in results], fontsize="small")
     axes.set_xlim(0, 1.25 * max(ends))

@@ -45,10 +45,10 @@ class Comparison:
         return self.speedup["median"] >= self.target
 
 
-def geometry_errors(decode: Decode, decoded: Tensor, wanted: Tensor) -> dict[str, float]:
+def geometry_errors(decode: Decode, decoded: Tensor, reference: Tensor) -> dict[str, float]:
     """RMS error of the log-depth prediction and mean angle of the normals, of decoded (2, 3, H, W) tensors."""
     size = Size(decoded.shape[3], decoded.shape[2])
-    ours, theirs = (chain.assemble(decode, pictures, size).named() for pictures in (decoded, wanted))
+    ours, theirs = (chain.assemble(decode, pictures, size).named() for pictures in (decoded, reference))
     depth = (ours["prediction"] - theirs["prediction"]).square().mean().sqrt()
     first, second = ours["normals"].double(), theirs["normals"].double()
     # atan2 of |a x b| and a.b: acos alone has no digits left near zero

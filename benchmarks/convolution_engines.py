@@ -72,19 +72,19 @@ def write_graphs(pipeline: Pipeline, folder: Path) -> tuple[Bucket, dict[str, Fi
     size, graphs = Size(SIDE, SIDE), dict[str, Graph]()
     examples = bucket_examples(pipeline, size, 1)
     for stage, network in pipeline.stages().items():
-        taken, given, example = examples[stage]
+        input_spec, output_spec, example = examples[stage]
         weights, path = folder / f"{stage}.safetensors", folder / f"{stage}_{size}.onnx"
         write_weights(network, weights)
-        export_graph(network, example, (taken, given), weights, path, exact=False)
+        export_graph(network, example, (input_spec, output_spec), weights, path, exact=False)
         graphs[stage] = describe(path)
     files = {path.name: FileDigest(path.stat().st_size, sha256_file(path)) for path in folder.iterdir()}
     encoder, denoiser, decoder = (graphs[stage] for stage in STAGES)
     return Bucket(SIDE, SIDE, encoder, denoiser, decoder), files
 
 
-def built(folder: Path, wanted: Wanted, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
-    (folder / wanted.engine.file).parent.mkdir(exist_ok=True)
-    return build_engine(folder, folder / wanted.graph, wanted.engine, options, wanted.group, progress)
+def built(folder: Path, target: Wanted, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
+    (folder / target.engine.file).parent.mkdir(exist_ok=True)
+    return build_engine(folder, folder / target.graph, target.engine, options, target.group, progress)
 
 
 def scaled_after(log: BuildLog) -> int:
@@ -147,12 +147,12 @@ def engines_of(model: str, precisions: list[str], folder: Path, console: Console
         counts = Counter(map(stage_of, plans))
         with_convolutions = {stage_of(name) for name in exact.layers(nn.Conv2d)}
         for group in TARGETS:
-            for wanted in wanted_engines([bucket], precision, group, options, files):
-                if wanted.engine.stage in with_convolutions:
+            for target in wanted_engines([bucket], precision, group, options, files):
+                if target.engine.stage in with_convolutions:
                     console.print(
-                        f"{model} {precision} {wanted.engine.stage} for {', '.join(wanted.engine.architectures)}"
+                        f"{model} {precision} {target.engine.stage} for {', '.join(target.engine.architectures)}"
                     )
-                    engine = built(place, wanted, options, lambda phase: None)
+                    engine = built(place, target, options, lambda phase: None)
                     yield row(place, model, precision, engine, counts[engine.stage])
                     (place / engine.file).unlink()
 
@@ -162,17 +162,17 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "model", "stage", "", "for", "convolutions", "planned", "conversions", "scaled after", "s", "MB", "workspace MB"
     )
-    for found in rows:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["convolutions"].items()))
-        sizes = (f"{found[name] / 1e6:.3g}" for name in ("engine_bytes", "workspace_bytes"))
+    for row in rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["convolutions"].items()))
+        sizes = (f"{row[name] / 1e6:.3g}" for name in ("engine_bytes", "workspace_bytes"))
         table.add_row(
-            *(found[name] for name in ("model", "stage", "precision")),
-            ", ".join(found["architectures"]),
+            *(row[name] for name in ("model", "stage", "precision")),
+            ", ".join(row["architectures"]),
             kinds,
-            str(found["planned"] or ""),
-            str(len(found["conversions"])),
-            str(found["scaled_after"]),
-            f"{found['seconds']:.1f}",
+            str(row["planned"] or ""),
+            str(len(row["conversions"])),
+            str(row["scaled_after"]),
+            f"{row['seconds']:.1f}",
             *sizes,
         )
     return table
@@ -182,8 +182,8 @@ def run(models: list[str], precisions: list[str], json_file: Path | None) -> Non
     machine, console, rows = environment(("torch", "onnx", "tensorrt-rtx-cu13")), Console(width=160), []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            for found in engines_of(model, precisions, Path(folder), console):
-                rows.append(found)
+            for row in engines_of(model, precisions, Path(folder), console):
+                rows.append(row)
                 if json_file is not None:
                     write_json(json_file, {**machine, "size": [SIDE, SIDE], "engines": rows})
     console.print(table_of(rows))

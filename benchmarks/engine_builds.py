@@ -38,11 +38,11 @@ KINDS: tuple[tuple[str, Weights], ...] = (
 
 def rows(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """One row an engine of a bundle."""
-    found = []
+    table_rows = []
     for engine in manifest.engines:
         log = parse_log(read_log(bundle / engine.log))
         roles = [layer.role for layer in log.layers]
-        found.append(
+        table_rows.append(
             {
                 "model": manifest.model,
                 "precision": manifest.precision,
@@ -59,7 +59,7 @@ def rows(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
                 "architectures": engine.architectures,
             }
         )
-    return found
+    return table_rows
 
 
 def table_of(engines: list[dict[str, Any]]) -> Table:

@@ -19,7 +19,7 @@ def environment(distributions: Iterable[str]) -> dict[str, Any]:
     from densegeo.doctor import examine, version
 
     report = examine()
-    found = {name: version(name) for name in ("densegeo", *distributions)}
+    versions = {name: version(name) for name in ("densegeo", *distributions)}
     return {
         "machine": {
             "cpu": report.cpu,
@@ -30,7 +30,7 @@ def environment(distributions: Iterable[str]) -> dict[str, Any]:
             "platform": report.platform,
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
-        "versions": {"python": platform.python_version()} | {k: v for k, v in found.items() if v is not None},
+        "versions": {"python": platform.python_version()} | {k: v for k, v in versions.items() if v is not None},
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }

@@ -61,19 +61,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48, help="photographs")
     parser.add_argument("--actors", type=int, nargs="*", default=list(ACTORS))
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        photographs(Path(folder) / "photos", given.count)
-        for actors in (None, *given.actors):
+        photographs(Path(folder) / "photos", options.count)
+        for actors in (None, *options.actors):
             out = Path(folder) / f"out-{actors}"
-            rows.append(run(given.bundle, Path(folder) / "photos", out, actors))
+            rows.append(run(options.bundle, Path(folder) / "photos", out, actors))
             print("one process:" if actors is None else f"{actors} actors:", rows[-1], flush=True)
-    facts = environment(("onnxruntime", "ray"))
-    line = json.dumps({"bundle": given.bundle, "images": given.count, "rows": rows, "environment": facts})
-    if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(line + "\n")
+    machine = environment(("onnxruntime", "ray"))
+    line = json.dumps({"bundle": options.bundle, "images": options.count, "rows": rows, "environment": machine})
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(line + "\n")
     print(line)
 
 

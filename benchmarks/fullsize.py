@@ -42,7 +42,7 @@ from densegeo.models import fe2e
 from densegeo.models.chain import relative_error
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
-from densegeo.models.loading import open_skeleton, open_streamed, rewritten_form
+from densegeo.models.loading import open_skeleton, open_streamed, rewritten_template
 from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.quantized import FORMATS
@@ -73,17 +73,17 @@ def checkpoint_shapes(transformer: TransformerConfig, vae: VAEConfig) -> dict[st
     """role -> the names and shapes of its file."""
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {"dit": Transformer(transformer), "vae": VAE(vae)}
-    found: dict[str, Shapes] = {
+    shapes: dict[str, Shapes] = {
         role: {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
         for role, module in modules.items()
     }
-    found["lora"] = {}
+    shapes["lora"] = {}
     for name, layer in modules["dit"].named_modules():
         if isinstance(layer, nn.Linear) and Transformer.is_block(name):
             key = "lora_unet_" + name.replace(".", "_")
-            found["lora"][f"{key}.lora_down.weight"] = (RANK, layer.in_features)
-            found["lora"][f"{key}.lora_up.weight"] = (layer.out_features, RANK)
-    return found
+            shapes["lora"][f"{key}.lora_down.weight"] = (RANK, layer.in_features)
+            shapes["lora"][f"{key}.lora_up.weight"] = (layer.out_features, RANK)
+    return shapes
 
 
 def write_checkpoint(folder: Path, transformer: TransformerConfig, vae: VAEConfig, tokens: int, valid: int) -> None:
@@ -147,7 +147,7 @@ def _family(pid: int) -> list[int]:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [pid, *(found for child in children for found in _family(int(child)))]
+    return [pid, *(descendant for child in children for descendant in _family(int(child)))]
 
 
 def _anonymous(pid: int) -> int:
@@ -175,18 +175,18 @@ def calibrate(
 
 def products(bundle: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
     """What the builder's logs say of the denoiser's engines: "attention FP8" -> how many layers."""
-    found = {}
+    counts = {}
     for engine in manifest.engines:
         if engine.stage == "denoiser":
             layers = parse_log(read_log(bundle / engine.log)).layers
             kinds = Counter(f"{layer.role} {layer.dtype}" for layer in layers if layer.role in ("matmul", "attention"))
-            found[" ".join(engine.architectures) or "any"] = dict(kinds)
-    return found
+            counts[" ".join(engine.architectures) or "any"] = dict(kinds)
+    return counts
 
 
 def distinct_blocks(path: Path) -> int:
     """How many of a transformer file's matrices in blocks differ from all others, of how many; all must."""
-    seen: dict[str, str] = {}
+    name_of: dict[str, str] = {}
     with safe_open(path, framework="pt") as file:
         names = [
             name
@@ -195,10 +195,10 @@ def distinct_blocks(path: Path) -> int:
         ]
         for name in track(names, description="digests"):
             digest = hashlib.sha256(file.get_tensor(name).view(torch.uint8).numpy()).hexdigest()
-            if digest in seen:
-                raise ResourceError(f"{name} and {seen[digest]} hold the same numbers")
-            seen[digest] = name
-    return len(seen)
+            if digest in name_of:
+                raise ResourceError(f"{name} and {name_of[digest]} hold the same numbers")
+            name_of[digest] = name
+    return len(name_of)
 
 
 def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]:
@@ -210,15 +210,15 @@ def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]
     applied = fe2e.REWRITES
     files, _ = resolve(Given(checkpoint=str(checkpoint)), FE2E)
     pipeline, source = open_streamed(open_skeleton(files), size)
-    form = rewritten_form(
+    template = rewritten_template(
         FE2E, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, size
     ).denoiser
-    assert isinstance(form, Transformer)
+    assert isinstance(template, Transformer)
     stored = BlockFile(bundle / "denoiser.safetensors")
     generator = torch.Generator().manual_seed(5)
     text, image = (
-        torch.randn(1, tokens, form.config.hidden_size, generator=generator)
-        for tokens in (form.text_tokens, form.image_tokens)
+        torch.randn(1, tokens, template.config.hidden_size, generator=generator)
+        for tokens in (template.text_tokens, template.image_tokens)
     )
     worst = {"stored": 0.0, "eager bf16": 0.0, "share of the bound": 0.0}
     for name, exact in track(rewritten_parts(pipeline, source, applied), description="blocks", total=58):
@@ -227,23 +227,25 @@ def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]
         again, low = copy.deepcopy(exact), copy.deepcopy(exact)
         stored.fill(again, name)
         cast_module(low, "bf16")
-        rope = form.rope_cos, form.rope_sin
-        given = (image, text) if name.startswith("double") else (torch.cat([text, image], dim=1),)
-        wanted = _outputs(exact, given, None, rope, form.key_bias)
-        ours = relative_error(_outputs(again, given, None, rope, form.key_bias), wanted)
-        plain = relative_error(_outputs(low, tuple(x.bfloat16() for x in given), None, rope, form.key_bias), wanted)
+        rope = template.rope_cos, template.rope_sin
+        inputs = (image, text) if name.startswith("double") else (torch.cat([text, image], dim=1),)
+        reference = _outputs(exact, inputs, None, rope, template.key_bias)
+        ours = relative_error(_outputs(again, inputs, None, rope, template.key_bias), reference)
+        plain = relative_error(
+            _outputs(low, tuple(x.bfloat16() for x in inputs), None, rope, template.key_bias), reference
+        )
         if not ours <= 2 * plain:
             raise ResourceError(f"{name} is {ours:.2e} from its source, twice eager bf16's error is {2 * plain:.2e}")
-        found = {"stored": ours, "eager bf16": plain, "share of the bound": ours / (2 * plain)}
-        worst = {key: max(value, found[key]) for key, value in worst.items()}
+        errors = {"stored": ours, "eager bf16": plain, "share of the bound": ours / (2 * plain)}
+        worst = {key: max(value, errors[key]) for key, value in worst.items()}
     return worst
 
 
 @torch.no_grad()
-def _outputs(block: nn.Module, given: tuple[torch.Tensor, ...], *others: object) -> torch.Tensor:
+def _outputs(block: nn.Module, inputs: tuple[torch.Tensor, ...], *others: object) -> torch.Tensor:
     """What a block gives, its streams side by side, float32."""
-    found = block(*given, *others)
-    return torch.cat([part.float().flatten() for part in (found if isinstance(found, tuple) else (found,))])
+    outputs = block(*inputs, *others)
+    return torch.cat([part.float().flatten() for part in (outputs if isinstance(outputs, tuple) else (outputs,))])
 
 
 def run(folder: Path, size: str, precision: str, attention: bool, backend: str, json_file: Path | None) -> None:

@@ -105,14 +105,14 @@ def tests(check: Check) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "--tb=short", "--show-capture=no", "-m", which, *TESTS]
     if find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.left() / 2)
     )
-    check.output.with_suffix(".tests.txt").write_text(done.stdout)
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    entry: dict[str, Any] = {"command": " ".join(command[1:]), **counts, "tail": done.stdout[-3000:]}
-    if done.returncode or not counts.get("passed"):
-        entry["failed"] = f"exit code {done.returncode}"
+    check.output.with_suffix(".tests.txt").write_text(process.stdout)
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", process.stdout)}
+    entry: dict[str, Any] = {"command": " ".join(command[1:]), **counts, "tail": process.stdout[-3000:]}
+    if process.returncode or not counts.get("passed"):
+        entry["failed"] = f"exit code {process.returncode}"
     return entry
 
 
@@ -123,10 +123,10 @@ def kernels(check: Check) -> dict[str, Any]:
 
 def rows(check: Check) -> dict[str, Any]:
     """Every change of the hot path on and off; no time for one whose numbers are off."""
-    found = gpu_rows.measure(check.device, small=check.small, runs=check.runs(10))
-    print(gpu_rows.table(found), flush=True)
-    wrong = [f"{name}: {row['failed']}" for name, row in found.items() if "failed" in row]
-    return {"floor_ms": gpu_rows.FLOOR_MS, "rows": found} | ({"failed": "; ".join(wrong)} if wrong else {})
+    measured_rows = gpu_rows.measure(check.device, small=check.small, runs=check.runs(10))
+    print(gpu_rows.table(measured_rows), flush=True)
+    wrong = [f"{name}: {row['failed']}" for name, row in measured_rows.items() if "failed" in row]
+    return {"floor_ms": gpu_rows.FLOOR_MS, "rows": measured_rows} | ({"failed": "; ".join(wrong)} if wrong else {})
 
 
 def launches(check: Check) -> dict[str, Any]:
@@ -154,18 +154,18 @@ def models(check: Check) -> dict[str, Any]:
         raise RuntimeError("the numbers are wrong, so no speed is measured")
     weights = _weights(check)
     sizes = SIZES if not check.small else (Size(64, 48),)
-    found = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
+    comparisons = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
     for compiled in (False,) if check.quick else (False, True):
-        for comparison in found:
+        for comparison in comparisons:
             comparison.measure(compiled=compiled)
-    return {"sizes": [comparison.report() for comparison in found]}
+    return {"sizes": [comparison.report() for comparison in comparisons]}
 
 
 def fiffdepth(check: Check) -> dict[str, Any]:
     """Full-size FiffDepth at 512x512."""
-    found = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left, compiled=not check.quick)
-    wrong = [name for name, row in found["contenders"].items() if "failed" in row]
-    return found | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
+    comparison = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left, compiled=not check.quick)
+    wrong = [name for name, row in comparison["contenders"].items() if "failed" in row]
+    return comparison | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
 
 
 def transfers(check: Check) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def transfers(check: Check) -> dict[str, Any]:
     placement = whole(size)
     ring, count = Ring(check.device), check.runs(8)
 
-    def one(_: int) -> object:
+    def estimate(_: int) -> object:
         return ring.run([pixels], lambda frames: network(frames, [placement]))
 
     def pageable() -> None:
@@ -187,9 +187,9 @@ def transfers(check: Check) -> dict[str, Any]:
     entry: dict[str, Any] = {"captured": network.recorded(1).captured, "images": count}
     for name, workers in (("one in flight", 1), ("two in flight", 2)):
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, range(check.runs(2))))
+            list(pool.map(estimate, range(check.runs(2))))
             started = time.perf_counter()
-            list(pool.map(one, range(count)))
+            list(pool.map(estimate, range(count)))
             entry[name] = 1e3 * (time.perf_counter() - started) / count
     entry["pageable"] = 1e3 * median_seconds(pageable, check.device, check.runs(5))
     for group in (2, 4):
@@ -267,10 +267,10 @@ def bundles(check: Check) -> dict[str, Any]:
     manifest = read_manifest(check.bundle)
     entry: dict[str, Any] = {"model": manifest.model, "precision": manifest.precision, "backends": {}}
     for row in BACKENDS:
-        found = _backend(check, check.bundle, manifest, row.name) if row.available() else {"skipped": row.install}
-        entry["backends"][row.name] = found
-        if "failed" in found:
-            entry["failed"] = f"{row.name}: {found['failed']}"
+        result = _backend(check, check.bundle, manifest, row.name) if row.available() else {"skipped": row.install}
+        entry["backends"][row.name] = result
+        if "failed" in result:
+            entry["failed"] = f"{row.name}: {result['failed']}"
     return entry
 
 
@@ -283,10 +283,10 @@ def _backend(check: Check, bundle: Path, manifest: Manifest, name: str) -> dict[
         entry: dict[str, Any] = {
             "log": lines.seen,
             "bounds": manifest.verification.bounds,
-            "errors": {f"{found.bucket} {found.output}, {found.reference}": found.error for found in verdict.served},
+            "errors": {f"{row.bucket} {row.output}, {row.reference}": row.error for row in verdict.served},
         }
         if not verdict.good:
-            names = dict.fromkeys(found.output for found in verdict.wrong)
+            names = dict.fromkeys(row.output for row in verdict.wrong)
             return {**entry, "failed": f"out of bounds: {', '.join(names)}"}
         image = _pixels(manifest.buckets[0].size)
         with Estimator(bundle, name, check.device, check_digests=False) as estimator:

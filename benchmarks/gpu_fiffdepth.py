@@ -81,9 +81,9 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
     side = 64 if small else SIDE
     rgb = random_image(side, side, seed=2).to(device)
     exact = pipeline_on(device, small)
-    wanted = chain(exact, low=False)(rgb)
+    reference = chain(exact, low=False)(rgb)
     plain = precision.cast(copy.deepcopy(exact), LOW)
-    limit = ERROR_FACTOR * relative_error(chain(plain, low=True)(rgb), wanted)
+    limit = ERROR_FACTOR * relative_error(chain(plain, low=True)(rgb), reference)
     folded = _folded(exact)
     contenders: dict[str, Callable[[], Network]] = {
         "plain, bf16, eager": lambda: chain(plain, low=True),
@@ -100,7 +100,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
             rows[name] = {"skipped": "no time left"}
             continue
         network = make()
-        error = relative_error(network(rgb), wanted)
+        error = relative_error(network(rgb), reference)
         if not error <= limit:
             rows[name] = {"failed": f"its error is {error:.1e}, the limit {limit:.1e}"}
             continue
@@ -126,10 +126,10 @@ def _means(network: DeviceNetwork) -> Network:
 def _batches(
     network: DeviceNetwork, rgb: Tensor, device: str, runs: int, left: Callable[[], float]
 ) -> dict[str, float]:
-    found = {}
+    milliseconds = {}
     for count in BATCHES:
         if left() > 45:
             replay, images = network.recorded(count), rgb.repeat(count, 1, 1, 1)
             seconds = sorted(seconds_of(partial(replay, images), device, runs))
-            found[str(count)] = 1e3 * seconds[len(seconds) // 2] / count
-    return found
+            milliseconds[str(count)] = 1e3 * seconds[len(seconds) // 2] / count
+    return milliseconds

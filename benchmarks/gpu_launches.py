@@ -96,13 +96,13 @@ def _through(gpu: Any, kernels: Kernels) -> dict[str, Any]:
                 network.prepare(0, frame, placement, "rgb")
                 network.launch()
                 network.maps(0, placement, iter(slot.room(network.shapes(placement))))
-            found = dict(zip(DECODE.names, slot.download(), strict=True))
+            maps = dict(zip(DECODE.names, slot.download(), strict=True))
         rgb = preprocess(torch.from_numpy(image), SIZE, box=placement.box)
-        wanted = chain.assemble(DECODE, decoded.cpu(), source, placement.box).named()
+        expected_maps = chain.assemble(DECODE, decoded.cpu(), source, placement.box).named()
         pairs = {
             "preprocess": (_buffer(ring, network, "rgb"), rgb),
             "split": (_buffer(ring, network, "latents"), latents),
-            **{name: (torch.from_numpy(found[name]), wanted[name]) for name in wanted},
+            **{name: (torch.from_numpy(maps[name]), expected_maps[name]) for name in expected_maps},
         }
         rows[str(source)] = {name: relative_error(*pair) for name, pair in pairs.items()}
     report: dict[str, Any] = {"captured": network._graph is not None, "bound": BOUND, "errors": rows}
@@ -125,8 +125,8 @@ def _bucket() -> Bucket:
     )
 
 
-def _graph(given: tuple[str, list[int]], made: tuple[str, list[int]]) -> Graph:
-    specs = [[TensorSpec(name=name, dtype="float32", shape=shape)] for name, shape in (given, made)]
+def _graph(input_spec: tuple[str, list[int]], output_spec: tuple[str, list[int]]) -> Graph:
+    specs = [[TensorSpec(name=name, dtype="float32", shape=shape)] for name, shape in (input_spec, output_spec)]
     return Graph(file="", inputs=specs[0], outputs=specs[1], nodes=0, parameters=0, flops=0)
 
 

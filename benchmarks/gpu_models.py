@@ -160,15 +160,15 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
     """Quantize all linears of the blocks in place, and attentions; ranges by one picture: for speed, not accuracy."""
     transformer, plans = pipeline.denoiser, dict[str, LayerPlan | AttentionPlan]()
 
-    def note(name: str, kind: type[nn.Module], given: tuple[Tensor, ...]) -> None:
-        peaks = [float(x.abs().max()) for x in given[:3]]
-        plans[name] = AttentionPlan(*peaks) if kind is Attention else LayerPlan(peaks[0])
+    def note(name: str, kind: type[nn.Module], arguments: tuple[Tensor, ...]) -> None:
+        amax = [float(x.abs().max()) for x in arguments[:3]]
+        plans[name] = AttentionPlan(*amax) if kind is Attention else LayerPlan(amax[0])
 
-    wanted = (nn.Linear, Attention) if attention else (nn.Linear,)
+    kinds = (nn.Linear, Attention) if attention else (nn.Linear,)
     handles = [
-        layer.register_forward_pre_hook(lambda module, given, name=name: note(name, type(module), given))
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: note(name, type(module), inputs))
         for name, layer in transformer.named_modules()
-        if isinstance(layer, wanted) and Transformer.is_block(name)
+        if isinstance(layer, kinds) and Transformer.is_block(name)
     ]
     transformer(pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW])))
     for handle in handles:
@@ -189,7 +189,7 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     exact = setup.pipeline()
     exact.denoiser.to(device)
     exact.vae.to(device)
-    wanted = _chain(exact, torch.float32)(rgb)
+    reference = _chain(exact, torch.float32)(rgb)
     weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)
     plain = _chain(weights.plain, precision.DTYPES[LOW])(rgb)
     network = device_network(weights, size, captured=True).recorded(1)
@@ -197,11 +197,11 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     fp8 = {}
     for name, attention in (("linears", False), ("linears and attention", True)):
         low = device_network(weights, size, True, rgb, attention=attention).recorded(1)
-        found = {"plain": emulated(weights, size, rgb, attention=attention), "ours": low(rgb)}
-        fp8[name] = {way: relative_error(decoded, wanted) for way, decoded in found.items()}
+        decoded_by = {"plain": emulated(weights, size, rgb, attention=attention), "ours": low(rgb)}
+        fp8[name] = {way: relative_error(decoded, reference) for way, decoded in decoded_by.items()}
     return {
-        "plain": relative_error(plain, wanted),
-        "ours": relative_error(ours, wanted),
+        "plain": relative_error(plain, reference),
+        "ours": relative_error(ours, reference),
         "captured": float(network.captured),
         "repeated_exactly": float(torch.equal(ours, again)),
         "fp8": fp8,
@@ -226,7 +226,7 @@ class Comparison:
     def __init__(self, weights: Weights, size: Size, runs: int, left: Callable[[], float]) -> None:
         self._weights, self._size, self._runs, self._left = weights, size, runs, left
         self._rgb = random_image(*size, seed=2).to(weights.device)
-        self._wanted: Tensor | None = None
+        self._reference: Tensor | None = None
         self._rows: dict[str, Any] = {}
 
     @torch.inference_mode()
@@ -241,8 +241,8 @@ class Comparison:
                 continue
             try:
                 row, decoded = _measure(make, self._rgb, self._weights.device, self._runs)
-                self._wanted = decoded if self._wanted is None else self._wanted
-                self._rows[name] = {**row, "relative_to_authors": relative_error(decoded, self._wanted)}
+                self._reference = decoded if self._reference is None else self._reference
+                self._rows[name] = {**row, "relative_to_authors": relative_error(decoded, self._reference)}
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 self._rows[name] = {"failed": str(error)[:300]}
             free(self._weights.device)

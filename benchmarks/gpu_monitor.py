@@ -84,7 +84,7 @@ class GpuMonitor:
 
     def _run(self) -> None:
         nvml, handle = self._nvml, self._handle
-        asked: dict[str, Callable[[], float]] = {
+        queries: dict[str, Callable[[], float]] = {
             "watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
@@ -94,7 +94,7 @@ class GpuMonitor:
         }
         while True:
             sample: dict[str, float | None] = {}
-            for name, ask in asked.items():
+            for name, ask in queries.items():
                 try:
                     sample[name] = float(ask())
                 except nvml.NVMLError:  # most often "Not Supported": a Jetson, a MIG slice, an older driver
@@ -105,18 +105,18 @@ class GpuMonitor:
 
 
 def _summary(samples: list[dict[str, float | None]]) -> GpuReadings:
-    told = {name: [value for sample in samples if (value := sample[name]) is not None] for name in samples[0]}
-    reasons = [int(value) for value in told["reasons"]]
-    memory = told["memory_bytes"]
+    values_of = {name: [value for sample in samples if (value := sample[name]) is not None] for name in samples[0]}
+    reasons = [int(value) for value in values_of["reasons"]]
+    memory = values_of["memory_bytes"]
     return GpuReadings(
         samples=len(samples),
-        watts=_reading(told["watts"]),
-        sm_mhz=_reading(told["sm_mhz"]),
-        memory_mhz=_reading(told["memory_mhz"]),
-        celsius=_reading(told["celsius"]),
+        watts=_reading(values_of["watts"]),
+        sm_mhz=_reading(values_of["sm_mhz"]),
+        memory_mhz=_reading(values_of["memory_mhz"]),
+        celsius=_reading(values_of["celsius"]),
         memory_bytes=int(max(memory)) if memory else None,
-        throttled=[word for bit, word in SLOWED.items() if any(one & bit for one in reasons)] if reasons else None,
-        power_limited=sum(bool(one & POWER_LIMIT) for one in reasons) / len(reasons) if reasons else None,
+        throttled=[word for bit, word in SLOWED.items() if any(r & bit for r in reasons)] if reasons else None,
+        power_limited=sum(bool(reason & POWER_LIMIT) for reason in reasons) / len(reasons) if reasons else None,
     )
 
 

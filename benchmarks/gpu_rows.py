@@ -136,17 +136,17 @@ def _fusion(device: str, fusion: bool) -> Iterator[None]:
         return
     from densegeo.kernels.attention import kernel
 
-    made = kernel.biased
-    kernel.biased = lambda *given: replace(made(*given), fp_fusion=fusion)  # type: ignore[assignment]
+    original = kernel.biased
+    kernel.biased = lambda *arguments: replace(original(*arguments), fp_fusion=fusion)  # type: ignore[assignment]
     try:
         yield
     finally:
-        kernel.biased = made
+        kernel.biased = original
 
 
 def _picture(channels: int, height: int, width: int, device: str, dtype: torch.dtype, count: int = 2) -> Tensor:
-    made = torch.randn(count, channels, height, width, device=device, dtype=dtype)
-    return made.contiguous(memory_format=torch.channels_last)
+    picture = torch.randn(count, channels, height, width, device=device, dtype=dtype)
+    return picture.contiguous(memory_format=torch.channels_last)
 
 
 def _pictures(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Row]:
@@ -218,11 +218,11 @@ def _joined(sizes: Sizes, device: str, dtype: torch.dtype) -> Row:
     q, k = (torch.empty(1, heads, tokens, size, device=device, dtype=dtype) for _ in range(2))
 
     def before() -> Tensor:
-        made = []
+        triples = []
         for places, rows_ in parts:
             two = qk_norm_rope(rows_, gains[0], gains[1], cos[places], sin[places], heads)
-            made.append((*two, heads_first(rows_[..., 2 * hidden :], heads)))
-        return torch.cat([torch.cat(pair, dim=2) for pair in zip(*made, strict=True)])
+            triples.append((*two, heads_first(rows_[..., 2 * hidden :], heads)))
+        return torch.cat([torch.cat(pair, dim=2) for pair in zip(*triples, strict=True)])
 
     def after() -> Tensor:
         for places, _ in parts:
@@ -237,39 +237,39 @@ def _joined(sizes: Sizes, device: str, dtype: torch.dtype) -> Row:
 def measure(device: str, *, small: bool, runs: int) -> dict[str, Any]:
     """Milliseconds of an image before and after, and what is saved as a share of the floor; by row."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    found: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
     with settings():
         for row in rows(SMALL if small else FULL, device, dtype):
             try:
-                found[row.name] = _timed(row, device, runs)
+                timings[row.name] = _timed(row, device, runs)
             except RuntimeError as error:  # a library that has no such kernel here
-                found[row.name] = {"refused": str(error).partition("\n")[0][:200]}
-    return found
+                timings[row.name] = {"refused": str(error).partition("\n")[0][:200]}
+    return timings
 
 
 def _timed(row: Row, device: str, runs: int) -> dict[str, Any]:
     if row.exact is not None:
         exact = row.exact().double()
-        made, plain = row.after().double(), row.before().double()
+        ours, plain = row.after().double(), row.before().double()
         if plain.shape != exact.shape:  # of which a part is compared
             plain = plain[:, :1, :64]
-        off, bound = ((one - exact).norm() / exact.norm() for one in (made, plain))
+        off, bound = ((result - exact).norm() / exact.norm() for result in (ours, plain))
         if not off <= max(ERROR_FACTOR * bound, 1e-5):
             return {"failed": f"off by {float(off):.1e}; {float(bound):.1e} before"}
     before, after = (1e3 * row.times * median_seconds(way, device, runs) for way in (row.before, row.after))
     return {"before_ms": before, "after_ms": after, "saved_of_floor": (before - after) / FLOOR_MS}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(timings: dict[str, Any]) -> str:
     """The rows as text, the most saved first; those without a time last, with the reason."""
-    timed = {name: row for name, row in found.items() if "before_ms" in row}
+    timed = {name: row for name, row in timings.items() if "before_ms" in row}
     order = sorted(timed, key=lambda name: timed[name]["after_ms"] - timed[name]["before_ms"])
-    width = max(map(len, found), default=0)
+    width = max(map(len, timings), default=0)
     lines = [f"{'an image of FE2E at 864x576':<{width}}  before ms  after ms  saved of the floor ({FLOOR_MS:.0f} ms)"]
     for name in order:
         row = timed[name]
         lines.append(f"{name:<{width}}  {row['before_ms']:9.2f} {row['after_ms']:9.2f}  {row['saved_of_floor']:+8.1%}")
-    for name, row in found.items():
+    for name, row in timings.items():
         if name not in timed:
             lines.append(f"{name:<{width}}  {row.get('failed') or row.get('refused')}")
     return "\n".join(lines)

@@ -39,20 +39,20 @@ def synthetic_split(views: int = VIEWS) -> Split:
 def statistics() -> list[dict[str, Any]]:
     """Of the first views: kind, mean ln(metres) and mean normal where valid, and the share of valid pixels."""
     view = _generator()
-    found = []
+    rows = []
     for index in range(FROZEN_VIEWS):
-        seen = view(SEED, SPLIT, index, *SIZE)
-        normals = seen.normals[seen.valid].astype(np.float64)
-        found.append(
+        sample = view(SEED, SPLIT, index, *SIZE)
+        normals = sample.normals[sample.valid].astype(np.float64)
+        rows.append(
             {
-                "kind": seen.kind,
-                "valid": float(seen.valid.mean()),
-                "log_depth": float(np.log(seen.depth[seen.valid].astype(np.float64)).mean()),
+                "kind": sample.kind,
+                "valid": float(sample.valid.mean()),
+                "log_depth": float(np.log(sample.depth[sample.valid].astype(np.float64)).mean()),
                 "normal": normals.mean(axis=0).tolist(),
-                "rgb": float(seen.rgb.mean()),
+                "rgb": float(sample.rgb.mean()),
             }
         )
-    return found
+    return rows
 
 
 def _generator() -> Callable[..., View]:
@@ -71,9 +71,9 @@ def _generator() -> Callable[..., View]:
 def _samples(view: Callable[..., View], views: int) -> Iterator[Sample]:
     low, high = DEPTH_RANGE
     for index in range(views):
-        seen = view(SEED, SPLIT, index, *SIZE)
-        in_range = seen.valid & (seen.depth > low) & (seen.depth < high)
-        yield Sample(f"{SPLIT} {index}", seen.rgb, seen.depth, in_range, seen.normals, seen.valid)
+        sample = view(SEED, SPLIT, index, *SIZE)
+        in_range = sample.valid & (sample.depth > low) & (sample.depth < high)
+        yield Sample(f"{SPLIT} {index}", sample.rgb, sample.depth, in_range, sample.normals, sample.valid)
 
 
 if __name__ == "__main__":

@@ -65,18 +65,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--count", type=int, default=24, help="photographs")
     parser.add_argument("--format", default="npy,png")
-    given = parser.parse_args()
+    options = parser.parse_args()
     times: dict[str, list[tuple[float, float]]] = {"old": [], "new": []}
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
-        photographs(photos, given.count)
-        for _ in range(given.runs):
-            for name, taken in times.items():
-                checkout, bundle = getattr(given, name)
-                taken.append(run(checkout, bundle, photos, Path(folder) / "out", given.format))
-                print(f"{name}: {taken[-1][0]:.2f} s, {taken[-1][1]:.2f} s of the processors", flush=True)
+        photographs(photos, options.count)
+        for _ in range(options.runs):
+            for name, runs in times.items():
+                checkout, bundle = getattr(options, name)
+                runs.append(run(checkout, bundle, photos, Path(folder) / "out", options.format))
+                print(f"{name}: {runs[-1][0]:.2f} s, {runs[-1][1]:.2f} s of the processors", flush=True)
     medians = {
-        name: [statistics.median(pair[kind] for pair in taken) for kind in (0, 1)] for name, taken in times.items()
+        name: [statistics.median(pair[kind] for pair in runs) for kind in (0, 1)] for name, runs in times.items()
     }
     wall, used = (medians["old"][kind] / medians["new"][kind] for kind in (0, 1))
     print(f"{wall:.2f} times as fast, {used:.2f} times less processor time")

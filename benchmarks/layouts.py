@@ -139,14 +139,14 @@ def _normal_map(names: Sequence[str], contents: Sequence[bytes], size: tuple[int
     frame: Frame
     if PurePosixPath(names[0]).suffix == ".npy":
         stored, frame = np.load(io.BytesIO(contents[0])), "marigold"
-        known = np.linalg.norm(stored, axis=-1) > 1e-6
+        has_normal = np.linalg.norm(stored, axis=-1) > 1e-6
     else:
         colours = np.asarray(Image.open(io.BytesIO(contents[0])).convert("RGB"))
-        stored, frame, known = colours.astype(np.float32) / 127.5 - 1, "dsine", colours.any(axis=-1)
+        stored, frame, has_normal = colours.astype(np.float32) / 127.5 - 1, "dsine", colours.any(axis=-1)
     if stored.ndim != 3 or stored.shape[-1] != 3:
         raise ValueError(f"shape {stored.shape}, and (H, W, 3) was expected")
     to_opencv = np.array(FRAMES[frame], dtype=np.float32)  # its inverse is its transpose
-    return Truth(normals=stored.astype(np.float32) @ to_opencv, mask=known)
+    return Truth(normals=stored.astype(np.float32) @ to_opencv, mask=has_normal)
 
 
 def kitti_crop(height: int, width: int) -> Window:

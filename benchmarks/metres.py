@@ -51,18 +51,18 @@ def noise_table(rows: list[Recorded]) -> list[Record]:
     for (noise, degrees), bound in zip(NOISES, BOUNDS, strict=True):
         rng, errors, off, inside, refused = np.random.default_rng(0), [], [], [], 0
         for row in track(rows, f"noise {noise:.1%}, {degrees:g} degrees"):
-            seen = row.view
-            geometry, truth = observed(seen, rng, noise, degrees)
+            view = row.view
+            geometry, truth = observed(view, rng, noise, degrees)
             try:
-                found = geometry.to_scale(seen.intrinsics)
-                assert found.calibration is not None
-                off.append(np.log(found.calibration.scale / truth))
-                inside.append(abs(found.calibration.scale - truth) / np.sqrt(found.calibration.variance[0]))
-                errors.append(shape_error(seen, found.depth))
+                scaled = geometry.to_scale(view.intrinsics)
+                assert scaled.calibration is not None
+                off.append(np.log(scaled.calibration.scale / truth))
+                inside.append(abs(scaled.calibration.scale - truth) / np.sqrt(scaled.calibration.variance[0]))
+                errors.append(shape_error(view, scaled.depth))
             except CalibrationError:
                 refused += 1
                 errors.append(
-                    shape_error(seen, np.exp(GUESSES["training views' scale"] * geometry.require_prediction("depth")))
+                    shape_error(view, np.exp(GUESSES["training views' scale"] * geometry.require_prediction("depth")))
                 )
         sigmas = np.array(inside)
         table.append(
@@ -87,47 +87,51 @@ def own_predictions(rows: list[Recorded], seed: int) -> Record:
     with every seventh pixel as an anchor (the network's own error at a pixel is no error of the line).
     """
     errors: dict[str, list[float]] = defaultdict(list)
-    one: dict[str, list[float]] = defaultdict(list)
+    within_one: dict[str, list[float]] = defaultdict(list)
     two: dict[str, list[float]] = defaultdict(list)
     refused: dict[str, int] = defaultdict(int)
     for index, row in enumerate(track(rows, f"own predictions, seed {seed}")):
-        geometry, seen, valid = row.geometry, row.view, row.view.valid
-        p, truth = geometry.require_prediction("depth"), seen.depth
+        geometry, view, valid = row.geometry, row.view, row.view.valid
+        p, truth = geometry.require_prediction("depth"), view.depth
         scale, shift = np.polyfit(p[valid].astype(float), np.log(truth[valid].astype(float)), 1)
-        errors["best line"].append(abs_rel(seen, np.exp(scale * p + shift)))
-        errors["best line, shape"].append(shape_error(seen, np.exp(scale * p)))
+        errors["best line"].append(abs_rel(view, np.exp(scale * p + shift)))
+        errors["best line, shape"].append(shape_error(view, np.exp(scale * p)))
         for name, guess in GUESSES.items():
-            errors[f"{name}, shape"].append(shape_error(seen, np.exp(guess * p)))
+            errors[f"{name}, shape"].append(shape_error(view, np.exp(guess * p)))
         best = _best(row)
-        for name, facts in _facts(row, np.random.default_rng([seed, index])).items():
+        for name, measurements in _measurements(row, np.random.default_rng([seed, index])).items():
             try:
-                found = geometry.to_metric(seen.intrinsics, **facts) if facts else geometry.to_scale(seen.intrinsics)
+                scaled = (
+                    geometry.to_metric(view.intrinsics, **measurements)
+                    if measurements
+                    else geometry.to_scale(view.intrinsics)
+                )
             except CalibrationError:
                 refused[name] += 1
                 continue
-            assert found.calibration is not None
-            if facts:
-                errors[name].append(abs_rel(seen, found.depth))
+            assert scaled.calibration is not None
+            if measurements:
+                errors[name].append(abs_rel(view, scaled.depth))
                 if best is None:
                     continue
-                off = _line(found.calibration, p[valid]) - _line(best, p[valid])
-                sigmas = np.abs(off) / found.calibration.uncertainty(p[valid])
+                off = _line(scaled.calibration, p[valid]) - _line(best, p[valid])
+                sigmas = np.abs(off) / scaled.calibration.uncertainty(p[valid])
             else:
-                errors[name].append(shape_error(seen, found.depth))
-                sigmas = np.array(abs(found.calibration.scale - scale) / np.sqrt(found.calibration.variance[0]))
-            one[name].append(float(np.mean(sigmas < 1)))
+                errors[name].append(shape_error(view, scaled.depth))
+                sigmas = np.array(abs(scaled.calibration.scale - scale) / np.sqrt(scaled.calibration.variance[0]))
+            within_one[name].append(float(np.mean(sigmas < 1)))
             two[name].append(float(np.mean(sigmas < 2)))
     return {
         "seed": seed,
         "median_abs_rel": {name: float(np.median(values)) for name, values in errors.items()},
         "refused": dict(refused),
-        "within_one_sigma": {name: float(np.mean(values)) for name, values in one.items()},
+        "within_one_sigma": {name: float(np.mean(values)) for name, values in within_one.items()},
         "within_two_sigma": {name: float(np.mean(values)) for name, values in two.items()},
     }
 
 
-def _facts(row: Recorded, rng: np.random.Generator) -> dict[str, Record]:
-    """What is told beside the camera; nothing: `to_scale`."""
+def _measurements(row: Recorded, rng: np.random.Generator) -> dict[str, Record]:
+    """Way -> what is measured beside the camera; nothing: `to_scale`."""
     valid, depth = row.view.valid, row.view.depth
     rows, columns = np.nonzero(valid)
     at = rng.permutation(len(rows))[:10]
@@ -155,36 +159,36 @@ def _line(calibration: Calibration, p: NDArray[Any]) -> NDArray[Any]:
     return calibration.scale * p + calibration.shift
 
 
-def abs_rel(seen: View, depth: NDArray[Any]) -> float:
-    return float(np.mean(np.abs(depth[seen.valid] / seen.depth[seen.valid] - 1)))
+def abs_rel(view: View, depth: NDArray[Any]) -> float:
+    return float(np.mean(np.abs(depth[view.valid] / view.depth[view.valid] - 1)))
 
 
 def anchors_table(held_out: list[Recorded]) -> list[Record]:
     """The held-out views at 3 to 400 anchors with outliers: AbsRel over that of the best line, medians."""
-    found: dict[tuple[int, float], list[float]] = defaultdict(list)
+    ratios: dict[tuple[int, float], list[float]] = defaultdict(list)
     refused: dict[tuple[int, float], int] = defaultdict(int)
     for index, row in enumerate(track(held_out, "anchors")):
-        geometry, seen = row.geometry, row.view
-        p, valid = geometry.require_prediction("depth"), seen.valid
-        scale, shift = np.polyfit(p[valid].astype(float), np.log(seen.depth[valid].astype(float)), 1)
-        best = abs_rel(seen, np.exp(scale * p + shift))
+        geometry, view = row.geometry, row.view
+        p, valid = geometry.require_prediction("depth"), view.valid
+        scale, shift = np.polyfit(p[valid].astype(float), np.log(view.depth[valid].astype(float)), 1)
+        best = abs_rel(view, np.exp(scale * p + shift))
         rows, columns = np.nonzero(valid)
         rng = np.random.default_rng([9, index])
         for number in (3, 10, 100, 400):
             at = rng.permutation(len(rows))[:number]
-            uv, exact = np.stack([columns[at], rows[at]], axis=1), seen.depth[rows[at], columns[at]].astype(float)
+            uv, exact = np.stack([columns[at], rows[at]], axis=1), view.depth[rows[at], columns[at]].astype(float)
             for outliers in (0.0, 0.3, 0.45):
                 metres = exact.copy()
                 wrong = int(outliers * number)
                 metres[:wrong] = rng.uniform(0.3, 60, wrong)
                 try:
-                    error = abs_rel(seen, geometry.to_metric(seen.intrinsics, anchors=(uv, metres)).depth)
-                    found[number, outliers].append(error / best)
+                    error = abs_rel(view, geometry.to_metric(view.intrinsics, anchors=(uv, metres)).depth)
+                    ratios[number, outliers].append(error / best)
                 except CalibrationError:
                     refused[number, outliers] += 1
     return [
         {"anchors": n, "outliers": o, "over_best_line": float(np.median(v)), "refused": refused[n, o]}
-        for (n, o), v in found.items()
+        for (n, o), v in ratios.items()
     ]
 
 
@@ -196,22 +200,22 @@ def scan_line(held_out: list[Recorded]) -> Record:
     """
     line, depth, refused = [], [], 0
     for row in track(held_out, "one scan line"):
-        seen, valid, best = row.view, row.view.valid, _best(row)
+        view, valid, best = row.view, row.view.valid, _best(row)
         middle = SIZE.height // 2
         columns = np.nonzero(valid[middle])[0][::4]
-        anchors = (np.stack([columns, np.full(len(columns), middle)], axis=1), seen.depth[middle, columns])
+        anchors = (np.stack([columns, np.full(len(columns), middle)], axis=1), view.depth[middle, columns])
         try:
-            found = row.geometry.to_metric(seen.intrinsics, anchors=anchors).calibration
+            fitted = row.geometry.to_metric(view.intrinsics, anchors=anchors).calibration
         except CalibrationError:
             refused += 1
             continue
         if best is None:
             continue
-        assert found is not None
+        assert fitted is not None
         p = row.geometry.require_prediction("depth")[valid]
-        reported = _rms(found.uncertainty(p))
-        line.append(reported / _rms(_line(found, p) - _line(best, p)))
-        depth.append(np.hypot(reported, found.residual) / _rms(_line(found, p) - np.log(seen.depth[valid])))
+        reported = _rms(fitted.uncertainty(p))
+        line.append(reported / _rms(_line(fitted, p) - _line(best, p)))
+        depth.append(np.hypot(reported, fitted.residual) / _rms(_line(fitted, p) - np.log(view.depth[valid])))
     return {"refused": refused} | {
         name: {"median_ratio": float(np.median(values)), "within_a_factor_of_two": _near(values)}
         for name, values in (("line", line), ("depth", depth))
@@ -250,15 +254,15 @@ def motorcycle(estimator: Estimator, anchors: int = 400) -> Record:
             "least squares, every pixel": {"anchors": (uv, metres), "method": "least_squares"},
             "robust, the last as prior": {"anchors": (uv[at], metres[at]), "prior": prior},
         }
-        for name, facts in ways.items():
+        for name, measurements in ways.items():
             try:
-                found = geometry.to_metric(**facts).calibration
+                calibration = geometry.to_metric(**measurements).calibration
             except CalibrationError:
                 refused += 1
                 continue
-            assert found is not None
-            scales[name].append(found.scale)
-            prior = found if "prior" in facts else prior
+            assert calibration is not None
+            scales[name].append(calibration.scale)
+            prior = calibration if "prior" in measurements else prior
     steps = {name: float(np.abs(np.diff(np.log(values))).max()) for name, values in scales.items()}
     return {"refused": refused, "largest_step_of_ln_scale": steps, "scales": dict(scales)}
 

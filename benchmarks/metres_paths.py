@@ -30,23 +30,23 @@ def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     """
     rng = np.random.default_rng([seed, 24])
     rows = [row for row in rows if row.view.valid.any()]  # not those that show the sky alone
-    facts = [EVIDENCE[evidence](row, rng) for row in rows]
+    measurements = [EVIDENCE[evidence](row, rng) for row in rows]
     ways: dict[str, Callable[[Recorded, Record], Geometry]] = {
-        "alone": lambda row, given: row.geometry.to_metric(row.view.intrinsics, **given),
-        "best line": lambda row, given: _best_line(row),
+        "alone": lambda row, measured: row.geometry.to_metric(row.view.intrinsics, **measured),
+        "best line": lambda row, measured: _best_line(row),
     }
     trackers = {"tracked": ScaleTracker(), "tracked, motion unknown": ScaleTracker()}
     for name, tracker in trackers.items():
         ways[name] = _tracked(tracker, motion="unknown" not in name)
     result: Record = {"seed": seed, "kind": rows[0].view.kind}
     for name, way in ways.items():
-        result[name] = _followed(rows, facts, way, trackers.get(name))
+        result[name] = _followed(rows, measurements, way, trackers.get(name))
     return result
 
 
 def _tracked(tracker: ScaleTracker, motion: bool) -> Callable[[Recorded, Record], Geometry]:
-    return lambda row, given: tracker.update(
-        row.geometry, row.view.intrinsics, motion=row.motion if motion else None, **given
+    return lambda row, measured: tracker.update(
+        row.geometry, row.view.intrinsics, motion=row.motion if motion else None, **measured
     )
 
 
@@ -58,37 +58,37 @@ def _best_line(row: Recorded) -> Geometry:
 
 def _followed(
     rows: list[Recorded],
-    facts: list[Record],
+    measurements: list[Record],
     way: Callable[[Recorded, Record], Geometry],
     tracker: ScaleTracker | None,
 ) -> Record:
-    found: dict[str, list[float]] = defaultdict(list)
+    series: dict[str, list[float]] = defaultdict(list)
     resets, off, last, before = list[int](), list[float | None](), None, None
-    for index, (row, given) in enumerate(zip(rows, facts, strict=True)):
-        count, seen = tracker.resets if tracker else 0, row.view
+    for index, (row, measured) in enumerate(zip(rows, measurements, strict=True)):
+        count, view = tracker.resets if tracker else 0, row.view
         try:
-            found_here = way(row, given)
+            found_here = way(row, measured)
             depth = found_here.depth if found_here.depth_kind == "metric" else None
         except CalibrationError:
             depth = None
         if tracker and tracker.resets != count:
             resets.append(index)
-        gap = None if depth is None else np.log(depth) - np.log(seen.depth)
+        gap = None if depth is None else np.log(depth) - np.log(view.depth)
         off.append(None if gap is None else round(float(np.nanmedian(gap)), 4))
         if gap is not None:
-            found["error"].append(float(np.nanmean(np.abs(np.expm1(gap)))))
+            series["error"].append(float(np.nanmean(np.abs(np.expm1(gap)))))
             if last is not None and row.motion is not None and before is not None:
-                here, there = fixed_points(seen, before, row.motion)
+                here, there = fixed_points(view, before, row.motion)
                 change = gap[here] - last[there]
-                found["jump"].append(float(np.nanmean(np.abs(change))))
-                found["line"].append(float(abs(np.nanmedian(change))))
-        last, before = gap, seen
-    errors = found["error"]
+                series["jump"].append(float(np.nanmean(np.abs(change))))
+                series["line"].append(float(abs(np.nanmedian(change))))
+        last, before = gap, view
+    errors = series["error"]
     part = max(1, len(errors) // 4)
     quarters = {"error_first_quarter": errors[:part], "error_last_quarter": errors[-part:]}
     return {
         "frames": len(errors),
-        **{name: float(np.mean(values)) if values else None for name, values in (found | quarters).items()},
+        **{name: float(np.mean(values)) if values else None for name, values in (series | quarters).items()},
         "resets": resets,
         "off": off,
     }
@@ -98,13 +98,13 @@ def fixed_points(now: View, before: View, motion: Float64) -> tuple[Any, Any]:
     """Pixels (rows, columns) of now, and of before, that show the same points."""
     camera, back = Camera(*now.intrinsics), np.linalg.inv(motion)
     rows, columns = (grid.ravel() for grid in np.mgrid[4 : SIZE.height : _STEP, 4 : SIZE.width : _STEP])
-    kept = now.valid[rows, columns]
-    rows, columns = rows[kept], columns[kept]
+    visible = now.valid[rows, columns]
+    rows, columns = rows[visible], columns[visible]
     points = camera.rays_at(np.stack([columns, rows], axis=1)) * now.depth[rows, columns][:, None]
     points = points @ back[:3, :3].T + back[:3, 3]
     uv = np.nan_to_num(np.rint(camera.project(points)), nan=-1).astype(int)
-    kept = (uv >= 0).all(axis=1) & (uv[:, 0] < SIZE.width) & (uv[:, 1] < SIZE.height)
-    rows, columns, uv, points = rows[kept], columns[kept], uv[kept], points[kept]
+    visible = (uv >= 0).all(axis=1) & (uv[:, 0] < SIZE.width) & (uv[:, 1] < SIZE.height)
+    rows, columns, uv, points = rows[visible], columns[visible], uv[visible], points[visible]
     same = np.abs(before.depth[uv[:, 1], uv[:, 0]] / points[:, 2] - 1) < 0.05  # not hidden by something nearer
     return (rows[same], columns[same]), (uv[same, 1], uv[same, 0])
 

@@ -33,19 +33,19 @@ Record = dict[str, Any]
 
 def main(results: Annotated[list[Path], typer.Argument(help="What benchmarks/metres.py --json wrote.")]) -> None:
     """Rewrite the tables between the page's markers, and its pictures beside it."""
-    found: Record = {}
+    record: Record = {}
     for result in results:
-        found |= json.loads(result.read_text())
+        record |= json.loads(result.read_text())
     text = PAGE.read_text()
     for name, table in TABLES.items():
         marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise typer.BadParameter(f"{PAGE} has no place for the table {name!r}.")
-        text = marked.sub("\\1" + "\n".join(table(found)) + "\n\\2", text)
+        text = marked.sub("\\1" + "\n".join(table(record)) + "\n\\2", text)
     with atomic_write(PAGE) as partial:
         partial.write_text(text)
     for name, draw in PICTURES.items():
-        figure = draw(found)
+        figure = draw(record)
         with atomic_write(PAGE.with_name(f"metres-{name}.png")) as partial:
             figure.savefig(partial, dpi=80)
         pyplot.close(figure)
@@ -57,7 +57,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _noise(found: Record) -> list[str]:
+def _noise(record: Record) -> list[str]:
     head = [
         "noise of p, normals",
         "AbsRel, seed 0",
@@ -67,7 +67,7 @@ def _noise(found: Record) -> list[str]:
         "within one sd, seed 0",
         "seed 101",
     ]
-    rows = zip(*found["noise"].values(), strict=True)
+    rows = zip(*record["noise"].values(), strict=True)
     return _table(
         head,
         (
@@ -85,14 +85,14 @@ def _noise(found: Record) -> list[str]:
     )
 
 
-def _own(found: Record) -> list[str]:
+def _own(record: Record) -> list[str]:
     head = ["fe2e-tiny's own predictions"]
-    for run in found["own_predictions"]:
+    for run in record["own_predictions"]:
         head += [f"AbsRel, seed {run['seed']}", "over the best line", "refused", "within one sd"]
     rows = []
-    for name in found["own_predictions"][0]["median_abs_rel"]:
+    for name in record["own_predictions"][0]["median_abs_rel"]:
         row = [name]
-        for run in found["own_predictions"]:
+        for run in record["own_predictions"]:
             best = run["median_abs_rel"]["best line, shape" if "shape" in name else "best line"]
             inside = run["within_one_sigma"].get(name)
             row += [f"{run['median_abs_rel'][name]:.3f}", f"{run['median_abs_rel'][name] / best:.2f}"]
@@ -101,18 +101,18 @@ def _own(found: Record) -> list[str]:
     return _table(head, rows)
 
 
-def _anchors(found: Record) -> list[str]:
-    wrong = sorted({row["outliers"] for row in found["anchors"]})
-    cells = {(row["anchors"], row["outliers"]): row for row in found["anchors"]}
+def _anchors(record: Record) -> list[str]:
+    wrong = sorted({row["outliers"] for row in record["anchors"]})
+    cells = {(row["anchors"], row["outliers"]): row for row in record["anchors"]}
     rows = []
-    for count in sorted({row["anchors"] for row in found["anchors"]}):
+    for count in sorted({row["anchors"] for row in record["anchors"]}):
         mine = [cells[count, share] for share in wrong]
         shown = [f"{row['over_best_line']:.2f}" + (f" ({row['refused']})" if row["refused"] else "") for row in mine]
         rows.append([count, *shown])
     return _table(["anchors", *(f"{share:.0%} wrong" for share in wrong)], rows)
 
 
-def _paths(found: Record) -> list[str]:
+def _paths(record: Record) -> list[str]:
     head = [
         "a frame's evidence",
         "way",
@@ -124,7 +124,7 @@ def _paths(found: Record) -> list[str]:
         "last",
     ]
     rows = []
-    for evidence, runs in found["paths"].items():
+    for evidence, runs in record["paths"].items():
         for way in ("alone", "tracked", "tracked, motion unknown", "best line"):
 
             def mean(name: str, way: str = way, runs: list[Record] = runs) -> float:
@@ -137,8 +137,8 @@ def _paths(found: Record) -> list[str]:
     return _table(head, rows)
 
 
-def _motorcycle(found: Record) -> list[str]:
-    steps = found["motorcycle"]["largest_step_of_ln_scale"]
+def _motorcycle(record: Record) -> list[str]:
+    steps = record["motorcycle"]["largest_step_of_ln_scale"]
     return _table(["fit", "largest step of ln(scale)"], ((name, f"{step:.1%}") for name, step in steps.items()))
 
 
@@ -151,11 +151,11 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
 }
 
 
-def _noise_picture(found: Record) -> Any:
+def _noise_picture(record: Record) -> Any:
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    rows = found["noise"][str(SEED)]
+    rows = record["noise"][str(SEED)]
     names = [f"{row['noise']:.1%}, {row['degrees']:g}°" for row in rows]
-    for seed, runs in found["noise"].items():
+    for seed, runs in record["noise"].items():
         axes.plot(names, [run["abs_rel"] for run in runs], "o-", label=f"normals' scale, seed {seed}")
     axes.plot(names, [row["bound"] for row in rows], "k_--", label="bound")
     axes.set(
@@ -165,17 +165,17 @@ def _noise_picture(found: Record) -> Any:
     return figure
 
 
-def _coverage_picture(found: Record) -> Any:
+def _coverage_picture(record: Record) -> Any:
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
     shares: dict[str, list[float]] = {}
-    for runs in found["noise"].values():
+    for runs in record["noise"].values():
         for run in runs:
             shares.setdefault(f"noise {run['noise']:.1%}, {run['degrees']:g}°", []).append(run["within_one_sigma"])
-    for run in found["own_predictions"]:
+    for run in record["own_predictions"]:
         for name, share in run["within_one_sigma"].items():
             shares.setdefault(f"own: {name}", []).append(share)
     places = np.arange(len(shares))[::-1]
-    for index, seed in enumerate(found["noise"]):
+    for index, seed in enumerate(record["noise"]):
         axes.barh(places + 0.2 - 0.4 * index, [row[index] for row in shares.values()], 0.38, label=f"seed {seed}")
     axes.axvspan(*WITHIN, color="0.5", alpha=0.25, label="68 %, give or take 10")
     axes.set_yticks(places, list(shares))
@@ -184,20 +184,20 @@ def _coverage_picture(found: Record) -> Any:
     return figure
 
 
-def _path_picture(found: Record) -> Any:
+def _path_picture(record: Record) -> Any:
     figure, rows = pyplot.subplots(2, 1, figsize=(7, 4.6), layout="constrained", sharex=True)
     for axes, evidence in zip(rows, ("one reading at a random pixel", "one reading straight ahead"), strict=True):
-        run = found["paths"][evidence][0]
+        run = record["paths"][evidence][0]
         for way in ("alone", "tracked", "best line"):
             off = np.array([np.nan if value is None else value for value in run[way]["off"]])
             axes.plot(100 * np.expm1(off), label=way, color={"best line": "0.6"}.get(way))
         axes.set(title=evidence, ylabel="depth too large by, %")
     rows[0].legend(frameon=False, ncols=3)
-    rows[1].set_xlabel(f"frame of sequence {found['paths'][evidence][0]['seed']}")
+    rows[1].set_xlabel(f"frame of sequence {record['paths'][evidence][0]['seed']}")
     return figure
 
 
-def _points_picture(found: Record) -> Any:
+def _points_picture(record: Record) -> Any:
     """The held-out view whose error is the median: seen from above, true and with three scales."""
     with Estimator("fe2e-tiny") as estimator:
         rows = recorded.views(estimator, SEED, VIEWS)
@@ -208,19 +208,19 @@ def _points_picture(found: Record) -> Any:
         except CalibrationError:
             continue
         scored.append((shape_error(row.view, scale.depth), row, scale))
-    error, row, scaled = sorted(scored, key=lambda one: one[0])[len(scored) // 2]
-    seen, p = row.view, row.geometry.require_prediction("depth")
-    depths = {"true": seen.depth, "a fixed guess, s = 1": np.exp(p), f"from normals, AbsRel {error:.2f}": scaled.depth}
+    error, row, scaled = sorted(scored, key=lambda entry: entry[0])[len(scored) // 2]
+    view, p = row.view, row.geometry.require_prediction("depth")
+    depths = {"true": view.depth, "a fixed guess, s = 1": np.exp(p), f"from normals, AbsRel {error:.2f}": scaled.depth}
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.4), layout="constrained", sharex=True, sharey=True)
-    middle = np.median(np.log(seen.depth[seen.valid]))
+    middle = np.median(np.log(view.depth[view.valid]))
     for part, (name, depth) in zip(axes, depths.items(), strict=True):
         logs = np.log(depth)
-        points = _points(np.exp(logs - np.median(logs[seen.valid]) + middle), row)
+        points = _points(np.exp(logs - np.median(logs[view.valid]) + middle), row)
         part.scatter(points[:, 0], points[:, 2], s=1, c=points[:, 1], cmap="viridis", linewidths=0, rasterized=True)
         part.set(title=name, xlabel="to the right, m")
         part.set_aspect("equal")
     axes[0].set_ylabel("ahead, m")
-    far = np.percentile(seen.depth[seen.valid], 98)
+    far = np.percentile(view.depth[view.valid], 98)
     axes[0].set(xlim=(-0.7 * far, 0.7 * far), ylim=(0, 1.3 * far))
     return figure
 

@@ -101,9 +101,9 @@ def align(
     p, metres = prediction[mask].astype(np.float64), truth[mask].astype(np.float64)
     alignment = ALIGNMENTS[kind]
     if alignment is not None:
-        wanted = alignment.to(metres)
+        targets = alignment.to(metres)
         fitted = p > 0 if alignment.positive else np.ones(p.shape, dtype=bool)
-        scale, shift = fit_line(p[fitted], wanted[fitted]) if fitted.any() else (0.0, float(wanted.mean()))
+        scale, shift = fit_line(p[fitted], targets[fitted]) if fitted.any() else (0.0, float(targets.mean()))
         p = np.asarray(alignment.back(np.clip(scale * p + shift, alignment.low, alignment.high)))
     return np.maximum(np.clip(p, *depth_range), SMALLEST)
 

@@ -41,7 +41,7 @@ async def open_loop(ask: Ask, due: NDArray[np.float64]) -> Run:
     failures: list[Exception] = []
     start, busy = time.perf_counter() + 0.05, time.process_time()
 
-    async def one(index: int) -> None:
+    async def request(index: int) -> None:
         try:
             await ask()
         except Exception as error:
@@ -53,7 +53,7 @@ async def open_loop(ask: Ask, due: NDArray[np.float64]) -> Run:
     for index, moment in enumerate(due):
         if (wait := start + moment - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
-        tasks.append(asyncio.create_task(one(index)))
+        tasks.append(asyncio.create_task(request(index)))
     await asyncio.gather(*tasks)
     return Run(due, latencies, len(failures), time.perf_counter() - start, time.process_time() - busy)
 
@@ -84,8 +84,8 @@ def queue(due: Sequence[float] | NDArray[np.float64], service: float) -> NDArray
 
 def percentiles(latencies: NDArray[np.float64]) -> dict[str, float]:
     """Milliseconds; of those that were answered."""
-    known = latencies[np.isfinite(latencies)]
-    return {f"p{part}": 1e3 * float(np.percentile(known, part)) for part in PERCENTILES} if len(known) else {}
+    answered = latencies[np.isfinite(latencies)]
+    return {f"p{part}": 1e3 * float(np.percentile(answered, part)) for part in PERCENTILES} if len(answered) else {}
 
 
 def row(run: Run, service: float) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def _open_scene(rng: np.random.Generator) -> Scene:
     """One with something to see and room ahead."""
     while True:
         scene = draw(rng)
-        seen = render(scene, 64, 48, np.random.default_rng(0))
-        if seen.valid.mean() < 0.5:
+        view = render(scene, 64, 48, np.random.default_rng(0))
+        if view.valid.mean() < 0.5:
             continue
-        near, far = np.nanpercentile(seen.depth, [2, 98])
+        near, far = np.nanpercentile(view.depth, [2, 98])
         if far > 1.5 * near and near > 0.8:
             return scene
 

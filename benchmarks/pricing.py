@@ -77,18 +77,18 @@ def price(
         say(f"checking and timing {len(distinct)} variants of the {stage}")
         sizes: dict[frozenset[str], tuple[int, int, int, float]] = {}
         calls: dict[str, Callable[[], object]] = {}
-        wanted: Tensor | None = None
-        given = _input(plain, stage, rgb)
+        reference: Tensor | None = None
+        stage_input = _input(plain, stage, rgb)
         for names in distinct:
             pipeline = _copy(plain, stage)
             rewrites.apply(pipeline, [rewrite for rewrite in among if rewrite.name in names])
             module = pipeline.stages()[stage]
             outputs: list[Tensor] = []
-            run = _runner(pipeline, stage, given)
+            run = _runner(pipeline, stage, stage_input)
             count = flops(lambda run=run, outputs=outputs: outputs.append(run()))  # type: ignore[misc]
-            wanted = outputs[0] if wanted is None else wanted
-            mean = outputs[0].shape[1] != wanted.shape[1]  # that of the channels, where a rewrite makes it
-            error = chain.relative_error(outputs[0], wanted.mean(1, keepdim=True) if mean else wanted)
+            reference = outputs[0] if reference is None else reference
+            mean = outputs[0].shape[1] != reference.shape[1]  # that of the channels, where a rewrite makes it
+            error = chain.relative_error(outputs[0], reference.mean(1, keepdim=True) if mean else reference)
             if not error <= EXACT:
                 raise Wrong(
                     f"the {stage} with {sorted(names)} differs by {error:.1e} in float32, {EXACT:.0e} is allowed"
@@ -100,7 +100,7 @@ def price(
             precision.cast(pipeline, low)
             pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             sizes[names] = (*_stored(module), count, error)
-            calls[str(sorted(names))] = _runner(pipeline, stage, given)
+            calls[str(sorted(names))] = _runner(pipeline, stage, stage_input)
         times = interleaved(calls, runs, warm_up=1)
         costs[stage] = {
             name: Cost(*sizes[names], summary(times[str(sorted(names))])) for name, names in variants.items()
@@ -130,9 +130,9 @@ def _input(plain: Pipeline, stage: str, rgb: Tensor) -> Tensor:
     return torch.cat([latent, -latent][: len(plain.decode.outputs)]) if stage == "decoder" else latent
 
 
-def _runner(pipeline: Pipeline, stage: str, given: Tensor) -> Callable[[], Tensor]:
+def _runner(pipeline: Pipeline, stage: str, stage_input: Tensor) -> Callable[[], Tensor]:
     run = {"encoder": chain.encode, "denoiser": chain.denoise, "decoder": chain.decode}[stage]
-    return lambda: run(pipeline, given)
+    return lambda: run(pipeline, stage_input)
 
 
 def table(prices: Prices, low: str) -> Table:

@@ -44,8 +44,8 @@ def views(estimator: Estimator, seed: int, count: int) -> list[Recorded]:
 
     def frames() -> Iterable[paths.PathFrame]:
         for index in range(count):
-            scene, seen = scene_and_view(seed, SPLIT, index, *SIZE)
-            yield paths.PathFrame(seen, None, paths.up_in(scene), scene.height)
+            scene, view = scene_and_view(seed, SPLIT, index, *SIZE)
+            yield paths.PathFrame(view, None, paths.up_in(scene), scene.height)
 
     return _recorded(estimator, f"views-{seed}-{count}", frames(), count)
 
@@ -61,9 +61,9 @@ def _recorded(estimator: Estimator, name: str, frames: Iterable[paths.PathFrame]
     if not file.is_file():
         rows = []
         for frame in track(frames, f"rendering and estimating {name}", total=count):
-            geometry, seen = estimator(frame.view.rgb), frame.view
+            geometry, view = estimator(frame.view.rgb), frame.view
             motion = np.full((4, 4), np.nan) if frame.motion is None else frame.motion
-            truth = (seen.kind, seen.depth, seen.normals, seen.valid, seen.intrinsics)
+            truth = (view.kind, view.depth, view.normals, view.valid, view.intrinsics)
             rows.append((*truth, geometry.prediction, geometry.normals, geometry.valid, motion, frame.up, frame.height))
         FOLDER.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial, partial.open("wb") as stream:
@@ -84,15 +84,15 @@ _NAMES = (
 def _row(row: dict[str, Any], estimator: Estimator) -> Recorded:
     height, width = row["depth"].shape
     rgb, camera = np.empty((0, 0, 3), dtype=np.uint8), tuple(row["intrinsics"].tolist())
-    seen = View(str(row["kind"]), rgb, row["depth"], row["normals"], row["valid"], camera)
+    view = View(str(row["kind"]), rgb, row["depth"], row["normals"], row["valid"], camera)
     normals, valid, size = row["predicted_normals"], row["predicted_valid"], Size(width, height)
     geometry = Geometry(row["prediction"], "log_affine", normals, valid, size, model=estimator.manifest.model)
     motion = row["motion"] if np.isfinite(row["motion"]).all() else None
-    return Recorded(seen, geometry, motion, row["up"], float(row["height"]))
+    return Recorded(view, geometry, motion, row["up"], float(row["height"]))
 
 
 def _digest(estimator: Estimator) -> str:
     sources = [Path(str(module.__file__)) for module in (paths, render, scenes, shapes, textures)]
-    found = hashlib.sha256(b"".join(file.read_bytes() for file in sources))
-    found.update(repr((estimator.backend, estimator.manifest)).encode())
-    return found.hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources))
+    digest.update(repr((estimator.backend, estimator.manifest)).encode())
+    return digest.hexdigest()[:12]

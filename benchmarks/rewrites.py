@@ -77,13 +77,13 @@ def _compiler(smoke: bool) -> comparisons.Compile:
     return torch.compile
 
 
-def comparison_table(found: list[Comparison], limits: dict[str, float]) -> Table:
+def comparison_table(comparisons: list[Comparison], limits: dict[str, float]) -> Table:
     """Speed, and the fraction of the measured ceiling that our side reaches."""
     out = Table(title="against diffusers, side by side", show_edge=False)
     out.add_column("comparison")
     for column in ("baseline ms", "ours ms", "times faster", "rounds", "target", "GFLOP", "GFLOP/s", "of the ceiling"):
         out.add_column(column, justify="right")
-    for row in found:
+    for row in comparisons:
         slow, fast = (row.times[name]["median_ms"] for name in ("baseline", "ours"))
         rate = row.flops["ours"] / fast * 1e3
         limit = limits["fp32" if "fp32" in row.name else LOW]
@@ -123,14 +123,14 @@ def measure(model: str, smoke: bool, runs: int, console: Console, *, whole_only:
     say("building the model")
     plain, rgb = subject.make(smoke)
     prices = None if whole_only else price(plain, rgb, subject.rewrites, LOW, runs, say)
-    found = _compare(subject, subject.setup(smoke), plain, rgb, prices, smoke, runs, say) if subject.setup else []
+    compared = _compare(subject, subject.setup(smoke), plain, rgb, prices, smoke, runs, say) if subject.setup else []
     # Again, since the machine may have been busier at first.
     limits = {name: max(limits[name], ceiling(dtypes[name], size=size, runs=3)) for name in limits}
     if prices:
         console.print(table(prices, LOW))
-    if found:
-        console.print(comparison_table(found, limits))
-    for row in found:
+    if compared:
+        console.print(comparison_table(compared, limits))
+    for row in compared:
         errors = ", ".join(f"{name} {value:.2e}" for name, value in row.errors.items())
         console.print(f"{row.name}: {row.fast} against {row.slow}. Errors against float32: {errors}", soft_wrap=True)
     return {
@@ -149,7 +149,7 @@ def measure(model: str, smoke: bool, runs: int, console: Console, *, whole_only:
         },
         "ceiling_gflops": {name: limit / 1e9 for name, limit in limits.items()},
         "rewrites": asdict(prices) if prices else None,
-        "comparisons": [asdict(row) | {"reached": row.reached} for row in found],
+        "comparisons": [asdict(row) | {"reached": row.reached} for row in compared],
     }
 
 
@@ -170,15 +170,15 @@ def _compare(
     say("building the pipelines and the float32 answers")
     rivals = comparisons.contenders(plain, setup.vae, rgb, LOW, slower)
     compile_ = _compiler(smoke)
-    found: list[Comparison] = []
+    rows: list[Comparison] = []
     if prices:
         say("comparing transformers")
-        found += comparisons.transformers(rivals, LOW, runs)
+        rows += comparisons.transformers(rivals, LOW, runs)
         say("comparing compiled transformers")
-        found.append(comparisons.hard(rivals, LOW, compile_, runs))
+        rows.append(comparisons.hard(rivals, LOW, compile_, runs))
     say("comparing whole pipelines")
-    found.append(comparisons.whole(rivals, LOW, compile_, runs))
-    return found
+    rows.append(comparisons.whole(rivals, LOW, compile_, runs))
+    return rows
 
 
 def main(

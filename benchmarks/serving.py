@@ -111,7 +111,7 @@ def bare(bundle: str) -> None:
         pixels = np.frombuffer(body[-int(np.prod(shape)) :], np.uint8).reshape(shape)
         async with turn:
             geometry = await run_in_threadpool(estimator, pixels)
-        maps = [found.tobytes() for found in (geometry.prediction, geometry.normals) if found is not None]
+        maps = [array.tobytes() for array in (geometry.prediction, geometry.normals) if array is not None]
         return Response(b"".join(maps), media_type="application/octet-stream")
 
     bound = listen("127.0.0.1", 0)
@@ -161,8 +161,8 @@ def together(port: int) -> dict[str, float]:
     import httpx
 
     rows = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
-    found = [line for line in rows if line.startswith("densegeo_groups_total{")]
-    return {line.partition('images="')[2].partition('"')[0]: float(line.rpartition(" ")[2]) for line in found}
+    counters = [line for line in rows if line.startswith("densegeo_groups_total{")]
+    return {line.partition('images="')[2].partition('"')[0]: float(line.rpartition(" ")[2]) for line in counters}
 
 
 async def measure(bundle: str, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ async def measure(bundle: str, seconds: float, say: Callable[[str], None]) -> di
             for _ in range(ROUNDS):
                 for target, ask in targets.items():
                     rates[target].append(await saturated(ask, OUTSTANDING, seconds / 4))
-            say(f"saturated, images per second: { {target: round(max(found), 2) for target, found in rates.items()} }")
+            say(f"saturated, images per second: { {target: round(max(rate), 2) for target, rate in rates.items()} }")
             calls += await asyncio.to_thread(call_ms, estimator, pixels)
             service = statistics.median(calls) / 1e3
             say(f"one call: {1e3 * service:.1f} ms")
@@ -193,9 +193,9 @@ async def measure(bundle: str, seconds: float, say: Callable[[str], None]) -> di
                 for part in PARTS:
                     due = arrivals(part * most, seconds, kind)
                     for target, ask in targets.items():
-                        found = row(await open_loop(ask, due), service)
-                        runs.append({"target": target, "arrivals": kind, "part": part, "rate": part * most} | found)
-                        say(f"{target:7} {kind:8} {part:4.2f}: {found['latency_ms']} failed {found['failed']}")
+                        result = row(await open_loop(ask, due), service)
+                        runs.append({"target": target, "arrivals": kind, "part": part, "rate": part * most} | result)
+                        say(f"{target:7} {kind:8} {part:4.2f}: {result['latency_ms']} failed {result['failed']}")
             groups = together(port)
             served.close()
             plain.close()
@@ -205,7 +205,7 @@ async def measure(bundle: str, seconds: float, say: Callable[[str], None]) -> di
 def verdict(result: dict[str, Any]) -> dict[str, float]:
     """The figures that have bounds: see `BOUNDS`."""
     half = {run["arrivals"]: run for run in result["runs"] if run["target"] == "serve" and run["part"] == 0.5}
-    by_target = {target: statistics.median(found) for target, found in result["saturated"].items()}
+    by_target = {target: statistics.median(rates) for target, rates in result["saturated"].items()}
     return {
         "throughput": by_target["serve"] / by_target["submit"],
         "fixed_p99_to_call": half["fixed"]["latency_ms"]["p99"] / result["call_ms"],
@@ -250,8 +250,8 @@ def main() -> None:
     good = figures["throughput"] >= BOUNDS["throughput"] and all(
         figures[name] <= BOUNDS[name] for name in ("fixed_p99_to_call", "poisson_to_queue")
     )
-    facts = environment(("onnxruntime", "starlette", "uvicorn", "h11", "numpy"))
-    record = {"figures": figures, "bounds": BOUNDS, "threads": os.environ.get("OMP_NUM_THREADS"), **result, **facts}
+    machine = environment(("onnxruntime", "starlette", "uvicorn", "h11", "numpy"))
+    record = {"figures": figures, "bounds": BOUNDS, "threads": os.environ.get("OMP_NUM_THREADS"), **result, **machine}
     if options.json:
         write_json(options.json, record)
     if options.plot:

@@ -18,7 +18,7 @@ from densegeo.export.machine import GIB, available_memory
 from densegeo.files import existing_parent
 from densegeo.models.checkpoint import KeyReport, compare_keys, lora_ranks, read_lora
 from densegeo.models.denoiser import elements
-from densegeo.models.loading import Files, Skeleton, open_skeleton, rewritten_form
+from densegeo.models.loading import Files, Skeleton, open_skeleton, rewritten_template
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.weight_file import parts
 from densegeo.precision import PRECISIONS
@@ -71,7 +71,7 @@ def make_plan(
             read_lora(files.lora, denoiser)
         except CheckpointError as error:
             problems.append(str(error))
-    form = rewritten_form(files.family, (denoiser.config, vae.config), skeleton.prompt, rewrites, sizes[0])
+    form = rewritten_template(files.family, (denoiser.config, vae.config), skeleton.prompt, rewrites, sizes[0])
     loaded, kept = elements(denoiser) + elements(vae), sum(map(elements, form.stages().values()))
     state = denoiser.state_dict()
     outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + elements(vae)

@@ -118,7 +118,7 @@ def open_streamed(skeleton: Skeleton, size: Size, *, allow_unexpected: bool = Fa
     return bound(files.family, denoiser, vae, skeleton.prompt, size), source
 
 
-def rewritten_form(
+def rewritten_template(
     family: Family, configs: tuple[Any, VAEConfig], prompt: Prompt, applied: Iterable[Rewrite], size: Size
 ) -> Pipeline:
     """A rewritten pipeline without values: weights on the meta device, tables that do not come from files in place.
@@ -151,13 +151,13 @@ def load_rewritten(
 ) -> Pipeline:
     """Load a pipeline whose weights were stored after rewriting and casting, as a bundle holds them.
 
-    The rewrites run on tensors without values, which gives the modules their final form; then the stored tensors take
+    The rewrites run on tensors without values, which gives the modules their final shapes; then the stored tensors take
     their places. configs: of denoiser and autoencoder. files: "encoder", "denoiser" and "decoder". quantize: gets each
     of `Pipeline.parts` and its name, and replaces what is stored as 8-bit numbers. streamed: leave the denoiser's
     blocks in the file, see `models.streaming`.
     Raises CheckpointError when files and modules differ.
     """
-    pipeline = rewritten_form(family, configs, prompt, applied, size)
+    pipeline = rewritten_template(family, configs, prompt, applied, size)
     denoiser, vae = pipeline.denoiser, pipeline.vae
     if quantize is not None:
         for name, part in pipeline.parts():

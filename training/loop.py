@@ -118,8 +118,8 @@ def fit(
 
 def make_optimizers(module: nn.Module, schedule: Schedule, muon: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for `muon`, its step as large as AdamW's (arXiv 2502.16982); AdamW for the rest."""
-    taken = {id(parameter) for parameter in muon}
-    rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    by_muon = {id(parameter) for parameter in muon}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in by_muon]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": schedule.decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},

@@ -73,8 +73,8 @@ def look(panorama: NDArray[np.uint8], view: View, size: Size = SIZE) -> NDArray[
         pixels[row, left % columns] * (1 - across) + pixels[row, (left + 1) % columns] * across
         for row in (top, top + 1)
     )
-    seen: NDArray[np.uint8] = np.rint(upper * (1 - along) + lower * along).astype(np.uint8)
-    return seen
+    picture: NDArray[np.uint8] = np.rint(upper * (1 - along) + lower * along).astype(np.uint8)
+    return picture
 
 
 def photograph(view: View) -> Image.Image:

@@ -56,11 +56,11 @@ def render(scene: Scene, width: int, height: int, rng: Rng) -> View:
     x, y = np.meshgrid((np.arange(width) - cx) / focal, (np.arange(height) - cy) / focal)
     rays = scene.axes @ np.stack([x.ravel(), y.ravel(), np.ones(width * height)]).astype(np.float32)  # camera z = 1
     depth, nearest = _cast(scene, rays, width, height, (focal, cx, cy))
-    seen = depth < FARTHEST
-    points = scene.camera + rays * np.where(seen, depth, 0)
+    visible = depth < FARTHEST
+    points = scene.camera + rays * np.where(visible, depth, 0)
     normals = np.zeros_like(rays)
     colour = _sky(scene, rays, rng)
-    groups = [(thing, np.flatnonzero(seen & (nearest == index))) for index, thing in enumerate(scene.things)]
+    groups = [(thing, np.flatnonzero(visible & (nearest == index))) for index, thing in enumerate(scene.things)]
     albedo, gloss = np.zeros_like(rays), np.zeros_like(depth)
     for thing, at in groups:
         if len(at):
@@ -70,7 +70,7 @@ def render(scene: Scene, width: int, height: int, rng: Rng) -> View:
                 uv, depth[at] / np.float32(focal) / np.sqrt(np.maximum(facing, np.float32(0.05)))
             )
             gloss[at] = thing.material.gloss
-    lit = np.flatnonzero(seen)
+    lit = np.flatnonzero(visible)
     colour[:, lit] = _shade(scene, points[:, lit], normals[:, lit], albedo[:, lit], gloss[lit], rays[:, lit])
     if scene.haze < math.inf and scene.sky is not None:
         clear = np.exp(-depth[lit] / np.float32(scene.haze))
@@ -80,9 +80,9 @@ def render(scene: Scene, width: int, height: int, rng: Rng) -> View:
     return View(
         kind=scene.kind,
         rgb=_develop(colour.reshape(3, *shape), rng),
-        depth=np.where(seen, depth, np.float32(np.nan)).reshape(shape).astype(np.float32),
+        depth=np.where(visible, depth, np.float32(np.nan)).reshape(shape).astype(np.float32),
         normals=np.ascontiguousarray(normals.T).reshape(*shape, 3),
-        valid=seen.reshape(shape),
+        valid=visible.reshape(shape),
         intrinsics=(focal, focal, cx, cy),
     )
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from densegeo.models import chain, fe2e, rewrites
 from densegeo.models.families import FE2E
 from densegeo.models.fe2e import NAMES
-from densegeo.models.loading import Files, load_pipeline, open_skeleton, open_streamed, rewritten_form
+from densegeo.models.loading import Files, load_pipeline, open_skeleton, open_streamed, rewritten_template
 from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
@@ -65,7 +65,7 @@ def test_what_is_written_block_by_block_is_what_rewriting_the_whole_gives(
     whole = cast(rewrites.apply(load_pipeline(files, Size(WIDTH, HEIGHT)), applied), precision)
     streamed, source = open_streamed(open_skeleton(files), Size(WIDTH, HEIGHT))
     configs = streamed.denoiser.config, streamed.vae.config
-    final = rewritten_form(FE2E, configs, streamed.prompt, applied, Size(WIDTH, HEIGHT)).denoiser
+    final = rewritten_template(FE2E, configs, streamed.prompt, applied, Size(WIDTH, HEIGHT)).denoiser
     cast_module(final, precision)
     path = tmp_path / "transformer.safetensors"
     written = []
@@ -88,14 +88,14 @@ def test_a_file_can_be_filled_from_again(files: Files, tmp_path: Path) -> None:
     latent = torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
     expected = chain.denoise(load_pipeline(files, Size(WIDTH, HEIGHT)), latent)
     streamed, source = open_streamed(open_skeleton(files), Size(WIDTH, HEIGHT))
-    form = rewritten_form(
+    template = rewritten_template(
         FE2E, (streamed.denoiser.config, streamed.vae.config), streamed.prompt, applied, Size(WIDTH, HEIGHT)
     )
-    write_rewritten(streamed, source, form.denoiser, applied, "fp32", tmp_path / "t.safetensors")
+    write_rewritten(streamed, source, template.denoiser, applied, "fp32", tmp_path / "t.safetensors")
     again = BlockFile(tmp_path / "t.safetensors")
-    again.fill_outside(form.denoiser)
-    again.attach(form.denoiser)
-    assert chain.relative_error(chain.denoise(form, latent), expected) <= 1e-5
+    again.fill_outside(template.denoiser)
+    again.attach(template.denoiser)
+    assert chain.relative_error(chain.denoise(template, latent), expected) <= 1e-5
 
 
 def test_a_writer_takes_tensors_in_any_order_and_misses_none(tmp_path: Path) -> None:
