@@ -55,14 +55,14 @@ def unpack(body: bytes, windows: int, options: Options) -> bytes:
     """Decompressed as far as the limit. Raises BodyTooLargeError, RequestError."""
     machine = zlib.decompressobj(windows)
     try:
-        found = machine.decompress(body, options.max_body + 1)
+        unpacked = machine.decompress(body, options.max_body + 1)
     except zlib.error as error:
         raise RequestError(f"The body cannot be unpacked: {str(error).rstrip('.')}.") from None
-    if len(found) > options.max_body:
+    if len(unpacked) > options.max_body:
         raise _too_large(options)
     if not machine.eof or machine.unused_data:
         raise RequestError("The packed body is not one whole stream: it is cut off, or something follows it.")
-    return found
+    return unpacked
 
 
 async def unless_gone(work: Awaitable[T], request: Request) -> T:

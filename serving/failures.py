@@ -45,4 +45,4 @@ FAILURES: tuple[tuple[type[e.DensegeoError], Failure], ...] = (
 
 def failure(error: e.DensegeoError) -> Failure:
     """How an error is answered."""
-    return next(found for kind, found in FAILURES if isinstance(error, kind))
+    return next(answer for kind, answer in FAILURES if isinstance(error, kind))

@@ -69,11 +69,11 @@ class Front:
         exchange = _Exchange(scope, headers, send, self._options, self._service)
         self._open += 1
         self._metrics.open.set(self._open)
-        facts = {"http.request.method": scope["method"], "densegeo.request_id": exchange.id}
+        attributes = {"http.request.method": scope["method"], "densegeo.request_id": exchange.id}
         try:
             with (
                 WARNINGS.about(exchange.id) as exchange.warnings,
-                self._tracing.request(scope["method"], headers, facts) as span,
+                self._tracing.request(scope["method"], headers, attributes) as span,
             ):
                 await self._answer(scope, headers, receive, exchange)
                 if span is not None:
@@ -167,8 +167,8 @@ class Front:
     def _check_token(self, headers: Headers) -> None:
         if self._options.token is None:
             return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._options.token)
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(token.strip().encode("latin-1", "replace"), self._options.token)
         if kind.lower() != "bearer" or not right:
             raise UnauthorizedError("This server wants its token: send `Authorization: Bearer TOKEN`.")
 

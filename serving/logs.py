@@ -55,6 +55,6 @@ def start_logging() -> None:
     logging.getLogger("densegeo").setLevel(logging.INFO)
 
 
-def request_id(given: str | None) -> str:
+def request_id(sent: str | None) -> str:
     """The client's own X-Request-ID where it is printable and short, else a new one."""
-    return given if given and _ID.fullmatch(given) else secrets.token_hex(8)
+    return sent if sent and _ID.fullmatch(sent) else secrets.token_hex(8)

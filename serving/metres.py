@@ -57,20 +57,20 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
     @property
-    def given(self) -> bool:
+    def is_metric(self) -> bool:
         """Whether the result is to be metric."""
         return any(getattr(self, name) is not None for name in METRES if name not in ("up", "intrinsics"))
 
     def apply(self, geometry: Geometry) -> Geometry:
         """The result in metres, or as it is where nothing was given. Raises CalibrationError, MissingOutputError."""
-        if not self.given:
+        if not self.is_metric:
             return geometry
-        given: dict[str, Any] = {name: getattr(self, name) for name in METRES if getattr(self, name) is not None}
-        if "anchors" in given:
-            given["anchors"] = ([row[:2] for row in given["anchors"]], [row[2] for row in given["anchors"]])
-        if "size" in given:
-            given["size"] = (given["size"][:2], given["size"][2])
-        return geometry.to_metric(**given)
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in METRES if getattr(self, name) is not None}
+        if "anchors" in arguments:
+            arguments["anchors"] = ([row[:2] for row in arguments["anchors"]], [row[2] for row in arguments["anchors"]])
+        if "size" in arguments:
+            arguments["size"] = (arguments["size"][:2], arguments["size"][2])
+        return geometry.to_metric(**arguments)
 
     def rehearse(self, decode: Decode) -> Geometry:
         """Raise what `apply` would raise whatever the picture; a small result of the model's kinds, made metric so."""
@@ -78,18 +78,19 @@ class Metres(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.camera_height is not None and not decode.has("normals"):
             raise MissingOutputError("camera_height needs normals, to find the floor, and this model has none.")
         probe = _probe(decode)
-        if self._facts:  # what they say hangs on the picture; that metres come of them does not
+        if self._has_measurements:  # what they say hangs on the picture; that metres come of them does not
             return probe.to_metric(near=1.0, far=2.0)
         with WARNINGS.about("the probe"):  # what it warns of, the picture's own result may be free of
             return msgspec.structs.replace(self, up=None, intrinsics=None).apply(probe)
 
     @property
-    def _facts(self) -> bool:
+    def _has_measurements(self) -> bool:
         return not (self.anchors is None and self.camera_height is None and self.size is None)
 
     def _check(self) -> None:
         """Raises CalibrationError, ConfigError for numbers that no picture could go with."""
-        if self._facts + ((self.near, self.far) != (None, None)) + ((self.scale, self.shift) != (None, None)) > 1:
+        has_range, has_line = (self.near, self.far) != (None, None), (self.scale, self.shift) != (None, None)
+        if self._has_measurements + has_range + has_line > 1:
             raise CalibrationError(
                 "Give exactly one of: scale and shift; near and far; measurements (anchors, camera_height, size)."
             )
@@ -133,26 +134,26 @@ def _probe(decode: Decode) -> Geometry:
 METRES = Metres.__struct_fields__
 
 
-def read_metres(given: dict[str, Any]) -> Metres:
+def read_metres(parameters: dict[str, Any]) -> Metres:
     """Of parameters or form fields: numbers may be text, lists JSON in text, flat ones without brackets too.
 
     Raises RequestError.
     """
     try:
         for name in _STRUCTURED:
-            if isinstance(text := given.get(name), str):
+            if isinstance(text := parameters.get(name), str):
                 nested = text.lstrip().startswith("[")
                 listed = msgspec.json.decode(text.encode()) if nested else [part.strip() for part in text.split(",")]
-                given = given | {name: listed}
-        return msgspec.convert(given, Metres, strict=False)
+                parameters = parameters | {name: listed}
+        return msgspec.convert(parameters, Metres, strict=False)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise RequestError(f"What should make the result metric cannot be read: {_in_words(str(error))}.") from None
 
 
 def _in_words(error: str) -> str:
     """Of a value of another type, without its decoder's notation."""
-    found = re.fullmatch(r"Expected `(\w+).*`, got `(.+)` - at `\$\.(\w+).*`", error)
-    if found is None:
+    match = re.fullmatch(r"Expected `(\w+).*`, got `(.+)` - at `\$\.(\w+).*`", error)
+    if match is None:
         return error
-    wanted, got, name = found.groups()
-    return f"{name} must be {_TYPES.get(wanted, wanted)}, not {_TYPES.get(got, got)}"
+    expected, actual, name = match.groups()
+    return f"{name} must be {_TYPES.get(expected, expected)}, not {_TYPES.get(actual, actual)}"

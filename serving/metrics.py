@@ -73,8 +73,8 @@ def labelled(models: Mapping[str, Model]) -> list[Metric]:
     for model in models.values():
         estimator = model.current
         for family in [] if estimator is None else estimator.metrics.collector().collect():
-            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            kept.samples += [
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [
                 sample._replace(labels={**sample.labels, "model": model.name}) for sample in family.samples
             ]
     return list(families.values())

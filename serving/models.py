@@ -66,7 +66,7 @@ class Model:
         self._lock = threading.Lock()  # guards what follows
         self._loaded: _Loaded | None = None
         self.reason = "not loaded yet"
-        self.wanted = True  # until it is unloaded on request
+        self.enabled = True  # until it is unloaded on request
 
     @property
     def current(self) -> Estimator | None:
@@ -107,14 +107,14 @@ class Model:
         that others could have written too, BackendError.
         """
         with self._loading:
-            self.wanted = True
+            self.enabled = True
             require_own(self.directory)
             self._exchange(_Loaded(self._open(self.directory)), "")
 
     def unload(self) -> None:
         """Take no more requests; what was accepted is finished."""
         with self._loading:
-            self.wanted = False
+            self.enabled = False
             self._exchange(None, "it was unloaded")
 
     def close(self) -> None:

@@ -56,8 +56,8 @@ def page() -> str:
         for kind, content in operation.get("requestBody", {}).get("content", {}).items():
             parts.append(f"<h3>Takes <code>{escape(kind)}</code></h3>{_table(content['schema'], described)}")
         for kind, content in operation["responses"]["200"].get("content", {}).items():
-            said = escape(content.get("x-says", ""))
-            parts.append(f"<h3>Gives <code>{escape(kind)}</code> {said}</h3>{_table(content['schema'], described)}")
+            says = escape(content.get("x-says", ""))
+            parts.append(f"<h3>Gives <code>{escape(kind)}</code> {says}</h3>{_table(content['schema'], described)}")
         parts.append("</section>")
     parts.append(f"<section><h2>Errors</h2><p>{escape(_failures())}</p></section></main></body></html>")
     return "".join(parts)

@@ -70,7 +70,7 @@ class Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 FIELDS = Fields.__struct_fields__
 
 
-class Asked(NamedTuple):
+class GeometryRequest(NamedTuple):
     """picture: encoded bytes."""
 
     picture: bytes
@@ -78,7 +78,7 @@ class Asked(NamedTuple):
     metres: Metres
 
 
-async def read_form(request: Request, body: bytes, options: Options) -> Asked:
+async def read_form(request: Request, body: bytes, options: Options) -> GeometryRequest:
     """Raises MediaTypeError for another body than a form, RequestError and ConfigError for one that cannot be
     read."""
     kind = request.headers.get("content-type", "")
@@ -103,7 +103,7 @@ async def read_form(request: Request, body: bytes, options: Options) -> Asked:
     if not isinstance(picture, UploadFile):
         raise RequestError(f"The form has no file {IMAGE!r}; send the picture under that name.")
     texts = {name: value for name, value in named if name != IMAGE}
-    return Asked(await picture.read(), *_read_texts(texts))
+    return GeometryRequest(await picture.read(), *_read_texts(texts))
 
 
 def _read_texts(texts: Mapping[str, Any]) -> tuple[Fields, Metres]:
@@ -113,11 +113,11 @@ def _read_texts(texts: Mapping[str, Any]) -> tuple[Fields, Metres]:
     empty = [name for name, value in texts.items() if isinstance(value, str) and not value.strip()]
     if empty:
         raise RequestError(f"The field {empty[0]} is empty: give it a value, or leave it out.")
-    given: dict[str, Any] = {name: value for name, value in texts.items() if name in FIELDS}
-    if isinstance(text := given.get("outputs"), str):
-        given["outputs"] = [part.strip() for part in text.strip().strip("[]").split(",")]
+    values: dict[str, Any] = {name: value for name, value in texts.items() if name in FIELDS}
+    if isinstance(text := values.get("outputs"), str):
+        values["outputs"] = [part.strip() for part in text.strip().strip("[]").split(",")]
     try:
-        fields = msgspec.convert(given, Fields, strict=False)
+        fields = msgspec.convert(values, Fields, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(f"The form's fields cannot be read: {error}.") from None
     return fields, read_metres({name: value for name, value in texts.items() if name in METRES})
@@ -126,9 +126,9 @@ def _read_texts(texts: Mapping[str, Any]) -> tuple[Fields, Metres]:
 def choose_answer(accept: str | None) -> Answer:
     """The media type that the client wants most of those there are, by its Accept header. Raises NotAcceptableError."""
     ranked = sorted(_accepted(accept or "*/*"), key=lambda pair: -pair[1])
-    for wanted, quality in ranked:
+    for media_range, quality in ranked:
         for answer in ANSWERS if quality > 0 else ():
-            if wanted in (answer.media_type, "*/*", f"{answer.media_type.partition('/')[0]}/*"):
+            if media_range in (answer.media_type, "*/*", f"{answer.media_type.partition('/')[0]}/*"):
                 return answer
     raise NotAcceptableError(
         f"None of {', '.join(answer.media_type for answer in ANSWERS)} is accepted: Accept is {(accept or '')[:80]!r}."
@@ -137,7 +137,7 @@ def choose_answer(accept: str | None) -> Answer:
 
 def _accepted(header: str) -> list[tuple[str, float]]:
     """Media ranges of an Accept header with their qualities; an unreadable quality is 0."""
-    found = []
+    ranges = []
     for part in header.split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = 1.0
@@ -147,19 +147,19 @@ def _accepted(header: str) -> list[tuple[str, float]]:
                     quality = float(parameter[2:])
                 except ValueError:
                     quality = 0.0
-        found.append((name, quality))
-    return found
+        ranges.append((name, quality))
+    return ranges
 
 
-def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
+def rehearse(request: GeometryRequest, answer: Answer, decode: Decode) -> None:
     """Raise, before anything runs, what `write_geometry` would raise whatever the picture."""
-    for wanted in asked.fields.outputs or ():
-        if not decode.has(wanted):
+    for name in request.fields.outputs or ():
+        if not decode.has(name):
             there = " and ".join(output.kind for output in decode.outputs)
-            raise MissingOutputError(f"There are no {wanted} to be had: this model has {there}.")
-    geometry = asked.metres.rehearse(decode)
+            raise MissingOutputError(f"There are no {name} to be had: this model has {there}.")
+    geometry = request.metres.rehearse(decode)
     row = RESULTS[answer.format]
-    if row.needs != "nothing" and asked.fields.outputs is not None and "depth" not in asked.fields.outputs:
+    if row.needs != "nothing" and request.fields.outputs is not None and "depth" not in request.fields.outputs:
         raise RequestError(f"{answer.media_type} holds depth, and outputs leaves it out: add depth, or accept another.")
     if row.needs == "metres":
         geometry.require_prediction(row.about)
@@ -168,32 +168,32 @@ def rehearse(asked: Asked, answer: Answer, decode: Decode) -> None:
                 f"{answer.media_type} holds millimetres, and nothing tells the unit: give near and far, scale and "
                 "shift, or a measurement: anchors, or with intrinsics camera_height or size."
             )
-    elif row.needs == "depth" and not _to_scale(asked, answer):
+    elif row.needs == "depth" and not _to_scale(request, answer):
         geometry.require_depth(row.about)
-    if row.intrinsics and asked.metres.intrinsics is None:
+    if row.intrinsics and request.metres.intrinsics is None:
         raise ConfigError(f"{answer.media_type} needs the camera: give intrinsics, fx,fy,cx,cy.")
 
 
-def write_geometry(asked: Asked, answer: Answer, geometry: Geometry, warned: Sequence[str] = ()) -> bytes:
+def write_geometry(request: GeometryRequest, answer: Answer, geometry: Geometry, warned: Sequence[str] = ()) -> bytes:
     """The answer's file. warned: texts of warnings, which grow meanwhile; JSON has them as `warnings`.
 
     Raises what `to_metric` and `Geometry.encode` raise.
     """
-    wanted, intrinsics = asked.fields.outputs, asked.metres.intrinsics
-    found = asked.metres.apply(geometry)
-    if intrinsics is not None and _to_scale(asked, answer):
-        found = found.to_scale(intrinsics)
-    if wanted is not None and "depth" not in wanted:
-        found = dataclasses.replace(found, prediction=None, depth_kind=None, calibration=None)
-    if wanted is not None and "normals" not in wanted:
-        found = dataclasses.replace(found, normals=None)
-    written = found.encode(answer.format, intrinsics=intrinsics, image=asked.picture)
+    outputs, intrinsics = request.fields.outputs, request.metres.intrinsics
+    result = request.metres.apply(geometry)
+    if intrinsics is not None and _to_scale(request, answer):
+        result = result.to_scale(intrinsics)
+    if outputs is not None and "depth" not in outputs:
+        result = dataclasses.replace(result, prediction=None, depth_kind=None, calibration=None)
+    if outputs is not None and "normals" not in outputs:
+        result = dataclasses.replace(result, normals=None)
+    written = result.encode(answer.format, intrinsics=intrinsics, image=request.picture)
     if answer.format == "json":
         return b'{"warnings": ' + msgspec.json.encode(warned) + b", " + written.lstrip()[1:]
     return written
 
 
-def _to_scale(asked: Asked, answer: Answer) -> bool:
+def _to_scale(request: GeometryRequest, answer: Answer) -> bool:
     """Whether a shape is wanted, of which nothing tells the unit."""
     shape = RESULTS[answer.format].needs == "depth"
-    return shape and not asked.metres.given and asked.metres.intrinsics is not None
+    return shape and not request.metres.is_metric and request.metres.intrinsics is not None

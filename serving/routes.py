@@ -91,7 +91,7 @@ class ModelList(msgspec.Struct, frozen=True):
     models: list[str]
 
 
-class IndexAsked(msgspec.Struct, frozen=True):
+class IndexRequest(msgspec.Struct, frozen=True):
     """ready: only models that take requests."""
 
     ready: bool = False
@@ -104,7 +104,7 @@ class IndexEntry(msgspec.Struct, frozen=True):
     reason: str
 
 
-class LoadAsked(msgspec.Struct, frozen=True):
+class LoadRequest(msgspec.Struct, frozen=True):
     """parameters: none is known; a bundle says all of itself."""
 
     parameters: dict[str, Any] = {}
@@ -133,15 +133,15 @@ ROWS = (
     Row("GET", VERSIONED + "/ready", "model_ready", "The same, of one version.", gives=ModelReady),
     Row("POST", MODEL + "/infer", "infer", "Pixels to maps.", takes=v2.Body, gives=v2.Answer),
     Row("POST", VERSIONED + "/infer", "infer", "The same, of one version.", takes=v2.Body, gives=v2.Answer),
-    Row("POST", "/v2/repository/index", "index", "State of the models.", takes=IndexAsked, gives=list[IndexEntry]),
+    Row("POST", "/v2/repository/index", "index", "State of the models.", takes=IndexRequest, gives=list[IndexEntry]),
     Row(
         "POST",
         "/v2/repository/models/{model}/load",
         "load",
         "Open the bundle's folder anew; old requests end on the old one.",
-        takes=LoadAsked,
+        takes=LoadRequest,
     ),
-    Row("POST", "/v2/repository/models/{model}/unload", "unload", "Release the model.", takes=LoadAsked),
+    Row("POST", "/v2/repository/models/{model}/unload", "unload", "Release the model.", takes=LoadRequest),
     Row("POST", "/v1/geometry", "geometry", "An encoded picture to a file.", takes=plain.Fields, gives=plain.ANSWERS),
 )
 
@@ -197,7 +197,7 @@ class Handlers:
         model = self._named(request)
         with model.lease() as estimator:
             manifest, backend, device = estimator.manifest, estimator.backend, estimator.device
-        facts = {
+        parameters = {
             "model": manifest.model,
             "precision": manifest.precision,
             "depth_kind": manifest.decode.depth_kind,
@@ -205,7 +205,7 @@ class Handlers:
             "device": device,
             "weights_note": manifest.weights_note,
         }
-        return json_response(v2.metadata(model.name, model.version, backend, manifest.decode, facts))
+        return json_response(v2.metadata(model.name, model.version, backend, manifest.decode, parameters))
 
     async def model_ready(self, request: Request) -> Response:
         model = self._named(request)
@@ -220,17 +220,17 @@ class Handlers:
     async def geometry(self, request: Request) -> Response:
         answer = plain.choose_answer(request.headers.get("accept"))
         body = await read_body(request, self._service, self._options)
-        asked = await plain.read_form(request, body, self._options)
-        model = self._service.model(asked.fields.model)
-        return await unless_gone(self._geometry(request, model, asked, answer), request)
+        form = await plain.read_form(request, body, self._options)
+        model = self._service.model(form.fields.model)
+        return await unless_gone(self._geometry(request, model, form, answer), request)
 
     async def index(self, request: Request) -> Response:
-        asked = await self._json(request, IndexAsked)
+        query = await self._json(request, IndexRequest)
         entries = [
             IndexEntry(model.name, model.version, "READY" if model.current else "UNAVAILABLE", model.reason)
             for model in self._service.models.values()
         ]
-        return json_response([entry for entry in entries if entry.state == "READY" or not asked.ready])
+        return json_response([entry for entry in entries if entry.state == "READY" or not query.ready])
 
     async def load(self, request: Request) -> Response:
         model = self._replaceable(request)
@@ -253,14 +253,14 @@ class Handlers:
         coding = _coding(request.headers.get("accept-encoding"))
         with model.lease() as estimator:
             decode, most, version = estimator.manifest.decode, estimator.max_queue, version_of(estimator)
-            asked = await self._service.run(lambda: v2.read_inference(body, length, decode, most))
-            self._note(request, model, images=len(asked.images), id=asked.id[:128])
-            deadline = Deadline(asked.deadline_ms, request.state.arrived)
-            geometries = await self._service.estimate(estimator, asked.images, deadline)
+            inference = await self._service.run(lambda: v2.read_inference(body, length, decode, most))
+            self._note(request, model, images=len(inference.images), id=inference.id[:128])
+            deadline = Deadline(inference.deadline_ms, request.state.arrived)
+            geometries = await self._service.estimate(estimator, inference.images, deadline)
         self._tracing.stages(geometries[0].timings)
 
         def write() -> tuple[bytes, int]:
-            answer, header = v2.write_inference(asked, model.name, version, geometries, request.state.warnings)
+            answer, header = v2.write_inference(inference, model.name, version, geometries, request.state.warnings)
             return (_packed(answer, coding), header) if coding else (answer, header)
 
         answer, header = await self._service.run(write)
@@ -268,15 +268,17 @@ class Handlers:
         headers |= {"Content-Encoding": coding} if coding else {}
         return Response(answer, 200, headers, "application/octet-stream" if header else "application/json")
 
-    async def _geometry(self, request: Request, model: Model, asked: plain.Asked, answer: plain.Answer) -> Response:
+    async def _geometry(
+        self, request: Request, model: Model, form: plain.GeometryRequest, answer: plain.Answer
+    ) -> Response:
         self._note(request, model, images=1, format=answer.format)
-        deadline = Deadline(asked.fields.deadline_ms, request.state.arrived)
+        deadline = Deadline(form.fields.deadline_ms, request.state.arrived)
         with model.lease() as estimator:
-            plain.rehearse(asked, answer, estimator.manifest.decode)
-            (geometry,) = await self._service.estimate(estimator, [asked.picture], deadline)
+            plain.rehearse(form, answer, estimator.manifest.decode)
+            (geometry,) = await self._service.estimate(estimator, [form.picture], deadline)
         self._tracing.stages(geometry.timings)
         warned = request.state.warnings
-        written = await self._service.run(lambda: plain.write_geometry(asked, answer, geometry, warned))
+        written = await self._service.run(lambda: plain.write_geometry(form, answer, geometry, warned))
         return Response(written, 200, media_type=answer.media_type)
 
     def _named(self, request: Request) -> Model:
@@ -299,8 +301,8 @@ class Handlers:
             raise RequestError(f"The request is not valid: {error}.") from None
 
     async def _without_parameters(self, request: Request, *ignored: str) -> None:
-        asked = await self._json(request, LoadAsked)
-        unknown = set(asked.parameters) - set(ignored)
+        body = await self._json(request, LoadRequest)
+        unknown = set(body.parameters) - set(ignored)
         if unknown:
             raise RequestError(f"The parameter {min(unknown)[:60]!r} is not supported: a bundle says all of itself.")
 

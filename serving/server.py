@@ -51,9 +51,9 @@ def check_tls(options: Options) -> None:
             text = path.read_bytes()
         except OSError as error:
             raise ConfigError(f"{option} {path} cannot be read: {error.strerror or error}.") from error
-        wanted = b"CERTIFICATE" if option == "--tls-certificate" else b"PRIVATE KEY"
-        if b"-----BEGIN " not in text or wanted not in text:
-            raise ConfigError(f"{option} {path} is no PEM file with a {wanted.decode().lower()}.")
+        label = b"CERTIFICATE" if option == "--tls-certificate" else b"PRIVATE KEY"
+        if b"-----BEGIN " not in text or label not in text:
+            raise ConfigError(f"{option} {path} is no PEM file with a {label.decode().lower()}.")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(options.tls_certificate, options.tls_key, password=lambda: "")
@@ -136,24 +136,24 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take the connections that the system has made already, then no more; finish."""
-        loop, made = asyncio.get_running_loop(), []
+        loop, accepted = asyncio.get_running_loop(), []
         for listener in sockets or []:
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    made.append(listener.accept()[0])
+                    accepted.append(listener.accept()[0])
         for server in self.servers:
             server.close()
-        for connection in made:
+        for connection in accepted:
             connection.setblocking(False)
             with contextlib.suppress(OSError):  # its client has gone
                 await loop.connect_accepted_socket(self._connection, connection, ssl=self.config.ssl)
         await super().shutdown(sockets)
 
     def _connection(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state={}
         )
-        return made
+        return protocol
 
     def _hung(self) -> None:
         """Called in a backend's thread."""

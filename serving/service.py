@@ -55,16 +55,16 @@ class Service:
     def ready(self) -> bool:
         """Whether every model that is to take requests can: all but those that were unloaded."""
         models = self.models.values()
-        return not (self.draining or self.hung) and all(model.current for model in models if model.wanted)
+        return not (self.draining or self.hung) and all(model.current for model in models if model.enabled)
 
     def model(self, name: str | None, version: str | None = None) -> Model:
         """The model of a name, or the default. Raises NotFoundError, also for another version than the current."""
-        found = next(iter(self.models.values())) if name is None else self.models.get(name)
-        if found is None:
+        model = next(iter(self.models.values())) if name is None else self.models.get(name)
+        if model is None:
             raise NotFoundError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
-        if version is not None and version != found.version:
-            raise NotFoundError(f"{found.name} has no version {version!r}; it has {found.version or 'none now'}.")
-        return found
+        if version is not None and version != model.version:
+            raise NotFoundError(f"{model.name} has no version {version!r}; it has {model.version or 'none now'}.")
+        return model
 
     async def run(self, call: Callable[[], T]) -> T:
         """Call in one of the threads, in this context: what is warned of there is the request's."""

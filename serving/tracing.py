@@ -20,7 +20,7 @@ class Tracing:
             self._trace = None
 
     @contextmanager
-    def request(self, name: str, headers: Mapping[str, str], facts: Mapping[str, Any]) -> Iterator[Any]:
+    def request(self, name: str, headers: Mapping[str, str], attributes: Mapping[str, Any]) -> Iterator[Any]:
         """A server's span, a child of the caller's where `traceparent` names one. Yields it, or None."""
         if self._trace is None:
             yield None
@@ -28,7 +28,7 @@ class Tracing:
         tracer = self._trace.get_tracer("densegeo.serving")
         parent = self._propagate.extract(headers)
         with tracer.start_as_current_span(
-            name, context=parent, kind=self._trace.SpanKind.SERVER, attributes=facts
+            name, context=parent, kind=self._trace.SpanKind.SERVER, attributes=attributes
         ) as span:
             yield span
 

@@ -98,22 +98,22 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
     """
     header, binary = _split(body, header_length)
     try:
-        asked = msgspec.json.decode(header, type=Body)
+        request = msgspec.json.decode(header, type=Body)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise RequestError(f"The inference request is not valid: {error}.") from None
-    parameters = known_parameters(asked.parameters)
+    parameters = known_parameters(request.parameters)
     metres = read_metres({name: value for name, value in parameters.items() if name in METRES})
-    outputs = _outputs(asked, parameters, decode, metres)
+    outputs = _outputs(request, parameters, decode, metres)
     metres.rehearse(decode)
-    pixels = _pixels(asked.inputs, binary, most)
+    pixels = _pixels(request.inputs, binary, most)
     batched = pixels.ndim == 4
     images = list(pixels) if batched else [pixels]
-    return Inference(asked.id, images, batched, metres, outputs, _deadline(parameters))
+    return Inference(request.id, images, batched, metres, outputs, _deadline(parameters))
 
 
 def known_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Without hints; raises RequestError for what this server would have to heed and cannot."""
-    known = {}
+    heeded = {}
     for name, value in parameters.items():
         if name in _IGNORED or name.startswith("triton_"):
             continue
@@ -121,13 +121,13 @@ def known_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(
                 f"There is no request parameter {name[:60]!r}; there are {', '.join(_REQUEST_PARAMETERS)}."
             )
-        known[name] = value
-    return known
+        heeded[name] = value
+    return heeded
 
 
 def output_names(decode: Decode, metres: Metres) -> list[str]:
     """What a request can have of a model; depth where it says what makes the result metric."""
-    return [*decode.names, *(["depth"] if metres.given and decode.has("depth") else [])]
+    return [*decode.names, *(["depth"] if metres.is_metric and decode.has("depth") else [])]
 
 
 def require_output(name: str, decode: Decode, metres: Metres) -> None:
@@ -144,30 +144,30 @@ def require_output(name: str, decode: Decode, metres: Metres) -> None:
 
 
 def write_inference(
-    asked: Inference, model: str, version: str, geometries: Sequence[Geometry], warned: Sequence[str] = ()
+    inference: Inference, model: str, version: str, geometries: Sequence[Geometry], warned: Sequence[str] = ()
 ) -> tuple[bytes, int]:
     """The response's body, and its JSON's length; 0 where there is nothing else. Raises CalibrationError.
 
     warned: texts of warnings, which grow meanwhile.
     """
-    metric = [asked.metres.apply(geometry) for geometry in geometries]
+    metric = [inference.metres.apply(geometry) for geometry in geometries]
     described, behind = [], []
-    for name, as_bytes in asked.binary.items():
+    for name, as_bytes in inference.binary.items():
         maps = [getattr(geometry, name) for geometry in metric]
-        array: NDArray[np.float32] = np.stack(maps) if asked.batched else maps[0]
+        array: NDArray[np.float32] = np.stack(maps) if inference.batched else maps[0]
         if as_bytes:
             behind.append(np.ascontiguousarray(array, dtype="<f4").data)
             how: dict[str, Any] = {"parameters": {"binary_data_size": array.nbytes}}
         else:
             how = {"data": _numbers(array)}
         described.append(TensorOut(name=name, datatype="FP32", shape=list(array.shape), **how))
-    told = {"warnings": "\n".join(warned)} if warned else {}
-    header = msgspec.json.encode(Answer(model, version, described, asked.id, told))
+    parameters = {"warnings": "\n".join(warned)} if warned else {}
+    header = msgspec.json.encode(Answer(model, version, described, inference.id, parameters))
     return b"".join([header, *behind]), len(header) if behind else 0
 
 
-def metadata(name: str, version: str, backend: str, decode: Decode, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The model metadata response. facts: what else a client may want to know."""
+def metadata(name: str, version: str, backend: str, decode: Decode, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The model metadata response. parameters: what else a client may want to know."""
     shapes = {"prediction": [-1, -1], "normals": [-1, -1, 3]}
     return {
         "name": name,
@@ -175,7 +175,7 @@ def metadata(name: str, version: str, backend: str, decode: Decode, facts: Mappi
         "platform": f"densegeo_{backend}",
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, -1, 3]}],
         "outputs": [{"name": output, "datatype": "FP32", "shape": shapes[output]} for output in decode.names],
-        "parameters": dict(facts),
+        "parameters": dict(parameters),
     }
 
 
@@ -191,20 +191,20 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     return body[:length], memoryview(body)[length:]
 
 
-def _outputs(asked: Body, parameters: dict[str, Any], decode: Decode, metres: Metres) -> dict[str, bool]:
+def _outputs(request: Body, parameters: dict[str, Any], decode: Decode, metres: Metres) -> dict[str, bool]:
     by_default = _flag(parameters, "binary_data_output", False)
-    found: dict[str, bool] = {}
-    for wanted in asked.outputs:
-        require_output(wanted.name, decode, metres)
-        if wanted.name in found:
-            raise RequestError(f"The output {wanted.name} is asked for twice.")
-        for name in wanted.parameters:
+    as_binary: dict[str, bool] = {}
+    for output in request.outputs:
+        require_output(output.name, decode, metres)
+        if output.name in as_binary:
+            raise RequestError(f"The output {output.name} is asked for twice.")
+        for name in output.parameters:
             if name == "classification" or name.startswith("shared_memory"):
                 raise RequestError(
                     f"The output parameter {name} is not supported: outputs are maps, sent in the answer."
                 )
-        found[wanted.name] = _flag(wanted.parameters, "binary_data", by_default)
-    return found or dict.fromkeys(output_names(decode, metres), by_default)
+        as_binary[output.name] = _flag(output.parameters, "binary_data", by_default)
+    return as_binary or dict.fromkeys(output_names(decode, metres), by_default)
 
 
 def _flag(parameters: dict[str, Any], name: str, otherwise: bool) -> bool:
