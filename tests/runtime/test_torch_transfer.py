@@ -25,7 +25,7 @@ class Slots:
 
     def upload(self, pixels: Any) -> list[OnDevice]:
         self.cuda.launch("upload")
-        return [OnDevice.made(self.cuda)]
+        return [OnDevice.create(self.cuda)]
 
     def download(self, results: Any) -> list[dict[str, torch.Tensor]]:
         self.cuda.launch("download")
@@ -52,7 +52,7 @@ class Network:
 
     def __call__(self, frame: OnDevice) -> Maps[OnDevice]:
         self.cuda.launch("compute")
-        self.stream, self.frame, self.result = self.cuda.current_stream(), frame, OnDevice.made(self.cuda)
+        self.stream, self.frame, self.result = self.cuda.current_stream(), frame, OnDevice.create(self.cuda)
         return Maps(self.result)
 
 
@@ -62,7 +62,7 @@ def made_on(cuda: Cuda, stream: Stream) -> None:
 
 
 def test_a_kept_tensor_is_read_after_the_callers_work_and_before_what_follows(cuda: Cuda, ring: Ring) -> None:
-    callers, network, image = Stream(cuda, 1), Network(cuda), OnDevice.made(cuda)
+    callers, network, image = Stream(cuda, 1), Network(cuda), OnDevice.create(cuda)
     made_on(cuda, callers)
     with cuda.stream(callers):
         cuda._device = 0  # the caller's current device is another one; its stream on cuda:1 is `callers`
@@ -89,7 +89,7 @@ class Foreign:
 
     def __dlpack__(self, stream: int) -> OnDevice:
         next(one for one in self.cuda.streams if one.cuda_stream == stream).wait_stream(self.stream)
-        return OnDevice.made(self.cuda)
+        return OnDevice.create(self.cuda)
 
 
 def from_dlpack(image: Foreign) -> OnDevice:
@@ -110,7 +110,7 @@ def test_anothers_array_is_read_after_its_work_and_copied_before_keep_returns(
     theirs = cuda.default_stream(1) if how == "default" else Stream(cuda, 1)
     made_on(cuda, theirs)
     monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", from_dlpack)
-    lying = OnDevice.made(cuda)
+    lying = OnDevice.create(cuda)
     monkeypatch.setattr(torch, "as_tensor", lambda image, device: lying)
     stream = {"named": {"stream": theirs.cuda_stream}, "default": {"stream": 1}, "none": {"stream": None}}.get(how, {})
     image = Foreign(cuda, theirs) if how == "dlpack" else described(stream, lying.data_ptr())
@@ -122,8 +122,8 @@ def test_anothers_array_is_read_after_its_work_and_copied_before_keep_returns(
 
 
 def test_an_image_on_another_device_is_refused(cuda: Cuda, ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "as_tensor", lambda image, device: OnDevice.made(cuda))  # a copy: it lies elsewhere
-    for image in (OnDevice.made(cuda, "cuda:0"), Foreign(cuda, Stream(cuda, 0), 0), described({"stream": 1})):
+    monkeypatch.setattr(torch, "as_tensor", lambda image, device: OnDevice.create(cuda))  # a copy: it lies elsewhere
+    for image in (OnDevice.create(cuda, "cuda:0"), Foreign(cuda, Stream(cuda, 0), 0), described({"stream": 1})):
         with pytest.raises(BackendError, match=r"lie(s|) on cuda:\d.*move"):
             ring.keep(image, Network(cuda))
 

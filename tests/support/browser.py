@@ -59,13 +59,13 @@ class Tab:
             self._hear(answer)
 
     def _hear(self, event: dict[str, Any]) -> None:
-        given = event.get("params", {})
+        params = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
-            self.requests.append(given["request"]["url"])
+            self.requests.append(params["request"]["url"])
         elif event.get("method") == "Runtime.exceptionThrown":
-            self.problems.append(json.dumps(given["exceptionDetails"])[:2000])
-        elif event.get("method") == "Log.entryAdded" and given["entry"]["level"] == "error":
-            self.problems.append(f"{given['entry']['text']} {given['entry'].get('url', '')}")
+            self.problems.append(json.dumps(params["exceptionDetails"])[:2000])
+        elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
     def size(self, width: int, height: int, *, phone: bool = False) -> None:
         """Of the window, in CSS pixels. phone: two device pixels each, and touch."""
@@ -107,14 +107,14 @@ class Tab:
     def press(self, *keys: str) -> None:
         """Keys one after the other: names of `KEYS`, or single characters."""
         for key in keys:
-            given: dict[str, Any] = {
+            event: dict[str, Any] = {
                 "key": key,
                 "code": key,
                 "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper())),
             }
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-            self.call("Input.dispatchKeyEvent", type="keyDown", **given, **({"text": text} if text else {}))
-            self.call("Input.dispatchKeyEvent", type="keyUp", **given)
+            self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
+            self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def click(self, x: float, y: float) -> None:
         """The left button at a place of the window."""
@@ -143,7 +143,7 @@ class Tab:
 @contextmanager
 def browser(folder: Path) -> Iterator[Tab]:
     """A browser with one empty tab. folder: for its profile. Fails where there is no Chromium."""
-    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+    program = next((match for name in PROGRAMS if (match := shutil.which(name))), None)
     assert program, "The page's tests need Chromium: apt-get install chromium-headless-shell"
     command = [program, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
     # The program may be a script that starts the browser, and the browser starts others: they end together.
@@ -151,11 +151,11 @@ def browser(folder: Path) -> Iterator[Tab]:
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            if found := re.search(r"DevTools listening on (ws://\S+)", line):
+            if match := re.search(r"DevTools listening on (ws://\S+)", line):
                 break
         else:
             raise AssertionError(f"{program} ended with {process.wait()}")
-        with connect(found[1], max_size=2**28) as connection:
+        with connect(match[1], max_size=2**28) as connection:
             yield _first_tab(connection)
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -40,7 +40,7 @@ class FakeBackend:
 
 def fake_estimator(bundle: Path, hook: Hook = lambda bucket, stage, value: None, **options: Any) -> Estimator:
     """An estimator whose graphs are run by a `FakeBackend`. The bundle is one of the fixtures'."""
-    with patch.object(estimator_module, "open_backend", lambda *given: FakeBackend(hook)):
+    with patch.object(estimator_module, "open_backend", lambda *arguments: FakeBackend(hook)):
         return Estimator(bundle, device="cpu", check_digests=False, **options)
 
 

@@ -22,14 +22,14 @@ QUARTER = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
 def pictures(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
     """A light square that wanders over a slope from the top left to the right; the top left corner is red."""
     y, x = np.mgrid[0:height, 0:width]
-    found = []
+    frames = []
     for index in range(count):
         image = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], axis=-1).astype(np.uint8)
         left = index * (width - 16) // max(1, count - 1)
         image[24:40, left : left + 16] = 255
         image[:16, :16] = (255, 0, 0)
-        found.append(image)
-    return found
+        frames.append(image)
+    return frames
 
 
 def write_film(path: Path, frames: Sequence[np.ndarray], times: Sequence[float], *, turned: bool = False) -> Path:
@@ -72,7 +72,7 @@ def http_camera(frames: Sequence[np.ndarray]) -> Iterator[str]:
                 except OSError:  # the client went away
                     return
 
-        def log_message(self, *given: object) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Camera)

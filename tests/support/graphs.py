@@ -57,14 +57,14 @@ def remembering(export: Callable[..., None], folder: Path) -> Callable[..., None
         if name is None:
             export(module, example, names, weights, path, **options)
             return
-        known = folder / f"{name}.onnx"
-        if known.exists():
-            shutil.copyfile(known, path)
+        stored = folder / f"{name}.onnx"
+        if stored.exists():
+            shutil.copyfile(stored, path)
             return
         export(module, example, names, weights, path, **options)
         partial = folder / f"{name}.{os.getpid()}"
         shutil.copyfile(path, partial)
-        partial.replace(known)
+        partial.replace(stored)
 
     return graph
 
@@ -75,9 +75,9 @@ def sharing_operators(patch: pytest.MonkeyPatch) -> None:
     read = functools.cache(registry.from_torchlib)
 
     def copied(opset_version: int = onnx_graph.OPSET) -> Any:
-        made = copy.copy(read(opset_version=opset_version))
-        made.functions = {target: list(entries) for target, entries in made.functions.items()}  # ours are added
-        return made
+        registry = copy.copy(read(opset_version=opset_version))
+        registry.functions = {target: list(entries) for target, entries in registry.functions.items()}  # ours are added
+        return registry
 
     patch.setattr(registry, "from_torchlib", staticmethod(copied))
 

@@ -54,7 +54,7 @@ class Client:
             kind = self._random.choices(("good", "bad", "leaves", "slow"), (70, 10, 10, 10))[0]
             self._tally.sent += 1
             try:
-                end = await asyncio.wait_for(self._one(kind, f"{self._name}-{number}"), 60)
+                end = await asyncio.wait_for(self._request(kind, f"{self._name}-{number}"), 60)
             except (ConnectionError, asyncio.IncompleteReadError):
                 end = "unanswered"
                 await self._close()
@@ -63,7 +63,7 @@ class Client:
             assert not self._reader._buffer  # type: ignore[attr-defined]
         await self._close()
 
-    async def _one(self, kind: str, name: str) -> str:
+    async def _request(self, kind: str, name: str) -> str:
         body, length = inference(self._random.uniform(0.5, 0.7))
         if kind == "bad":
             body, length = self._random.choice(BAD), 0

@@ -76,10 +76,10 @@ def loaded(estimator: Estimator, way: str) -> Iterator[Any]:
 
 def main(bundle: str, backend: str) -> None:
     estimator = Estimator(bundle, backend, max_queue=2)
-    wanted = estimator(PICTURE).prediction
+    expected = estimator(PICTURE).prediction
     actions: dict[str, Callable[[], object]] = {"call": lambda: estimator(PICTURE)}
-    said = {"before threads, exit": forked(lambda: None, sys.exit)}
-    said["before threads, call"] = forked(actions["call"])
+    outcomes = {"before threads, exit": forked(lambda: None, sys.exit)}
+    outcomes["before threads, call"] = forked(actions["call"])
     stream = estimator.stream(latest=False)
     estimator.submit(PICTURE).result()
     stream.put(PICTURE)
@@ -92,7 +92,7 @@ def main(bundle: str, backend: str) -> None:
         "close": estimator.close,
         "close stream": stream.close,
     }
-    said |= {"exit": forked(lambda: None, sys.exit)} | {name: forked(action) for name, action in actions.items()}
+    outcomes |= {"exit": forked(lambda: None, sys.exit)} | {name: forked(action) for name, action in actions.items()}
     same = {"pickled": pickle.loads(pickle.dumps(estimator))(PICTURE).prediction}
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -100,21 +100,21 @@ def main(bundle: str, backend: str) -> None:
     process.start()
     name, same["spawned"] = answers.get(timeout=HANGS_S)
     process.join(HANGS_S)
-    for index, found in enumerate(loaded(estimator, "spawn")):
-        same[f"loader {index}"] = found if index == 0 else wanted
+    for index, prediction in enumerate(loaded(estimator, "spawn")):
+        same[f"loader {index}"] = prediction if index == 0 else expected
         if index:
-            assert np.array_equal(found, estimator(np.roll(PICTURE, index, axis=0)).prediction)
+            assert np.array_equal(prediction, estimator(np.roll(PICTURE, index, axis=0)).prediction)
     try:
         list(loaded(estimator, "fork"))
         refused = "nothing"
     except BackendError as error:
         refused = str(error)
     report = {
-        "forked": said,
-        "same": {key: bool(np.array_equal(found, wanted)) for key, found in same.items()},
+        "forked": outcomes,
+        "same": {key: bool(np.array_equal(prediction, expected)) for key, prediction in same.items()},
         "spawned": [name, process.exitcode],
         "loader by fork": refused,
-        "afterwards": bool(np.array_equal(estimator(PICTURE).prediction, wanted)),
+        "afterwards": bool(np.array_equal(estimator(PICTURE).prediction, expected)),
     }
     estimator.close()
     print(json.dumps(report))

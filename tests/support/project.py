@@ -10,12 +10,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def imported(tree: ast.AST) -> set[str]:
     """Modules imported anywhere in a file, also by name through `import_module`."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            names.add(node.module or "")
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
-            found |= {str(part.value) for part in node.args[:1] if isinstance(part, ast.Constant)}
-    return found
+            names |= {str(part.value) for part in node.args[:1] if isinstance(part, ast.Constant)}
+    return names

@@ -88,15 +88,15 @@ def transform(numbers: list[float], parent: str, child: str) -> Any:
 def imu(acceleration: list[float], *, turning: list[float] | None = None, at: float = 1.5, frame: str = "imu") -> Any:
     """Acceleration in m/s^2, turning in rad/s; None: it has no gyroscope."""
     vector = T["geometry_msgs/msg/Vector3"]
-    unknown, known = np.array([-1.0, *[0.0] * 8]), np.zeros(9)
+    absent, measured = np.array([-1.0, *[0.0] * 8]), np.zeros(9)
     return T["sensor_msgs/msg/Imu"](
         header=header(at, frame),
         orientation=T["geometry_msgs/msg/Quaternion"](x=0.0, y=0.0, z=0.0, w=1.0),
-        orientation_covariance=unknown,
+        orientation_covariance=absent,
         angular_velocity=vector(*(turning or [0.0] * 3)),
-        angular_velocity_covariance=known if turning else unknown,
+        angular_velocity_covariance=measured if turning else absent,
         linear_acceleration=vector(*acceleration),
-        linear_acceleration_covariance=known,
+        linear_acceleration_covariance=measured,
     )
 
 

@@ -35,14 +35,14 @@ def once(shared_folder: Path) -> Once:
     """(name, make) -> the folder that `make(folder)` filled."""
 
     def get(name: str, make: Callable[[Path], object]) -> Path:
-        folder, done = shared_folder / name, shared_folder / f"{name}.done"
+        folder, stamp = shared_folder / name, shared_folder / f"{name}.done"
         with (shared_folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
+            if not stamp.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a test that was cut off
                 folder.mkdir()
                 make(folder)
-                done.touch()
+                stamp.touch()
         return folder
 
     return get
@@ -69,13 +69,13 @@ def build_once(once: Once, graphs_once: Path) -> Build:
     from densegeo.export.options import BuildOptions
 
     def build(**options: Any) -> Path:
-        wanted = BuildOptions(output=Path("bundle"), **options)
-        key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]
+        build_options = BuildOptions(output=Path("bundle"), **options)
+        key = hashlib.sha256(repr(build_options).encode()).hexdigest()[:12]
 
         def make(folder: Path) -> None:
-            build_bundle(msgspec.structs.replace(wanted, output=folder / wanted.output))
+            build_bundle(msgspec.structs.replace(build_options, output=folder / build_options.output))
 
-        return once(f"{wanted.model}-{key}", make) / wanted.output
+        return once(f"{build_options.model}-{key}", make) / build_options.output
 
     return build
 
@@ -105,8 +105,8 @@ def golden_bundle(build_once: Build, golden: Path) -> Build:
     from tests.support.checkpoints import SIZE, golden_given
 
     def build(*, lora: bool = True, **changes: Any) -> Path:
-        given = golden_given(golden, lora=lora)
-        return build_once(**({"model": "fe2e", "given": given, "sizes": (SIZE,)} | changes))
+        inputs = golden_given(golden, lora=lora)
+        return build_once(**({"model": "fe2e", "given": inputs, "sizes": (SIZE,)} | changes))
 
     return build
 
@@ -125,8 +125,8 @@ def fiffdepth_bundle(build_once: Build, diffusers_files: Callable[[Any], Path]) 
     from densegeo.export.sources import Given
 
     def build(case: Any, **changes: Any) -> Path:
-        given = Given(checkpoint=str(diffusers_files(case)))
-        return build_once(**({"model": "fiffdepth", "given": given, "sizes": (case.size,)} | changes))
+        inputs = Given(checkpoint=str(diffusers_files(case)))
+        return build_once(**({"model": "fiffdepth", "given": inputs, "sizes": (case.size,)} | changes))
 
     return build
 

@@ -56,9 +56,9 @@ class Cuda:
         self._external: dict[int, Stream] = {}
         for name in ("stream", "current_stream", "default_stream", "synchronize", "ExternalStream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "Stream", self._made())
+        monkeypatch.setattr(torch.cuda, "Stream", self._stream_class())
 
-    def _made(self) -> Any:
+    def _stream_class(self) -> Any:
         """`torch.cuda.Stream`."""
 
         def make(device: Any = None, priority: int = 0) -> Stream:
@@ -117,7 +117,7 @@ class OnDevice(Tensor):
     cuda: Cuda
 
     @classmethod
-    def made(cls, cuda: Cuda, lies: str = "cuda:1") -> OnDevice:
+    def create(cls, cuda: Cuda, lies: str = "cuda:1") -> OnDevice:
         tensor = torch.zeros(8, 8, 3, dtype=torch.uint8).as_subclass(cls)
         tensor.cuda, tensor.lies, tensor.read_on = cuda, lies, set()
         return tensor
@@ -136,7 +136,7 @@ class OnDevice(Tensor):
 
     def clone(self, memory_format: Any = None) -> OnDevice:  # type: ignore[override]
         self.cuda.launch("copy")
-        return OnDevice.made(self.cuda, self.lies)
+        return OnDevice.create(self.cuda, self.lies)
 
     def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
         self.read_on.add(id(stream))
