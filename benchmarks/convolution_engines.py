@@ -24,7 +24,7 @@ from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import MID, SD2_UNET, SD2_VAE
 from densegeo.benchmarks.synthetic import random_fiffdepth
 from densegeo.cli import guarded
-from densegeo.export.engines import EngineOptions, Wanted, build_engine, wanted_engines
+from densegeo.export.engines import EngineOptions, PlannedEngine, build_engine, planned_engines
 from densegeo.export.graph_stats import describe
 from densegeo.export.graphs import bucket_examples
 from densegeo.export.onnx_graph import export_graph, write_weights
@@ -82,7 +82,7 @@ def write_graphs(pipeline: Pipeline, folder: Path) -> tuple[Bucket, dict[str, Fi
     return Bucket(SIDE, SIDE, encoder, denoiser, decoder), files
 
 
-def built(folder: Path, target: Wanted, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
+def built(folder: Path, target: PlannedEngine, options: EngineOptions, progress: Callable[[str], object]) -> Engine:
     (folder / target.engine.file).parent.mkdir(exist_ok=True)
     return build_engine(folder, folder / target.graph, target.engine, options, target.group, progress)
 
@@ -147,7 +147,7 @@ def engines_of(model: str, precisions: list[str], folder: Path, console: Console
         counts = Counter(map(stage_of, plans))
         with_convolutions = {stage_of(name) for name in exact.layers(nn.Conv2d)}
         for group in TARGETS:
-            for target in wanted_engines([bucket], precision, group, options, files):
+            for target in planned_engines([bucket], precision, group, options, files):
                 if target.engine.stage in with_convolutions:
                     console.print(
                         f"{model} {precision} {target.engine.stage} for {', '.join(target.engine.architectures)}"

@@ -36,7 +36,7 @@ from densegeo.benchmarks.synthetic import patches
 from densegeo.calibration.plan import plan_file
 from densegeo.cli import guarded
 from densegeo.errors import ConfigError, ResourceError
-from densegeo.export.sources import Given, resolve
+from densegeo.export.sources import SourceOptions, resolve
 from densegeo.files import atomic_write
 from densegeo.models import fe2e
 from densegeo.models.chain import relative_error
@@ -208,7 +208,7 @@ def check_blocks(checkpoint: Path, bundle: Path, size: Size) -> dict[str, float]
     Raises ResourceError for a block beyond its bound.
     """
     applied = fe2e.REWRITES
-    files, _ = resolve(Given(checkpoint=str(checkpoint)), FE2E)
+    files, _ = resolve(SourceOptions(checkpoint=str(checkpoint)), FE2E)
     pipeline, source = open_streamed(open_skeleton(files), size)
     template = rewritten_template(
         FE2E, (pipeline.denoiser.config, pipeline.vae.config), pipeline.prompt, applied, size

@@ -35,7 +35,7 @@ from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
-from densegeo.export.machine import facts
+from densegeo.export.machine import this_machine
 from densegeo.export.options import BuildOptions
 from densegeo.precision import PRECISIONS
 from densegeo.runtime import Estimator
@@ -129,7 +129,7 @@ def run(folder: Path, count: int, views: int, only: list[str], json_file: Path |
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
     wanted = [name for name in BUNDLES if not only or name in only or name == EXACT]
-    left_out = [name for name in wanted if needs_bf16(name) and not facts().cpu_bf16]
+    left_out = [name for name in wanted if needs_bf16(name) and not this_machine().cpu_bf16]
     wanted = [name for name in wanted if name not in left_out]
     make_plans(float_bundle, images, folder, {(BUNDLES[name][2], BUNDLES[name][0]) for name in wanted})
     split, shares, places = synthetic_split(views), dict[str, dict[str, float]](), {}

@@ -135,9 +135,9 @@ def _suits() -> str:
     """Of backends and precisions those that a build would choose here."""
     try:
         from densegeo.export.choice import suggested
-        from densegeo.export.machine import facts
+        from densegeo.export.machine import this_machine
 
-        backend, precision, why = suggested(facts())
+        backend, precision, why = suggested(this_machine())
     except Exception as error:  # a broken installation is told elsewhere
         return f"unknown ({error})"
     return f"--backend {backend} --precision {precision} ({why})"

@@ -51,24 +51,24 @@ def find_files(options: BuildOptions, console: Console, scratch: Path | None = N
     directory, row = options.carried_weights, preset(options.model)
     family = row.family
     if directory is None:
-        return sources.resolve(options.given, family, _published(options, console), scratch)
-    without = {role.skip: getattr(options.given, role.name) is None for role in family.roles if role.skip}
-    given = msgspec.structs.replace(options.given, checkpoint=str(directory), **without)
-    files, origins = sources.resolve(given, family)
+        return sources.resolve(options.source, family, _published(options, console), scratch)
+    without = {role.skip: getattr(options.source, role.name) is None for role in family.roles if role.skip}
+    source = msgspec.structs.replace(options.source, checkpoint=str(directory), **without)
+    files, origins = sources.resolve(source, family)
     return files, {role: f"{options.model}: {Path(origin).name}" for role, origin in origins.items()}
 
 
 def _published(options: BuildOptions, console: Console) -> dict[str, tuple[Path, str]]:
     """The files that the user did not name, role -> (file, origin). Raises CheckpointError."""
     row = PUBLICATIONS[options.model]
-    roles = sources.unnamed(options.given, preset(options.model).family)
+    roles = sources.unnamed(options.source, preset(options.model).family)
     if not roles:
         return {}
     if not row.files:
         raise CheckpointError(row.nowhere)
-    found = downloads.look(row, roles, offline=options.given.offline)
-    downloads.show(found, console)
-    return downloads.fetch(row, found, console, any_digest=options.given.any_digest)
+    downloadable = downloads.look(row, roles, offline=options.source.offline)
+    downloads.show(downloadable, console)
+    return downloads.fetch(row, downloadable, console, any_digest=options.source.any_digest)
 
 
 def plan_build(options: BuildOptions, files: Files) -> tuple[Quantizer, Plan]:
@@ -119,7 +119,7 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
             publish(staging, options.output)
         state.forget()
     needed = (device_plan(plan, size, options.base, max((1, *options.batches))) for size in options.sizes)
-    report(manifest, options.output, max(needed, key=lambda one: one.total), console)
+    report(manifest, options.output, max(needed, key=lambda estimate: estimate.total), console)
     return options.output
 
 
@@ -152,7 +152,7 @@ def make_manifest(
     engines: list[Engine],
 ) -> Manifest:
     """What the stages' records say together."""
-    options, form = job.options, job.plan.form
+    options, template = job.options, job.plan.template
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=options.model,
@@ -164,8 +164,8 @@ def make_manifest(
         decode=job.decode,
         networks=Networks(
             job.files.family.name,
-            msgspec.to_builtins(form.denoiser.config),
-            msgspec.to_builtins(form.vae.config),
+            msgspec.to_builtins(template.denoiser.config),
+            msgspec.to_builtins(template.vae.config),
             PROMPT_FILE,
         ),
         rewrites=[rewrite.name for rewrite in job.applied],

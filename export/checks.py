@@ -48,14 +48,14 @@ def picture_sizes(sizes: Sequence[Size]) -> dict[Size, list[Size]]:
     One is larger than the bucket. The other is smaller, where a smaller one is served by it: a portrait for the size
     that serves portraits best.
     """
-    found = {size: [_served_by(sizes, size, LARGER)] for size in sizes}
+    sizes_of = {size: [_served_by(sizes, size, LARGER)] for size in sizes}
     short, long = min(sizes[0]), max(sizes[0])
     portrait = Size(short * 5 // 8 | 1, long * 7 // 8 | 1)
-    found[nearest(sizes, portrait)].append(portrait)
-    for size, pictures in found.items():
+    sizes_of[nearest(sizes, portrait)].append(portrait)
+    for size, pictures in sizes_of.items():
         if len(pictures) == 1:
             pictures.append(_served_by(sizes, size, OTHER))
-    return found
+    return sizes_of
 
 
 def _served_by(sizes: Sequence[Size], size: Size, scales: Sequence[float]) -> Size:
@@ -91,27 +91,27 @@ def seeded_rgb(size: Size, seed: int = 0) -> Float:
 
 @torch.no_grad()
 def reference_outputs(
-    pipeline: Pipeline, image: Pixels, size: Size, given: Outputs | None = None, *, mean: bool = False
+    pipeline: Pipeline, image: Pixels, size: Size, stage_inputs: Outputs | None = None, *, mean: bool = False
 ) -> Outputs:
     """Every verified output of the PyTorch pipeline for one picture, uint8 (h, w, 3), in a bucket of `size`; float32.
 
-    With `given`, encoder, denoiser and decoder start from the given outputs of the stage before: each stage's own
+    With `stage_inputs`, encoder, denoiser and decoder start from those outputs of the stage before: each stage's own
     error, not their sum; what comes after them is then left out. mean: take that of the decoder's channels.
     """
     frame = Frame(image, encoded=False)
     rgb = prepare(frame, size, place(size, frame.size, "stretch"))
     latent = chain.encode(pipeline, torch.from_numpy(rgb))
-    output = chain.denoise(pipeline, torch.from_numpy(given["encoder"]) if given else latent)
-    joined = torch.from_numpy(given["denoiser"]) if given else output
+    output = chain.denoise(pipeline, torch.from_numpy(stage_inputs["encoder"]) if stage_inputs else latent)
+    joined = torch.from_numpy(stage_inputs["denoiser"]) if stage_inputs else output
     decoded = chain.decode(pipeline, chain.split(pipeline.decode, joined, size))
     pictures = decoded.mean(1, keepdim=True) if mean else decoded
     outputs = {"rgb": rgb, "encoder": latent.numpy(), "denoiser": output.numpy(), "decoder": pictures.numpy()}
-    if given is None:
+    if stage_inputs is None:
         outputs["image"] = image
-        for name, found in chain.assemble(pipeline.decode, decoded, size).named().items():
-            outputs[name] = found[None].numpy()
-        for name, found in chain.assemble(pipeline.decode, decoded, frame.size).named().items():
-            outputs[f"{IMAGE}{name}"] = found.numpy()
+        for name, plane in chain.assemble(pipeline.decode, decoded, size).named().items():
+            outputs[name] = plane[None].numpy()
+        for name, plane in chain.assemble(pipeline.decode, decoded, frame.size).named().items():
+            outputs[f"{IMAGE}{name}"] = plane.numpy()
     return outputs
 
 
@@ -143,19 +143,19 @@ def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
     return low
 
 
-def bounds(low: Pipeline, wanted: Outputs) -> dict[str, float]:
+def bounds(low: Pipeline, references: Outputs) -> dict[str, float]:
     """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case.
 
     "replay" is the same for the outputs of a whole run, in which a stage gets what the one before made of it. Infinite
     where the eager pipeline overflows.
     """
-    mean = wanted["decoder"].shape[1] == 1
-    size = size_of(wanted)
-    stages = reference_outputs(low, wanted["image"], size, given=wanted, mean=mean)
-    chained = reference_outputs(low, wanted["image"], size, mean=mean)
+    mean = references["decoder"].shape[1] == 1
+    size = size_of(references)
+    stages = reference_outputs(low, references["image"], size, stage_inputs=references, mean=mean)
+    chained = reference_outputs(low, references["image"], size, mean=mean)
     outputs = chained | {str(stage): stages[stage] for stage in STAGES}
-    errors = {name: relative_error(outputs[name], wanted[name]) for name in _made(wanted)}
-    errors["replay"] = max(relative_error(chained[name], wanted[name]) for name in errors)
+    errors = {name: relative_error(outputs[name], references[name]) for name in _computed(references)}
+    errors["replay"] = max(relative_error(chained[name], references[name]) for name in errors)
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
 
 
@@ -164,23 +164,23 @@ def size_of(outputs: Outputs) -> Size:
     return Size(outputs["rgb"].shape[3], outputs["rgb"].shape[2])
 
 
-def float32_bounds(wanted: Outputs) -> dict[str, float]:
+def float32_bounds(references: Outputs) -> dict[str, float]:
     """`bounds` of a float32 graph: eager float32 is the reference itself."""
-    return dict.fromkeys((*_made(wanted), "replay"), FLOAT32_BOUND)
+    return dict.fromkeys((*_computed(references), "replay"), FLOAT32_BOUND)
 
 
 def served_bounds(bounds: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The largest of all sizes' bounds of a served image's outputs."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for by_output in bounds:
         for name, bound in by_output.items():
             if name.startswith(IMAGE):
                 output = name.removeprefix(IMAGE)
-                found[output] = max(bound, found.get(output, 0.0))
-    return found
+                largest[output] = max(bound, largest.get(output, 0.0))
+    return largest
 
 
-def _made(outputs: Iterable[str]) -> list[str]:
+def _computed(outputs: Iterable[str]) -> list[str]:
     """What is computed, and not given."""
     return [name for name in outputs if name not in ("rgb", "image")]
 
@@ -208,27 +208,29 @@ class Blockwise:
         return run_blockwise(self.directory / graph.file, feeds, widen=self.widen)[0].astype(np.float32)
 
 
-def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, wanted: Outputs, *, widen: bool) -> Outputs:
+def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, references: Outputs, *, widen: bool) -> Outputs:
     """The same outputs from the exported graphs: each stage from the reference before it, then the whole chain.
 
     wanted: those of the bucket's whole batch, see `runtime.verify.alternating`.
     """
     graphs = Chain(Blockwise(directory, widen), decode, bucket)
-    latent = graphs.run("encoder", wanted["rgb"])
+    latent = graphs.run("encoder", references["rgb"])
     outputs = {
         "encoder": latent,
-        "denoiser": graphs.run("denoiser", wanted["encoder"]),
-        "decoder": graphs.pictures(wanted["denoiser"]),
+        "denoiser": graphs.run("denoiser", references["encoder"]),
+        "decoder": graphs.pictures(references["denoiser"]),
     }
     chained = graphs.pictures(graphs.run("denoiser", latent))
     return outputs | assemble_whole(chained, bucket, decode)
 
 
-def check_bucket(bucket: Bucket, outputs: Outputs, wanted: Outputs, bounds: dict[str, float], what: str) -> list[Check]:
+def check_bucket(
+    bucket: Bucket, outputs: Outputs, references: Outputs, bounds: dict[str, float], what: str
+) -> list[Check]:
     """Compare outputs with references; raises ExportError naming every output beyond its bound."""
     checks = [
-        Check(bucket.name, output, what, relative_error(outputs[output], wanted[output]), bounds[output])
-        for output in wanted
+        Check(bucket.name, output, what, relative_error(outputs[output], references[output]), bounds[output])
+        for output in references
         if output != "rgb"
     ]
     if failed := [check for check in checks if not within(check)]:
@@ -262,6 +264,6 @@ def read_inputs(directory: Path) -> dict[Size, list[Outputs]]:
 
 def _ordered(outputs: Outputs) -> Outputs:
     """The outputs in the order in which they are made, in which errors are listed too."""
-    made = ("prediction", "normals")
-    names = ("rgb", *STAGES, *made, IMAGE.rstrip("_"), *(f"{IMAGE}{name}" for name in made))
+    maps = ("prediction", "normals")
+    names = ("rgb", *STAGES, *maps, IMAGE.rstrip("_"), *(f"{IMAGE}{name}" for name in maps))
     return {name: outputs[name] for name in names if name in outputs}

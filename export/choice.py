@@ -11,7 +11,7 @@ import msgspec
 from densegeo.architectures import OLDEST, names
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, NAMES, NETWORKS, BackendRow, backend_row
 from densegeo.errors import ConfigError
-from densegeo.export.machine import GIB, Facts
+from densegeo.export.machine import GIB, Machine
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.bundle import Choice
 
@@ -24,7 +24,7 @@ LOW = PRECISIONS["bf16"]  # what GPUs and some CPUs run fastest without a plan
 _ON_CPU = tuple(row for row in BACKENDS if row.runs == "graphs" and "cpu" in row.devices)
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for; AUTO and empty leave it open. convolutions: whether the plan has 8-bit ones."""
 
     backend: str = AUTO
@@ -36,74 +36,75 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     weight_streaming: bool = False
 
 
-def choose(asked: Asked, facts: Facts, row: Preset) -> Choice:
+def choose(request: BuildRequest, machine: Machine, row: Preset) -> Choice:
     """Raises ConfigError for what cannot work, before anything is read."""
-    if asked.backend not in (AUTO, *NAMES):
-        raise ConfigError(f"there is no backend {asked.backend!r} to build for; there are {', '.join((AUTO, *NAMES))}")
-    if asked.precision not in (AUTO, *PRECISIONS):
-        raise ConfigError(f"there is no precision {asked.precision!r}; there are {', '.join((AUTO, *PRECISIONS))}")
-    backend, why = _backend(asked, facts)
-    architectures = asked.architectures
-    if backend is ENGINES and not architectures and facts.gpu is not None:
-        architectures = (facts.gpu.architecture,)
-    precision, because = asked.precision, "you asked for it"
+    if request.backend not in (AUTO, *NAMES):
+        backends = ", ".join((AUTO, *NAMES))
+        raise ConfigError(f"there is no backend {request.backend!r} to build for; there are {backends}")
+    if request.precision not in (AUTO, *PRECISIONS):
+        raise ConfigError(f"there is no precision {request.precision!r}; there are {', '.join((AUTO, *PRECISIONS))}")
+    backend, why = _backend(request, machine)
+    architectures = request.architectures
+    if backend is ENGINES and not architectures and machine.gpu is not None:
+        architectures = (machine.gpu.architecture,)
+    precision, because = request.precision, "you asked for it"
     if precision == AUTO:
-        precision, because = _precision(backend, architectures, asked.calibration, facts)
-    _refuse(asked, backend, precision, architectures, facts, row)
+        precision, because = _precision(backend, architectures, request.calibration, machine)
+    _refuse(request, backend, precision, architectures, machine, row)
     return Choice(
         backend=backend.name,
         precision=precision,
         architectures=list(architectures),
-        what=_what(backend, precision, architectures, facts),
+        what=_what(backend, precision, architectures, machine),
         why=f"backend: {why}; precision: {because}",
-        instead=_instead(backend, precision, facts),
+        instead=_instead(backend, precision, machine),
     )
 
 
-def suggested(facts: Facts) -> tuple[str, str, str]:
+def suggested(machine: Machine) -> tuple[str, str, str]:
     """(backend, precision, why) of a build for this machine where nothing is asked for. Imports nothing heavy."""
-    backend, why = _backend(Asked(), facts)
-    architectures = (facts.gpu.architecture,) if backend is ENGINES and facts.gpu is not None else ()
-    precision, because = _precision(backend, architectures, None, facts)
+    backend, why = _backend(BuildRequest(), machine)
+    architectures = (machine.gpu.architecture,) if backend is ENGINES and machine.gpu is not None else ()
+    precision, because = _precision(backend, architectures, None, machine)
     return backend.name, precision, f"backend: {why}; precision: {because}"
 
 
-def _backend(asked: Asked, facts: Facts) -> tuple[BackendRow, str]:
+def _backend(request: BuildRequest, machine: Machine) -> tuple[BackendRow, str]:
     """The backend, and why it."""
-    if asked.backend != AUTO:
-        return backend_row(asked.backend), "you asked for it"
-    builders = [row for row in ENGINE_LIBRARIES.values() if row.name in facts.libraries]
-    if asked.architectures:
+    if request.backend != AUTO:
+        return backend_row(request.backend), "you asked for it"
+    builders = [row for row in ENGINE_LIBRARIES.values() if row.name in machine.libraries]
+    if request.architectures:
         if not builders:
             raise ConfigError(
-                f'engines for {names(asked.architectures)} need TensorRT: pip install "densegeo[tensorrt-rtx]" (or '
+                f'engines for {names(request.architectures)} need TensorRT: pip install "densegeo[tensorrt-rtx]" (or '
                 "tensorrt on a machine with that GPU); --backend onnxruntime puts our kernels for it beside the graphs "
                 "alone"
             )
-        return ENGINES, f"--gpu-arch means engines for {names(asked.architectures)}"
-    if facts.gpu is None:
-        return _on_cpu(asked.precision, facts, convolutions=asked.convolutions)
-    arch = facts.gpu.architecture
+        return ENGINES, f"--gpu-arch means engines for {names(request.architectures)}"
+    if machine.gpu is None:
+        return _on_cpu(request.precision, machine, convolutions=request.convolutions)
+    arch = machine.gpu.architecture
     if any(builder.knows(arch) for builder in builders):
-        return ENGINES, f"{facts.gpu.name} (sm_{arch}) and TensorRT are here"
+        return ENGINES, f"{machine.gpu.name} (sm_{arch}) and TensorRT are here"
     lacks = f"{builders[0].title} has no target for sm_{arch}" if builders else "no TensorRT is installed"
-    if facts.torch_cuda:
-        return NETWORKS, f"{lacks}, and this torch runs our kernels on {facts.gpu.name}"
+    if machine.torch_cuda:
+        return NETWORKS, f"{lacks}, and this torch runs our kernels on {machine.gpu.name}"
     graphs = (row for row in BACKENDS if row.runs == "graphs" and "cuda" in row.devices and not row.verified_only)
-    graphs = (row for row in graphs if row.convolutions or not asked.convolutions)  # ONNX Runtime's CUDA has none
-    if (found := next((row for row in graphs if _installed(row, facts)), None)) is not None:
+    graphs = (row for row in graphs if row.convolutions or not request.convolutions)  # ONNX Runtime's CUDA has none
+    if (found := next((row for row in graphs if _installed(row, machine)), None)) is not None:
         return found, f"{lacks}, and torch here is no CUDA build"
     return NETWORKS, f"{lacks}, and nothing else is installed"
 
 
-def _on_cpu(precision: str, facts: Facts, *, convolutions: bool) -> tuple[BackendRow, str]:
+def _on_cpu(precision: str, machine: Machine, *, convolutions: bool) -> tuple[BackendRow, str]:
     """The fastest backend on the CPU that can run this precision, which may be open, and perhaps 8-bit convolutions."""
     low = precision != AUTO and PRECISIONS[precision].base == LOW.name
-    cpu = f"no GPU was found, the CPU has {'' if facts.cpu_bf16 else 'no '}{LOW.name} units"
+    cpu = f"no GPU was found, the CPU has {'' if machine.cpu_bf16 else 'no '}{LOW.name} units"
     passed: list[str] = []
     # With units, or where it must be: those that have it first; else those that do without it.
-    for row in sorted(_ON_CPU, key=lambda row: (LOW.name in row.precisions) != (facts.cpu_bf16 or low)):
-        if not _installed(row, facts):
+    for row in sorted(_ON_CPU, key=lambda row: (LOW.name in row.precisions) != (machine.cpu_bf16 or low)):
+        if not _installed(row, machine):
             passed.append(f"{row.title} is not installed")
         elif convolutions and not row.convolutions:
             passed.append(f"{row.title} would run 8-bit convolutions slower than float32 ones")
@@ -113,17 +114,17 @@ def _on_cpu(precision: str, facts: Facts, *, convolutions: bool) -> tuple[Backen
     return NETWORKS, f"no GPU was found, and neither {titles} can run {LOW.name if low else 'it'} here"
 
 
-def _installed(row: BackendRow, facts: Facts) -> bool:
-    return facts.libraries.issuperset(row.modules)
+def _installed(row: BackendRow, machine: Machine) -> bool:
+    return machine.libraries.issuperset(row.modules)
 
 
-def _on_gpu(row: BackendRow, facts: Facts) -> bool:
+def _on_gpu(row: BackendRow, machine: Machine) -> bool:
     """Whether what is built for this backend runs on this machine's GPU, and nowhere else."""
-    return facts.gpu is not None and (row.gpu_only or (row is NETWORKS and facts.torch_cuda))
+    return machine.gpu is not None and (row.gpu_only or (row is NETWORKS and machine.torch_cuda))
 
 
 def _precision(
-    backend: BackendRow, architectures: Sequence[int], calibration: Path | None, facts: Facts
+    backend: BackendRow, architectures: Sequence[int], calibration: Path | None, machine: Machine
 ) -> tuple[str, str]:
     """The precision where none was asked for, and why it."""
     if calibration is not None:
@@ -138,32 +139,37 @@ def _precision(
                 f"{calibration} holds a plan for {', '.join(planned)}, which {names(architectures)} lacks"
             )
         return able[0], f"{calibration} holds a plan for it"
-    if backend.gpu_only or _on_gpu(backend, facts):
-        here = LOW.first_architecture if facts.gpu is None else facts.gpu.architecture
+    if backend.gpu_only or _on_gpu(backend, machine):
+        here = LOW.first_architecture if machine.gpu is None else machine.gpu.architecture
         if min(architectures, default=here) >= LOW.first_architecture:
             return LOW.name, "GPUs have it from Ampere on, and fp8 needs a plan (densegeo calibrate)"
         return "fp16", f"there is no {LOW.name} before sm_{LOW.first_architecture}"
     if LOW.name not in backend.precisions:
         return EXACT, f"{backend.title} has no {LOW.name} kernels"
-    if facts.cpu_bf16:
+    if machine.cpu_bf16:
         return LOW.name, "the CPU has units for it"
     return EXACT, f"the CPU has no units for {LOW.name}"
 
 
 def _refuse(
-    asked: Asked, backend: BackendRow, precision: str, architectures: Sequence[int], facts: Facts, row: Preset
+    request: BuildRequest,
+    backend: BackendRow,
+    precision: str,
+    architectures: Sequence[int],
+    machine: Machine,
+    row: Preset,
 ) -> None:
     """Raises ConfigError for what cannot work."""
     if early := [number for number in architectures if number < OLDEST]:
         raise ConfigError(f"nothing can be built for {names(early)}: sm_{OLDEST} is the oldest architecture")
-    base = asked.base or PRECISIONS[precision].base
-    _refuse_types(backend, precision, base, architectures, facts)
+    base = request.base or PRECISIONS[precision].base
+    _refuse_types(backend, precision, base, architectures, machine)
     _refuse_kernels(backend, precision, base)
-    gpu = facts.gpu
-    if gpu is None or not _on_gpu(backend, facts) or tuple(architectures) not in ((), (gpu.architecture,)):
+    gpu = machine.gpu
+    if gpu is None or not _on_gpu(backend, machine) or tuple(architectures) not in ((), (gpu.architecture,)):
         return
     needed = _needed(row, precision)
-    if needed > gpu.memory and not asked.weight_streaming:
+    if needed > gpu.memory and not request.weight_streaming:
         smaller = [name for name in PRECISIONS if _needed(row, name) <= gpu.memory]
         remedy = f"say --precision {' or '.join(smaller)}" if smaller else "no precision does; --weight-streaming might"
         raise ConfigError(
@@ -179,13 +185,15 @@ def _needed(row: Preset, precision: str) -> int:
     return PRECISIONS[precision].bytes_of(row.bundle_parameters) + CONTEXT
 
 
-def _refuse_types(backend: BackendRow, precision: str, base: str, architectures: Sequence[int], facts: Facts) -> None:
+def _refuse_types(
+    backend: BackendRow, precision: str, base: str, architectures: Sequence[int], machine: Machine
+) -> None:
     """Raises ConfigError for a type that the GPUs lack. Where torch has no 8-bit product it multiplies in the base."""
     kinds: tuple[str, ...] = (precision, base)
     if backend is not ENGINES:
-        if facts.gpu is None or not _on_gpu(backend, facts):
+        if machine.gpu is None or not _on_gpu(backend, machine):
             return
-        kinds, architectures = (base,), (facts.gpu.architecture,)
+        kinds, architectures = (base,), (machine.gpu.architecture,)
     for first, kind in ((PRECISIONS[kind].first_architecture, kind) for kind in kinds if kind in PRECISIONS):
         if early := [number for number in architectures if number < first]:
             raise ConfigError(
@@ -211,32 +219,32 @@ def _refuse_kernels(backend: BackendRow, precision: str, base: str) -> None:
     )
 
 
-def on_this_gpu(choice: Choice, facts: Facts) -> bool:
+def on_this_gpu(choice: Choice, machine: Machine) -> bool:
     """Whether what was chosen runs on the GPU of this machine."""
     row = backend_row(choice.backend)
-    if facts.gpu is None or not _on_gpu(row, facts):
+    if machine.gpu is None or not _on_gpu(row, machine):
         return False
-    return row is not ENGINES or choice.architectures == [facts.gpu.architecture]
+    return row is not ENGINES or choice.architectures == [machine.gpu.architecture]
 
 
-def _what(backend: BackendRow, precision: str, architectures: Sequence[int], facts: Facts) -> str:
+def _what(backend: BackendRow, precision: str, architectures: Sequence[int], machine: Machine) -> str:
     """One phrase for people."""
     if backend is ENGINES:
         return f"{backend.title} engines in {precision} for {names(architectures) or 'Ampere GPUs and later'}"
     where = "the GPU or the CPU"
-    if facts.gpu is not None and _on_gpu(backend, facts):
-        where = facts.gpu.name
+    if machine.gpu is not None and _on_gpu(backend, machine):
+        where = machine.gpu.name
     elif backend.gpu_only:
         where = "a GPU"
-    elif facts.gpu is None or backend.runs == "networks" or "cuda" not in backend.devices:
+    elif machine.gpu is None or backend.runs == "networks" or "cuda" not in backend.devices:
         where = "the CPU"
     return f"graphs in {precision} for {backend.title} on {where}"
 
 
-def _instead(backend: BackendRow, precision: str, facts: Facts) -> str:
+def _instead(backend: BackendRow, precision: str, machine: Machine) -> str:
     """What to type for another choice."""
     rows = [row for row in BACKENDS if row.runs != "engines" and not row.verified_only]
-    others = [row.name for row in rows if row is not backend and _installed(row, facts)]
+    others = [row.name for row in rows if row is not backend and _installed(row, machine)]
     precisions = [name for name in FLOATS if name != precision]
     engines = "" if backend is ENGINES else f", or --gpu-arch 89 for {ENGINES.title} engines"
     return f"--backend {' or '.join(others)}, --precision {' or '.join(precisions)}{engines} (--help lists all)"

@@ -14,7 +14,7 @@ from rich.table import Table
 from densegeo.backends import NAMES
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle, find_files, plan_build
-from densegeo.export.choice import AUTO, Asked, choose, on_this_gpu
+from densegeo.export.choice import AUTO, BuildRequest, choose, on_this_gpu
 from densegeo.export.downloads import look, show
 from densegeo.export.engine_flags import (
     Builder,
@@ -28,11 +28,11 @@ from densegeo.export.engine_flags import (
 )
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
 from densegeo.export.engines import EngineOptions
-from densegeo.export.machine import GIB, available_memory, facts
+from densegeo.export.machine import GIB, available_memory, this_machine
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan, check_resources, stage_flops
 from densegeo.export.quantization import plans_convolutions
-from densegeo.export.sources import Given, to_fetch, unnamed
+from densegeo.export.sources import SourceOptions, to_fetch, unnamed
 from densegeo.export.staging import check_output
 from densegeo.export.trial import try_out
 from densegeo.models.families import FAMILIES
@@ -170,9 +170,9 @@ def build(
     sizes = [Size.parse(text) for text in size or ()]
     if max_edge is not None:
         sizes = bucket_sizes(max_edge, aspect or ["4:3"], 1 if authors_sizes else family.multiple)
-    console, machine = Console(), facts()
+    console, machine = Console(), this_machine()
     choice = choose(
-        Asked(
+        BuildRequest(
             backend=backend,
             precision=precision,
             base=base,
@@ -187,7 +187,7 @@ def build(
     options = BuildOptions(
         model=model,
         output=output or Path("out") / model,
-        given=Given(
+        source=SourceOptions(
             checkpoint=checkpoint,
             variant=variant,
             dit=dit,
@@ -258,11 +258,11 @@ def _report_plan(options: BuildOptions, scratch: Path, console: Console) -> None
 def _not_here(options: BuildOptions, console: Console) -> bool:
     """Whether published files would have to be fetched first; says which."""
     row, published = preset(options.model), PUBLICATIONS[options.model]
-    roles = unnamed(options.given, row.family) if options.carried_weights is None else []
-    found = look(published, roles, offline=options.given.offline)
-    if all(one.local for one in found):
+    roles = unnamed(options.source, row.family) if options.carried_weights is None else []
+    downloads = look(published, roles, offline=options.source.offline)
+    if all(download.local for download in downloads):
         return False
-    show(found, console)
+    show(downloads, console)
     bundle = PRECISIONS[options.base].bytes_of(row.bundle_parameters)
     console.print(
         f"disk: about {bundle / GIB:.1f} GiB more for the bundle; the plan's other figures need the files' headers: "
@@ -276,11 +276,11 @@ def _not_fetched(options: BuildOptions, console: Console) -> bool:
     """Whether files of repositories that the user named would have to be fetched first; says which."""
     if options.carried_weights is not None:
         return False
-    wanted = to_fetch(options.given, preset(options.model).family)
-    if not wanted:
+    missing = to_fetch(options.source, preset(options.model).family)
+    if not missing:
         return False
     table = Table("file", "size", title="to download", title_justify="left")
-    for origin, size in wanted:
+    for origin, size in missing:
         table.add_row(origin, f"{size:,} bytes" if size else "unknown")
     console.print(table)
     console.print(
@@ -322,8 +322,8 @@ def _print_files(plan: Plan, model: str, origins: dict[str, str], console: Conso
 
 
 def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
-    vae, every = plan.form.vae.config, preset(options.model).family.rewrites
-    console.print(plan.form.denoiser.summary(), soft_wrap=True)
+    vae, every = plan.template.vae.config, preset(options.model).family.rewrites
+    console.print(plan.template.denoiser.summary(), soft_wrap=True)
     console.print(f"autoencoder: channels {', '.join(str(vae.ch * mult) for mult in vae.ch_mult)}", soft_wrap=True)
     on = {rewrite.name for rewrite in select(every, options.without)}
     console.print(
@@ -331,7 +331,7 @@ def _print_plan(plan: Plan, options: BuildOptions, console: Console) -> None:
     )
     table = Table("size", *(f"{stage} GFLOP" for stage in STAGES), title=f"{options.model}, {options.precision}")
     for size in options.sizes:
-        flops = stage_flops(plan.form, size)
+        flops = stage_flops(plan.template, size)
         table.add_row(str(size), *(f"{flops[stage] / 1e9:,.1f}" for stage in STAGES))
     console.print(table)
     if options.with_engines:

@@ -9,32 +9,32 @@ from densegeo.export.options import BuildOptions
 
 def flags(options: BuildOptions) -> dict[str, list[str]]:
     """Flag -> its values, none for a switch; of `densegeo build`, without --output. Defaults are left out."""
-    given, engines = options.given, options.engines
-    found: dict[str, list[str]] = {"--model": [options.model]}
-    named = msgspec.structs.asdict(given)
-    found |= {f"--{name}": [value] for name, value in named.items() if isinstance(value, str)}
-    found |= {
+    source, engines = options.source, options.engines
+    values_of: dict[str, list[str]] = {"--model": [options.model]}
+    named = msgspec.structs.asdict(source)
+    values_of |= {f"--{name}": [value] for name, value in named.items() if isinstance(value, str)}
+    values_of |= {
         "--size": [str(size) for size in options.sizes],
         "--precision": [options.precision],
         "--backend": [options.backend],
     }
     lists = {"--batch": options.batches, "--no-rewrite": options.without, "--gpu-arch": options.architectures}
-    found |= {flag: [str(value) for value in values] for flag, values in lists.items() if values}
+    values_of |= {flag: [str(value) for value in values] for flag, values in lists.items() if values}
     if options.base and options.base != options.precision:
-        found["--base"] = [options.base]
+        values_of["--base"] = [options.base]
     if options.calibration is not None:
-        found["--calibration"] = [str(options.calibration)]
+        values_of["--calibration"] = [str(options.calibration)]
     if options.with_engines:
-        found |= {"--builder": [engines.library], "--weights": [engines.weights]}
+        values_of |= {"--builder": [engines.library], "--weights": [engines.weights]}
         numbers = {"--workspace-mib": engines.workspace_mib, "--optimization-level": engines.optimization_level}
-        found |= {flag: [str(value)] for flag, value in numbers.items() if value is not None}
+        values_of |= {flag: [str(value)] for flag, value in numbers.items() if value is not None}
     switches = {
         "--weight-streaming": options.with_engines and engines.weight_streaming,
         "--version-compatible": options.with_engines and engines.version_compatible,
         "--authors-sizes": options.any_size,
-        "--convert-bin": given.convert_bin,
-        "--any-digest": given.any_digest,
-        "--no-lora": given.no_lora,
+        "--convert-bin": source.convert_bin,
+        "--any-digest": source.any_digest,
+        "--no-lora": source.no_lora,
         "--allow-unexpected": options.allow_unexpected,
     }
-    return found | {flag: [] for flag, on in switches.items() if on}
+    return values_of | {flag: [] for flag, on in switches.items() if on}

@@ -91,8 +91,8 @@ def empty_prompt(directory: Path, weights: Path, scratch: Path | None = None) ->
         target = scratch / "empty_prompt.safetensors"
         save_file(dict(compute()), target)
         return target
-    facts = [f"{path.parent.name}/{path.name} {digests.sha256(path)}" for path in files]
-    return _cached("prompt", hashlib.sha256("\n".join(facts).encode()).hexdigest(), compute)
+    digests_of_files = [f"{path.parent.name}/{path.name} {digests.sha256(path)}" for path in files]
+    return _cached("prompt", hashlib.sha256("\n".join(digests_of_files).encode()).hexdigest(), compute)
 
 
 def _embedding(directory: Path, weights: Path) -> Tensor:

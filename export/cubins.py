@@ -41,11 +41,14 @@ def write_cubins(
     command += ["--names", *names] if names is not None else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         raise KernelError(f"compiling the kernels took longer than {TIMEOUT_S} s") from None
-    if done.returncode:
-        raise KernelError(f"the kernels cannot be compiled: {done.stderr.strip()[-2000:] or f'exit {done.returncode}'}")
+    if process.returncode:
+        why = process.stderr.strip()[-2000:] or f"exit {process.returncode}"
+        raise KernelError(f"the kernels cannot be compiled: {why}")
     path = folder / CONTRACTS
     contracts = msgspec.json.decode(path.read_bytes(), type=list[LaunchContract])
     path.unlink()  # the manifest holds them

@@ -25,10 +25,10 @@ SETTLED_NS = 2_000_000_000  # file systems count time in steps of up to 2 s: a l
 Progress = Callable[[int], object]
 
 
-class Known(msgspec.Struct, frozen=True):
+class RecordedDigest(msgspec.Struct, frozen=True):
     """A file as it was found, and what was read."""
 
-    facts: tuple[int, ...]  # see `_facts`
+    facts: tuple[int, ...]  # see `_file_status`
     sha256: str
 
 
@@ -36,13 +36,13 @@ def inputs(files: Files, origins: Mapping[str, str], progress: Progress = lambda
     """Size and SHA-256 of every input file, of shards each. `progress` gets the number of bytes each time."""
     from densegeo.models.weight_file import parts
 
-    found = []
+    sources = []
     for role, path in files.paths.items():
         for part in parts(path):
             origin = origins[role] if part == path else _beside(origins[role], path.name, part.name)
             name = role if part == path else f"{role} {part.name}"
-            found.append(Source(name, origin, part.stat().st_size, sha256(part, progress)))
-    return found
+            sources.append(Source(name, origin, part.stat().st_size, sha256(part, progress)))
+    return sources
 
 
 def _beside(origin: str, index: str, shard: str) -> str:
@@ -54,15 +54,16 @@ def sha256(path: Path, progress: Progress = lambda count: None) -> str:
     """The file's SHA-256, read only when it is not known or has changed since."""
     path = path.resolve()
     before = path.stat()
-    known = _load().get(str(path))
-    if known is not None and known.facts == _facts(before):
+    recorded = _load().get(str(path))
+    if recorded is not None and recorded.facts == _file_status(before):
         progress(before.st_size)
-        return known.sha256
-    found = sha256_file(path, progress)
+        return recorded.sha256
+    digest = sha256_file(path, progress)
     after = path.stat()
-    if _facts(before) == _facts(after) and time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > SETTLED_NS:
-        remember(path, found)
-    return found
+    age_ns = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns)
+    if _file_status(before) == _file_status(after) and age_ns > SETTLED_NS:
+        remember(path, digest)
+    return digest
 
 
 def remember(path: Path, digest: str) -> None:
@@ -70,23 +71,23 @@ def remember(path: Path, digest: str) -> None:
     path = path.resolve()
     entries = _load()
     entries.pop(str(path), None)
-    entries[str(path)] = Known(_facts(path.stat()), digest)  # the newest last
-    kept = dict(list(entries.items())[-MOST:])
+    entries[str(path)] = RecordedDigest(_file_status(path.stat()), digest)  # the newest last
+    newest = dict(list(entries.items())[-MOST:])
     try:
         with atomic_write(cache_directory() / FILE) as partial:
-            partial.write_bytes(msgspec.json.encode(kept))
+            partial.write_bytes(msgspec.json.encode(newest))
     except OSError:
         return
 
 
-def _load() -> dict[str, Known]:
+def _load() -> dict[str, RecordedDigest]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
-        return msgspec.json.decode((cache_directory() / FILE).read_bytes(), type=dict[str, Known])
+        return msgspec.json.decode((cache_directory() / FILE).read_bytes(), type=dict[str, RecordedDigest])
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return {}
 
 
-def _facts(status: os.stat_result) -> tuple[int, ...]:
+def _file_status(status: os.stat_result) -> tuple[int, ...]:
     """What changes with a file's content. The change time cannot be set back as the modification time can."""
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)

@@ -63,16 +63,16 @@ def look(publication: Publication, roles: Iterable[str], *, offline: bool = Fals
 def show(downloads: Sequence[Download], console: Console) -> None:
     """What is downloaded from where, how much that is, and under which licence."""
     table = Table("file", "from", "size", "licence", title="published files", title_justify="left")
-    for one in downloads:
-        row = one.file
-        size = "here" if one.local else "unknown" if one.size is None else _amount(one.size)
+    for download in downloads:
+        row = download.file
+        size = "here" if download.local else "unknown" if download.size is None else _amount(download.size)
         table.add_row(
             row.path, f"{row.site}: {row.repository}", size, row.licence or "not recorded here: see the file's page"
         )
     console.print(table)
-    missing = [one for one in downloads if one.local is None]
+    missing = [download for download in downloads if download.local is None]
     if missing:
-        total = _amount(sum(one.size or 0 for one in missing))
+        total = _amount(sum(download.size or 0 for download in missing))
         console.print(
             f"to download: {len(missing)} of {len(downloads)} files, {total}, into {_cache()}", soft_wrap=True
         )
@@ -86,11 +86,11 @@ def fetch(
     Raises ResourceError when the disk is too small; CheckpointError when a download fails (what came is kept, and the
     next call goes on from there), and for a file that is not the recorded one, unless any_digest.
     """
-    missing = [one for one in downloads if one.local is None]
-    _check_disk(sum(one.size or 0 for one in missing))
+    missing = [download for download in downloads if download.local is None]
+    _check_disk(sum(download.size or 0 for download in missing))
     files = {}
-    for one in downloads:
-        row, local = one.file, one.local
+    for download in downloads:
+        row, local = download.file, download.local
         if local is None:
             with _explained(publication, row, [row]):
                 local = _from_github(row) if row.site == "github" else _from_hub(row)
@@ -103,9 +103,9 @@ def check(row: Published, local: Path, console: Console, *, any_digest: bool) ->
     """Compare a file with the digest that is recorded; print the one that is not yet. Raises CheckpointError."""
     sha256 = sha256_file(local)
     digests.remember(local, sha256)
-    known, found = (row.sha256, sha256) if row.sha256 else (row.git_blob, git_blob(local))
-    if found != known:
-        message = f"{row.path} of {row.repository} is not the recorded file: its digest is {found}, not {known}."
+    expected, actual = (row.sha256, sha256) if row.sha256 else (row.git_blob, git_blob(local))
+    if actual != expected:
+        message = f"{row.path} of {row.repository} is not the recorded file: its digest is {actual}, not {expected}."
         if not any_digest:
             _remove(local)
             raise CheckpointError(
@@ -139,8 +139,8 @@ def cached(row: Published) -> Path | None:
 
     if row.site == "github":
         return _own_cache(row) if _own_cache(row).is_file() else None
-    found = try_to_load_from_cache(row.repository, row.path, revision=row.revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(row.repository, row.path, revision=row.revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _where(row: Published, *, offline: bool) -> Published:
@@ -205,8 +205,8 @@ def _from_hub(row: Published) -> Path:
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
-    found = _metadata(row)
-    etag, location, size = found.etag, found.location, found.size  # type: ignore[attr-defined]
+    metadata = _metadata(row)
+    etag, location, size = metadata.etag, metadata.location, metadata.size  # type: ignore[attr-defined]
     blob = _cache() / repo_folder_name(repo_id=row.repository, repo_type="model") / "blobs" / etag
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{etag}.densegeo")  # kept when the download breaks off

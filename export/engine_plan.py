@@ -31,9 +31,9 @@ class DevicePlan:
 
 def device_plan(plan: Plan, size: Size, base: str, batch: int = 1) -> DevicePlan:
     """Estimate for one bucket: tensors that live at once in a block, in the widest decoder level, in its attention."""
-    vae, pictures = plan.form.vae.config, len(plan.form.decode.outputs) * batch
+    vae, pictures = plan.template.vae.config, len(plan.template.decode.outputs) * batch
     item = PRECISIONS[base].bytes_of(1)
-    denoiser = item * batch * plan.form.denoiser.live_features(size)
+    denoiser = item * batch * plan.template.denoiser.live_features(size)
     picture = pictures * vae.ch * size.pixels  # at full resolution: half of the last level in float32
     pixels = (size.width // 8) * (size.height // 8)
     logits = pictures * pixels**2 // query_chunks(pixels, pixels, vae.ch * vae.ch_mult[-1])

@@ -67,26 +67,26 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--workspace-mib {self.workspace_mib} is not positive")
         return msgspec.structs.replace(self, library=find_library(self.library))
 
-    def facts(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int]:
         """The settings that shape an engine, as the worker takes them."""
-        given = {
+        settings = {
             "tf32": 0,  # no choice: it tells these engines from older ones, which had it
             "optimization_level": self.optimization_level,
             "workspace_bytes": None if self.workspace_mib is None else self.workspace_mib << 20,
             "weight_streaming": int(self.weight_streaming) or None,
             "version_compatible": int(self.version_compatible) or None,
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def find_library(name: str) -> str:
     """The builder to use: the named one, or with "auto" the first installed. Raises EngineError when there is none."""
-    wanted = tuple(ENGINE_LIBRARIES) if name == "auto" else (name,)
-    for library in wanted:
+    candidates = tuple(ENGINE_LIBRARIES) if name == "auto" else (name,)
+    for library in candidates:
         if find_spec(library) is not None:
             return library
     raise EngineError(
-        f"{' or '.join(wanted)} is not installed: pip install tensorrt (data-centre GPUs, Jetson), or "
+        f"{' or '.join(candidates)} is not installed: pip install tensorrt (data-centre GPUs, Jetson), or "
         'pip install "densegeo[tensorrt-rtx]" (Ampere and later; builds without a GPU too)'
     )
 
@@ -156,7 +156,7 @@ def memory_limit(options: EngineOptions) -> int | None:
     return int(options.memory_gib * GIB)
 
 
-class Wanted(NamedTuple):
+class PlannedEngine(NamedTuple):
     """An engine before it is built: its record, which says what it depends on and where it will lie; of which graph."""
 
     engine: Engine
@@ -164,19 +164,19 @@ class Wanted(NamedTuple):
     group: tuple[int, ...]  # of architectures that share it
 
 
-def wanted_engines(
+def planned_engines(
     buckets: Sequence[Bucket],
     precision: str,
     architectures: Sequence[int],
     options: EngineOptions,
     files: Mapping[str, FileDigest],
-) -> list[Wanted]:
+) -> list[PlannedEngine]:
     """One of every graph for every group of architectures. files: of the bundle, graphs and weights among them.
 
     Raises ConfigError, EngineError and ResourceError, before anything is built.
     """
     groups, version = target_groups(options.library, precision, architectures), library_version(options.library)
-    found = []
+    planned = []
     for bucket in buckets:
         for stage in STAGES:
             graph, weights = getattr(bucket, stage).file, files[f"{stage}.safetensors"]
@@ -191,7 +191,7 @@ def wanted_engines(
                     version=version,
                     architectures=[f"sm_{number}" for number in group],
                     weights=choose_weights(options, weights.bytes),
-                    options=options.facts(),
+                    options=options.settings(),
                     fingerprint="",
                     file="",
                     log="",
@@ -201,8 +201,8 @@ def wanted_engines(
                     activation_bytes=0,
                     weight_bytes=0,
                 )
-                found.append(Wanted(_named(record), graph, group))
-    return found
+                planned.append(PlannedEngine(_named(record), graph, group))
+    return planned
 
 
 def _named(record: Engine) -> Engine:
@@ -215,7 +215,7 @@ def _named(record: Engine) -> Engine:
 
 def build_engines(
     directory: Path,
-    wanted: Iterable[Wanted],
+    planned: Iterable[PlannedEngine],
     options: EngineOptions,
     *,
     old: tuple[Path, Manifest] | None,
@@ -230,40 +230,40 @@ def build_engines(
     """
     here = {engine.fingerprint: engine for engine in finished}
     (directory / FOLDER).mkdir(exist_ok=True)
-    for engine, graph, group in wanted:
+    for engine, graph, group in planned:
         if engine.fingerprint in here:
             yield here[engine.fingerprint]
             continue
         progress(engine.file)
-        found = reusable(*old, engine.fingerprint) if old else None
-        if old and found:
-            for name, source in ((engine.file, found.file), (engine.log, found.log)):
+        older = reusable(*old, engine.fingerprint) if old else None
+        if old and older:
+            for name, source in ((engine.file, older.file), (engine.log, older.log)):
                 shutil.copyfile(old[0] / source, directory / name)
-            yield msgspec.structs.replace(found, file=engine.file, log=engine.log)
+            yield msgspec.structs.replace(older, file=engine.file, log=engine.log)
         else:
             yield build_engine(directory, directory / graph, engine, options, group, progress)
 
 
 def build_engine(
-    directory: Path, graph: Path, wanted: Engine, options: EngineOptions, group: Sequence[int], progress: Progress
+    directory: Path, graph: Path, engine: Engine, options: EngineOptions, group: Sequence[int], progress: Progress
 ) -> Engine:
     """Build one engine in a child process. Raises EngineError that names the graph and the last layer seen."""
-    log = directory / (wanted.log + ".text")
+    log = directory / (engine.log + ".text")
     inputs: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=directory) as scratch:
         source = graph
-        if wanted.weights == "input":
+        if engine.weights == "input":
             source = graph.with_name(f".{graph.stem}.inputs.onnx")  # beside the weight file that it refers to
             inputs = with_weight_inputs(graph, source)
-        targets = [RTX_TARGETS[number] for number in group] if ENGINE_LIBRARIES[wanted.library].named_targets else []
+        targets = [RTX_TARGETS[number] for number in group] if ENGINE_LIBRARIES[engine.library].named_targets else []
         spec = Spec(
-            library=wanted.library,
+            library=engine.library,
             graph=str(source.absolute()),
-            engine=str((directory / wanted.file).absolute()),
+            engine=str((directory / engine.file).absolute()),
             log=str(log.absolute()),
-            timing_cache=str(timing_cache(wanted.library, wanted.version, targets)),
+            timing_cache=str(timing_cache(engine.library, engine.version, targets)),
             targets=targets,
-            options=wanted.options,
+            options=engine.options,
             memory_bytes=memory_limit(options) or 0,
         )
         file = Path(scratch) / "spec.json"
@@ -274,12 +274,12 @@ def build_engine(
             if source != graph:
                 source.unlink(missing_ok=True)
     text = log.read_text(errors="replace")
-    with gzip.open(directory / wanted.log, "wt") as packed:
+    with gzip.open(directory / engine.log, "wt") as packed:
         packed.write(text)
     log.unlink()
     built = parse_log(text)
     return msgspec.structs.replace(
-        wanted,
+        engine,
         weight_inputs=inputs,
         seconds=round(result.seconds, 2),
         peak_bytes=result.peak_bytes,
@@ -331,7 +331,7 @@ def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) 
 
 def _failure(graph: str, code: int, last: dict[str, object], errors: str, log: Path, timeout_s: int | None) -> str:
     """One paragraph on why a build failed: the graph, what happened, where, and the log, which is kept."""
-    kept = _keep_log(log, graph)
+    kept_log = _keep_log(log, graph)
     where = last_layer(log)
     if timeout_s is not None:
         what = f"took longer than {timeout_s} s and was stopped (--engine-timeout)"
@@ -346,7 +346,7 @@ def _failure(graph: str, code: int, last: dict[str, object], errors: str, log: P
         if "MemoryError" in errors or "bad_alloc" in errors:
             what += " (out of memory: try --weights input or --memory-gib)"
     at = f", at {where}" if where else ""
-    return f"building the engine of {graph} {what}{at}. The builder's log: {kept}"
+    return f"building the engine of {graph} {what}{at}. The builder's log: {kept_log}"
 
 
 def last_layer(log: Path) -> str:
@@ -356,8 +356,8 @@ def last_layer(log: Path) -> str:
     except OSError:
         return ""
     pattern = r"(?:Parsing node: |Registering layer: |\[ONNX Layer: |Compiling kernel for )([^\s\]]+)"
-    found: list[str] = re.findall(pattern, text)
-    return found[-1] if found else ""
+    layers: list[str] = re.findall(pattern, text)
+    return layers[-1] if layers else ""
 
 
 def timing_cache(library: str, version: str, targets: Sequence[str]) -> Path:
@@ -372,6 +372,6 @@ def _keep_log(log: Path, graph: str) -> Path | str:
         return "none was written"
     folder = cache_directory() / "failed"
     folder.mkdir(exist_ok=True, mode=0o700)
-    kept = folder / f"{Path(graph).stem}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    shutil.copyfile(log, kept)
-    return kept
+    target = folder / f"{Path(graph).stem}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    shutil.copyfile(log, target)
+    return target

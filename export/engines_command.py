@@ -66,15 +66,15 @@ def engines(
         timeout_s=engine_timeout,
         memory_gib=memory_gib,
     )
-    done = renew(bundle, architectures, None if kernels_only else options, console)
-    _report(bundle, done, architectures, console)
-    if done.added and gpu is not None and gpu.architecture in architectures:
+    renewed = renew(bundle, architectures, None if kernels_only else options, console)
+    _report(bundle, renewed, architectures, console)
+    if renewed.added and gpu is not None and gpu.architecture in architectures:
         try_out(bundle, ENGINES.name, console)
 
 
-def _report(bundle: Path, done: Renewed, architectures: tuple[int, ...], console: Console) -> None:
+def _report(bundle: Path, renewed: Renewed, architectures: tuple[int, ...], console: Console) -> None:
     """What the bundle has now, and what to do next."""
-    if not done.added and not done.kernels:
+    if not renewed.added and not renewed.kernels:
         console.print(
             f"{bundle} has all that was asked for {names(architectures)}, made of these graphs and weights with these "
             "options. Nothing to do.",
@@ -84,24 +84,24 @@ def _report(bundle: Path, done: Renewed, architectures: tuple[int, ...], console
     table = Table(show_edge=False)
     for column in ("engine", "for", "weights", "size", "built in"):
         table.add_column(column, justify="right" if column in ("size", "built in") else "left")
-    for engine in done.added:
+    for engine in renewed.added:
         table.add_row(
             f"{engine.stage} {engine.bucket}",
             ", ".join(engine.architectures),
             engine.weights,
-            amount(done.manifest.files[engine.file].bytes, "B"),
+            amount(renewed.manifest.files[engine.file].bytes, "B"),
             f"{engine.seconds:.1f} s",
         )
-    if done.added:
+    if renewed.added:
         console.print(table)
-    kept = len(done.manifest.engines) - len(done.added)
+    unchanged = len(renewed.manifest.engines) - len(renewed.added)
     console.print(
-        f"{bundle}: {len(done.added)} engines added, {len(done.replaced)} replaced by them, {kept} kept; "
-        f"{len(done.kernels)} kernels compiled",
+        f"{bundle}: {len(renewed.added)} engines added, {len(renewed.replaced)} replaced by them, {unchanged} kept; "
+        f"{len(renewed.kernels)} kernels compiled",
         soft_wrap=True,
         highlight=False,
     )
-    if done.added:
+    if renewed.added:
         console.print(
             f"Nothing has run them yet: `densegeo verify {bundle} --backend {ENGINES.name}` on the GPU tells whether "
             "the numbers come out right; `densegeo inspect --layers` shows what TensorRT made.",

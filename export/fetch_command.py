@@ -35,8 +35,8 @@ def fetch(
         return
     if not row.files:
         raise CheckpointError(row.nowhere)
-    found = downloads.look(row, row.needed_roles(*(["no_lora"] if no_lora else [])), offline=offline)
-    downloads.show(found, console)
-    for path, origin in downloads.fetch(row, found, console, any_digest=any_digest).values():
+    files = downloads.look(row, row.needed_roles(*(["no_lora"] if no_lora else [])), offline=offline)
+    downloads.show(files, console)
+    for path, origin in downloads.fetch(row, files, console, any_digest=any_digest).values():
         console.print(f"{path}  ({origin})", soft_wrap=True)
     console.print(f"Everything is here: densegeo build --model {model}")

@@ -43,11 +43,11 @@ def with_weight_inputs(path: Path, target: Path) -> list[str]:
         stored = {_text(_fields(field.value), TENSOR_NAME): field for field in _of(graph, GRAPH_INITIALIZER)}
         moved = [name for name in names if name in stored]
         gone = {id(stored[name]) for name in moved}
-        kept = b"".join(field.raw for field in graph if id(field) not in gone)
+        remaining = b"".join(field.raw for field in graph if id(field) not in gone)
         inputs = b"".join(_message(GRAPH_INPUT, _value_info(name, stored[name])) for name in moved)
     except (ValueError, LookupError) as error:
         raise BundleError(f"{path} is no ONNX graph ({error}). Copy the bundle again or rebuild it.") from error
-    changed = _message(MODEL_GRAPH, kept + inputs)
+    changed = _message(MODEL_GRAPH, remaining + inputs)
     target.write_bytes(b"".join(changed if field.number == MODEL_GRAPH else field.raw for field in model))
     return moved
 
@@ -115,11 +115,11 @@ def _numbers(field: Field) -> list[int]:
     """A repeated number: one, or several packed."""
     if isinstance(field.value, int):
         return [field.value]
-    found, at = [], 0
+    numbers, at = [], 0
     while at < len(field.value):
         number, at = _varint(field.value, at)
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

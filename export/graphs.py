@@ -25,10 +25,10 @@ def make_graphs(job: Job, state: State) -> Graphs:
     """Write every bucket's graphs and compare them with the stored references. Raises ExportError."""
     assert state.weights is not None
     options, directory = job.options, state.bundle
-    pipeline, references = job.stored_form(), checks.read_inputs(directory)
+    pipeline, references = job.stored_template(), checks.read_inputs(directory)
     batches = (1, *options.batches)
     buckets: list[Bucket] = []
-    measured: list[Check] = []
+    checked: list[Check] = []
     with job.display.bar("graphs", len(options.sizes) * len(batches) * (len(STAGES) + 1)) as bar:
         for size in options.sizes:
             pipeline.denoiser.resize(size)
@@ -36,11 +36,11 @@ def make_graphs(job: Job, state: State) -> Graphs:
             for batch in batches:
                 bucket = _export_bucket(pipeline, size, batch, directory, bar, exact=PRECISIONS[options.base].exact)
                 bar.describe(f"checking {bucket.name}")
-                measured += _check(directory, bucket, job.decode, references[size], bounds, options.base)
+                checked += _check(directory, bucket, job.decode, references[size], bounds, options.base)
                 bar.advance()
                 buckets.append(bucket)
     files = state.describe(directory / getattr(bucket, stage).file for bucket in buckets for stage in STAGES)
-    return Graphs(key=state.keys.graphs, seconds=0.0, files=files, buckets=buckets, checks=measured)
+    return Graphs(key=state.keys.graphs, seconds=0.0, files=files, buckets=buckets, checks=checked)
 
 
 def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, bar: Bar, *, exact: bool) -> Bucket:
@@ -49,9 +49,9 @@ def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, 
     graphs = {}
     for stage, module in pipeline.stages().items():
         bar.describe(f"{stage} {name}")
-        taken, given, example = examples[stage]
+        input_spec, output_spec, example = examples[stage]
         weights, path = directory / f"{stage}.safetensors", directory / f"{stage}_{name}.onnx"
-        export_graph(module, example, (taken, given), weights, path, exact=exact)
+        export_graph(module, example, (input_spec, output_spec), weights, path, exact=exact)
         graphs[stage] = describe(path)
         bar.advance()
     return Bucket(width=size.width, height=size.height, batch=batch, **graphs)
@@ -78,7 +78,7 @@ def _check(
 ) -> list[Check]:
     """Compare a bucket's graphs with the references. Raises ExportError."""
     widen = base not in CHECKED_ON.precisions
-    wanted = alternating(pictures, bucket.batch)
-    outputs = checks.graph_outputs(directory, bucket, decode, wanted, widen=widen)
+    references = alternating(pictures, bucket.batch)
+    outputs = checks.graph_outputs(directory, bucket, decode, references, widen=widen)
     what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")
-    return checks.check_bucket(bucket, outputs, wanted, bounds, what)
+    return checks.check_bucket(bucket, outputs, references, bounds, what)

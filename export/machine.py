@@ -27,7 +27,7 @@ class Gpu(msgspec.Struct, frozen=True):
     memory: int  # bytes
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """libraries: those of LIBRARIES that are installed. torch_cuda: whether torch is a CUDA build."""
 
     gpu: Gpu | None = None
@@ -36,12 +36,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     cpu_bf16: bool = False
 
 
-def facts() -> Facts:
+def this_machine() -> Machine:
     """Of this machine."""
-    found = frozenset(name for name in LIBRARIES if installed(name))
+    libraries = frozenset(name for name in LIBRARIES if installed(name))
     _, features = cpu()
-    return Facts(
-        gpu=first_gpu(), libraries=found, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(features)
+    return Machine(
+        gpu=first_gpu(), libraries=libraries, torch_cuda=_torch_cuda(), cpu_bf16=not {*BF16_UNITS}.isdisjoint(features)
     )
 
 
@@ -77,7 +77,7 @@ def _torch_cuda() -> bool:
     if spec is None or spec.origin is None:
         return False
     try:
-        said = (Path(spec.origin).parent / "version.py").read_text()
+        source = (Path(spec.origin).parent / "version.py").read_text()
     except OSError:
         return False
-    return re.search(r"^cuda\b.*=\s*['\"]", said, re.MULTILINE) is not None
+    return re.search(r"^cuda\b.*=\s*['\"]", source, re.MULTILINE) is not None

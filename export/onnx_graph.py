@@ -240,8 +240,8 @@ def _should_fold(node: ir.Node) -> bool | None:
 
     Products of constants are left too: folding them is the rewrites' choice, and must not depend on their size.
     """
-    kept = ("Expand", "Slice", "Gemm", "MatMul", "Mul", "ReduceSum", "Einsum", "DequantizeLinear")
-    return False if node.op_type in kept else None
+    unfolded = ("Expand", "Slice", "Gemm", "MatMul", "Mul", "ReduceSum", "Einsum", "DequantizeLinear")
+    return False if node.op_type in unfolded else None
 
 
 # What the exporter leaves for these to tidy; no other rule of onnxscript's default set finds anything in our graphs.

@@ -26,7 +26,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     output: Path
-    given: sources.Given = sources.Given()
+    source: sources.SourceOptions = sources.SourceOptions()
     sizes: tuple[Size, ...] = ()  # empty: the model's default
     batches: tuple[int, ...] = ()  # besides 1
     precision: str = "fp32"
@@ -43,7 +43,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
         row = preset(self.model)
-        if row.weights is not None and (named := sources.named(self.given, row.family)):
+        if row.weights is not None and (named := sources.named(self.source, row.family)):
             others = [name for name, other in PRESETS.items() if other.family is row.family and other.weights is None]
             raise ConfigError(
                 f"{', '.join(f'--{name}' for name in named)}: {self.model} has weights that come with densegeo. "

@@ -93,8 +93,8 @@ class Repository:
         from huggingface_hub import HfApi
 
         self._name, self._inside = name, f"{inside.strip('/')}/" if inside else ""
-        asked = name + (f"@{revision}" if revision else "")
-        with explained(asked):
+        address = name + (f"@{revision}" if revision else "")
+        with explained(address):
             info = HfApi().model_info(name, revision=revision, files_metadata=True)
         self._commit = str(info.sha)
         self._sizes = {
@@ -132,14 +132,16 @@ class Repository:
     def to_fetch(self, name: str) -> int | None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self._name, self._inside + name, revision=self._commit)
-        return None if isinstance(found, str) else self._sizes[name]
+        path = try_to_load_from_cache(self._name, self._inside + name, revision=self._commit)
+        return None if isinstance(path, str) else self._sizes[name]
 
     def inside(self, folder: str) -> Repository:
-        found, start = copy.copy(self), f"{folder}/"
-        found._inside += start
-        found._sizes = {name.removeprefix(start): size for name, size in self._sizes.items() if name.startswith(start)}
-        return found
+        repository, start = copy.copy(self), f"{folder}/"
+        repository._inside += start
+        repository._sizes = {
+            name.removeprefix(start): size for name, size in self._sizes.items() if name.startswith(start)
+        }
+        return repository
 
 
 @contextmanager
@@ -150,10 +152,10 @@ def explained(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # libraries raise many kinds, of each version others
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        message = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"cannot download {what}: {said}. Check the name and the network, set HF_TOKEN where the repository asks "
-            "for permission, or download the files by hand and pass --checkpoint DIR"
+            f"cannot download {what}: {message}. Check the name and the network, set HF_TOKEN where the "
+            "repository asks for permission, or download the files by hand and pass --checkpoint DIR"
         ) from error
 
 
@@ -200,15 +202,15 @@ def snapshot(path: Path) -> Path:
     folder = path.parent if path.name == "snapshots" and (path.parent / "blobs").is_dir() else path
     if not (folder / "snapshots").is_dir():
         return path
-    found = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
+    snapshots = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
     main = folder / "refs" / "main"
-    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in found:
+    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in snapshots:
         return named
-    if len(found) == 1:
-        return found[0]
+    if len(snapshots) == 1:
+        return snapshots[0]
     raise CheckpointError(
-        f"{folder} is the Hub's cache of a repository with {len(found)} snapshots, and none is its main one"
-        + (f": give one of them, {' or '.join(map(str, found[:4]))}" if found else ": download it again")
+        f"{folder} is the Hub's cache of a repository with {len(snapshots)} snapshots, and none is its main one"
+        + (f": give one of them, {' or '.join(map(str, snapshots[:4]))}" if snapshots else ": download it again")
     )
 
 
@@ -235,7 +237,7 @@ def describe(place: Place) -> list[str]:
 
 def subfolders(place: Place, deep: int = 2) -> list[str]:
     """Names of the folders in a place and in those, some dozens at most."""
-    found: list[str] = []
+    folders: list[str] = []
     level: Sequence[str] = [""]
     for _ in range(deep):
         level = [
@@ -244,8 +246,8 @@ def subfolders(place: Place, deep: int = 2) -> list[str]:
             for name in place.names(above.rstrip("/"))
             if name.endswith("/") and not name.startswith(".")
         ]
-        found += level
-    return [name.rstrip("/") for name in found[: _SHOWN * _SHOWN]]
+        folders += level
+    return [name.rstrip("/") for name in folders[: _SHOWN * _SHOWN]]
 
 
 def _pipeline(place: Place) -> str:

@@ -30,7 +30,7 @@ class Plan:
     """Sizes in bytes; parameters in elements."""
 
     skeleton: Skeleton
-    form: Pipeline  # what is built, without values
+    template: Pipeline  # what is built, without values
     reports: tuple[KeyReport, ...]
     lora_ranks: dict[str, int]
     loaded_parameters: int
@@ -71,29 +71,29 @@ def make_plan(
             read_lora(files.lora, denoiser)
         except CheckpointError as error:
             problems.append(str(error))
-    form = rewritten_template(files.family, (denoiser.config, vae.config), skeleton.prompt, rewrites, sizes[0])
-    loaded, kept = elements(denoiser) + elements(vae), sum(map(elements, form.stages().values()))
+    template = rewritten_template(files.family, (denoiser.config, vae.config), skeleton.prompt, rewrites, sizes[0])
+    loaded, stored_elements = elements(denoiser) + elements(vae), sum(map(elements, template.stages().values()))
     state = denoiser.state_dict()
     outside = sum(tensor.numel() for key, tensor in state.items() if not denoiser.is_block(key)) + elements(vae)
     block = max((elements(module) for _, module in denoiser.blocks()), default=0)
     # A decode's activations: full-size base channels, the pictures of all images, three live tensors.
-    activations = 3 * len(form.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
+    activations = 3 * len(template.decode.outputs) * batch * vae.config.ch * max(size.pixels for size in sizes) * 4
     lora = sum(part.stat().st_size for part in parts(files.lora)) if files.lora else 0
     copies = 1 if PRECISIONS[base].exact else 2  # the second is cast, for the error bound
     # One block at a time: as read, merged or folded, and cast. A piece of the graph in its check: as read, widened,
     # handed over, and ONNX Runtime's own.
-    stored = PRECISIONS[base].bytes_of(kept) - saved
+    stored = PRECISIONS[base].bytes_of(stored_elements) - saved
     piece = 8 * min(CHECK_BYTES, stored)
     working = max(outside * 4 * copies + 3 * block * 4 + lora, piece) + activations
     # Of each size two pictures at most: in its bucket, and with depth and normals at their own size, 9/8 of it.
     references = 2 * sum(size.pixels * (4 * 9 + 4 * 20 // 8 + 25) for size in sizes)
     return Plan(
         skeleton,
-        form,
+        template,
         reports,
         ranks,
         loaded,
-        kept,
+        stored_elements,
         stored,
         memory_needed=working + GIB,  # 1 GiB: Python and its libraries
         disk_needed=stored + references + 8 * len(sizes) * (1 << 20),
@@ -124,20 +124,20 @@ def check_resources(plan: Plan, output: Path, finished: int = 0) -> None:
         raise ResourceError(f"{directory} cannot be written: choose another --output or change its permissions")
 
 
-def stage_flops(form: Pipeline, size: Size) -> dict[str, int]:
+def stage_flops(template: Pipeline, size: Size) -> dict[str, int]:
     """Floating-point operations an image of each stage's products and convolutions; multiply-add = 2.
 
-    form: a pipeline whose values do not matter.
+    template: a pipeline whose values do not matter.
     """
     width, height = size
-    networks = copy.deepcopy(form)
+    networks = copy.deepcopy(template)
     networks.denoiser.resize(size)
     pictures = len(networks.decode.outputs)
     latent = (networks.vae.config.z_channels, height // 8, width // 8)
     inputs = {"encoder": (1, 3, height, width), "denoiser": (1, *latent), "decoder": (pictures, *latent)}
-    found = {}
+    flops = {}
     for name, network in networks.stages().items():
         with FlopCounterMode(display=False) as counter:
             network.to("meta")(torch.empty(inputs[name], device="meta"))
-        found[name] = counter.get_total_flops()
-    return found
+        flops[name] = counter.get_total_flops()
+    return flops

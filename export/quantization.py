@@ -73,10 +73,10 @@ class Quantizer:
     def check(self, inputs: Iterable[Source], applied: Iterable[Rewrite]) -> None:
         """Raises QuantizationError when the plan is of other files or other rewrites."""
         if self.plan is not None:
-            found = self.plan.identity
+            planned = self.plan.identity
             sources = {source.role: source.sha256 for source in inputs}
-            wanted = Identity(found.graph, found.weights, [rewrite.name for rewrite in applied], sources)
-            check_identity(found, wanted, self._where)
+            actual = Identity(planned.graph, planned.weights, [rewrite.name for rewrite in applied], sources)
+            check_identity(planned, actual, self._where)
 
     def __call__(self, block: nn.Module, name: str) -> None:
         if self.plan is not None:

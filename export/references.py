@@ -28,8 +28,8 @@ def make_references(job: Job, state: State) -> References:
     pipeline, _ = open_streamed(job.plan.skeleton, options.sizes[0], allow_unexpected=options.allow_unexpected)
     pipeline.denoiser.guidance = None  # two identical prompts: the reference needs one
     low_too = not precision.quantized and not precision.exact
-    mean = job.plan.form.vae.decoder.conv_out.out_channels == 1
-    pictures, found, bounds = checks.picture_sizes(options.sizes), dict[Size, list[checks.Outputs]](), Bounds()
+    mean = job.plan.template.vae.decoder.conv_out.out_channels == 1
+    pictures, outputs_of, bounds = checks.picture_sizes(options.sizes), dict[Size, list[checks.Outputs]](), Bounds()
     passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
     with (
         job.display.bar("references", passes * elements(pipeline.denoiser)) as bar,
@@ -38,18 +38,18 @@ def make_references(job: Job, state: State) -> References:
         for size in options.sizes:
             bar.describe(f"reference {size}")
             pipeline.denoiser.resize(size)
-            found[size] = []
+            outputs_of[size] = []
             for seed, picture in enumerate(pictures[size]):
                 image = checks.seeded_picture(picture, seed)
-                found[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
+                outputs_of[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
                 bar.advance(rest)
             if precision.exact:
-                bounds[str(size)] = checks.float32_bounds(found[size][0])
+                bounds[str(size)] = checks.float32_bounds(outputs_of[size][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
-                bounds[str(size)] = checks.bounds(low, found[size][0])
+                bounds[str(size)] = checks.bounds(low, outputs_of[size][0])
                 bar.advance(2 * rest)
-    checks.write_inputs(state.bundle, found)
+    checks.write_inputs(state.bundle, outputs_of)
     files = state.describe([state.bundle / checks.INPUTS_FILE])
     return References(key=state.keys.references, seconds=0.0, files=files, bounds=bounds)
 

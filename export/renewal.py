@@ -21,7 +21,7 @@ from densegeo.backends import ENGINES
 from densegeo.errors import ConfigError, KernelError, ResourceError
 from densegeo.export.cubins import check_architectures, write_cubins
 from densegeo.export.display import Display
-from densegeo.export.engines import EngineOptions, Wanted, build_engines, wanted_engines
+from densegeo.export.engines import EngineOptions, PlannedEngine, build_engines, planned_engines
 from densegeo.export.machine import GIB
 from densegeo.export.staging import locked
 from densegeo.files import atomic_write
@@ -72,14 +72,14 @@ def renew(bundle: Path, architectures: Sequence[int], options: EngineOptions | N
             f"the copy, ./{bundle.name}"
         )
     check_architectures(architectures)
-    wanted: list[Wanted] = []
+    planned: list[PlannedEngine] = []
     if options is not None:
         options = options.validated()
-        wanted = wanted_engines(manifest.buckets, manifest.precision, architectures, options, manifest.files)
+        planned = planned_engines(manifest.buckets, manifest.precision, architectures, options, manifest.files)
     if not os.access(bundle, os.W_OK):
         raise ResourceError(f"{bundle} cannot be written: change its permissions, or copy the bundle and name the copy")
     with locked(bundle) as staging, Display(console) as display:
-        return _Renewal(bundle, manifest, staging, display).run(architectures, wanted, options)
+        return _Renewal(bundle, manifest, staging, display).run(architectures, planned, options)
 
 
 class _Renewal:
@@ -89,24 +89,27 @@ class _Renewal:
         self.bundle, self.manifest, self.display = bundle, manifest, display
         self.work, self.record = staging / WORK, staging / RECORD
 
-    def run(self, architectures: Sequence[int], wanted: Sequence[Wanted], options: EngineOptions | None) -> Renewed:
+    def run(
+        self, architectures: Sequence[int], planned: Sequence[PlannedEngine], options: EngineOptions | None
+    ) -> Renewed:
         with self._resumable():
             finished = self._prepare()
-            prints = {one.engine.fingerprint for one in wanted}
-            there = [reusable(self.bundle, self.manifest, one) for one in sorted(prints)]
+            prints = {item.engine.fingerprint for item in planned}
+            there = [reusable(self.bundle, self.manifest, item) for item in sorted(prints)]
             current = [engine for engine in there if engine is not None]
-            self._check_disk([one for one in wanted if all(one.engine.fingerprint != e.fingerprint for e in current)])
+            built_before = {engine.fingerprint for engine in current}
+            self._check_disk([item for item in planned if item.engine.fingerprint not in built_before])
             contracts = self._make_kernels(architectures)
             built: list[Engine] = []
             if options is not None:
-                built = self._make_engines(wanted, options, current, finished)
+                built = self._make_engines(planned, options, current, finished)
             added = [engine for engine in built if engine not in current]
-            done = self._put_together(architectures, built, added, contracts)
+            renewed = self._put_together(architectures, built, added, contracts)
             if added or contracts:
-                self._publish(done)
-                measured.forget({engine.fingerprint for engine in done.replaced})
+                self._publish(renewed)
+                measured.forget({engine.fingerprint for engine in renewed.replaced})
         self._discard()
-        return done
+        return renewed
 
     def _prepare(self) -> list[Engine]:
         """Link graphs and weights, checked first; returns what an interrupted run has finished. Raises BundleError."""
@@ -127,9 +130,9 @@ class _Renewal:
             self.display.say(f"{_engines(finished)} taken over from an interrupted run, where they are still wanted")
         return finished
 
-    def _check_disk(self, missing: Sequence[Wanted]) -> None:
+    def _check_disk(self, missing: Sequence[PlannedEngine]) -> None:
         """Raises ResourceError where the engines will not fit."""
-        constant = [one.engine.stage for one in missing if one.engine.weights == "constant"]
+        constant = [item.engine.stage for item in missing if item.engine.weights == "constant"]
         needed = sum(self.manifest.files[f"{stage}.safetensors"].bytes for stage in constant)
         needed, free = needed + LOG_BYTES * len(missing), shutil.disk_usage(self.work).free
         if needed > free:
@@ -141,7 +144,7 @@ class _Renewal:
     def _make_kernels(self, architectures: Sequence[int]) -> list[LaunchContract]:
         """Compile the kernels that the bundle lacks for these architectures. Raises KernelError without Triton."""
         names = launched(self.manifest.decode, self.manifest.buckets[0].decoder.outputs[0].shape[1])
-        there = {(one.name, one.architecture) for one in self.manifest.kernels if self._has(one)}
+        there = {(contract.name, contract.architecture) for contract in self.manifest.kernels if self._has(contract)}
         lacking = [number for number in architectures if any((name, number) not in there for name in names)]
         if not lacking:
             return []
@@ -163,23 +166,25 @@ class _Renewal:
         return listed is not None and path.is_file() and sha256_file(path) == contract.digest == listed.sha256
 
     def _make_engines(
-        self, wanted: Sequence[Wanted], options: EngineOptions, current: list[Engine], finished: list[Engine]
+        self, planned: Sequence[PlannedEngine], options: EngineOptions, current: list[Engine], finished: list[Engine]
     ) -> list[Engine]:
         """All that are wanted, in that order; each that is new is recorded when it is whole. Raises EngineError."""
-        known, made, found = [*current, *finished], list(finished), []
-        with self.display.bar("engines", len(wanted)) as bar:
-            for engine in build_engines(self.work, wanted, options, old=None, finished=known, progress=bar.describe):
-                found.append(engine)
+        reusable_engines, new_engines, engines = [*current, *finished], list(finished), []
+        with self.display.bar("engines", len(planned)) as bar:
+            for engine in build_engines(
+                self.work, planned, options, old=None, finished=reusable_engines, progress=bar.describe
+            ):
+                engines.append(engine)
                 bar.advance()
-                if engine not in known:
-                    made.append(engine)
-                    self._keep(made)
+                if engine not in reusable_engines:
+                    new_engines.append(engine)
+                    self._keep(new_engines)
                     self.display.say(f"{engine.file}: {engine.seconds:.1f} s")
-        return found
+        return engines
 
-    def _keep(self, made: list[Engine]) -> None:
+    def _keep(self, new_engines: list[Engine]) -> None:
         """From now on these are finished."""
-        so_far = msgspec.structs.replace(self.manifest, engines=made, files=self._described(made))
+        so_far = msgspec.structs.replace(self.manifest, engines=new_engines, files=self._described(new_engines))
         with atomic_write(self.record) as partial:
             partial.write_bytes(msgspec.json.encode(so_far))
 
@@ -205,19 +210,19 @@ class _Renewal:
         """The manifest with what was made: new engines first, which the runtime then takes."""
         old, places = self.manifest, {_place(engine) for engine in built}
         replaced = [engine for engine in old.engines if _place(engine) in places and engine not in built]
-        kept = [engine for engine in old.engines if engine not in [*built, *replaced]]
-        compiled = {(one.name, one.architecture) for one in contracts}
-        others = [one for one in old.kernels if (one.name, one.architecture) not in compiled]
+        unchanged = [engine for engine in old.engines if engine not in [*built, *replaced]]
+        compiled = {(contract.name, contract.architecture) for contract in contracts}
+        others = [contract for contract in old.kernels if (contract.name, contract.architecture) not in compiled]
         targets = {*old.target_architectures, *(f"sm_{number}" for number in architectures)}
         gone = {name for engine in replaced for name in (engine.file, engine.log)}
         files = {name: file for name, file in old.files.items() if name not in gone} | self._described(added)
-        for one in contracts:
-            path = self.work / KERNELS / one.file
-            files[f"{KERNELS}/{one.file}"] = FileDigest(path.stat().st_size, one.digest)
+        for contract in contracts:
+            path = self.work / KERNELS / contract.file
+            files[f"{KERNELS}/{contract.file}"] = FileDigest(path.stat().st_size, contract.digest)
         changed = msgspec.structs.replace(
             old,
-            engines=[*built, *kept],
-            kernels=sorted([*others, *contracts], key=lambda one: (one.architecture, one.name)),
+            engines=[*built, *unchanged],
+            kernels=sorted([*others, *contracts], key=lambda contract: (contract.architecture, contract.name)),
             files=dict(sorted(files.items())),
             target_architectures=sorted(targets, key=lambda name: int(name.removeprefix("sm_"))),
             build_key=_key(old, replaced),
@@ -225,25 +230,25 @@ class _Renewal:
         )
         return Renewed(changed, added, replaced, contracts)
 
-    def _publish(self, done: Renewed) -> None:
+    def _publish(self, renewed: Renewed) -> None:
         """Move new files into the bundle, then the manifest in place of the old one; then remove what is in neither.
 
         A process that is killed before the manifest is replaced leaves files that no manifest names.
         """
-        new = [name for engine in done.added for name in (engine.file, engine.log)]
-        new += [f"{KERNELS}/{contract.file}" for contract in done.kernels]
+        new = [name for engine in renewed.added for name in (engine.file, engine.log)]
+        new += [f"{KERNELS}/{contract.file}" for contract in renewed.kernels]
         try:
             for name in new:
                 (self.bundle / name).parent.mkdir(exist_ok=True)
                 (self.work / name).chmod(0o644)
                 os.replace(self.work / name, self.bundle / name)
-            write_manifest(self.work, done.manifest)
+            write_manifest(self.work, renewed.manifest)
             (self.work / MANIFEST).chmod(0o644)
             os.replace(self.work / MANIFEST, self.bundle / MANIFEST)
         except BaseException:
             self._remove_unlisted(self.manifest)
             raise
-        self._remove_unlisted(done.manifest)
+        self._remove_unlisted(renewed.manifest)
 
     def _remove_unlisted(self, manifest: Manifest) -> None:
         """From the bundle's folders of engines and kernels."""
@@ -279,9 +284,9 @@ class _Renewal:
 
     def _prune(self, finished: Iterable[Engine]) -> None:
         """Remove all but these engines from the work's folder."""
-        kept = {name for engine in finished for name in (engine.file, engine.log)}
+        names = {name for engine in finished for name in (engine.file, engine.log)}
         for path in [path for path in self.work.rglob("*") if path.is_file()]:
-            if path.relative_to(self.work).as_posix() not in kept:
+            if path.relative_to(self.work).as_posix() not in names:
                 path.unlink()
 
     def _discard(self) -> None:
@@ -299,15 +304,15 @@ def _key(manifest: Manifest, replaced: Sequence[Engine]) -> str:
     """The build's key, as long as everything that the build made is there: the same build is a no-op then, or not."""
     if not replaced:
         return manifest.build_key
-    facts = [manifest.build_key, *(engine.fingerprint for engine in replaced)]
-    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
+    fields = [manifest.build_key, *(engine.fingerprint for engine in replaced)]
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
 
 
 def _as_built(manifest: Manifest, architectures: Sequence[int], built: list[Engine]) -> dict[str, list[str]]:
     """What to change in the options of `densegeo build` so that it makes these engines or kernels too."""
     before = manifest.options.get("--gpu-arch", [])
-    found = {"--gpu-arch": list(dict.fromkeys([*before, *map(str, architectures)]))}
-    return found | ({"--backend": [ENGINES.name], "--builder": [built[0].library]} if built else {})
+    changes = {"--gpu-arch": list(dict.fromkeys([*before, *map(str, architectures)]))}
+    return changes | ({"--backend": [ENGINES.name], "--builder": [built[0].library]} if built else {})
 
 
 def _engines(some: Sequence[Engine]) -> str:

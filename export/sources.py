@@ -32,7 +32,7 @@ _HALF = "fp16"  # the variant that is taken where there is no other
 _FILE_SUFFIXES = {_WEIGHTS, ".npz", ".json", ".gguf", *PICKLES}
 
 
-class Given(msgspec.Struct, frozen=True, kw_only=True):
+class SourceOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user named: each a path or `organisation/repository[@revision][:file]`."""
 
     checkpoint: str | None = None  # a directory or repository that holds several of the files
@@ -49,39 +49,40 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Found:
-    """A role's file, not fetched yet. made: whether the file is a text encoder, from which the prompt is computed."""
+class LocatedFile:
+    """A role's file, not fetched yet. encoder: whether it is a text encoder, from which the prompt is computed."""
 
     place: Place
     name: str
-    made: bool = False
+    encoder: bool = False
 
 
-def unnamed(given: Given, family: Family) -> list[str]:
+def unnamed(options: SourceOptions, family: Family) -> list[str]:
     """The roles for which the user named neither a file nor a place that may hold it."""
-    if given.checkpoint is not None:
+    if options.checkpoint is not None:
         return []
-    return [role.name for role in family.roles if not (role.optional or _skipped(given, role) or _named(given, role))]
+    needless = {role.name for role in family.roles if role.optional or _skipped(options, role) or _named(options, role)}
+    return [role.name for role in family.roles if role.name not in needless]
 
 
-def named(given: Given, family: Family) -> list[str]:
+def named(options: SourceOptions, family: Family) -> list[str]:
     """The options by which the user named files or a place that holds them."""
     flags = [role.name for role in family.roles if role.flag]
-    return [name for name in ("checkpoint", "variant", *flags) if getattr(given, name)]
+    return [name for name in ("checkpoint", "variant", *flags) if getattr(options, name)]
 
 
-def _named(given: Given, role: Role) -> str | None:
+def _named(options: SourceOptions, role: Role) -> str | None:
     """What the user named for a role."""
-    return getattr(given, role.name) if role.flag else None
+    return getattr(options, role.name) if role.flag else None
 
 
-def _skipped(given: Given, role: Role) -> bool:
+def _skipped(options: SourceOptions, role: Role) -> bool:
     """Whether the user left a role out on purpose."""
-    return bool(role.skip) and getattr(given, role.skip)
+    return bool(role.skip) and getattr(options, role.skip)
 
 
 def resolve(
-    given: Given,
+    options: SourceOptions,
     family: Family,
     fetched: Mapping[str, tuple[Path, str]] | None = None,
     scratch: Path | None = None,
@@ -94,81 +95,84 @@ def resolve(
     Raises ConfigError for an option that is none of this family's, CheckpointError that names what is missing, what
     lies there instead, the file names looked for and where they are published.
     """
-    found = locate(given, family, set(fetched or ()))
-    taken = dict(fetched or {}) | {
-        role.name: _take(found[role.name], role, given, scratch) for role in family.roles if role.name in found
+    located = locate(options, family, set(fetched or ()))
+    files = dict(fetched or {}) | {
+        role.name: _take(located[role.name], role, options, scratch) for role in family.roles if role.name in located
     }
-    order = [role.name for role in family.roles if role.name in taken]
-    return Files(family, {role: taken[role][0] for role in order}), {role: taken[role][1] for role in order}
+    order = [role.name for role in family.roles if role.name in files]
+    return Files(family, {role: files[role][0] for role in order}), {role: files[role][1] for role in order}
 
 
-def to_fetch(given: Given, family: Family) -> list[tuple[str, int]]:
+def to_fetch(options: SourceOptions, family: Family) -> list[tuple[str, int]]:
     """(origin, bytes) of what `resolve` would download from repositories that the user named. Raises as it does."""
-    fetched = set(unnamed(given, family))
-    found = locate(given, family, fetched).values()
-    wanted = {(one.place.origin(name), one.place.to_fetch(name)) for one in found for name in _all_names(one)}
-    return sorted((origin, size) for origin, size in wanted if size is not None)
+    fetched = set(unnamed(options, family))
+    located = locate(options, family, fetched).values()
+    sizes = {(file.place.origin(name), file.place.to_fetch(name)) for file in located for name in _all_names(file)}
+    return sorted((origin, size) for origin, size in sizes if size is not None)
 
 
-def locate(given: Given, family: Family, fetched: set[str]) -> dict[str, Found]:
+def locate(options: SourceOptions, family: Family, fetched: set[str]) -> dict[str, LocatedFile]:
     """Each role's file, where the user named it or a place that holds it. fetched: roles that need none."""
-    _check_options(given, family)
-    place = None if given.checkpoint is None else open_place(given.checkpoint, offline=given.offline)
-    found: dict[str, Found] = {}
+    _check_options(options, family)
+    place = None if options.checkpoint is None else open_place(options.checkpoint, offline=options.offline)
+    located: dict[str, LocatedFile] = {}
     missing: list[str] = []
     hints: list[str] = []
     for role in family.roles:
-        if _skipped(given, role):
+        if _skipped(options, role):
             continue
-        own = _named(given, role)
-        one = _find(own, role, given) if own else _look(place, role, _variant(role, family, given)) if place else None
-        if one is not None:
-            found[role.name] = one
+        file: LocatedFile | None = None
+        if own := _named(options, role):
+            file = _find(own, role, options)
+        elif place is not None:
+            file = _look(place, role, _variant(role, family, options))
+        if file is not None:
+            located[role.name] = file
         elif not role.optional and role.name not in fetched:
-            missing.append(_wanted(role, None if role.made_from else _variant(role, family, given)))
+            missing.append(_missing_line(role, None if role.made_from else _variant(role, family, options)))
             hints += [role.hint] if role.hint else []
     if missing:
         lines = ["files are missing:", *(f"  {line}" for line in missing), *hints]
-        raise CheckpointError("\n".join(lines + (_instead(place, family, given) if place else [])))
-    return found
+        raise CheckpointError("\n".join(lines + (_instead(place, family, options) if place else [])))
+    return located
 
 
-def _check_options(given: Given, family: Family) -> None:
+def _check_options(source: SourceOptions, family: Family) -> None:
     """Refuse options for files that this family does not have."""
     flags = [role.name for role in family.roles if role.flag]
-    known = {"checkpoint", "variant", "convert_bin", "any_digest", "offline", *flags}
-    known |= {role.skip for role in family.roles}
-    strange = [name for name in given.__struct_fields__ if getattr(given, name) and name not in known]
+    accepted = {"checkpoint", "variant", "convert_bin", "any_digest", "offline", *flags}
+    accepted |= {role.skip for role in family.roles}
+    strange = [name for name in source.__struct_fields__ if getattr(source, name) and name not in accepted]
     if strange:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         takes = " and ".join(["--checkpoint DIR", *(f"--{name} FILE" for name in flags)])
         raise ConfigError(f"{options}: {family.name} has no such file; it takes {takes}")
-    if given.variant is not None and (given.checkpoint is None or not re.fullmatch(r"[\w-]+", given.variant)):
+    if source.variant is not None and (source.checkpoint is None or not re.fullmatch(r"[\w-]+", source.variant)):
         raise ConfigError(
-            f"--variant {given.variant} goes with --checkpoint: the word before .safetensors in its weights' names"
+            f"--variant {source.variant} goes with --checkpoint: the word before .safetensors in its weights' names"
         )
 
 
-def _variant(role: Role, family: Family, given: Given) -> str | None:
+def _variant(role: Role, family: Family, options: SourceOptions) -> str | None:
     """Networks have variants; adapters and prompts have none."""
-    return given.variant if role.name in family.weights or role.made_from else None
+    return options.variant if role.name in family.weights or role.made_from else None
 
 
-def _wanted(role: Role, variant: str | None) -> str:
+def _missing_line(role: Role, variant: str | None) -> str:
     """One line on a missing file."""
-    names = [next(_forms(name, variant)) for name in role.files]
+    names = [next(_stored_names(name, variant)) for name in role.files]
     shards = f", or an index of shards ({names[0]}.index.json)" if names[0].endswith(_WEIGHTS) else ""
     option = f"give --{role.name} FILE, or put" if role.flag else "put"
     return f"{role.name}: {option} {' or '.join(names)}{shards} in --checkpoint DIR ({role.where})"
 
 
-def _instead(place: Place, family: Family, given: Given) -> list[str]:
+def _instead(place: Place, family: Family, source: SourceOptions) -> list[str]:
     """What lies in the place, and where in it the files are, if they are somewhere in it."""
     lines = describe(place)
     needed = [role for role in family.roles if role.name in family.weights]
     for folder in subfolders(place):
-        if all(_look(place.inside(folder), role, given.variant) is not None for role in needed):
-            where = f"--checkpoint {given.checkpoint}{'/' if isinstance(place, Folder) else ':'}{folder}"
+        if all(_look(place.inside(folder), role, source.variant) is not None for role in needed):
+            where = f"--checkpoint {source.checkpoint}{'/' if isinstance(place, Folder) else ':'}{folder}"
             return [*lines, f"  its folder {folder} holds them: say {where}"]
     weights = sorted(
         f"{folder}/{name}" if folder else name
@@ -185,7 +189,7 @@ def _instead(place: Place, family: Family, given: Given) -> list[str]:
     return lines
 
 
-def _forms(name: str, variant: str | None) -> Iterator[str]:
+def _stored_names(name: str, variant: str | None) -> Iterator[str]:
     """The names under which diffusers and the Hub keep a file: whole or in shards, and in a variant."""
     if not name.endswith(_WEIGHTS):
         yield name
@@ -199,20 +203,21 @@ def _forms(name: str, variant: str | None) -> Iterator[str]:
             yield f"{name}.index.{kind}.json"
 
 
-def _look(place: Place, role: Role, variant: str | None) -> Found | None:
+def _look(place: Place, role: Role, variant: str | None) -> LocatedFile | None:
     """A role's file in a place: safetensors before pickles, and what it can be computed from at last."""
     if (name := _first(place, role.files, None if role.made_from else variant)) is not None:
-        return Found(place, name)
+        return LocatedFile(place, name)
     encoder = [f"{role.made_from}/{stem}{_WEIGHTS}" for stem in ("model", "pytorch_model")] if role.made_from else []
     if (name := _first(place, encoder, variant) or _first(place, encoder, None)) is not None:
-        return Found(place, name, made=True)
+        return LocatedFile(place, name, encoder=True)
     return None
 
 
 def _first(place: Place, names: tuple[str, ...] | list[str], variant: str | None) -> str | None:
-    if (found := next((form for name in names for form in _forms(name, variant) if place.has(form)), None)) is not None:
-        return found
-    for stem in (form.removesuffix(_WEIGHTS) for name in names for form in _forms(name, variant)):
+    candidates = [candidate for name in names for candidate in _stored_names(name, variant)]
+    if (first := next(filter(place.has, candidates), None)) is not None:
+        return first
+    for stem in (candidate.removesuffix(_WEIGHTS) for candidate in candidates):
         for suffix in PICKLES:
             if place.has(f"{stem}{suffix}"):
                 return f"{stem}{suffix}"
@@ -224,29 +229,29 @@ def _first(place: Place, names: tuple[str, ...] | list[str], variant: str | None
     return None
 
 
-def _all_names(found: Found) -> list[str]:
+def _all_names(file: LocatedFile) -> list[str]:
     """A file's name and those of the files that come with it: its shards, or what a text encoder is run with."""
-    folder, _, name = found.name.rpartition("/")
-    names = [found.name]
+    folder, _, name = file.name.rpartition("/")
+    names = [file.name]
     if is_index(Path(name)):
         stem = re.escape(name.partition(_WEIGHTS)[0])
-        shards = [one for one in found.place.names(folder) if re.fullmatch(rf"{stem}.*-of-\d+\.safetensors", one)]
+        shards = [entry for entry in file.place.names(folder) if re.fullmatch(rf"{stem}.*-of-\d+\.safetensors", entry)]
         names += [f"{folder}/{shard}" if folder else shard for shard in shards]
-    if found.made:
+    if file.encoder:
         names += [f"{folder}/config.json"]
-        names += [f"tokenizer/{one}" for one in found.place.names("tokenizer") if not one.endswith("/")]
+        names += [f"tokenizer/{entry}" for entry in file.place.names("tokenizer") if not entry.endswith("/")]
     return names
 
 
-def _take(found: Found, role: Role, given: Given, scratch: Path | None) -> tuple[Path, str]:
+def _take(file: LocatedFile, role: Role, options: SourceOptions, scratch: Path | None) -> tuple[Path, str]:
     """The file on this machine, in a form that is read, and where it came from."""
-    path, origin = found.place.get(found.name), found.place.origin(found.name)
-    path, note = _readable(path, convert=given.convert_bin, scratch=scratch)
-    if not found.made:
+    path, origin = file.place.get(file.name), file.place.origin(file.name)
+    path, note = _readable(path, convert=options.convert_bin, scratch=scratch)
+    if not file.encoder:
         return path, origin + note
-    config = found.place.get(f"{role.made_from}/config.json")
-    for name in _all_names(found)[1:]:
-        found.place.get(name)
+    config = file.place.get(f"{role.made_from}/config.json")
+    for name in _all_names(file)[1:]:
+        file.place.get(name)
     directory = config.parent.parent
     return empty_prompt(directory, path, scratch), f"computed with {origin.rpartition('/')[0]}"
 
@@ -266,13 +271,13 @@ def _readable(path: Path, *, convert: bool, scratch: Path | None) -> tuple[Path,
     return converted(path, scratch), " (converted)"
 
 
-def _find(value: str, role: Role, given: Given) -> Found:
+def _find(value: str, role: Role, options: SourceOptions) -> LocatedFile:
     """What an option of its own names. Raises CheckpointError."""
     path = Path(value).expanduser()
     if path.is_file() or path.is_symlink():
-        return Found(Folder(path.parent), path.name)
+        return LocatedFile(Folder(path.parent), path.name)
     if path.is_dir():
-        return _in_folder(path, role, given)
+        return _in_folder(path, role, options)
     if path.suffix in _FILE_SUFFIXES and not re.search(r"[@:]", value):
         raise CheckpointError(f"--{role.name} {value} does not exist")
     match = REPOSITORY.fullmatch(value)
@@ -281,25 +286,25 @@ def _find(value: str, role: Role, given: Given) -> Found:
             f"--{role.name} {value} is neither a file nor a repository id (organisation/name[@revision][:file])"
         )
     repository, revision, name = match.groups()
-    place = open_repository(repository, revision, None, offline=given.offline)
+    place = open_repository(repository, revision, None, offline=options.offline)
     if name is not None and place.has(name):
-        return Found(place, name)
-    if name is None and (found := _look(place, role, None)) is not None:
-        return found
-    looked = name or " or ".join(role.files)
-    raise CheckpointError("\n".join([f"the repository {place.title} has no {looked}", *describe(place)]))
+        return LocatedFile(place, name)
+    if name is None and (file := _look(place, role, None)) is not None:
+        return file
+    names = name or " or ".join(role.files)
+    raise CheckpointError("\n".join([f"the repository {place.title} has no {names}", *describe(place)]))
 
 
-def _in_folder(path: Path, role: Role, given: Given) -> Found:
+def _in_folder(path: Path, role: Role, options: SourceOptions) -> LocatedFile:
     """The one file of weights in a directory that was named for a role. Raises CheckpointError where it is not one."""
     place = Folder(snapshot(path))
-    if (found := _look(place, role, given.variant)) is not None and not found.made:
-        return found
+    if (file := _look(place, role, options.variant)) is not None and not file.encoder:
+        return file
     names = place.names()
     indices = [name for name in names if name.endswith(INDEX)]
     weights = indices or [name for name in names if name.endswith(_WEIGHTS)]
     if len(weights) == 1:
-        return Found(place, weights[0])
+        return LocatedFile(place, weights[0])
     raise CheckpointError(
         "\n".join([f"--{role.name} {path} is a directory: name the file in it, or use --checkpoint", *describe(place)])
     )

@@ -18,7 +18,7 @@ import msgspec
 from densegeo.backends import backend_row
 from densegeo.export.cubins import write_cubins
 from densegeo.export.display import Display
-from densegeo.export.engines import build_engines, wanted_engines
+from densegeo.export.engines import build_engines, planned_engines
 from densegeo.export.options import BuildOptions
 from densegeo.export.plan import Plan
 from densegeo.export.quantization import Quantizer
@@ -52,27 +52,27 @@ class Job:
 
     @property
     def decode(self) -> Decode:
-        return self.plan.form.decode
+        return self.plan.template.decode
 
-    def stored_form(self) -> Pipeline:
+    def stored_template(self) -> Pipeline:
         """The networks as they are stored: rewritten, quantized and cast, without values."""
-        form = copy.deepcopy(self.plan.form)
-        self.quantizer.apply(form)
-        cast_module(form.denoiser, self.options.base)
-        cast_module(form.vae, self.options.base)
-        return form
+        template = copy.deepcopy(self.plan.template)
+        self.quantizer.apply(template)
+        cast_module(template.denoiser, self.options.base)
+        cast_module(template.vae, self.options.base)
+        return template
 
 
-def run_stage(job: Job, state: State, done: Made | None, make: Callable[[Job, State], Made]) -> Made:
+def run_stage(job: Job, state: State, finished: Made | None, make: Callable[[Job, State], Made]) -> Made:
     """A stage's record: that of an interrupted build, or a new one."""
-    if done is not None:
-        job.display.say(f"{type(done).__name__.lower()}: taken over from an interrupted build")
-        return done
+    if finished is not None:
+        job.display.say(f"{type(finished).__name__.lower()}: taken over from an interrupted build")
+        return finished
     started = time.monotonic()
-    made = make(job, state)
+    record = make(job, state)
     seconds = time.monotonic() - started
-    job.display.say(f"{type(made).__name__.lower()}: {seconds:.1f} s")
-    return state.keep(msgspec.structs.replace(made, seconds=made.seconds + seconds))
+    job.display.say(f"{type(record).__name__.lower()}: {seconds:.1f} s")
+    return state.keep(msgspec.structs.replace(record, seconds=record.seconds + seconds))
 
 
 def make_kernels(job: Job, state: State) -> Kernels:
@@ -93,24 +93,24 @@ def make_engines(job: Job, state: State, old: tuple[Path, Manifest] | None) -> E
     assert state.graphs is not None
     options, display = job.options, job.display
     record = state.engines or Engines(key=state.keys.engines, seconds=0.0, files={}, engines=[])
-    found, wanted = record.engines, []
+    finished, current = record.engines, []
     started, before = time.monotonic(), record.seconds
-    if found:
-        display.say(f"engines: {len(found)} taken over from an interrupted build, where they are still wanted")
+    if finished:
+        display.say(f"engines: {len(finished)} taken over from an interrupted build, where they are still wanted")
     with display.bar("engines", len(state.graphs.buckets) * len(STAGES) * options.groups) as bar:
-        needed = wanted_engines(
+        needed = planned_engines(
             state.graphs.buckets, options.precision, options.architectures, options.engines, state.files
         )
         for engine in build_engines(
-            state.bundle, needed, options.engines, old=old, finished=found, progress=bar.describe
+            state.bundle, needed, options.engines, old=old, finished=finished, progress=bar.describe
         ):
-            wanted.append(engine)
+            current.append(engine)
             bar.advance()
             record = state.keep(_with_engine(state, record, engine, before + time.monotonic() - started))
     display.say(f"engines: {time.monotonic() - started:.1f} s")
-    names = {name for engine in wanted for name in (engine.file, engine.log)}
+    names = {name for engine in current for name in (engine.file, engine.log)}
     files = {name: file for name, file in record.files.items() if name in names}
-    return state.keep(msgspec.structs.replace(record, engines=wanted, files=files))
+    return state.keep(msgspec.structs.replace(record, engines=current, files=files))
 
 
 def _with_engine(state: State, record: Engines, engine: Engine, seconds: float) -> Engines:

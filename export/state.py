@@ -84,14 +84,14 @@ class State:
     @property
     def records(self) -> list[StageRecord]:
         """Of the finished stages."""
-        made = (self.references, self.weights, self.graphs, self.kernels, self.engines)
-        return [record for record in made if record is not None]
+        stages = (self.references, self.weights, self.graphs, self.kernels, self.engines)
+        return [record for record in stages if record is not None]
 
     @property
     def files(self) -> dict[str, FileDigest]:
         """Every file that a finished stage left in the bundle, by name."""
-        found = {name: file for record in self.records for name, file in record.files.items()}
-        return dict(sorted(found.items()))
+        files = {name: file for record in self.records for name, file in record.files.items()}
+        return dict(sorted(files.items()))
 
     @property
     def finished(self) -> list[str]:

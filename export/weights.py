@@ -31,13 +31,13 @@ def make_weights(job: Job, state: State) -> Weights:
     """Write the weights of all networks, and the prompt."""
     assert state.references is not None
     options, directory, display = job.options, state.bundle, job.display
-    stored, final = directory / "denoiser.safetensors", job.stored_form()
+    stored, final = directory / "denoiser.safetensors", job.stored_template()
     pipeline, source = open_streamed(job.plan.skeleton, options.sizes[0], allow_unexpected=options.allow_unexpected)
     with display.bar("rewriting", elements(final.denoiser)) as bar:
         write_rewritten(pipeline, source, final.denoiser, job.applied, options.base, stored, job.quantizer, bar.advance)
     rewrites.apply(pipeline, [rewrite for rewrite in job.applied if rewrite.scope.stage != "denoiser"])
     if PRECISIONS[options.precision].overflows:
-        _check_fp16(replace(pipeline, denoiser=job.plan.form.denoiser), stored, directory)
+        _check_fp16(replace(pipeline, denoiser=job.plan.template.denoiser), stored, directory)
     for stage in ("encoder", "decoder"):
         job.quantizer(pipeline.stages()[stage], stage)
     cast_module(pipeline.vae, options.base)
@@ -75,11 +75,11 @@ def _check_fp16(pipeline: Pipeline, stored: Path, directory: Path) -> None:
 
     pipeline: rewritten, float32; its denoiser takes the fp16 weights in `stored`.
     """
-    (wanted, *_) = next(iter(checks.read_inputs(directory).values()))
+    (references, *_) = next(iter(checks.read_inputs(directory).values()))
     streamed = streamed_copy(pipeline, stored)
     recorder = RangeRecorder()
     with recorder.watch(streamed.denoiser, "denoiser"), recorder.watch(streamed.vae, "vae"):
-        checks.reference_outputs(streamed, wanted["image"], checks.size_of(wanted))
+        checks.reference_outputs(streamed, references["image"], checks.size_of(references))
     recorder.check_fp16()
 
 

@@ -188,7 +188,7 @@ def test_rewrites_say_what_they_touch() -> None:
 
 def test_roles_say_what_can_be_left_out() -> None:
     pytest.importorskip("torch")
-    from densegeo.export.sources import Given, unnamed
+    from densegeo.export.sources import SourceOptions, unnamed
     from densegeo.models.families import FAMILIES
     from densegeo.models.published import PUBLICATIONS
 
@@ -196,10 +196,10 @@ def test_roles_say_what_can_be_left_out() -> None:
         assert set(family.weights) <= {role.name for role in family.roles}
         assert {role.merged_into for role in family.roles} <= {"", *family.weights}
         for role in family.roles:
-            assert not role.skip or role.skip in Given.__struct_fields__
-            assert not role.flag or role.name in Given.__struct_fields__
+            assert not role.skip or role.skip in SourceOptions.__struct_fields__
+            assert not role.flag or role.name in SourceOptions.__struct_fields__
     row = PUBLICATIONS["fe2e"]
     assert row.needed_roles() == ["dit", "vae", "lora", "prompt"]
     assert row.needed_roles("no_lora") == ["dit", "vae", "prompt"]
-    assert unnamed(Given(), FAMILIES["fe2e"]) == row.needed_roles()
-    assert unnamed(Given(no_lora=True, dit="x"), FAMILIES["fe2e"]) == ["vae", "prompt"]
+    assert unnamed(SourceOptions(), FAMILIES["fe2e"]) == row.needed_roles()
+    assert unnamed(SourceOptions(no_lora=True, dit="x"), FAMILIES["fe2e"]) == ["vae", "prompt"]

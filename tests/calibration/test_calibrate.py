@@ -23,7 +23,7 @@ from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
 from densegeo.export.build import build_bundle
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.inspection import print_manifest
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.torch_modules import load_networks
@@ -395,7 +395,7 @@ def test_a_model_larger_than_memory_is_planned_without_errors(
 
 def test_the_carried_model_takes_the_same_road(tmp_path: Path) -> None:
     """A build of the model that comes with the code checks its own files' digests against the calibration's."""
-    plan = {"model": "fe2e-tiny", "output": tmp_path / "made", "given": Given(), "precision": "fp8"}
+    plan = {"model": "fe2e-tiny", "output": tmp_path / "made", "source": SourceOptions(), "precision": "fp8"}
     with pytest.raises(QuantizationError, match="is not there"):
         build_bundle(BuildOptions(**plan, calibration=tmp_path))  # type: ignore[arg-type]
 

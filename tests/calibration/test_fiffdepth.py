@@ -12,7 +12,7 @@ from densegeo.calibration.plan import load_plan
 from densegeo.export.build import build_bundle
 from densegeo.export.engines import EngineOptions
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.models.chain import relative_error
 from densegeo.models.rewrites import stage_of
 from densegeo.runtime.backends.torch_fused import FusedAttention, fuse
@@ -34,8 +34,8 @@ def files(diffusers_files: Callable[[Case], Path]) -> Path:
 
 
 def build(files: Path, output: Path, precision: str, **options: object) -> Path:
-    given = Given(checkpoint=str(files))
-    values = {"model": "fiffdepth", "output": output, "given": given, "sizes": (CASE.size,), "precision": precision}
+    given = SourceOptions(checkpoint=str(files))
+    values = {"model": "fiffdepth", "output": output, "source": given, "sizes": (CASE.size,), "precision": precision}
     return build_bundle(BuildOptions(**(values | options)))  # type: ignore[arg-type]
 
 

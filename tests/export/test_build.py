@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from densegeo.errors import CheckpointError, ConfigError, ExportError, ResourceError
 from densegeo.export import checks
 from densegeo.export.build import build_bundle
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.runtime.bundle import read_manifest
 from tests.support.checkpoints import leftovers, options, run_build
@@ -68,17 +68,17 @@ def test_invalid_options_say_what_is_valid(checkpoint, tmp_path, changes, named)
 
 def test_missing_files_are_named_with_their_origin(checkpoint, tmp_path):
     (checkpoint / AUTHORS_FILES["vae"][0]).unlink()
-    given = Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"))
+    given = SourceOptions(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"))
     with pytest.raises(CheckpointError, match=r"vae.safetensors[^$]*LDRN.safetensors[^$]*--no-lora"):
-        build_bundle(options(checkpoint, tmp_path / "bundle", given=given))
+        build_bundle(options(checkpoint, tmp_path / "bundle", source=given))
 
 
 def test_a_pickle_checkpoint_is_refused_with_the_way_out(checkpoint, tmp_path):
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x04")
-    given = Given(checkpoint=str(checkpoint), dit=str(pickle), no_lora=True)
+    given = SourceOptions(checkpoint=str(checkpoint), dit=str(pickle), no_lora=True)
     with pytest.raises(CheckpointError, match=r"pickle[^$]*weights_only=True"):
-        build_bundle(options(checkpoint, tmp_path / "bundle", given=given))
+        build_bundle(options(checkpoint, tmp_path / "bundle", source=given))
 
 
 def test_a_missing_key_fails_the_build_and_leaves_nothing(checkpoint, tmp_path):

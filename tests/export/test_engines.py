@@ -21,16 +21,16 @@ from densegeo.export.engines import (
     build_engine,
     build_engines,
     choose_weights,
+    planned_engines,
     target_groups,
-    wanted_engines,
 )
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.inspection import print_layers, print_manifest
 from densegeo.models.presets import PRESETS
 from densegeo.runtime.bundle import STAGES, Engine, Manifest, check_files, read_manifest, write_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from densegeo.runtime.engines import check_engine, fingerprint, read_engine, runs_on, select_engine
-from tests.support.checkpoints import leftovers, options, small_given
+from tests.support.checkpoints import leftovers, options, small_source
 from tests.support.shared import Build
 
 pytest.importorskip("tensorrt_rtx")
@@ -51,10 +51,10 @@ KINDS = [
 def bundle(request: pytest.FixtureRequest, build_once: Build, small_checkpoint: Path) -> tuple[Path, Manifest]:
     """Engines for SM80 to SM120 of the trained small model and of the smallest one."""
     name, precision, weights = request.param
-    model, given = (name, Given()) if name in PRESETS else ("fe2e", small_given(small_checkpoint))
+    model, given = (name, SourceOptions()) if name in PRESETS else ("fe2e", small_source(small_checkpoint))
     directory = build_once(
         model=model,
-        given=given,
+        source=given,
         sizes=((96, 64),),
         precision=precision,
         backend="tensorrt",
@@ -135,7 +135,7 @@ def test_an_engine_with_the_same_fingerprint_is_not_built_again(
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("engines"))
     monkeypatch.setattr(engines, "build_engine", lambda *_: pytest.fail("built again"))
     settings = EngineOptions(library="tensorrt_rtx", weights=manifest.engines[0].weights)
-    needed = wanted_engines(manifest.buckets, manifest.precision, TARGETS, settings, manifest.files)
+    needed = planned_engines(manifest.buckets, manifest.precision, TARGETS, settings, manifest.files)
     found = list(build_engines(copy, needed, settings, old=(directory, manifest), progress=str))
     assert found == manifest.engines
     for engine in found:

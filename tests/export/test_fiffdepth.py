@@ -18,7 +18,7 @@ from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle
 from densegeo.export.command import bucket_sizes
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.models.fiffdepth import NAMES
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import read_manifest
@@ -31,8 +31,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def build(checkpoint: Path, output: Path, **options: Any) -> Path:
-    given = Given(checkpoint=str(checkpoint), **options.pop("given", {}))
-    return build_bundle(BuildOptions(model="fiffdepth", output=output, given=given, **options))
+    given = SourceOptions(checkpoint=str(checkpoint), **options.pop("source", {}))
+    return build_bundle(BuildOptions(model="fiffdepth", output=output, source=given, **options))
 
 
 # Left to `slow`: by default PyTorch is held to all numbers in all these ways, bundles to the smaller ones with all
@@ -185,7 +185,7 @@ def test_sizes_from_an_edge_and_aspects() -> None:
 )
 def test_options_of_the_other_model_are_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        build(tmp_path, tmp_path / "bundle", given=given)
+        build(tmp_path, tmp_path / "bundle", source=given)
 
 
 def test_what_is_missing_is_listed(tmp_path: Path) -> None:
@@ -207,15 +207,15 @@ def test_pickles_are_converted_on_request_alone(tmp_path: Path, monkeypatch: pyt
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"\.bin is a pickle file.*--convert-bin"):
         build(files, tmp_path / "bundle", sizes=(case.size,))
-    bundle = build(files, tmp_path / "bundle", sizes=(case.size,), given={"convert_bin": True})
+    bundle = build(files, tmp_path / "bundle", sizes=(case.size,), source={"convert_bin": True})
     source = next(source for source in read_manifest(bundle).sources if source.role == "unet")
     assert source.path.endswith(".bin (converted)")
     torch.save({"weights": [1, 2]}, weights.with_suffix(".bin"))
     with pytest.raises(CheckpointError, match="does not hold a dictionary of tensors"):
-        build(files, tmp_path / "bundle", sizes=(case.size,), given={"convert_bin": True})
+        build(files, tmp_path / "bundle", sizes=(case.size,), source={"convert_bin": True})
     torch.save(Case, weights.with_suffix(".bin"))  # a class: what weights alone never hold
     with pytest.raises(CheckpointError, match="cannot be read as weights alone"):
-        build(files, tmp_path / "bundle", sizes=(case.size,), given={"convert_bin": True})
+        build(files, tmp_path / "bundle", sizes=(case.size,), source={"convert_bin": True})
 
 
 @pytest.mark.thorough

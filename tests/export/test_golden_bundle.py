@@ -14,7 +14,7 @@ from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.decode import latents_of
 from densegeo.runtime.verify import relative_error
 from densegeo.size import Size
-from tests.support.checkpoints import golden_given
+from tests.support.checkpoints import golden_source
 from tests.support.shared import Build
 
 BOUND = 1e-5  # relative L2 norm
@@ -37,8 +37,8 @@ def check(golden: Path, build_once: Build, weights: str, without: tuple[str, ...
     image = np.load(golden / "fe2e_small" / "image_u8_hwc.npy")
     expected = load_file(golden / "fe2e_small" / "expected.safetensors")
     height, width = image.shape[:2]
-    given = golden_given(golden, lora=weights == "lora")
-    bundle = build_once(model="fe2e", given=given, sizes=((width, height),), without=without)
+    given = golden_source(golden, lora=weights == "lora")
+    bundle = build_once(model="fe2e", source=given, sizes=((width, height),), without=without)
     rgb = (image.astype(np.float32) / 255 * 2 - 1).transpose(2, 0, 1)[None]
     with Estimator(bundle) as estimator:
         outputs = estimator.replay(np.ascontiguousarray(rgb))

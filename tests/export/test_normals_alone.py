@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 from densegeo.errors import MissingOutputError  # noqa: E402
 from densegeo.export.build import build_bundle  # noqa: E402
 from densegeo.export.options import BuildOptions  # noqa: E402
-from densegeo.export.sources import Given  # noqa: E402
+from densegeo.export.sources import SourceOptions  # noqa: E402
 from densegeo.models.families import FAMILIES, FIFFDEPTH  # noqa: E402
 from densegeo.models.presets import PRESETS, Preset  # noqa: E402
 from densegeo.models.published import PUBLICATIONS, Publication  # noqa: E402
@@ -50,8 +50,8 @@ def bundle(
         patch.setitem(PRESETS, NAME, Preset(NAME, FAMILY, (Size(*CASE.size),)))
         patch.setitem(PUBLICATIONS, NAME, Publication(NAME, nowhere="nowhere"))
         output = tmp_path_factory.mktemp("normals") / "bundle"
-        given = Given(checkpoint=str(diffusers_files(CASE)))
-        yield build_bundle(BuildOptions(model=NAME, output=output, given=given))
+        given = SourceOptions(checkpoint=str(diffusers_files(CASE)))
+        yield build_bundle(BuildOptions(model=NAME, output=output, source=given))
 
 
 @pytest.fixture

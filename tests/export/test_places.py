@@ -18,7 +18,7 @@ from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.command import dry_run_report
 from densegeo.export.digests import inputs
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given, resolve
+from densegeo.export.sources import SourceOptions, resolve
 from densegeo.models.families import FAMILIES
 from tests.support.diffusers_checkpoint import CASES, modules, prompt
 
@@ -34,7 +34,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found(checkpoint: Path | str, family: str = "fiffdepth", **given: object) -> dict[str, str]:
     """Role -> the file's path below the checkpoint."""
-    files, _ = resolve(Given(checkpoint=str(checkpoint), **given), FAMILIES[family])  # type: ignore[arg-type]
+    files, _ = resolve(SourceOptions(checkpoint=str(checkpoint), **given), FAMILIES[family])  # type: ignore[arg-type]
     return {role: path.relative_to(checkpoint).as_posix() for role, path in files.paths.items()}
 
 
@@ -45,7 +45,7 @@ def planned(checkpoint: Path | str, model: str = "fiffdepth", **given: object) -
     options = BuildOptions(
         model=model,
         output=Path("never"),
-        given=Given(checkpoint=str(checkpoint), **given),  # type: ignore[arg-type]
+        source=SourceOptions(checkpoint=str(checkpoint), **given),  # type: ignore[arg-type]
         sizes=(size,),  # type: ignore[arg-type]
     )
     dry_run_report(options.validated(), console)
@@ -66,7 +66,7 @@ def pipeline(tmp_path: Path) -> Path:
 def test_shards_of_every_role_are_read_and_known(pipeline: Path) -> None:
     assert found(pipeline)["unet"] == f"{UNET}.safetensors.index.json"
     assert "The build can start." in planned(pipeline)
-    files, origins = resolve(Given(checkpoint=str(pipeline)), FIFFDEPTH)
+    files, origins = resolve(SourceOptions(checkpoint=str(pipeline)), FIFFDEPTH)
     known = {source.role: source for source in inputs(files, origins)}
     shards = sorted(path for path in (pipeline / "unet").glob("*-of-*.safetensors"))
     assert [known[f"unet {path.name}"].path for path in shards] == [str(path) for path in shards]
@@ -95,7 +95,9 @@ def test_fe2e_in_shards(checkpoint: Path) -> None:
     assert "LoRA: 1 modules, ranks [2]" in said
     with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors is one of 2 shards: name .*index\.json"):
         resolve(
-            Given(checkpoint=str(checkpoint), dit=str(checkpoint / "step1x-edit-i1258-00001-of-00002.safetensors")),
+            SourceOptions(
+                checkpoint=str(checkpoint), dit=str(checkpoint / "step1x-edit-i1258-00001-of-00002.safetensors")
+            ),
             FE2E,
         )
 
@@ -120,7 +122,7 @@ def test_variants(pipeline: Path) -> None:
     with pytest.raises(CheckpointError, match="weights of the variant non_ema: --variant non_ema takes them"):
         found(pipeline)
     with pytest.raises(ConfigError, match="--variant fp16 goes with --checkpoint"):
-        resolve(Given(variant="fp16"), FIFFDEPTH)
+        resolve(SourceOptions(variant="fp16"), FIFFDEPTH)
 
 
 def cached(pipeline: Path, folder: Path, *commits: str) -> Path:
@@ -163,12 +165,12 @@ def test_without_a_network_what_was_downloaded_is_used(
     root = cached(pipeline, tmp_path / "hub", "a" * 40)
     (root / "refs").mkdir()
     (root / "refs" / "v2").write_text("a" * 40)
-    given = Given(checkpoint="acme/depth@v2", offline=True)
+    given = SourceOptions(checkpoint="acme/depth@v2", offline=True)
     files, origins = resolve(given, FIFFDEPTH)
     assert files.paths["vae"].resolve().read_bytes() == (pipeline / f"{VAE}.safetensors").read_bytes()
     assert origins["vae"] == f"acme/depth@{'a' * 40}:{VAE}.safetensors"
     with pytest.raises(CheckpointError, match="acme/depth is not on this machine, and fetching is off"):
-        resolve(Given(checkpoint="acme/depth", offline=True), FIFFDEPTH)  # of v2 alone
+        resolve(SourceOptions(checkpoint="acme/depth", offline=True), FIFFDEPTH)  # of v2 alone
 
 
 def test_folders_in_folders_are_named(pipeline: Path, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_what_lies_there_instead_is_said(pipeline: Path, checkpoint: Path, tmp_p
     with pytest.raises(CheckpointError, match="is a file: give the directory that holds all files"):
         found(checkpoint / "mine.safetensors", "fe2e")
     with pytest.raises(CheckpointError, match=r"is a directory: name the file in it.*\n.* mine\.safetensors"):
-        resolve(Given(dit=str(checkpoint), checkpoint=str(checkpoint), no_lora=True), FE2E)
+        resolve(SourceOptions(dit=str(checkpoint), checkpoint=str(checkpoint), no_lora=True), FE2E)
 
 
 def test_pointers_are_recognised_in_every_role(pipeline: Path) -> None:
@@ -232,7 +234,7 @@ def test_trainers_pickles(checkpoint: Path, no_cache: Path, wrap, name: str) -> 
         found(checkpoint, "fe2e", **given)
     assert "The build can start." in planned(checkpoint, "fe2e", convert_bin=True, **given)
     assert not no_cache.exists()
-    files, _ = resolve(Given(checkpoint=str(checkpoint), convert_bin=True, **given), FE2E)
+    files, _ = resolve(SourceOptions(checkpoint=str(checkpoint), convert_bin=True, **given), FE2E)
     assert load_file(files.paths["dit"]).keys() == {f"module.{key}" for key in whole}
 
 
@@ -244,6 +246,10 @@ def test_sharded_pickles_are_named(pipeline: Path) -> None:
 
 
 def test_the_carried_model_takes_no_other_weights(tmp_path: Path) -> None:
-    for given in (Given(checkpoint="elsewhere"), Given(vae="vae.safetensors"), Given(prompt="p.npz")):
+    for given in (
+        SourceOptions(checkpoint="elsewhere"),
+        SourceOptions(vae="vae.safetensors"),
+        SourceOptions(prompt="p.npz"),
+    ):
         with pytest.raises(ConfigError, match=r"fe2e-tiny has weights that come with densegeo.*--model fe2e$"):
-            BuildOptions(model="fe2e-tiny", output=tmp_path, given=given).validated()
+            BuildOptions(model="fe2e-tiny", output=tmp_path, source=given).validated()

@@ -20,7 +20,7 @@ from densegeo.export.graphs import bucket_examples
 from densegeo.export.keys import RECIPES, stage_keys, versions
 from densegeo.export.onnx_graph import export_graph
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.runtime import ready
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest, rebuild_command
@@ -66,13 +66,15 @@ def test_a_recipe_changes_the_keys_that_follow_from_it(monkeypatch: pytest.Monke
         {"model": "fe2e-tiny", "sizes": ((256, 192), (512, 384)), "batches": (2, 4), "without": ("padding",)},
         {
             "model": "fe2e",
-            "given": Given(dit="a b.safetensors", vae="acme/x@1:vae.safetensors", no_lora=True, any_digest=True),
+            "source": SourceOptions(
+                dit="a b.safetensors", vae="acme/x@1:vae.safetensors", no_lora=True, any_digest=True
+            ),
             "architectures": (86, 89),
             "precision": "fp16",
             "backend": "tensorrt",
             "engines": EngineOptions(library="tensorrt_rtx", weights="input", workspace_mib=64, weight_streaming=True),
         },
-        {"model": "fiffdepth", "given": Given(checkpoint="files"), "sizes": ((70, 45),), "any_size": True},
+        {"model": "fiffdepth", "source": SourceOptions(checkpoint="files"), "sizes": ((70, 45),), "any_size": True},
     ],
 )
 def test_the_stored_options_make_the_same_bundle(

@@ -185,7 +185,7 @@ def test_a_failure_while_it_is_put_in_place_leaves_the_bundle_as_it_was(
     assert leftovers(bundle.parent) == []
 
 
-def copied_engines(work: Path, wanted: list[engines.Wanted], *_: object, **__: object) -> list[Engine]:
+def copied_engines(work: Path, wanted: list[engines.PlannedEngine], *_: object, **__: object) -> list[Engine]:
     """In the place of building: files of the right names."""
     for one in wanted:
         for name in (one.engine.file, one.engine.log):

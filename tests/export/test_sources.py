@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from densegeo.errors import CheckpointError
-from densegeo.export.sources import Given, resolve
+from densegeo.export.sources import SourceOptions, resolve
 from densegeo.models.families import FE2E
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
 from densegeo.runtime.bundle import read_manifest
@@ -111,8 +111,8 @@ def test_an_unknown_repository_is_one_clear_line(hub, graphs_once, tmp_path):
 
 def test_a_name_that_is_neither_file_nor_repository(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        resolve(Given(dit=str(tmp_path / "missing.safetensors")), FE2E)
+        resolve(SourceOptions(dit=str(tmp_path / "missing.safetensors")), FE2E)
     with pytest.raises(CheckpointError, match="is a directory"):
-        resolve(Given(dit=str(tmp_path)), FE2E)
+        resolve(SourceOptions(dit=str(tmp_path)), FE2E)
     with pytest.raises(CheckpointError, match="neither a directory nor a repository"):
-        resolve(Given(checkpoint="not/a/repository"), FE2E)
+        resolve(SourceOptions(checkpoint="not/a/repository"), FE2E)

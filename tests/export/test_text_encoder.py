@@ -14,7 +14,7 @@ from torch import Tensor
 
 from densegeo.errors import CheckpointError
 from densegeo.export.conversion import empty_prompt
-from densegeo.export.sources import Given, resolve
+from densegeo.export.sources import SourceOptions, resolve
 from densegeo.models.families import FIFFDEPTH
 from densegeo.models.prompt import load_prompt
 
@@ -157,13 +157,13 @@ def test_shards_and_variants_of_the_encoder(folder: Path, whole: tuple[Path, Ten
     encoder.save_pretrained(folder / "text_encoder", max_shard_size="10KB")
     assert len(list((folder / "text_encoder").glob("*-of-*"))) > 1
     encoder.half().save_pretrained(folder / "text_encoder", variant="fp16")
-    files, origins = resolve(Given(checkpoint=str(folder)), FIFFDEPTH)
+    files, origins = resolve(SourceOptions(checkpoint=str(folder)), FIFFDEPTH)
     torch.testing.assert_close(torch.from_numpy(load_prompt(files.prompt).embeds)[None], whole[1])
     assert origins["prompt"] == f"computed with {folder / 'text_encoder'}"
     for name in ("unet", "vae"):
         file = folder / name / "diffusion_pytorch_model.safetensors"
         file.rename(file.with_suffix(".fp16.safetensors"))
-    halves, _ = resolve(Given(checkpoint=str(folder), variant="fp16"), FIFFDEPTH)
+    halves, _ = resolve(SourceOptions(checkpoint=str(folder), variant="fp16"), FIFFDEPTH)
     assert halves.prompt != files.prompt
     torch.testing.assert_close(
         torch.from_numpy(load_prompt(halves.prompt).embeds)[None], whole[1], atol=5e-3, rtol=1e-2

@@ -27,7 +27,7 @@ from densegeo.export.engine_worker import Spec, _configure
 from densegeo.export.engines import EngineOptions
 builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
 config = builder.create_builder_config()
-options = EngineOptions().facts()
+options = EngineOptions().settings()
 spec = Spec(library="tensorrt_rtx", graph="", engine="", log="", timing_cache="", targets=[], options=options,
             memory_bytes=0)
 before = config.get_flag(trt.BuilderFlag.TF32)

@@ -40,13 +40,13 @@ def test_bf16_is_refused_at_build_for_torch_before_ampere(
 ) -> None:
     pytest.importorskip("torch")
     from densegeo.errors import ConfigError
-    from densegeo.export.choice import Asked, choose
-    from densegeo.export.machine import Facts, Gpu
+    from densegeo.export.choice import BuildRequest, choose
+    from densegeo.export.machine import Gpu, Machine
     from densegeo.models.presets import preset
 
     card = Gpu("a GPU", architecture, 80 << 30)
-    facts = Facts(gpu=card, libraries=frozenset({"torch"}), torch_cuda=True)
-    asked = Asked(backend="torch", precision=precision, base=base)
+    facts = Machine(gpu=card, libraries=frozenset({"torch"}), torch_cuda=True)
+    asked = BuildRequest(backend="torch", precision=precision, base=base)
     if not refused:
         assert choose(asked, facts, preset("fe2e-tiny")).backend == "torch"
         return

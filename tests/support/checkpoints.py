@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from densegeo.export.options import BuildOptions
-from densegeo.export.sources import Given
+from densegeo.export.sources import SourceOptions
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.presets import write_random_checkpoint
 
@@ -41,21 +41,21 @@ def write_checkpoint(folder: Path, seed: int = 1) -> Path:
     return directory
 
 
-def small_given(checkpoint: Path) -> Given:
+def small_source(checkpoint: Path) -> SourceOptions:
     """The files of `write_checkpoint`."""
-    return Given(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
+    return SourceOptions(checkpoint=str(checkpoint), config=str(checkpoint / "config.json"), no_lora=True)
 
 
 def options(checkpoint: Path, output: Path, **changes: object) -> BuildOptions:
     """A build of `write_checkpoint`'s directory, in float32 and at one size unless told otherwise."""
-    values: dict[str, object] = {"model": "fe2e", "given": small_given(checkpoint), "sizes": (SIZE,)}
+    values: dict[str, object] = {"model": "fe2e", "source": small_source(checkpoint), "sizes": (SIZE,)}
     return BuildOptions(output=output, **(values | changes))  # type: ignore[arg-type]
 
 
-def golden_given(golden: Path, *, lora: bool = True) -> Given:
+def golden_source(golden: Path, *, lora: bool = True) -> SourceOptions:
     """The files of the FE2E configuration that the authors' code was run on."""
     folder = golden / "fe2e_small"
-    return Given(
+    return SourceOptions(
         checkpoint=str(folder),
         dit=str(folder / "dit.safetensors"),
         lora=str(folder / "lora.safetensors") if lora else None,

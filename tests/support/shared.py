@@ -91,10 +91,10 @@ def small_checkpoint(once: Once) -> Path:
 @pytest.fixture(scope="session")
 def small_bundle(build_once: Build, small_checkpoint: Path) -> Build:
     """The bundle of the smallest FE2E checkpoint with these options; float32 at 48x32 when there are none."""
-    from tests.support.checkpoints import SIZE, small_given
+    from tests.support.checkpoints import SIZE, small_source
 
     def build(**changes: Any) -> Path:
-        return build_once(**({"model": "fe2e", "given": small_given(small_checkpoint), "sizes": (SIZE,)} | changes))
+        return build_once(**({"model": "fe2e", "source": small_source(small_checkpoint), "sizes": (SIZE,)} | changes))
 
     return build
 
@@ -102,11 +102,11 @@ def small_bundle(build_once: Build, small_checkpoint: Path) -> Build:
 @pytest.fixture(scope="session")
 def golden_bundle(build_once: Build, golden: Path) -> Build:
     """(lora, options) -> the bundle of `tests/golden`'s FE2E configuration, at its image's size."""
-    from tests.support.checkpoints import SIZE, golden_given
+    from tests.support.checkpoints import SIZE, golden_source
 
     def build(*, lora: bool = True, **changes: Any) -> Path:
-        inputs = golden_given(golden, lora=lora)
-        return build_once(**({"model": "fe2e", "given": inputs, "sizes": (SIZE,)} | changes))
+        inputs = golden_source(golden, lora=lora)
+        return build_once(**({"model": "fe2e", "source": inputs, "sizes": (SIZE,)} | changes))
 
     return build
 
@@ -122,11 +122,11 @@ def diffusers_files(once: Once) -> Callable[[Any], Path]:
 @pytest.fixture(scope="session")
 def fiffdepth_bundle(build_once: Build, diffusers_files: Callable[[Any], Path]) -> Build:
     """(case, options) -> the bundle of a `diffusers_checkpoint.Case` at its size."""
-    from densegeo.export.sources import Given
+    from densegeo.export.sources import SourceOptions
 
     def build(case: Any, **changes: Any) -> Path:
-        inputs = Given(checkpoint=str(diffusers_files(case)))
-        return build_once(**({"model": "fiffdepth", "given": inputs, "sizes": (case.size,)} | changes))
+        inputs = SourceOptions(checkpoint=str(diffusers_files(case)))
+        return build_once(**({"model": "fiffdepth", "source": inputs, "sizes": (case.size,)} | changes))
 
     return build
 
