@@ -143,6 +143,17 @@ def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
     return low
 
 
+# Where error bounds come from, and why they are not plain numbers. A low-precision graph is off by what its arithmetic
+# costs on this network at this size, and that differs by orders of magnitude between models and weights: a constant
+# would be either too wide to find a fault or too narrow to build anything. So the yardstick is measured, but on
+# something else than what is judged: the plain modules in eager low precision, with all rewrites off, on the same
+# seeded pictures against the same float32 references. The graph, which has its rewrites, fusions and another library's
+# kernels, may be off by twice that: its roundings fall elsewhere, so equality cannot be asked for, while a wrong
+# rewrite, scale or layout is off by far more. The factor and the floor of 1e-5, what float32 sums in another order
+# cost, were fixed beforehand (DESIGN section 10); no bound is read off the graph's own result. Each stage is compared
+# twice. Alone, from the reference's input, so that an error is found in the stage that makes it and cannot hide behind
+# another one's; and in a chain from the picture on ("replay"), because errors add up on the way, in the eager pipeline
+# too. Norms are relative L2 over a whole tensor: single pixels at an edge may differ.
 def bounds(low: Pipeline, references: Outputs) -> dict[str, float]:
     """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case.
 

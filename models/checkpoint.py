@@ -124,6 +124,15 @@ def check_keys(
         raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(problems) + hint)
 
 
+# The order of a LoRA. It is merged into float32 weights as they are read, before anything else happens to them:
+# rewrites, then quantization, then the cast to the stored precision. Any other order gives other numbers, and no error:
+# - Rewrites evaluate layers and keep their results as constants. FE2E's LoRA changes the modulation linears among
+#   others, which `modulation` folds away: an update that came after it would have no layer left to land on.
+# - up @ down is much smaller than W. bf16 keeps 8 bits, so that an update added to a weight of that type would mostly
+#   be rounded away; added in float32 it moves the sum, which is rounded once.
+# - The ranges of quantization are those of the merged weights: a plan that is calibrated without the LoRA fits another
+#   network.
+# The streamed path (`models.streaming`) reads tensor by tensor and merges each as it is read, which is the same order.
 @dataclass(frozen=True)
 class LoraUpdate:
     """One module's low-rank update; up (out, rank) and down (rank, in) as the file has them."""

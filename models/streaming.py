@@ -100,6 +100,16 @@ def write_rewritten(
                 progress(tensor.numel())
 
 
+# Why streamed rewriting has three passes. Rewrites are written for a whole pipeline, and at full size a whole float32
+# pipeline does not fit into memory. It need not: a block's rewrite reads the block itself and what lies outside the
+# blocks (the connector's text, the modulation vectors of timestep and prompt), and never another block. `Rewrite.scope`
+# says for each row what it touches, and the passes follow from that:
+# 1. What lies outside and is read by the blocks is rewritten first, on a "shell": the denoiser without its blocks.
+# 2. Each block alone is put into a copy of the shell and rewritten there as if it were the whole denoiser; then it is
+#    written and dropped. The copy is made anew each time because rewrites of the whole denoiser also consume what they
+#    find outside: `modulation` removes the time embedding that the next block still needs.
+# 3. Those same rewrites are then applied to the shell, once, and what lies outside the blocks is written at last.
+# Nothing is cast before it is rewritten, so that the file holds what rewriting the whole in memory and casting it gives.
 def rewritten_parts(
     pipeline: Pipeline, source: BlockFile, applied: tuple[Rewrite, ...]
 ) -> Iterator[tuple[str, nn.Module]]:
