@@ -109,7 +109,7 @@ def write_rewritten(
 #    written and dropped. The copy is made anew each time because rewrites of the whole denoiser also consume what they
 #    find outside: `modulation` removes the time embedding that the next block still needs.
 # 3. Those same rewrites are then applied to the shell, once, and what lies outside the blocks is written at last.
-# Nothing is cast before it is rewritten, so that the file holds what rewriting the whole in memory and casting it gives.
+# Nothing is cast before it is rewritten, so that the file holds what rewriting and casting the whole in memory gives.
 def rewritten_parts(
     pipeline: Pipeline, source: BlockFile, applied: tuple[Rewrite, ...]
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -64,6 +64,17 @@ def current(device: Any) -> Iterator[None]:
         check(driver.cuCtxSetCurrent(before))
 
 
+# Lifetimes across streams. Work on a GPU is queued: when Python's last reference to an array goes, kernels that read
+# its memory may not have begun. Whoever gets that memory next must come after them, on whatever stream they are.
+# - Work of our own has a stream each way: copies in, networks, copies out. Events order them; memory that is allocated
+#   and freed in the order of the stream for work is safe among all that runs there.
+# - An array that leaves us is read on streams that we do not own. DLPack names the reader's stream, and `Lease` notes
+#   it. A pointer or `__cuda_array_interface__` names none: then only the end of all work on the device is late enough.
+# - An array can be dropped in any thread at any moment: by a garbage collection, while another thread records a graph,
+#   in which waiting and freeing are forbidden, or while a lock is held. So dropping does nothing but note the buffer
+#   (`give_back`), and `reclaim` frees it at the beginning of a later call, where no lock is held and waiting is
+#   allowed. What a stream that is just being recorded reads stays for the time after.
+# - Our streams outlive `close` until the last array is back, for its memory is freed on one of them.
 class Memory:
     """Buffers of one device; streams for copies there, for work and for copies back; other streams before and after.
 

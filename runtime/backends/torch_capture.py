@@ -48,6 +48,17 @@ class Recorder(Protocol):
         ...
 
 
+# Why recordings keep memory, and why all of one device share a pool. A CUDA graph replays the device addresses that its
+# kernels had when it was recorded. torch therefore takes the tensors made meanwhile from a private pool, which gives
+# nothing back to the rest of the process as long as one of its graphs lives: else a replay would write into somebody
+# else's tensors. A pool for each graph would hold the activations of every size and batch side by side, although no two
+# graphs ever run at once. In a common pool a later recording uses again what was free at the end of the earlier ones,
+# so that it grows to the largest graph alone if that is recorded first (`DeviceNetwork.warm_up`). The price is a rule:
+# replays of one pool must not overlap, and one may overwrite what another left in memory that was not held when it was
+# recorded. The rule is kept here: every replay is launched on the one stream for work under the lock of
+# `torch_transfer.Ring.computing`, and a result is read by kernels that are launched behind it in the same block.
+# Recording has a stream of its own, because what is recorded is all that this stream is given meanwhile; and the mode
+# "thread_local", because other threads may allocate and copy while it lasts, which "global" would make an error.
 class CudaRecorder:
     """CUDA graphs of one device in one memory pool, recorded on a stream of their own.
 
