@@ -18,7 +18,7 @@ from densegeo.notices import Notices
 from densegeo.records import Results, source_record
 from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
-from densegeo.signals import signals_handed_to
+from densegeo.signals import told
 
 # What would hit every further image alike: the run ends.
 FATAL = (BackendTimeoutError, BundleError, ShutdownError)
@@ -136,7 +136,7 @@ def run_images(
 
     threads = [threading.Thread(target=work, name=f"densegeo-infer-{index}") for index in range(workers)]
     running, fault = len(threads), None
-    with signals_handed_to(ended.put):  # a signal waits in the line of outcomes, so that none of them is lost
+    with told(ended.put):  # a signal waits in the line of outcomes, so that none of them is lost
         for thread in threads:
             thread.start()
         while running:

@@ -39,7 +39,7 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def signals_handed_to(notice: Callable[[KeyboardInterrupt], object]) -> Iterator[None]:
+def told(notice: Callable[[KeyboardInterrupt], object]) -> Iterator[None]:
     """Inside, the first Ctrl-C or SIGTERM is handed to `notice`, which the main thread calls between two of its steps;
     further ones raise.
     """

@@ -160,10 +160,11 @@ class CudaFrames(ABC):
             raise self._failed[bucket.name]
         return self._networks[bucket.name]
 
-    # Why one workspace, and why all engines are loaded before the first is recorded. A recording replays addresses, that
-    # of its workspace among them: one that was replaced by a larger afterwards would leave the recording writing into
-    # freed memory. So the largest need of all sizes and batches is known first. One workspace serves them all, because
-    # their work follows on one stream; a workspace each would be held side by side for as long as the bundle is open.
+    # Why one workspace, and why all engines are loaded before the first is recorded. A recording replays addresses,
+    # that of its workspace among them: one that was replaced by a larger afterwards would leave the recording writing
+    # into freed memory. So the largest need of all sizes and batches is known first. One workspace serves them all,
+    # because their work follows on one stream; a workspace each would be held side by side for as long as the bundle is
+    # open.
     def _open(self) -> None:
         """All networks first, because they share one workspace; then buffers and recordings. Raises BackendError."""
         first, *others = self._manifest.buckets
