@@ -30,7 +30,7 @@ from densegeo.arguments import find_bundle
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import VIEWS, synthetic_split
 from densegeo.benchmarks.layouts import DATASETS, Sample, Split, open_split
-from densegeo.benchmarks.metrics import (
+from densegeo.benchmarks.scores import (
     AnglePool,
     DepthScores,
     NormalScores,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.baseline import Baseline, make_baseline
 from densegeo.benchmarks.timing import flops, interleaved, speedup, summary
-from densegeo.models import chain, fe2e, precision, rewrites
+from densegeo.models import casting, chain, fe2e, rewrites
 from densegeo.models.config import VAEConfig
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
@@ -76,7 +76,7 @@ def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str, without: 
 
     Raises Wrong when the baseline's outputs would prove nothing.
     """
-    dtype = precision.DTYPES[low]
+    dtype = casting.DTYPES[low]
     exact = make_baseline(plain, vae)
     latent = exact.encode(rgb)
     velocity = exact.transform(latent)
@@ -85,7 +85,7 @@ def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str, without: 
     if min(float(t.std()) for t in (latent, velocity, decoded)) < MIN_STD or saturated > MAX_SATURATED:
         raise Wrong("the random model's outputs are nearly constant or saturated: they cannot show an error")
     folded = rewrites.apply(copy.deepcopy(plain), fe2e.REWRITES)
-    fast = precision.cast(rewrites.apply(copy.deepcopy(plain), rewrites.select(fe2e.REWRITES, without)), low)
+    fast = casting.cast(rewrites.apply(copy.deepcopy(plain), rewrites.select(fe2e.REWRITES, without)), low)
     fast.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     authors = make_baseline(plain, vae, dtype=dtype)
     plain_low = make_baseline(plain, vae, dtype=dtype, vae_dtype=dtype)

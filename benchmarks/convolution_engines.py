@@ -24,12 +24,12 @@ from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import MID, SD2_UNET, SD2_VAE
 from densegeo.benchmarks.synthetic import random_fiffdepth
 from densegeo.cli import guarded
-from densegeo.export.engines import EngineOptions, PlannedEngine, build_engine, planned_engines
+from densegeo.export.engine_builder import EngineOptions, PlannedEngine, build_engine, planned_engines
 from densegeo.export.graph_stats import describe
 from densegeo.export.graphs import bucket_examples
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.models import fe2e, fiffdepth, rewrites
-from densegeo.models.precision import DTYPES, cast
+from densegeo.models.casting import DTYPES, cast
 from densegeo.models.quantized import FORMATS, LayerPlan, convolution_fits, quantize_block
 from densegeo.models.rewrites import Pipeline, stage_of
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, FileDigest, Graph, sha256_file

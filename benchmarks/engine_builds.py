@@ -17,8 +17,8 @@ from rich.table import Table
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.cli import guarded
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import EngineOptions
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.runtime.bundle import Manifest, read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings
 from densegeo.size import Size

@@ -39,11 +39,11 @@ from densegeo.errors import ConfigError, ResourceError
 from densegeo.export.sources import SourceOptions, resolve
 from densegeo.files import atomic_write
 from densegeo.models import fe2e
+from densegeo.models.casting import cast_module
 from densegeo.models.chain import relative_error
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.families import FE2E
 from densegeo.models.loading import open_skeleton, open_streamed, rewritten_template
-from densegeo.models.precision import cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.quantized import FORMATS
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, rewritten_parts

@@ -18,8 +18,8 @@ from densegeo.benchmarks.gpu_models import ERROR_FACTOR, LOW, free, fused_networ
 from densegeo.benchmarks.setups import SD2_UNET, SD2_VAE, SMALL_UNET, SMALL_VAE
 from densegeo.benchmarks.synthetic import random_fiffdepth, random_image
 from densegeo.benchmarks.timing import flops
+from densegeo.models import casting, fiffdepth, rewrites
 from densegeo.models import chain as chain_of
-from densegeo.models import fiffdepth, precision, rewrites
 from densegeo.models.chain import relative_error
 from densegeo.models.rewrites import Pipeline
 from densegeo.runtime.backends.torch_capture import settings
@@ -41,7 +41,7 @@ def chain(pipeline: Pipeline, low: bool) -> Network:
     """The stages in plain torch, all in low precision or float32 inputs as they come."""
 
     def run(rgb: Tensor) -> Tensor:
-        latent = pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW] if low else rgb.dtype))
+        latent = pipeline.vae.encoder(rgb.to(casting.DTYPES[LOW] if low else rgb.dtype))
         return pipeline.vae.decoder(pipeline.denoiser(latent)).mean(1)
 
     return run
@@ -71,7 +71,7 @@ def ours(device: str, small: bool) -> DeviceNetwork:
 
 
 def _folded(exact: Pipeline) -> Pipeline:
-    return _channels_last(precision.cast(rewrites.apply(exact, fiffdepth.REWRITES), LOW))
+    return _channels_last(casting.cast(rewrites.apply(exact, fiffdepth.REWRITES), LOW))
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
     rgb = random_image(side, side, seed=2).to(device)
     exact = pipeline_on(device, small)
     reference = chain(exact, low=False)(rgb)
-    plain = precision.cast(copy.deepcopy(exact), LOW)
+    plain = casting.cast(copy.deepcopy(exact), LOW)
     limit = ERROR_FACTOR * relative_error(chain(plain, low=True)(rgb), reference)
     folded = _folded(exact)
     contenders: dict[str, Callable[[], Network]] = {

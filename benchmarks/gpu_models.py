@@ -16,7 +16,7 @@ from densegeo.benchmarks.gpu_kernels import seconds_of
 from densegeo.benchmarks.setups import FULL, MID, SMOKE, Setup
 from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_prompt
 from densegeo.benchmarks.timing import flops
-from densegeo.models import chain, fe2e, precision, rewrites
+from densegeo.models import casting, chain, fe2e, rewrites
 from densegeo.models.chain import relative_error
 from densegeo.models.layers import Attention
 from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, quantize_block
@@ -50,11 +50,11 @@ class Weights:
 
 def make_weights(small: bool, device: str) -> Weights:
     """Random weights on the device; SMOKE's size when `small`."""
-    setup, dtype = SMOKE if small else FULL, precision.DTYPES[LOW]
+    setup, dtype = SMOKE if small else FULL, casting.DTYPES[LOW]
     prompt = random_prompt(setup.tokens, setup.valid, setup.transformer.prompt_dim, seed=0)
     plain = random_pipeline(setup.transformer, setup.vae, prompt, setup.size, seed=1, device=device, dtype=dtype)
     vae = copy.deepcopy(plain.vae).float()
-    precision.cast(plain, LOW)
+    casting.cast(plain, LOW)
     return Weights(setup, plain, vae, device)
 
 
@@ -63,7 +63,7 @@ def folded(weights: Weights, size: Size) -> Pipeline:
     pipeline = copy.deepcopy(weights.plain)
     pipeline.denoiser.resize(size)
     rewrites.apply(pipeline, fe2e.REWRITES)
-    precision.cast(pipeline, LOW)
+    casting.cast(pipeline, LOW)
     pipeline.denoiser.to(weights.device)
     pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return pipeline
@@ -86,7 +86,7 @@ def hard(weights: Weights, size: Size) -> Network:
     pipeline = replace(_resized(weights, size), vae=vae)
     pipeline.denoiser.guidance = None
     _compile(pipeline)
-    return _chain(pipeline, precision.DTYPES[LOW])
+    return _chain(pipeline, casting.DTYPES[LOW])
 
 
 def _resized(weights: Weights, size: Size) -> Pipeline:
@@ -115,7 +115,7 @@ def contenders(weights: Weights, size: Size, rgb: Tensor) -> dict[str, Callable[
         pipeline = folded(weights, size)
         if compiled:
             _compile(pipeline)
-        return _chain(pipeline, precision.DTYPES[LOW])
+        return _chain(pipeline, casting.DTYPES[LOW])
 
     def ours(captured: bool, fp8: bool = False, attention: bool = False) -> Network:
         return device_network(weights, size, captured, rgb if fp8 else None, attention=attention).recorded(1)
@@ -170,11 +170,11 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
         for name, layer in transformer.named_modules()
         if isinstance(layer, kinds) and Transformer.is_block(name)
     ]
-    transformer(pipeline.vae.encoder(rgb.to(precision.DTYPES[LOW])))
+    transformer(pipeline.vae.encoder(rgb.to(casting.DTYPES[LOW])))
     for handle in handles:
         handle.remove()
     for name, block in transformer.blocks():
-        quantize_block(block, name, plans, FORMATS["fp8"], precision.DTYPES[LOW])
+        quantize_block(block, name, plans, FORMATS["fp8"], casting.DTYPES[LOW])
 
 
 @torch.inference_mode()
@@ -190,8 +190,8 @@ def errors(device: str, small: bool) -> dict[str, Any]:
     exact.denoiser.to(device)
     exact.vae.to(device)
     reference = _chain(exact, torch.float32)(rgb)
-    weights = Weights(setup, precision.cast(exact, LOW), exact.vae, device)
-    plain = _chain(weights.plain, precision.DTYPES[LOW])(rgb)
+    weights = Weights(setup, casting.cast(exact, LOW), exact.vae, device)
+    plain = _chain(weights.plain, casting.DTYPES[LOW])(rgb)
     network = device_network(weights, size, captured=True).recorded(1)
     ours, again = network(rgb).clone(), network(rgb)
     fp8 = {}
@@ -214,7 +214,7 @@ def emulated(weights: Weights, size: Size, rgb: Tensor, *, attention: bool) -> T
     to_fp8(pipeline, rgb, attention=attention)
     for network in (pipeline.denoiser, pipeline.vae):
         network.cpu()
-    return _chain(pipeline, precision.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
+    return _chain(pipeline, casting.DTYPES[LOW])(rgb.cpu()).to(rgb.device)
 
 
 class Comparison:
@@ -250,7 +250,7 @@ class Comparison:
     @torch.inference_mode()
     def report(self) -> dict[str, Any]:
         """The figures so far; rates are of the folded work, which is the least."""
-        work = flops(partial(_chain(folded(self._weights, self._size), precision.DTYPES[LOW]), self._rgb))
+        work = flops(partial(_chain(folded(self._weights, self._size), casting.DTYPES[LOW]), self._rgb))
         for row in self._rows.values():
             if "ms" in row:
                 row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9

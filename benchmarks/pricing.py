@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from densegeo.benchmarks.comparisons import EXACT, Wrong
 from densegeo.benchmarks.timing import flops, interleaved, summary
-from densegeo.models import chain, precision, rewrites
+from densegeo.models import casting, chain, rewrites
 from densegeo.models.rewrites import Pipeline, Rewrite
 
 
@@ -70,7 +70,7 @@ def price(
     """
     costs: dict[str, dict[str, Cost]] = {}
     fastest: dict[str, list[str]] = {}
-    other = precision.cast(copy.deepcopy(plain), low)  # stands in for the network a stage does not use
+    other = casting.cast(copy.deepcopy(plain), low)  # stands in for the network a stage does not use
     for stage in (name for name in plain.stages() if any(rewrite.scope.stage == name for rewrite in among)):
         variants = _variants(among, stage)
         distinct = list(dict.fromkeys(variants.values()))
@@ -97,7 +97,7 @@ def price(
                 pipeline.vae = other.vae
             else:
                 pipeline.denoiser = other.denoiser
-            precision.cast(pipeline, low)
+            casting.cast(pipeline, low)
             pipeline.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             sizes[names] = (*_stored(module), count, error)
             calls[str(sorted(names))] = _runner(pipeline, stage, stage_input)

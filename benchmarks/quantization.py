@@ -29,14 +29,14 @@ from densegeo.benchmarks.accuracy import Prediction, Predictor, Row, evaluate, s
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.heldout import SIZE, VIEWS, synthetic_split
 from densegeo.benchmarks.layouts import Sample, Split
-from densegeo.benchmarks.metrics import angles
+from densegeo.benchmarks.scores import angles
 from densegeo.calibration.command import calibrate
 from densegeo.calibration.plan import load_plan
 from densegeo.cli import guarded
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.machine import this_machine
-from densegeo.export.options import BuildOptions
 from densegeo.precision import PRECISIONS
 from densegeo.runtime import Estimator
 from densegeo.training.render import view

@@ -26,7 +26,7 @@ from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import Downsample
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
-from densegeo.runtime.chain import Chain
+from densegeo.runtime.host_chain import Chain
 
 Float32 = NDArray[np.float32]
 GROUP_BYTES = 1 << 30  # inputs that are in memory at a time

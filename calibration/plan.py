@@ -22,8 +22,8 @@ from densegeo.calibration.histogram import Rounded, choose
 from densegeo.calibration.statistics import Identity, Statistics
 from densegeo.errors import QuantizationError
 from densegeo.models import chain
+from densegeo.models.casting import cast
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.precision import cast
 from densegeo.models.quantized import (
     FORMATS,
     AttentionPlan,

@@ -9,19 +9,19 @@ from rich.console import Console
 
 from densegeo.errors import BundleError, CheckpointError
 from densegeo.export import checks, digests, downloads, sources
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.build_plan import Plan, check_resources, make_plan
+from densegeo.export.build_state import Graphs, State, Weights
 from densegeo.export.command_line import flags
 from densegeo.export.display import Display
 from densegeo.export.engine_plan import device_plan
 from densegeo.export.graphs import make_graphs
 from densegeo.export.keys import onnxruntime_version, stage_keys, versions
-from densegeo.export.options import BuildOptions
-from densegeo.export.plan import Plan, check_resources, make_plan
-from densegeo.export.quantization import Quantizer
+from densegeo.export.quantizer import Quantizer
 from densegeo.export.references import make_references
 from densegeo.export.reporting import recommend, report
 from densegeo.export.stages import PROMPT_FILE, Job, make_engines, make_kernels, run_stage
 from densegeo.export.staging import finish_publishing, folder_bytes, locked, publish, remove_published
-from densegeo.export.state import Graphs, State, Weights
 from densegeo.export.weights import make_weights
 from densegeo.kernels.contract import LaunchContract
 from densegeo.models import rewrites

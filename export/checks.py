@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from densegeo.errors import ExportError
 from densegeo.export.blockwise import run_blockwise
 from densegeo.models import chain
-from densegeo.models.precision import cast
+from densegeo.models.casting import cast
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
 from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import STAGES, Bucket, Check, Graph, Stage
-from densegeo.runtime.chain import Chain, assemble_whole
+from densegeo.runtime.host_chain import Chain, assemble_whole
 from densegeo.runtime.images import Frame
 from densegeo.runtime.resample import nearest, place, prepare
 from densegeo.runtime.verify import IMAGE, relative_error, within

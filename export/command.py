@@ -14,8 +14,11 @@ from rich.table import Table
 from densegeo.backends import NAMES
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle, find_files, plan_build
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.build_plan import Plan, check_resources, stage_flops
 from densegeo.export.choice import AUTO, BuildRequest, choose, on_this_gpu
 from densegeo.export.downloads import look, show
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.engine_flags import (
     Builder,
     EngineTimeout,
@@ -27,11 +30,8 @@ from densegeo.export.engine_flags import (
     WorkspaceMib,
 )
 from densegeo.export.engine_plan import CARDS, builder_line, card_verdict, device_plan
-from densegeo.export.engines import EngineOptions
 from densegeo.export.machine import GIB, available_memory, this_machine
-from densegeo.export.options import BuildOptions
-from densegeo.export.plan import Plan, check_resources, stage_flops
-from densegeo.export.quantization import plans_convolutions
+from densegeo.export.quantizer import plans_convolutions
 from densegeo.export.sources import SourceOptions, to_fetch, unnamed
 from densegeo.export.staging import check_output
 from densegeo.export.trial import try_out

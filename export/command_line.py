@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
 
 
 def flags(options: BuildOptions) -> dict[str, list[str]]:

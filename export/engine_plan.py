@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from densegeo.errors import ResourceError
-from densegeo.export.engines import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
+from densegeo.export.build_plan import Plan
+from densegeo.export.engine_builder import BUILD_BASE, EngineOptions, choose_weights, constant_memory, memory_limit
 from densegeo.export.machine import GIB
 from densegeo.export.onnx_graph import query_chunks
-from densegeo.export.plan import Plan
 from densegeo.precision import PRECISIONS
 from densegeo.size import Size
 

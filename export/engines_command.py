@@ -13,6 +13,7 @@ from densegeo.architectures import names
 from densegeo.arguments import Bundle
 from densegeo.backends import ENGINES
 from densegeo.errors import ConfigError
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.engine_flags import (
     Builder,
     EngineTimeout,
@@ -23,7 +24,6 @@ from densegeo.export.engine_flags import (
     WeightStreaming,
     WorkspaceMib,
 )
-from densegeo.export.engines import EngineOptions
 from densegeo.export.machine import first_gpu
 from densegeo.export.renewal import Renewed, renew
 from densegeo.export.trial import try_out

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from densegeo.export import checks
+from densegeo.export.build_state import Graphs, State
 from densegeo.export.display import Bar
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph
 from densegeo.export.stages import CHECKED_ON, Job
-from densegeo.export.state import Graphs, State
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
 from densegeo.precision import PRECISIONS

@@ -12,8 +12,8 @@ import msgspec
 
 import densegeo
 from densegeo.errors import ConfigError
-from densegeo.export.engines import library_version
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.engine_builder import library_version
 from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
 # What our code makes of the same inputs, as numbers: raise one by hand when a stage's files come out otherwise.

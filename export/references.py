@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 
 from densegeo.export import checks
+from densegeo.export.build_state import Bounds, References, State
 from densegeo.export.display import Bar
 from densegeo.export.stages import Job
-from densegeo.export.state import Bounds, References, State
 from densegeo.models.denoiser import AnyDenoiser, elements
 from densegeo.models.loading import open_streamed
 from densegeo.precision import PRECISIONS

@@ -21,7 +21,7 @@ from densegeo.backends import ENGINES
 from densegeo.errors import ConfigError, KernelError, ResourceError
 from densegeo.export.cubins import check_architectures, write_cubins
 from densegeo.export.display import Display
-from densegeo.export.engines import EngineOptions, PlannedEngine, build_engines, planned_engines
+from densegeo.export.engine_builder import EngineOptions, PlannedEngine, build_engines, planned_engines
 from densegeo.export.machine import GIB
 from densegeo.export.staging import locked
 from densegeo.files import atomic_write

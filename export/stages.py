@@ -1,7 +1,7 @@
 """What the stages of a build share, and the two that make what GPUs run: kernels and engines.
 
 Each stage is a function of the job and of what lies in the bundle's folder; it changes neither the job's modules nor
-anybody else's files, and returns a record; see `export.state`.
+anybody else's files, and returns a record; see `export.build_state`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import TypeVar
 import msgspec
 
 from densegeo.backends import backend_row
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.build_plan import Plan
+from densegeo.export.build_state import Engines, Kernels, StageRecord, State
 from densegeo.export.cubins import write_cubins
 from densegeo.export.display import Display
-from densegeo.export.engines import build_engines, planned_engines
-from densegeo.export.options import BuildOptions
-from densegeo.export.plan import Plan
-from densegeo.export.quantization import Quantizer
-from densegeo.export.state import Engines, Kernels, StageRecord, State
+from densegeo.export.engine_builder import build_engines, planned_engines
+from densegeo.export.quantizer import Quantizer
 from densegeo.models import rewrites
+from densegeo.models.casting import cast_module
 from densegeo.models.loading import Files
-from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
 from densegeo.runtime.backends.tensorrt_kernels import launched

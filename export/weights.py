@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 from densegeo.export import checks
+from densegeo.export.build_state import Bounds, State, Weights
 from densegeo.export.display import Display
 from densegeo.export.onnx_graph import write_weights
 from densegeo.export.ranges import RangeRecorder
 from densegeo.export.references import counting_blocks
 from densegeo.export.stages import PROMPT_FILE, Job
-from densegeo.export.state import Bounds, State, Weights
 from densegeo.models import rewrites
+from densegeo.models.casting import cast_module
 from densegeo.models.denoiser import elements
 from densegeo.models.loading import open_streamed
-from densegeo.models.precision import cast_module
 from densegeo.models.prompt import write_prompt
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.streaming import BlockFile, write_rewritten

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from densegeo.models import rewrites
+from densegeo.models.casting import cast_module
 from densegeo.models.checkpoint import LoraUpdate, Stored, as_is, read_lora
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.precision import cast_module
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.models.weight_file import opened
 from densegeo.precision import PRECISIONS

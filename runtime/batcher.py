@@ -27,10 +27,10 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeVar, cast
 from weakref import WeakSet
 
+from densegeo.argument_checks import number_of, shown, whole_of
 from densegeo.errors import BackendError, BackendTimeoutError, ConfigError, DeadlineError, DensegeoError, ShutdownError
-from densegeo.given import number_of, shown, whole_of
-from densegeo.runtime.metrics import Metrics
 from densegeo.runtime.queueing import BoundedQueue, Entry
+from densegeo.runtime.request_metrics import Metrics
 
 T = TypeVar("T")
 R = TypeVar("R")

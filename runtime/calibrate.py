@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from densegeo.argument_checks import number_of, one_of
 from densegeo.errors import CalibrationError, MissingOutputError
-from densegeo.given import number_of, one_of
 from densegeo.outputs import DepthKind
 from densegeo.runtime.anchors import (
     LOCAL_ERROR,

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from densegeo.argument_checks import items_of, number_of, one_of, path_of, require_flags, shown, size_of
 from densegeo.errors import ConfigError
-from densegeo.given import items_of, number_of, one_of, path_of, require_flags, shown, size_of
 from densegeo.runtime import camera_info
 from densegeo.runtime.lens import LENSES, Lens, distort, undistort
 from densegeo.size import Size

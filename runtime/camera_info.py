@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import number_of, shown
 from densegeo.errors import ConfigError
-from densegeo.given import number_of, shown
 from densegeo.runtime.lens import LENSES, Lens
 
 _MATRICES = {"k": ("k", "K", "camera_matrix"), "p": ("p", "P", "projection_matrix")}

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import one_of, require_flags, shown
 from densegeo.errors import ConfigError
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
-from densegeo.given import one_of, require_flags, shown
 from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import MILLIMETRES_MAX, Geometry
 from densegeo.runtime.meshes import glb_part, ply_part

@@ -18,25 +18,25 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import number_of, one_of, require_flags, shown, whole_of
 from densegeo.colors import Color
 from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
-from densegeo.given import number_of, one_of, require_flags, shown, whole_of
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.backends.sharing import Sharing
 from densegeo.runtime.batcher import BatchOptions
 from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manifest
-from densegeo.runtime.chain import Chain, assemble_whole
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Original, Process, keep_in_children
+from densegeo.runtime.host_chain import Chain, assemble_whole
 from densegeo.runtime.images import MAX_PIXELS, device_size
 from densegeo.runtime.levels import Range
 from densegeo.runtime.metric import from_parameters, number
-from densegeo.runtime.metrics import Metrics
+from densegeo.runtime.queue_service import Service
 from densegeo.runtime.ready import FOLDER, find_bundle
+from densegeo.runtime.request_metrics import Metrics
 from densegeo.runtime.resample import choose_bucket, place
 from densegeo.runtime.runner import Runner
-from densegeo.runtime.service import Service
 from densegeo.runtime.stream import Stream
 from densegeo.runtime.ways import AuthorsWay, DeviceWay, HostWay, Way
 

@@ -86,9 +86,9 @@ _LAUNCH = (f"{_RUNTIME}.backends.cuda_kernels", "Kernels.launch")
 FAULTS: dict[str, dict[str, tuple[tuple[str, str], Change]]] = {
     "host": {
         "preprocess": ((f"{_RUNTIME}.ways", "prepare"), _after(lambda rgb: rgb[:, ::-1].copy())),
-        "split": ((f"{_RUNTIME}.chain", "latents_of"), _after(lambda latents: -latents)),
-        "resize": ((f"{_RUNTIME}.chain", "restore"), _after(lambda plane: plane[:, ::-1])),
-        "normals": ((f"{_RUNTIME}.chain", "turned"), _after(lambda normals: -normals)),
+        "split": ((f"{_RUNTIME}.host_chain", "latents_of"), _after(lambda latents: -latents)),
+        "resize": ((f"{_RUNTIME}.host_chain", "restore"), _after(lambda plane: plane[:, ::-1])),
+        "normals": ((f"{_RUNTIME}.host_chain", "turned"), _after(lambda normals: -normals)),
     },
     "torch": {
         "preprocess": ((_TORCH, "preprocess"), _after(lambda rgb: rgb.flip(1))),

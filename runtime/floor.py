@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import number_of, shown
 from densegeo.errors import CalibrationError, MissingOutputError
-from densegeo.given import number_of, shown
 from densegeo.runtime.anchors import LOCAL_ERROR, SHARED
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.evidence import Evidence

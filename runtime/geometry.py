@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from densegeo.argument_checks import path_of, require_flags, shown
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
-from densegeo.given import path_of, require_flags, shown
 from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.decode import turned

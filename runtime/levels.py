@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import number_of, shown
 from densegeo.errors import ConfigError, ImageError, ImageWarning
-from densegeo.given import number_of, shown
 
 Range = tuple[float, float]  # the values of black and of white
 _DEPTHS = (8, 10, 12, 14)  # bits that cameras put into types of more

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import number_of, shown
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError
-from densegeo.given import number_of, shown
 from densegeo.outputs import DepthKind
 from densegeo.runtime.evidence import Evidence
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from densegeo.argument_checks import items_of, number_of, shown
 from densegeo.errors import ConfigError
-from densegeo.given import items_of, number_of, shown
 from densegeo.outputs import FRAMES
 from densegeo.runtime.colormap import colorize
 from densegeo.runtime.geometry import Geometry

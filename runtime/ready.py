@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from densegeo.argument_checks import shown
 from densegeo.errors import BundleError
-from densegeo.given import shown
 
 FOLDER = Path(__file__).parent / "bundles"  # made by `make ready-bundle`
 

@@ -13,7 +13,7 @@ from densegeo.runtime.bundle import Manifest
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.images import MAX_PIXELS, load_image, require_several
 from densegeo.runtime.levels import Range
-from densegeo.runtime.metrics import Metrics, StageTimings
+from densegeo.runtime.request_metrics import Metrics, StageTimings
 from densegeo.runtime.ways import Float, Job, Way
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from densegeo.argument_checks import number_of, require_flags, shown, whole_of
 from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
-from densegeo.given import number_of, require_flags, shown, whole_of
 from densegeo.runtime.camera import Camera, CameraLike
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Process
-from densegeo.runtime.metrics import Metrics
+from densegeo.runtime.request_metrics import Metrics
 from densegeo.runtime.tracker import ScaleTracker, checked_motion
 
 log = logging.getLogger("densegeo")

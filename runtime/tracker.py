@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from densegeo.argument_checks import shown
 from densegeo.errors import CalibrationError, ConfigError
-from densegeo.given import shown
 from densegeo.runtime.anchors import AnchorFit, Method, sample
 from densegeo.runtime.calibrate import SceneMeasurements, anchor_fit, finished, gather
 from densegeo.runtime.camera import Camera, CameraLike

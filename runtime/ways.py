@@ -16,9 +16,9 @@ from densegeo.colors import Color
 from densegeo.outputs import Maps
 from densegeo.runtime.backends import Backend, FrameBackend
 from densegeo.runtime.bundle import Bucket, Manifest
-from densegeo.runtime.chain import Chain, assemble
+from densegeo.runtime.host_chain import Chain, assemble
 from densegeo.runtime.images import Frame
-from densegeo.runtime.metrics import StageTimings
+from densegeo.runtime.request_metrics import StageTimings
 from densegeo.runtime.resample import (
     Placement,
     authors_bucket,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from densegeo.argument_checks import items_of, shown
 from densegeo.errors import ConfigError, ResourceError
 from densegeo.formats import SIDECAR
-from densegeo.given import items_of, shown
 from densegeo.runtime.encoders import Extras, Part, parts
 from densegeo.runtime.geometry import Geometry
 

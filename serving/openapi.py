@@ -13,7 +13,7 @@ from densegeo import __version__
 from densegeo.serving import plain
 from densegeo.serving.answers import Error
 from densegeo.serving.failures import FAILURES
-from densegeo.serving.metres import Metres
+from densegeo.serving.metric_options import Metres
 from densegeo.serving.routes import HEADER_LENGTH, ROWS, Row
 
 _REF = "#/components/schemas/{name}"

@@ -27,7 +27,7 @@ from densegeo.formats import RESULTS
 from densegeo.outputs import Decode
 from densegeo.runtime import Geometry
 from densegeo.serving.body import parts
-from densegeo.serving.metres import METRES, Metres, read_metres
+from densegeo.serving.metric_options import METRES, Metres, read_metres
 from densegeo.serving.options import Options
 
 IMAGE = "image"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from densegeo.errors import NotMetricError, RequestError
 from densegeo.outputs import Decode
 from densegeo.runtime import Geometry
-from densegeo.serving.metres import METRES, Metres, read_metres
+from densegeo.serving.metric_options import METRES, Metres, read_metres
 
 INPUT = "image"
 EXTENSIONS = ("binary_tensor_data", "parameters", "model_repository")

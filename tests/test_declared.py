@@ -146,7 +146,7 @@ def test_a_build_takes_whichever_onnxruntime_is_installed(monkeypatch: pytest.Mo
 
 def test_a_build_without_onnxruntime_says_so_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from densegeo.export.build import build_bundle
-    from densegeo.export.options import BuildOptions
+    from densegeo.export.build_options import BuildOptions
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     options = BuildOptions(model="fe2e", output=tmp_path / "bundle")

@@ -27,7 +27,7 @@ from densegeo.outputs import Decode
 from densegeo.runtime import Estimator, Geometry
 from densegeo.serving.failures import failure
 from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
-from densegeo.serving.metres import METRES, Metres, read_metres
+from densegeo.serving.metric_options import METRES, Metres, read_metres
 from densegeo.serving.options import MAX_PIXELS
 from densegeo.serving.v2 import INPUT, known_parameters, output_names, require_output
 from densegeo.signals import EXIT_HUNG

@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from densegeo.argument_checks import require_text
 from densegeo.backends import BACKENDS, BackendRow
 from densegeo.colors import Color
 from densegeo.errors import BackendError, ConfigError
-from densegeo.given import require_text
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import Maps
 from densegeo.runtime.backends.sharing import ALONE, Sharing, check_sharing

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from densegeo.argument_checks import integer_of, shown
 from densegeo.errors import BackendError, ConfigError
-from densegeo.given import integer_of, shown
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, Manifest, Stage
 
 FLOAT = 4  # bytes

@@ -24,11 +24,11 @@ from densegeo.colors import Color
 from densegeo.errors import BackendError, CheckpointError
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.models import rewrites
+from densegeo.models.casting import DTYPES
 from densegeo.models.config import VAEConfig
 from densegeo.models.denoiser import AnyDenoiser, Denoiser
 from densegeo.models.families import FAMILIES
 from densegeo.models.loading import load_rewritten
-from densegeo.models.precision import DTYPES
 from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline

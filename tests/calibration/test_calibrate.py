@@ -22,7 +22,7 @@ from densegeo.calibration.plan import Budget, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
 from densegeo.export.build import build_bundle
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.sources import SourceOptions
 from densegeo.inspection import print_manifest
 from densegeo.runtime import Estimator

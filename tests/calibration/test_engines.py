@@ -10,7 +10,7 @@ from densegeo.benchmarks.convolution_engines import conversions, scaled_after
 from densegeo.calibration.plan import load_plan
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import EngineOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.models.rewrites import stage_of
 from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.engine_log import parse_log, read_log, warnings

@@ -10,8 +10,8 @@ import torch
 
 from densegeo.calibration.plan import load_plan
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import EngineOptions
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.sources import SourceOptions
 from densegeo.models.chain import relative_error
 from densegeo.models.rewrites import stage_of

@@ -18,7 +18,7 @@ from densegeo.errors import ConfigError, QuantizationError
 from densegeo.export.build import build_bundle
 from densegeo.inputs import find_images
 from densegeo.models import chain
-from densegeo.models.precision import cast
+from densegeo.models.casting import cast
 from densegeo.models.quantized import FORMATS, quantize_block
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest

@@ -22,7 +22,7 @@ from densegeo.runtime.bundle import (
 )
 from densegeo.runtime.engines import fingerprint
 from densegeo.runtime.tensorfile import tensor_offsets
-from tests.cuda.engines import WORKSPACE, engine_file
+from tests.cuda.engine_double import WORKSPACE, engine_file
 
 ARCHITECTURE = 89  # the stand-in driver's
 

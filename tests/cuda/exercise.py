@@ -23,9 +23,9 @@ from densegeo.runtime.bundle import read_manifest
 from densegeo.runtime.tensorfile import read_tensors
 from densegeo.runtime.verify import relative_error, run_stages, verify, within
 from tests.cuda.bundles import ARCHITECTURE
-from tests.cuda.engines import StandInTensorRT
+from tests.cuda.engine_double import StandInTensorRT
 from tests.cuda.foreign import Image, InterfaceImage, Reading
-from tests.cuda.references import References
+from tests.cuda.kernel_references import References
 from tests.cuda.standin import Driver
 from tests.cuda.twin import float32_bundle
 

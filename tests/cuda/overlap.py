@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from densegeo.runtime import Estimator
 from densegeo.runtime.backends.cuda_memory import host_view
 from densegeo.runtime.backends.cuda_ring import Slot
-from tests.cuda.engines import StandInContext
+from tests.cuda.engine_double import StandInContext
 from tests.cuda.exercise import Setup
 
 LONG_S = 20  # nothing here takes as long

@@ -125,13 +125,13 @@ def test_the_lowest_versions_are_pyprojects() -> None:
 
 def test_the_stand_ins_have_nothing_that_tensorrt_lacks() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    from tests.cuda import engines
+    from tests.cuda import engine_double
 
     pairs = {
-        engines.StandInEngine: trt.ICudaEngine,
-        engines.StandInContext: trt.IExecutionContext,
-        engines.StandInConfig: trt.IRuntimeConfig,
-        engines.StandInCache: trt.IRuntimeCache,
+        engine_double.StandInEngine: trt.ICudaEngine,
+        engine_double.StandInContext: trt.IExecutionContext,
+        engine_double.StandInConfig: trt.IRuntimeConfig,
+        engine_double.StandInCache: trt.IRuntimeCache,
     }
     for ours, real in pairs.items():
         public = {name for name, value in vars(ours).items() if name[0] != "_" and not isinstance(value, bytes)}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from densegeo.errors import NotMetricError
 from densegeo.runtime import Estimator
-from tests.support.pages import blocks
+from tests.support.documentation import blocks
 from tests.support.project import ROOT
 
 DOCS = ROOT / "docs"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from densegeo import cli
 from tests.resolution import project
-from tests.support.pages import PAGES, Command, commands
+from tests.support.documentation import PAGES, Command, commands
 from tests.support.project import ROOT
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -174,7 +174,7 @@ def test_photographs(folder: Path) -> None:
 @pytest.mark.thorough
 def test_films(folder: Path) -> None:
     pytest.importorskip("av")
-    from tests.support.films import pictures, write_film
+    from tests.support.film_files import pictures, write_film
 
     write_film(folder / "walk.mp4", pictures(3), [0, 0.1, 0.2])
     for line in lines(*RUN["films"]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.pages import PAGES, commands, prose
+from tests.support.documentation import PAGES, commands, prose
 from tests.support.project import ROOT
 
 LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")

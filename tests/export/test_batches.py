@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from densegeo.benchmarks.latency import run
 from densegeo.errors import ConfigError
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage, read_manifest
 from densegeo.runtime.tensorfile import read_tensors

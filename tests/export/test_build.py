@@ -119,7 +119,7 @@ def test_an_unwritable_output_is_a_typed_error(checkpoint, tmp_path):
 
 
 def test_too_little_memory_or_disk_stops_the_build_early(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("densegeo.export.plan.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("densegeo.export.build_plan.available_memory", lambda: 1 << 20)
     with pytest.raises(ResourceError, match=r"GiB of memory"):
         build_bundle(options(checkpoint, tmp_path / "bundle"))
     monkeypatch.undo()

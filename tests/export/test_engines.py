@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from densegeo.errors import ConfigError, DigestError, EngineError, ResourceError
-from densegeo.export import engines
+from densegeo.export import engine_builder
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import (
+from densegeo.export.engine_builder import (
     EngineOptions,
     build_engine,
     build_engines,
@@ -133,7 +133,7 @@ def test_an_engine_with_the_same_fingerprint_is_not_built_again(
     directory, manifest = bundle
     copy = tmp_path / "copy"
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("engines"))
-    monkeypatch.setattr(engines, "build_engine", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(engine_builder, "build_engine", lambda *_: pytest.fail("built again"))
     settings = EngineOptions(library="tensorrt_rtx", weights=manifest.engines[0].weights)
     needed = planned_engines(manifest.buckets, manifest.precision, TARGETS, settings, manifest.files)
     found = list(build_engines(copy, needed, settings, old=(directory, manifest), progress=str))
@@ -145,8 +145,8 @@ def test_an_engine_with_the_same_fingerprint_is_not_built_again(
 def test_a_damaged_engine_is_not_reused(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
     directory, manifest = damaged_copy(bundle, tmp_path)
     record = manifest.engines[0]
-    assert engines.reusable(directory, manifest, record.fingerprint) is None
-    assert engines.reusable(directory, manifest, manifest.engines[1].fingerprint) == manifest.engines[1]
+    assert engine_builder.reusable(directory, manifest, record.fingerprint) is None
+    assert engine_builder.reusable(directory, manifest, manifest.engines[1].fingerprint) == manifest.engines[1]
 
 
 def damaged_copy(bundle: tuple[Path, Manifest], tmp_path: Path) -> tuple[Path, Manifest]:
@@ -302,7 +302,7 @@ def wanted(stem: str) -> Engine:
         weights_sha256="",
         precision="fp16",
         library="tensorrt_rtx",
-        version=engines.library_version("tensorrt_rtx"),
+        version=engine_builder.library_version("tensorrt_rtx"),
         architectures=["sm_89"],
         weights="constant",
         options={},

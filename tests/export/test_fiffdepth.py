@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from densegeo.cli import app
 from densegeo.errors import CheckpointError, ConfigError
 from densegeo.export.build import build_bundle
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.command import bucket_sizes
-from densegeo.export.options import BuildOptions
 from densegeo.export.sources import SourceOptions
 from densegeo.models.fiffdepth import NAMES
 from densegeo.runtime import Estimator

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 
 from densegeo.errors import MissingOutputError  # noqa: E402
 from densegeo.export.build import build_bundle  # noqa: E402
-from densegeo.export.options import BuildOptions  # noqa: E402
+from densegeo.export.build_options import BuildOptions  # noqa: E402
 from densegeo.export.sources import SourceOptions  # noqa: E402
 from densegeo.models.families import FAMILIES, FIFFDEPTH  # noqa: E402
 from densegeo.models.presets import PRESETS, Preset  # noqa: E402

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from densegeo.errors import CheckpointError, ConfigError
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.command import dry_run_report
 from densegeo.export.digests import inputs
-from densegeo.export.options import BuildOptions
 from densegeo.export.sources import SourceOptions, resolve
 from densegeo.models.families import FAMILIES
 from tests.support.diffusers_checkpoint import CASES, modules, prompt

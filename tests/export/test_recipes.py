@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from densegeo.cli import app
 from densegeo.export import command, keys
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.command_line import flags
-from densegeo.export.engines import EngineOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.graphs import bucket_examples
 from densegeo.export.keys import RECIPES, stage_keys, versions
 from densegeo.export.onnx_graph import export_graph
-from densegeo.export.options import BuildOptions
 from densegeo.export.sources import SourceOptions
 from densegeo.runtime import ready
 from densegeo.runtime.backends.torch_modules import load_networks

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from densegeo.errors import ConfigError, DigestError, EngineError, KernelError, ResourceError
-from densegeo.export import engines, engines_command, renewal
-from densegeo.export.engines import EngineOptions
+from densegeo.export import engine_builder, engines_command, renewal
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.renewal import renew
 from densegeo.runtime import measured, ready, state
 from densegeo.runtime.bundle import (
@@ -185,7 +185,7 @@ def test_a_failure_while_it_is_put_in_place_leaves_the_bundle_as_it_was(
     assert leftovers(bundle.parent) == []
 
 
-def copied_engines(work: Path, wanted: list[engines.PlannedEngine], *_: object, **__: object) -> list[Engine]:
+def copied_engines(work: Path, wanted: list[engine_builder.PlannedEngine], *_: object, **__: object) -> list[Engine]:
     """In the place of building: files of the right names."""
     for one in wanted:
         for name in (one.engine.file, one.engine.log):

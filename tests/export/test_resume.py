@@ -23,15 +23,15 @@ import pytest
 from rich.console import Console
 
 from densegeo.errors import EngineError, ExportError, KernelError, ResourceError
-from densegeo.export import digests, engines, graphs, references, stages, weights
+from densegeo.export import digests, engine_builder, graphs, references, stages, weights
 from densegeo.export.build import build_bundle
-from densegeo.export.engines import EngineOptions
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.keys import StageKeys, stage_keys
-from densegeo.export.options import BuildOptions
 from densegeo.export.staging import LOCK, locked, staging_folder
 from densegeo.runtime.bundle import STAGES, Engine, Source, check_files, read_manifest, sha256_file
 from tests.support.checkpoints import leftovers, options, run_build, write_checkpoint
-from tests.support.graphs import command
+from tests.support.traced_graphs import command
 
 pytestmark = pytest.mark.timeout(900)
 STAGING = ".bundle.building"
@@ -155,7 +155,9 @@ def failed(small: Path, tmp_path_factory: pytest.TempPathFactory, graphs_once: P
     output = tmp_path_factory.mktemp("failed") / "bundle"
     built: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "build_engine", fake_builder(built, {"decoder": EngineError("the builder crashed")}))
+        patch.setattr(
+            engine_builder, "build_engine", fake_builder(built, {"decoder": EngineError("the builder crashed")})
+        )
         with pytest.raises(EngineError) as caught:
             build_bundle(with_engines(small, output))
     assert built == ["encoder", "denoiser"]
@@ -171,7 +173,7 @@ def built(failed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """The stages of the engines that a build beside a copy of the failed one made; it reads and exports nothing."""
     shutil.copytree(failed, tmp_path / STAGING)
     stages_built: list[str] = []
-    monkeypatch.setattr(engines, "build_engine", fake_builder(stages_built, {}))
+    monkeypatch.setattr(engine_builder, "build_engine", fake_builder(stages_built, {}))
     monkeypatch.setattr(references, "open_streamed", refuse("the checkpoint was read"))
     monkeypatch.setattr(weights, "open_streamed", refuse("the checkpoint was read"))
     monkeypatch.setattr(graphs, "export_graph", refuse("a graph was exported"))
@@ -213,7 +215,7 @@ def test_interrupted_between_engines(
     small: Path, tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / STAGING / "engines.json").unlink()
-    monkeypatch.setattr(engines, "build_engine", fake_builder(built, {"denoiser": KeyboardInterrupt()}))
+    monkeypatch.setattr(engine_builder, "build_engine", fake_builder(built, {"denoiser": KeyboardInterrupt()}))
     with pytest.raises(KeyboardInterrupt):
         build_bundle(with_engines(small, tmp_path / "bundle"))
     assert built == ["encoder"]
@@ -222,7 +224,7 @@ def test_interrupted_between_engines(
         (["encoder_48x32", "ampere"], ["engine"]),
         (["encoder_48x32", "ampere"], ["log", "gz"]),
     ]
-    monkeypatch.setattr(engines, "build_engine", fake_builder(built, {}))
+    monkeypatch.setattr(engine_builder, "build_engine", fake_builder(built, {}))
     build_bundle(with_engines(small, tmp_path / "bundle"))
     assert built == list(STAGES)
     require_whole(tmp_path / "bundle", STAGES)
@@ -287,8 +289,8 @@ def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
     assert keys(architectures=(80,)).graphs == plain.graphs
     assert keys(architectures=(80,)).kernels != plain.kernels
     assert plain.engines == ""
-    engines = EngineOptions(library="tensorrt_rtx")
-    assert keys(backend="tensorrt", engines=engines).engines == plain.graphs
+    engine_builder = EngineOptions(library="tensorrt_rtx")
+    assert keys(backend="tensorrt", engines=engine_builder).engines == plain.graphs
     assert keys(digest="1" * 64).references != plain.references
     assert keys(digest="1" * 64).weights != plain.weights
 
@@ -341,7 +343,7 @@ def test_a_full_disk_leaves_nothing_even_of_finished_stages(
     small: Path, tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(engines, "build_engine", fake_builder(built, {"decoder": full}))
+    monkeypatch.setattr(engine_builder, "build_engine", fake_builder(built, {"decoder": full}))
     with pytest.raises(ResourceError, match=r"cannot write the bundle.*Nothing is left behind"):
         build_bundle(with_engines(small, tmp_path / "bundle"))
     assert list(tmp_path.iterdir()) == []
@@ -352,7 +354,7 @@ def test_too_little_memory_or_disk_leaves_finished_stages(
 ) -> None:
     before = files_of(tmp_path / STAGING)
     with monkeypatch.context() as patch:
-        patch.setattr("densegeo.export.plan.available_memory", lambda: 1 << 20)
+        patch.setattr("densegeo.export.build_plan.available_memory", lambda: 1 << 20)
         with pytest.raises(ResourceError, match="GiB of memory"):
             build_bundle(with_engines(small, tmp_path / "bundle"))
     with monkeypatch.context() as patch:

@@ -19,7 +19,7 @@ from densegeo.models.families import FE2E
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint
 from densegeo.runtime.bundle import read_manifest
 from tests.support.checkpoints import CONFIG, SMALL, SMALL_VAE
-from tests.support.graphs import command
+from tests.support.traced_graphs import command
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from densegeo.export.engines import EngineOptions
+from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.renewal import renew
 from densegeo.runtime.backends.tensorrt_context import make_context
 from densegeo.runtime.backends.tensorrt_engines import load_library

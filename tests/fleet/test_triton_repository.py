@@ -29,7 +29,7 @@ from densegeo.fleet.triton_model import (
 )
 from densegeo.fleet.triton_repository import CONFIG, Deployment, export, versions
 from densegeo.runtime import Estimator
-from densegeo.serving.metres import Metres
+from densegeo.serving.metric_options import Metres
 from tests.support.toy_bundle import DECODE
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from densegeo.outputs import Decode, Output
 from densegeo.runtime import decode
-from densegeo.runtime.chain import assemble
+from densegeo.runtime.host_chain import assemble
 from densegeo.runtime.images import load_image
 from densegeo.runtime.metric import SPACES, Calibration, metric_depth
 from densegeo.runtime.resample import Placement, place, prepare, restore

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from densegeo.models import chain, fe2e, rewrites
+from densegeo.models.casting import cast, cast_module
 from densegeo.models.families import FE2E
 from densegeo.models.fe2e import NAMES
 from densegeo.models.loading import Files, load_pipeline, open_skeleton, open_streamed, rewritten_template
-from densegeo.models.precision import cast, cast_module
 from densegeo.models.presets import AUTHORS_FILES
 from densegeo.models.streaming import BlockFile, SafetensorsWriter, write_rewritten
 from densegeo.models.transformer import Transformer

@@ -15,7 +15,7 @@ from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.images import ENCODINGS, read_compressed, read_image
 from densegeo.runtime.images import load_image
 from tests.support.ros import T, header, image
-from tests.support.ycbcr import rgb64
+from tests.support.ycbcr_reference import rgb64
 
 PATTERNS = ("rggb", "bggr", "gbrg", "grbg")
 

@@ -25,7 +25,7 @@ from densegeo.errors import (
 )
 from densegeo.runtime import Estimator
 from densegeo.runtime.batcher import Batcher, BatchOptions
-from densegeo.runtime.metrics import COUNTERS, Metrics
+from densegeo.runtime.request_metrics import COUNTERS, Metrics
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -594,7 +594,7 @@ def test_an_estimator_with_a_hanging_backend_closes(bundle: Path, gate: Gate) ->
 EXIT = """
 import sys, threading, time
 import densegeo.runtime.batcher as b
-from densegeo.runtime.metrics import Metrics
+from densegeo.runtime.request_metrics import Metrics
 entered = threading.Event()
 def run(payloads):
     entered.set()

@@ -15,7 +15,7 @@ from densegeo.errors import ImageError
 from densegeo.runtime import Estimator
 from densegeo.runtime.images import MIN_SIDE, device_size, load_image
 from densegeo.runtime.ycbcr import from_ycbcr
-from tests.support.ycbcr import YCBCR, camera_bytes, rgb64
+from tests.support.ycbcr_reference import YCBCR, camera_bytes, rgb64
 
 
 @pytest.mark.parametrize("color", YCBCR)

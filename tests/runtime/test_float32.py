@@ -24,7 +24,7 @@ def test_tensorrt_builds_engines_without_tf32() -> None:
     code = """
 import tensorrt_rtx as trt
 from densegeo.export.engine_worker import Spec, _configure
-from densegeo.export.engines import EngineOptions
+from densegeo.export.engine_builder import EngineOptions
 builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
 config = builder.create_builder_config()
 options = EngineOptions().settings()

@@ -21,7 +21,7 @@ from densegeo.errors import BackendError, BackendTimeoutError, DeadlineError, Qu
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import Bucket, Stage
 from densegeo.runtime.geometry import Geometry
-from densegeo.runtime.metrics import COUNTERS
+from densegeo.runtime.request_metrics import COUNTERS
 from tests.support.doubles import Gate, constant_image, fake_estimator, level_of
 
 pytestmark = [

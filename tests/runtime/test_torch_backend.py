@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 from densegeo.errors import BackendError, ConfigError  # noqa: E402
 from densegeo.export.onnx_graph import write_weights  # noqa: E402
 from densegeo.models import fe2e, rewrites  # noqa: E402
+from densegeo.models.casting import cast  # noqa: E402
 from densegeo.models.families import FE2E  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline, load_rewritten  # noqa: E402
-from densegeo.models.precision import cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402

@@ -29,7 +29,7 @@ from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_modules import TorchBackend, require_precision  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import RING, Ring  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402
-from densegeo.runtime.chain import Chain, assemble  # noqa: E402
+from densegeo.runtime.host_chain import Chain, assemble  # noqa: E402
 from densegeo.runtime.resample import choose_bucket, place  # noqa: E402
 from densegeo.size import Size  # noqa: E402
 

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from densegeo.models import fe2e, rewrites  # noqa: E402
+from densegeo.models.casting import DTYPES, cast  # noqa: E402
 from densegeo.models.chain import relative_error  # noqa: E402
 from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
-from densegeo.models.precision import DTYPES, cast  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
 from densegeo.models.quantized import (  # noqa: E402
     FORMATS,

@@ -17,7 +17,7 @@ from PIL import Image
 from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.ready import find_bundle
 from densegeo.serving import plain
-from densegeo.serving.metres import METRES
+from densegeo.serving.metric_options import METRES
 from densegeo.serving.routes import ROWS
 from tests.support.project import ROOT
 from tests.support.serving import Served, metrics, served

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from densegeo.export.options import BuildOptions
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.sources import SourceOptions
 from densegeo.models.config import TransformerConfig, VAEConfig
 from densegeo.models.presets import write_random_checkpoint

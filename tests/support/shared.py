@@ -52,7 +52,7 @@ def once(shared_folder: Path) -> Once:
 def graphs_once(shared_folder: Path) -> Iterator[Path]:
     """Builds in this process trace equal graphs once a run, and keep them in this folder."""
     from densegeo.export import graphs
-    from tests.support.graphs import remembering, sharing_operators
+    from tests.support.traced_graphs import remembering, sharing_operators
 
     folder = shared_folder / "graphs"
     folder.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def graphs_once(shared_folder: Path) -> Iterator[Path]:
 def build_once(once: Once, graphs_once: Path) -> Build:
     """The bundle of these `BuildOptions`, without `output`."""
     from densegeo.export.build import build_bundle
-    from densegeo.export.options import BuildOptions
+    from densegeo.export.build_options import BuildOptions
 
     def build(**options: Any) -> Path:
         build_options = BuildOptions(output=Path("bundle"), **options)

@@ -8,9 +8,9 @@ import msgspec
 
 from densegeo.backends import ENGINES, NAMES
 from densegeo.errors import ConfigError
-from densegeo.export import quantization, sources
+from densegeo.export import quantizer, sources
 from densegeo.export.cubins import check_architectures
-from densegeo.export.engines import EngineOptions, target_groups
+from densegeo.export.engine_builder import EngineOptions, target_groups
 from densegeo.models import rewrites
 from densegeo.models.presets import PRESETS, preset
 from densegeo.precision import precision_row
@@ -50,7 +50,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"To build others of its architecture, say --model {' or '.join(others)}"
             )
         precision_row(self.precision)
-        base = quantization.checked_base(self.precision, self.base, self.calibration)
+        base = quantizer.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in NAMES:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(NAMES)}")
         rewrites.select(row.family.rewrites, self.without)

@@ -25,7 +25,7 @@ from densegeo.runtime.tensorfile import tensor_offsets
 from densegeo.runtime.verify import relative_error
 from densegeo.runtime.ycbcr import from_ycbcr
 from tests.cuda.case import case, close_to, foreign, logged, opened, refusing
-from tests.cuda.engines import WORKSPACE
+from tests.cuda.engine_double import WORKSPACE
 from tests.cuda.exercise import BOUND, DEVICE, Setup
 from tests.cuda.foreign import Image, InterfaceImage, Reading
 

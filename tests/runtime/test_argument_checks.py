@@ -254,7 +254,7 @@ TABLES = {
 }
 # what takes anything at all, or what the tables hold for another method that hands it on
 ANYTHING = {
-    ("require_prediction", "product"), ("require_depth", "wanted"), ("put", "image"), ("put", "stamp"),
+    ("require_prediction", "product"), ("require_depth", "product"), ("put", "image"), ("put", "stamp"),
     ("put", "frame_id"), ("put", "anchors"), ("put", "up"), ("put", "camera_height"), ("tensors", "color"),
     ("tensors", "scale"), ("tensors", "shift"), ("tensors", "near"), ("tensors", "far"), ("encode", "intrinsics"),
     ("encode", "image"), ("encode", "color"), ("encode", "dtype"), ("encode", "source"),

@@ -88,7 +88,7 @@ from pathlib import Path
 import pytest
 from densegeo.cli import main
 from densegeo.export import graphs
-from tests.support.graphs import remembering, sharing_operators
+from tests.support.traced_graphs import remembering, sharing_operators
 graphs.export_graph = remembering(graphs.export_graph, Path(sys.argv[1]))
 sharing_operators(pytest.MonkeyPatch())
 main(sys.argv[2:])

@@ -14,7 +14,7 @@ import pytest
 
 from densegeo.errors import BackendError, ConfigError, ImageError
 from densegeo.runtime import Estimator
-from densegeo.runtime.metrics import BOUNDS, COUNTERS, STAGES, Histogram, Metrics, StageTimings
+from densegeo.runtime.request_metrics import BOUNDS, COUNTERS, STAGES, Histogram, Metrics, StageTimings
 
 
 def test_laps_are_contiguous_and_add_up() -> None:

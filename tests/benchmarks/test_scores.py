@@ -11,8 +11,16 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LinearRegression
 
-from densegeo.benchmarks import metrics
-from densegeo.benchmarks.metrics import AnglePool, align, angles, depth_scores, fit_line, mean_scores
+from densegeo.benchmarks.scores import (
+    ANGLE_BIN,
+    SMALLEST,
+    AnglePool,
+    align,
+    angles,
+    depth_scores,
+    fit_line,
+    mean_scores,
+)
 from densegeo.outputs import DepthKind
 from tests.support.datasets import slow_angle
 
@@ -80,7 +88,7 @@ def test_normals_equal_a_second_implementation(seed: int) -> None:
     assert scores is not None
     assert scores.pixels == len(every)
     assert scores.mean == pytest.approx(statistics.fmean(every), rel=1e-6)
-    assert scores.median == pytest.approx(statistics.median(every), abs=metrics.ANGLE_BIN / 2 + 1e-6)
+    assert scores.median == pytest.approx(statistics.median(every), abs=ANGLE_BIN / 2 + 1e-6)
     assert scores.rmse == pytest.approx(math.sqrt(statistics.fmean(a * a for a in every)), rel=1e-6)
     shares = [100 * sum(a < limit for a in every) / len(every) for limit in (5, 7.5, 11.25, 22.5, 30)]
     assert list(astuple(scores)[4:]) == pytest.approx(shares)
@@ -120,7 +128,7 @@ def test_the_clip_at_five_and_the_range() -> None:
     found = align(p, truth, everywhere, "log_affine", (10.0, math.inf))
     np.testing.assert_allclose(found, [10, math.exp(4), math.exp(5)], rtol=1e-5)
     assert align(p, truth, everywhere, "log_affine", (1e-3, 80.0))[2] == 80
-    assert align(row(-1), row(2), np.ones((1, 1), dtype=bool), "metric", (0.0, 80.0))[0] == metrics.SMALLEST
+    assert align(row(-1), row(2), np.ones((1, 1), dtype=bool), "metric", (0.0, 80.0))[0] == SMALLEST
 
 
 @pytest.mark.parametrize("p", [0.4, 0.0, -0.3])
@@ -168,7 +176,7 @@ def test_pooled_angles_by_hand() -> None:
     scores = pool.scores()
     assert scores is not None
     assert scores.mean == 53.5
-    assert scores.median == pytest.approx(17, abs=metrics.ANGLE_BIN)  # between 5 and 29
+    assert scores.median == pytest.approx(17, abs=ANGLE_BIN)  # between 5 and 29
     assert astuple(scores)[4:] == (25, 50, 50, 50, 75)  # 5 is not below 5
 
 

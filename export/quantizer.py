@@ -14,7 +14,7 @@ from densegeo.calibration.collect import check_identity
 from densegeo.calibration.plan import QuantizationPlan, load_plan, nothing_planned, plan_file
 from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError, QuantizationError
-from densegeo.models.precision import DTYPES
+from densegeo.models.casting import DTYPES
 from densegeo.models.quantized import LayerPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
