@@ -3,8 +3,8 @@ be renamed over the output (a link's target, a mount point), it is built in a hi
 moved, the manifest last: until then the output is no bundle.
 
 The folder (`.NAME.building`, or `.building` inside) has a fixed name, so that an interrupted build is found again (see
-`export.build_state`). A lock keeps a second build of the same output out of it. It holds `bundle/`, what is put in place,
-and the stages' records.
+`export.build_state`). A lock keeps a second build of the same output out of it. It holds `bundle/`, what is put in
+place, and the stages' records.
 """
 
 from __future__ import annotations
