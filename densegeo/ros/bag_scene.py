@@ -61,16 +61,16 @@ class Scene:
         self._ranges: Any = None
         self._gravity = Gravity()
         self._static = StaticTransforms()
-        self._given = {
-            topic: Transform.of(given)
-            for topic, given in (
+        self._fixed_transforms = {
+            topic: Transform.of(transform)
+            for topic, transform in (
                 (sensors.anchors_topic, sensors.anchors_transform),
                 (sensors.imu_topic, sensors.imu_transform),
             )
-            if topic and given
+            if topic and transform
         }
         infos = {source.info for source in sources if source.info}
-        self._look_ahead(infos, {sensors.anchors_topic, sensors.imu_topic} - {""} - set(self._given))
+        self._look_ahead(infos, {sensors.anchors_topic, sensors.imu_topic} - {""} - set(self._fixed_transforms))
         self.topics = infos | ({sensors.anchors_topic, sensors.imu_topic} - {""})
 
     def take(self, item: Item) -> None:
@@ -115,7 +115,7 @@ class Scene:
         )
 
     def _between(self, topic: str, source: str, target: str) -> Transform:
-        return self._given.get(topic) or self._static.between(source, target)
+        return self._fixed_transforms.get(topic) or self._static.between(source, target)
 
     def _camera(self, source: Source) -> ImageContext:
         key = (source.info, source.rectified)

@@ -118,10 +118,10 @@ def open_backend(
         if reason is None:
             try:
                 module, _, function = row.opens.partition(":")
-                given = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
-                given |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
+                options = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
+                options |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
                 backend: Backend = getattr(import_module(module), function)(
-                    directory, manifest, where, sharing, **given
+                    directory, manifest, where, sharing, **options
                 )
             except BackendError as error:
                 if name != "auto":

@@ -37,9 +37,9 @@ def open_device(device: str) -> Any:
     except ImportError:
         raise BackendError("TensorRT engines need cuda-core: pip install cuda-core cuda-bindings") from None
     try:
-        found = Device(int(index or 0))
-        with current(found):
-            return found
+        opened = Device(int(index or 0))
+        with current(opened):
+            return opened
     except Exception as error:  # the driver's errors have no common base
         raise BackendError(f"CUDA device {index or 0} cannot be used: {error}") from error
 
@@ -193,16 +193,16 @@ class Memory:
         """
         if not self._returned or not self._reclaiming.acquire(blocking=False):
             return
-        kept: list[Returned] = []
+        postponed: list[Returned] = []
         try:
             with self.current():
                 while self._returned:
                     returned = self._returned.popleft()
                     if not self._free(*returned):
-                        kept.append(returned)
+                        postponed.append(returned)
             self._end()
         finally:
-            self._returned.extend(kept)
+            self._returned.extend(postponed)
             self._reclaiming.release()
 
     def lend(self) -> None:

@@ -59,14 +59,14 @@ class Ring:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """No call is in flight in this block; its memory is released after it."""
-        taken = [self._free.get() for _ in self._slots]
+        slots = [self._free.get() for _ in self._slots]
         try:
             with self.memory.current():
                 yield
-                for slot in taken:
+                for slot in slots:
                     slot.close()
         finally:
-            for slot in taken:
+            for slot in slots:
                 self._free.put(slot)
 
 
@@ -153,8 +153,8 @@ class Slot:
 
     def close(self) -> None:
         """Release its memory."""
-        for held in (self._pinned_in, self._frames, self._maps, self._pinned_out):
-            held.close()
+        for buffer in (self._pinned_in, self._frames, self._maps, self._pinned_out):
+            buffer.close()
         for event in (self._copied, self._computed, self._done):
             event.close()
 

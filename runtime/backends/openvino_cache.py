@@ -28,8 +28,8 @@ class CompiledModels:
         self._files = manifest.files
         self._weights = [name for stage in STAGES if (name := f"{stage}.safetensors") in manifest.files]
         properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
-        self._facts = [openvino.__version__, *(str(core.get_property("CPU", name)) for name in properties)]
-        self._facts += [f"{name}={value}" for name, value in sorted(options.items())]
+        self._environment = [openvino.__version__, *(str(core.get_property("CPU", name)) for name in properties)]
+        self._environment += [f"{name}={value}" for name, value in sorted(options.items())]
 
     def load(self, graph: str, read: Callable[[], Any]) -> Any:
         """The compiled model of a graph file. read: makes the model that is compiled. Raises what OpenVINO raises."""
@@ -54,9 +54,9 @@ class CompiledModels:
         """Where the model of these files is kept; None where they are too large, or not in the manifest (yet)."""
         if not all(name in self._files for name in names) or sum(self._files[name].bytes for name in names) > LARGEST:
             return None
-        return kept_at(FOLDER, *self._facts, *map(self._about, names))
+        return kept_at(FOLDER, *self._environment, *map(self._about, names))
 
     def _about(self, name: str) -> str:
         """A file of the bundle. Its time and size tell when it is not the manifest's any more."""
-        found = (self._directory / name).stat()
-        return f"{name} {self._files[name].sha256} {found.st_size} {found.st_mtime_ns}"
+        status = (self._directory / name).stat()
+        return f"{name} {self._files[name].sha256} {status.st_size} {status.st_mtime_ns}"

@@ -41,11 +41,11 @@ class OrtFrames(CudaFrames):
     def _load(self, bucket: Bucket) -> Steps:
         handle = {"user_compute_stream": str(int(self._memory.stream.handle))}
         graphs = [getattr(bucket, stage) for stage in STAGES]
-        made = [
+        sessions = [
             Session(self._sessions.library, self._sessions.session(graph, handle), graph, self.device)
             for graph in graphs
         ]
-        return dict(zip(STAGES, made, strict=True))
+        return dict(zip(STAGES, sessions, strict=True))
 
     def _release(self) -> None:
         """Sessions are gone with the networks."""
@@ -72,9 +72,9 @@ class Session:
 
     def launch(self, stream: Any, addresses: Mapping[str, int]) -> None:
         """Enqueue one run on these addresses. Raises BackendError."""
-        given, made = self._graph.inputs[0], self._graph.outputs[0]
+        input_spec, output_spec = self._graph.inputs[0], self._graph.outputs[0]
         try:
-            binding = self._bound(addresses[given.name], addresses[made.name])
+            binding = self._bound(addresses[input_spec.name], addresses[output_spec.name])
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise BackendError(f"ONNX Runtime failed in {self._graph.file} on {self._where}: {error}") from error
@@ -83,9 +83,9 @@ class Session:
         """Buffers are fixed, so each pair is bound once."""
         if (source, target) not in self._bindings:
             binding = self._session.io_binding()
-            given, made = self._graph.inputs[0], self._graph.outputs[0]
-            binding.bind_input(given.name, *self._where, np.float32, given.shape, source)
-            binding.bind_output(made.name, *self._where, np.float32, made.shape, target)
+            input_spec, output_spec = self._graph.inputs[0], self._graph.outputs[0]
+            binding.bind_input(input_spec.name, *self._where, np.float32, input_spec.shape, source)
+            binding.bind_output(output_spec.name, *self._where, np.float32, output_spec.shape, target)
             self._bindings[source, target] = binding
         return self._bindings[source, target]
 

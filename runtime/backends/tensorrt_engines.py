@@ -83,14 +83,14 @@ class TensorRTBackend(CudaFrames):
 
     def _engines(self) -> dict[str, dict[Stage, Engine]]:
         """Of every bucket that has them for this GPU, the first one's at least. Raises EngineError."""
-        found = {}
+        engines = {}
         for bucket in self._manifest.buckets:
             try:
-                found[bucket.name] = {stage: self._engine(bucket, stage) for stage in STAGES}
+                engines[bucket.name] = {stage: self._engine(bucket, stage) for stage in STAGES}
             except EngineError:
-                if not found:
+                if not engines:
                     raise
-        return found
+        return engines
 
     def _engine(self, bucket: Bucket, stage: Stage) -> Engine:
         return select_engine(

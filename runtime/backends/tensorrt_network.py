@@ -144,13 +144,13 @@ class Network:
 
         In memory of their own, which lives as long as they are held.
         """
-        found = {}
+        maps = {}
         for row in self._decode.outputs:
             shape = _shape(row, placement)
-            made = self._memory.device_buffer(FLOAT * _count(shape))
-            self._map(row, index, placement, int(made.handle), metres)
-            found[row.name] = DeviceArray(self._memory, made, shape)
-        return Maps(**found)
+            buffer = self._memory.device_buffer(FLOAT * _count(shape))
+            self._map(row, index, placement, int(buffer.handle), metres)
+            maps[row.name] = DeviceArray(self._memory, buffer, shape)
+        return Maps(**maps)
 
     def shapes(self, placement: Placement) -> list[Shape]:
         """Of an image's maps at its own size, in the outputs' order."""

@@ -121,15 +121,15 @@ class Replay:
         """Whether calls replay a recording."""
         return self._again is not None
 
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """The result's buffer, which the next call overwrites. Raises BackendError for other shapes or types."""
-        for buffer, tensor in zip(self._inputs, given, strict=True):
+        for buffer, tensor in zip(self._inputs, tensors, strict=True):
             if (tensor.shape, tensor.dtype, tensor.device) != (buffer.shape, buffer.dtype, buffer.device):
                 raise BackendError(
                     f"{self.name} was recorded for {_describe(buffer)} and cannot take {_describe(tensor)}."
                 )
         with torch.inference_mode():
-            for buffer, tensor in zip(self._inputs, given, strict=True):
+            for buffer, tensor in zip(self._inputs, tensors, strict=True):
                 buffer.copy_(tensor)
             if self._again is not None:
                 self._again()

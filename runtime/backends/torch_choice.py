@@ -30,9 +30,9 @@ def decide(what: str, ways: Ways, exact: Callable[[], Tensor], device: torch.dev
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     path = kept_at(FOLDER, what, *ways, name, torch.__version__)
-    if (known := (read_kept(path) or b"").decode(errors="replace")) in ways:
-        log.info("%s: %s, as timed before on this device", what, known)
-        return known
+    if (remembered := (read_kept(path) or b"").decode(errors="replace")) in ways:
+        log.info("%s: %s, as timed before on this device", what, remembered)
+        return remembered
     good = _good(what, ways, exact(), part)
     chosen = fastest(good, device) if len(good) > 1 else next(iter(good))
     log.info("%s: %s, of %s", what, chosen, ", ".join(good))

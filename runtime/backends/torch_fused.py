@@ -45,7 +45,7 @@ def can_fuse(model: Transformer) -> bool:
     return model.guidance is None and isinstance(model.final_layer.adaLN_modulation, FoldedModulation)
 
 
-class Taken(NamedTuple):
+class OperandFormat(NamedTuple):
     """How a linear wants its input: an 8-bit type and 1 / scale, or as it is."""
 
     dtype: torch.dtype | None = None
@@ -76,8 +76,8 @@ class FusedTransformer(nn.Module):
         text = model.text_tokens
         bias = model.key_bias
         self.counts = None if bias is None else [round(count) for count in bias[0, 0, 0, :text].exp().tolist()]
-        self._taken = {  # by id: scales as numbers, which a recording cannot read from the device
-            id(linear): Taken(linear.weight.dtype, 1 / linear.input_scale) for linear in self.linears
+        self._formats = {  # by id: scales as numbers, which a recording cannot read from the device
+            id(linear): OperandFormat(linear.weight.dtype, 1 / linear.input_scale) for linear in self.linears
         }
         self.plainly = False  # attend in floating point where fp8 is planned, too
         self.in_fp8 = {  # by id, too
@@ -108,27 +108,27 @@ class FusedTransformer(nn.Module):
     def _final(self) -> Following:
         return Following(_branches(self.model.final_layer.adaLN_modulation)[0], None)
 
-    def _takes(self, linear: nn.Module | None) -> Taken:
-        return self._taken.get(id(linear), Taken())
+    def _format_of(self, linear: nn.Module | None) -> OperandFormat:
+        return self._formats.get(id(linear), OperandFormat())
 
     def _norm(self, x: Tensor, following: Following) -> Tensor:
         branch, linear = following
-        return layer_norm(x, branch.weight, branch.bias, EPS, *self._takes(linear))
+        return layer_norm(x, branch.weight, branch.bias, EPS, *self._format_of(linear))
 
     def _add_norm(self, x: Tensor, update: Tensor, following: Following) -> tuple[Tensor, Tensor]:
         """x + update, and its norm as what follows takes it."""
         branch, linear = following
-        return residual_layer_norm(x, update, branch.weight, branch.bias, EPS, *self._takes(linear))
+        return residual_layer_norm(x, update, branch.weight, branch.bias, EPS, *self._format_of(linear))
 
-    def _given(self, linear: nn.Module, x: Tensor) -> Tensor:
+    def _through(self, linear: nn.Module, x: Tensor) -> Tensor:
         """x (B, T, K), as a linear takes it, through that linear."""
-        taken = self._takes(linear)
-        result: Tensor = linear(x if taken.dtype is None else quantize(x, taken.dtype, taken.inverse_scale))
+        operand = self._format_of(linear)
+        result: Tensor = linear(x if operand.dtype is None else quantize(x, operand.dtype, operand.inverse_scale))
         return result
 
     def _mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         first, _, second = mlp.children()
-        result: Tensor = second(gelu_quantize(first(x), *self._takes(second)))
+        result: Tensor = second(gelu_quantize(first(x), *self._format_of(second)))
         return result
 
     def _double(
@@ -152,10 +152,10 @@ class FusedTransformer(nn.Module):
                 normed = self._norm(text, of_text), self._norm(image, of_image)
             q, k, v = self._joint(block, *normed)
         mixed = self._attend(block.attention, q, k, v)
-        update = self._given(block.img_attn.proj, mixed[:, tokens:])
+        update = self._through(block.img_attn.proj, mixed[:, tokens:])
         image, wide = self._add_norm(image, update, Following(image_mlp, block.img_mlp[0]))
         image_update = self._mlp(block.img_mlp, wide)
-        update = self._given(block.txt_attn.proj, mixed[:, :tokens])
+        update = self._through(block.txt_attn.proj, mixed[:, :tokens])
         text, wide = self._add_norm(text, update, Following(text_mlp, block.txt_mlp[0]))
         text_update = self._mlp(block.txt_mlp, wide)
         text_next, image_next = (self._final, self._final) if following is None else _next(following)
@@ -181,7 +181,7 @@ class FusedTransformer(nn.Module):
             if eight is not None:
                 v = eight.rounded(v, 2)
             mlp = joint[..., 3 * block.hidden :]
-        dtype, inverse_scale = self._takes(block.linear2)
+        dtype, inverse_scale = self._format_of(block.linear2)
         both = mlp.new_empty(*mlp.shape[:2], block.hidden + block.mlp_hidden, dtype=dtype)
         gelu_quantize(mlp, dtype, inverse_scale, out=both[..., block.hidden :])
         if dtype is None:
@@ -233,8 +233,8 @@ class FusedTransformer(nn.Module):
         if isinstance(module, QuantizedAttention) and not self.plainly:
             mixed: Tensor = self.in_fp8.get(id(module), module)(q, k, v, self.model.key_bias)
             return mixed if out is None else out.copy_(mixed)
-        made = attention(q, k, v, self.counts, self.strategy, out)
-        return made.transpose(1, 2).flatten(2) if out is None else out
+        output = attention(q, k, v, self.counts, self.strategy, out)
+        return output.transpose(1, 2).flatten(2) if out is None else out
 
 
 def fuse_transformer(model: Transformer) -> FusedTransformer:
@@ -289,12 +289,12 @@ def choose_accumulation(linears: list[FusedLinear], rows: int) -> None:
     columns, size = largest.weight.shape
     wide = torch.randn(rows, size, device=largest.weight.device)
     weight = torch.randn(columns, size, device=largest.weight.device)
-    made = FusedLinear(_random(weight, float(wide.abs().max()), largest.bias.dtype))
-    given = quantize(wide[None], made.weight.dtype, 1 / made.input_scale)[0]
+    fused = FusedLinear(_random(weight, float(wide.abs().max()), largest.bias.dtype))
+    quantized_rows = quantize(wide[None], fused.weight.dtype, 1 / fused.input_scale)[0]
 
     def multiplied(fast: bool) -> Tensor:
-        made.fast = fast
-        result: Tensor = made(given)
+        fused.fast = fast
+        result: Tensor = fused(quantized_rows)
         return result
 
     what = f"fp8 products {rows} x {size} x {columns} into {largest.bias.dtype}"

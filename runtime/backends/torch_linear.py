@@ -30,18 +30,18 @@ class FusedLinear(nn.Module):
         self._rows = linear.weight_scale.float()[None].contiguous()  # (1, N)
         self._product = linear.weight_scale.float() * linear.input_scale.float()  # (N,)
         self._bias = linear.bias.float()
-        self._one = torch.ones((), device=linear.weight.device)
+        self._unit_scale = torch.ones((), device=linear.weight.device)
         self._inputs: dict[int, Tensor] = {}  # the input's scale for so many rows, (M, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        return self._multiplied(self._taken(rows), None).unflatten(0, x.shape[:-1])
+        return self._multiplied(self._operand(rows), None).unflatten(0, x.shape[:-1])
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """The same into (..., N) contiguous memory."""
-        self._multiplied(self._taken(x.flatten(0, -2)), out.flatten(0, -2))
+        self._multiplied(self._operand(x.flatten(0, -2)), out.flatten(0, -2))
 
-    def _taken(self, rows: Tensor) -> Tensor:
+    def _operand(self, rows: Tensor) -> Tensor:
         if rows.dtype == self.weight.dtype:
             return rows
         return quantize(rows[None], self.weight.dtype, 1 / self.input_scale)[0]
@@ -55,19 +55,21 @@ class FusedLinear(nn.Module):
         if self.weight.dtype == torch.int8:
             return self._scaled(torch._int_mm(rows, columns), out)
         if dtype == torch.bfloat16:  # the only type that a product with a scale a row has everywhere
-            made = torch.empty(len(rows), columns.shape[1], dtype=dtype, device=rows.device) if out is None else out
+            result = torch.empty(len(rows), columns.shape[1], dtype=dtype, device=rows.device) if out is None else out
             scales = self._of_rows(len(rows)), self._rows
             return torch._scaled_mm(
-                rows, columns, *scales, bias=self.bias, out_dtype=dtype, use_fast_accum=self.fast, out=made
+                rows, columns, *scales, bias=self.bias, out_dtype=dtype, use_fast_accum=self.fast, out=result
             )
-        one = self._one
-        product = torch._scaled_mm(rows, columns, one, one, out_dtype=torch.float32, use_fast_accum=self.fast)
+        unit_scale = self._unit_scale
+        product = torch._scaled_mm(
+            rows, columns, unit_scale, unit_scale, out_dtype=torch.float32, use_fast_accum=self.fast
+        )
         return self._scaled(product, out)
 
     def _scaled(self, product: Tensor, out: Tensor | None) -> Tensor:
         """product (M, N) int32 or float32, scaled and biased in float32, in one pass."""
-        made = torch.empty(product.shape, dtype=self.bias.dtype, device=product.device) if out is None else out
-        return torch.addcmul(self._bias, product, self._product, out=made)
+        result = torch.empty(product.shape, dtype=self.bias.dtype, device=product.device) if out is None else out
+        return torch.addcmul(self._bias, product, self._product, out=result)
 
     def _of_rows(self, count: int) -> Tensor:
         if count not in self._inputs:
@@ -84,12 +86,12 @@ def can_multiply(rows: Tensor, weight: Tensor) -> bool:
 
 def fuse_linears(network: nn.Module) -> list[FusedLinear]:
     """Put fused linears in the place of quantized ones, and return them."""
-    made: dict[int, FusedLinear] = {}
+    fused: dict[int, FusedLinear] = {}
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):
-                setattr(module, name, made.setdefault(id(child), FusedLinear(child)))
-    return list(made.values())
+                setattr(module, name, fused.setdefault(id(child), FusedLinear(child)))
+    return list(fused.values())
 
 
 def multiply_into(linear: nn.Module, x: Tensor, out: Tensor) -> None:

@@ -126,8 +126,8 @@ class TorchBackend:
         module = self._module(bucket, stage)
         try:
             with torch.inference_mode(), settings():
-                given = torch.tensor(np.asarray(array, dtype=np.float32), device=self.device)
-                result: NDArray[np.float32] = module(given).float().cpu().contiguous().numpy()
+                tensor = torch.tensor(np.asarray(array, dtype=np.float32), device=self.device)
+                result: NDArray[np.float32] = module(tensor).float().cpu().contiguous().numpy()
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise BackendError(f"torch failed in the {stage} on {self.device}: {error}") from error
         return result

@@ -101,7 +101,7 @@ def products(q: Tensor, k: Tensor, v: Tensor, part: int = PART) -> Tensor:
     Logits are float32, weights of v's type.
     """
     keys, values, scale = k[:, 0].mT, v[:, 0], q.shape[-1] ** -0.5
-    made = torch.empty_like(q)
+    output = torch.empty_like(q)
     for start in range(0, q.shape[2], part):
         queries = q[:, 0, start : start + part]
         if q.is_cuda and q.dtype != torch.float32:
@@ -109,8 +109,8 @@ def products(q: Tensor, k: Tensor, v: Tensor, part: int = PART) -> Tensor:
             logits = torch.baddbmm(none, queries, keys, out_dtype=torch.float32, beta=0, alpha=scale)
         else:
             logits = (queries.float() * scale) @ keys.float()
-        made[:, 0, start : start + part] = logits.softmax(-1).to(v.dtype) @ values
-    return made
+        output[:, 0, start : start + part] = logits.softmax(-1).to(v.dtype) @ values
+    return output
 
 
 WIDE = {"library": library, "products": products}
@@ -157,6 +157,6 @@ FUSED: tuple[tuple[type[nn.Module], Any], ...] = (
 )
 
 
-def _channels_last(module: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+def _channels_last(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """What enters: a latent of a few channels, or a picture that lies so already."""
-    return (given[0].contiguous(memory_format=torch.channels_last),)
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)

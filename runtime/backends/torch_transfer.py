@@ -85,9 +85,9 @@ class Ring:
         image: see `frame_of`. It is read after the work of the caller's current stream, and work that this stream is
         given afterwards may overwrite it; so may anybody where it was no tensor of this device. Raises BackendError.
         """
-        given = self._event()
+        arrived = self._event()
         with self._on(0):
-            self._wait(given)
+            self._wait(arrived)
             frame = frame_of(image, self._device)
             copied = self._event()
             if copied is not None and frame is not image:

@@ -115,14 +115,14 @@ def test_kernels_write_what_quantized_linears_take(
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, FusedLinear)}
     names = {id(module): name for name, module in linears.items()}
     wide: set[str] = set()
-    taken = FusedLinear._taken
+    taken = FusedLinear._operand
 
     def watched(self: FusedLinear, rows: Tensor) -> Tensor:
         if rows.dtype != self.weight.dtype:
             wide.add(names[id(self)])
         return taken(self, rows)
 
-    monkeypatch.setattr(FusedLinear, "_taken", watched)
+    monkeypatch.setattr(FusedLinear, "_operand", watched)
     fused = run(model, latent(), device)
     first = {"double_blocks.0.img_attn.qkv"} if "double_blocks.0.img_attn.qkv" in linears else set()
     last = {"single_blocks.2.key_value", "single_blocks.2.query_mlp"}

@@ -25,10 +25,10 @@ class Frames:
     Raises ConfigError where none is given and tf2_ros is not installed.
     """
 
-    def __init__(self, node: LifecycleNode, given: Transform | None, parameter: str) -> None:
-        self._given, self._found = given, dict[tuple[str, str], Transform]()
+    def __init__(self, node: LifecycleNode, fixed: Transform | None, parameter: str) -> None:
+        self._fixed, self._transforms = fixed, dict[tuple[str, str], Transform]()
         self._buffer: Any = None
-        if given is None:
+        if fixed is None:
             try:
                 from tf2_ros import Buffer, TransformListener
             except ImportError:
@@ -40,14 +40,14 @@ class Frames:
 
     def between(self, source: str, target: str) -> Transform | None:
         """From one frame into another, once known for good; None as long as tf2 does not know it."""
-        if self._given is not None:
-            return self._given
+        if self._fixed is not None:
+            return self._fixed
         if source == target:
             return IDENTITY
-        if (source, target) not in self._found and self._buffer.can_transform(target, source, Time()):
+        if (source, target) not in self._transforms and self._buffer.can_transform(target, source, Time()):
             message = self._buffer.lookup_transform(target, source, Time())
-            self._found[source, target] = Transform.of_message(message.transform)
-        return self._found.get((source, target))
+            self._transforms[source, target] = Transform.of_message(message.transform)
+        return self._transforms.get((source, target))
 
 
 class RangeSensor:
