@@ -125,13 +125,13 @@ def transformers(c: Contenders, low: str, runs: int) -> list[Comparison]:
 def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     """Image in, decoded depth and normals out: ours in `low` against the authors' choice of precisions."""
     # The autoencoder is not compiled: that took minutes, and whether it gains was never settled on a quiet machine.
-    transformer, channels_last = compile_(c.low.denoiser), torch.channels_last
+    denoiser, channels_last = compile_(c.low.denoiser), torch.channels_last
     size = Size(c.rgb.shape[3], c.rgb.shape[2])
 
     @torch.no_grad()
     def ours() -> Tensor:
         latent = chain.encode(c.low, c.rgb.contiguous(memory_format=channels_last))
-        latents = chain.split(c.low.decode, transformer(latent), size)
+        latents = chain.split(c.low.decode, denoiser(latent), size)
         return chain.decode(c.low, latents.contiguous(memory_format=channels_last))
 
     eager = c.plain_low
@@ -173,13 +173,13 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     theirs.batch = 1
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)
-    transformer = compile_(c.low.denoiser)
-    error = chain.relative_error(transformer_output(transformer, c.latent), c.velocity)
+    denoiser = compile_(c.low.denoiser)
+    error = chain.relative_error(denoiser_output(denoiser, c.latent), c.velocity)
     errors = {"ours": error, "baseline": chain.relative_error(theirs.transform(c.latent), c.velocity)}
     _check_low({"velocity": error}, {"velocity": errors["baseline"]}, "the compiled transformer")
     calls: dict[str, Callable[[], object]] = {
         "baseline": lambda: theirs.transform(c.latent),
-        "ours": lambda: transformer_output(transformer, c.latent),
+        "ours": lambda: denoiser_output(denoiser, c.latent),
     }
     uncompiled = copy.copy(theirs)
     uncompiled.flux = eager_flux
@@ -192,8 +192,8 @@ def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
 
 
 @torch.no_grad()
-def transformer_output(transformer: Any, latent: Tensor) -> Tensor:
-    velocity: Tensor = transformer(latent)
+def denoiser_output(denoiser: Any, latent: Tensor) -> Tensor:
+    velocity: Tensor = denoiser(latent)
     return velocity
 
 

@@ -158,7 +158,7 @@ def fused_network(pipeline: Pipeline, size: Size, device: str, captured: bool) -
 @torch.inference_mode()
 def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
     """Quantize all linears of the blocks in place, and attentions; ranges by one picture: for speed, not accuracy."""
-    transformer, plans = pipeline.denoiser, dict[str, LayerPlan | AttentionPlan]()
+    denoiser, plans = pipeline.denoiser, dict[str, LayerPlan | AttentionPlan]()
 
     def note(name: str, kind: type[nn.Module], arguments: tuple[Tensor, ...]) -> None:
         amax = [float(x.abs().max()) for x in arguments[:3]]
@@ -167,13 +167,13 @@ def to_fp8(pipeline: Pipeline, rgb: Tensor, *, attention: bool) -> None:
     kinds = (nn.Linear, Attention) if attention else (nn.Linear,)
     handles = [
         layer.register_forward_pre_hook(lambda module, inputs, name=name: note(name, type(module), inputs))
-        for name, layer in transformer.named_modules()
+        for name, layer in denoiser.named_modules()
         if isinstance(layer, kinds) and Transformer.is_block(name)
     ]
-    transformer(pipeline.vae.encoder(rgb.to(casting.DTYPES[LOW])))
+    denoiser(pipeline.vae.encoder(rgb.to(casting.DTYPES[LOW])))
     for handle in handles:
         handle.remove()
-    for name, block in transformer.blocks():
+    for name, block in denoiser.blocks():
         quantize_block(block, name, plans, FORMATS["fp8"], casting.DTYPES[LOW])
 
 

@@ -144,7 +144,7 @@ def _fusion(device: str, fusion: bool) -> Iterator[None]:
         kernel.biased = original
 
 
-def _picture(channels: int, height: int, width: int, device: str, dtype: torch.dtype, count: int = 2) -> Tensor:
+def _picture(channels: int, width: int, height: int, device: str, dtype: torch.dtype, count: int = 2) -> Tensor:
     picture = torch.randn(count, channels, height, width, device=device, dtype=dtype)
     return picture.contiguous(memory_format=torch.channels_last)
 
@@ -154,7 +154,7 @@ def _pictures(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Row]:
     width, height, channels = sizes.width, sizes.height, sizes.channels
     for level in (1, 2, 3):
         wide = channels[level]
-        phases = _picture(4 * wide, (height >> level) + 1, (width >> level) + 1, device, dtype)
+        phases = _picture(4 * wide, (width >> level) + 1, (height >> level) + 1, device, dtype)
         yield Row(
             f"upsampling to level {level - 1}: one pass, channels last",
             1,
@@ -167,7 +167,7 @@ def _pictures(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Row]:
     yield Row(
         "wide attention: two products", 1, lambda: WIDE["library"](q, k, v), lambda: WIDE["products"](q, k, v), exact
     )
-    x = _picture(channels[0], height, width, device, dtype)
+    x = _picture(channels[0], width, height, device, dtype)
     gain, offset = (torch.randn(channels[0], device=device) for _ in range(2))
     yield Row(
         "decoder's tail: read in 16 bits",

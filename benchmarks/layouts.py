@@ -23,6 +23,7 @@ from PIL import Image
 
 from densegeo.errors import DatasetError
 from densegeo.outputs import FRAMES, Frame
+from densegeo.size import Size
 
 Float = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -87,8 +88,8 @@ class Dataset:
     read: Reader
     archive: str | None = None
     depth_range: tuple[float, float] = (0.0, np.inf)  # metres; valid depths lie strictly between
-    crop: Callable[[int, int], Window] | None = None
-    window: Callable[[int, int], Window] | None = None
+    crop: Callable[[Size], Window] | None = None
+    window: Callable[[Size], Window] | None = None
 
 
 def _words(count: int) -> Callable[[list[str]], tuple[str, ...]]:
@@ -149,23 +150,29 @@ def _normal_map(names: Sequence[str], contents: Sequence[bytes], size: tuple[int
     return Truth(normals=stored.astype(np.float32) @ to_opencv, mask=has_normal)
 
 
-def kitti_crop(height: int, width: int) -> Window:
+def kitti_crop(size: Size) -> Window:
     """The KITTI benchmark's 1216x352: bottom rows, middle columns."""
-    top, left = height - 352, (width - 1216) // 2
+    top, left = size.height - 352, (size.width - 1216) // 2
     if top < 0 or left < 0:
-        raise ValueError(f"{width}x{height} pixels, and at least 1216x352 were expected")
-    return slice(top, height), slice(left, left + 1216)
+        raise ValueError(f"{size} pixels, and at least 1216x352 were expected")
+    return slice(top, size.height), slice(left, left + 1216)
 
 
-def kitti_window(height: int, width: int) -> Window:
+def kitti_window(size: Size) -> Window:
     """Eigen's window as fractions of the cropped picture (not Garg's, which starts lower)."""
-    rows = slice(int(0.3324324 * height), int(0.91351351 * height))
-    return rows, slice(int(0.0359477 * width), int(0.96405229 * width))
+    rows = slice(int(0.3324324 * size.height), int(0.91351351 * size.height))
+    return rows, slice(int(0.0359477 * size.width), int(0.96405229 * size.width))
 
 
-def nyu_window(height: int, width: int) -> Window:
+def nyu_window(size: Size) -> Window:
     """Eigen's window, in pixels of the 640x480 pictures."""
     return slice(45, 471), slice(41, 601)
+
+
+def _size_of(array: NDArray[Any]) -> Size:
+    """Of a picture (H, W) or (H, W, C)."""
+    height, width = array.shape[:2]
+    return Size(width, height)
 
 
 _MARIGOLD = "github.com/prs-eth/Marigold, data_split/"
@@ -382,10 +389,10 @@ def _sample(dataset: Dataset, picture: str, encoded: bytes, names: list[str], co
     if depth is None or depth.ndim != 2 or (mask is not None and mask.shape != depth.shape):
         raise ValueError("depth and mask of one size (H, W) were expected")
     if dataset.crop is not None:
-        rgb, depth = (array[dataset.crop(*array.shape[:2])] for array in (rgb, depth))
+        rgb, depth = (array[dataset.crop(_size_of(array))] for array in (rgb, depth))
     if mask is None:
         low, high = dataset.depth_range
         mask = (depth > low) & (depth < high)
     counts = np.zeros(depth.shape, dtype=bool)
-    counts[dataset.window(*depth.shape) if dataset.window else ...] = True
+    counts[dataset.window(_size_of(depth)) if dataset.window else ...] = True
     return Sample(picture, rgb, depth=depth, depth_valid=mask & counts & np.isfinite(depth) & (depth > 0))

@@ -78,11 +78,11 @@ def random_pipeline(
     dtype: of the transformer's linears; the rest is float32. At full size these alone take 48 GB in float32.
     """
     with torch.device("meta"):
-        dit, autoencoder = Transformer(transformer), VAE(vae)
-    fill(dit, seed, device, dtype)
+        denoiser, autoencoder = Transformer(transformer), VAE(vae)
+    fill(denoiser, seed, device, dtype)
     fill(autoencoder, seed + 1, device)
     autoencoder.decoder.conv_out.weight.data *= 0.5  # most of the decoded values within [-1, 1]
-    return _on(device, bound(FE2E, dit, autoencoder, prompt, size))
+    return _on(device, bound(FE2E, denoiser, autoencoder, prompt, size))
 
 
 def random_fiffdepth(unet: UNetConfig, vae: VAEConfig, side: int, device: str = "cpu") -> Pipeline:

@@ -11,6 +11,7 @@ import pytest
 
 from densegeo.benchmarks.layouts import DATASETS, Sample, kitti_crop, kitti_window, nyu_window, open_split
 from densegeo.errors import DatasetError
+from densegeo.size import Size
 from tests.support.datasets import LAYOUTS, OPENCV, picture, write
 
 
@@ -39,7 +40,7 @@ def test_nyuv2(tmp_path: Path) -> None:
     depth, valid = depth_of(read("nyuv2", tmp_path))
     assert {tuple(place) for place in np.argwhere(valid).tolist()} == {(45, 41), (470, 600)}
     assert depth[45, 41] == np.float32(2.5)
-    assert nyu_window(480, 640) == (slice(45, 471), slice(41, 601))
+    assert nyu_window(Size(640, 480)) == (slice(45, 471), slice(41, 601))
 
 
 def test_kitti(tmp_path: Path) -> None:
@@ -57,11 +58,11 @@ def test_kitti(tmp_path: Path) -> None:
 
 
 def test_kitti_windows_at_their_edges() -> None:
-    assert kitti_crop(352, 1216) == (slice(0, 352), slice(0, 1216))
-    assert kitti_crop(353, 1219) == (slice(1, 353), slice(1, 1217))
-    assert kitti_window(352, 1216) == (slice(117, 321), slice(43, 1172))
+    assert kitti_crop(Size(1216, 352)) == (slice(0, 352), slice(0, 1216))
+    assert kitti_crop(Size(1219, 353)) == (slice(1, 353), slice(1, 1217))
+    assert kitti_window(Size(1216, 352)) == (slice(117, 321), slice(43, 1172))
     with pytest.raises(ValueError, match="at least 1216x352"):
-        kitti_crop(351, 1216)
+        kitti_crop(Size(1216, 351))
 
 
 def test_eth3d(tmp_path: Path) -> None:
