@@ -64,7 +64,7 @@ def test_what_there_is_not_is_refused(arguments: tuple[str, ...]) -> None:
 
 
 def test_wrong_numbers_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing.chain, "relative", lambda ours, wanted: 2e-5)
+    monkeypatch.setattr(pricing.chain, "relative_error", lambda ours, wanted: 2e-5)
     status, output = invoke()
     assert status == 1
     assert "the numbers are wrong" in output

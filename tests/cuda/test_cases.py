@@ -1,4 +1,4 @@
-"""The cases of `faults.py`, `counts.py` and `sessions.py`, each a test; they run in one child process."""
+"""The cases of `former_faults.py`, `counts.py` and `sessions.py`, each a test; they run in one child process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.shared import Build, Once
 DECORATOR = "case"
 NAMES = [  # the modules themselves are for the stand-in driver's process
     function.name
-    for module in ("faults", "counts", "sessions")
+    for module in ("former_faults", "counts", "sessions")
     for function in ast.parse((Path(__file__).parent / f"{module}.py").read_text()).body
     if isinstance(function, ast.FunctionDef) and [ast.unparse(d) for d in function.decorator_list] == [DECORATOR]
 ]

@@ -75,9 +75,9 @@ def sharing_operators(patch: pytest.MonkeyPatch) -> None:
     read = functools.cache(registry.from_torchlib)
 
     def copied(opset_version: int = onnx_graph.OPSET) -> Any:
-        registry = copy.copy(read(opset_version=opset_version))
-        registry.functions = {target: list(entries) for target, entries in registry.functions.items()}  # ours are added
-        return registry
+        own_copy = copy.copy(read(opset_version=opset_version))
+        own_copy.functions = {target: list(entries) for target, entries in own_copy.functions.items()}  # ours are added
+        return own_copy
 
     patch.setattr(registry, "from_torchlib", staticmethod(copied))
 
