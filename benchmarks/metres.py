@@ -92,8 +92,7 @@ def own_predictions(rows: list[Recorded], seed: int) -> Record:
     refused: dict[str, int] = defaultdict(int)
     for index, row in enumerate(track(rows, f"own predictions, seed {seed}")):
         geometry, view, valid = row.geometry, row.view, row.view.valid
-        p, truth = geometry.require_prediction("depth"), view.depth
-        scale, shift = np.polyfit(p[valid].astype(float), np.log(truth[valid].astype(float)), 1)
+        p, (scale, shift) = geometry.require_prediction("depth"), row.best_line()
         errors["best line"].append(abs_rel(view, np.exp(scale * p + shift)))
         errors["best line, shape"].append(shape_error(view, np.exp(scale * p)))
         for name, guess in GUESSES.items():
@@ -170,7 +169,7 @@ def anchors_table(held_out: list[Recorded]) -> list[Record]:
     for index, row in enumerate(track(held_out, "anchors")):
         geometry, view = row.geometry, row.view
         p, valid = geometry.require_prediction("depth"), view.valid
-        scale, shift = np.polyfit(p[valid].astype(float), np.log(view.depth[valid].astype(float)), 1)
+        scale, shift = row.best_line()
         best = abs_rel(view, np.exp(scale * p + shift))
         rows, columns = np.nonzero(valid)
         rng = np.random.default_rng([9, index])

@@ -33,7 +33,7 @@ def moving_camera(rows: list[Recorded], evidence: str, seed: int) -> Record:
     measurements = [EVIDENCE[evidence](row, rng) for row in rows]
     ways: dict[str, Callable[[Recorded, Record], Geometry]] = {
         "alone": lambda row, measured: row.geometry.to_metric(row.view.intrinsics, **measured),
-        "best line": lambda row, measured: _best_line(row),
+        "best line": lambda row, measured: _along(row, *row.best_line()),
     }
     trackers = {"tracked": ScaleTracker(), "tracked, motion unknown": ScaleTracker()}
     for name, tracker in trackers.items():
@@ -50,9 +50,7 @@ def _tracked(tracker: ScaleTracker, motion: bool) -> Callable[[Recorded, Record]
     )
 
 
-def _best_line(row: Recorded) -> Geometry:
-    valid, p = row.view.valid, row.geometry.require_prediction("depth")
-    scale, shift = np.polyfit(p[valid].astype(float), np.log(row.view.depth[valid].astype(float)), 1)
+def _along(row: Recorded, scale: float, shift: float) -> Geometry:
     return row.geometry.to_metric(scale=scale, shift=shift)
 
 

@@ -38,6 +38,12 @@ class Recorded:
     up: NDArray[np.float64]
     height: float
 
+    def best_line(self) -> tuple[float, float]:
+        """(scale, shift) through ln of the true depth of every valid pixel, by least squares: what a fit can reach."""
+        valid, prediction = self.view.valid, self.geometry.require_prediction("depth")
+        scale, shift = np.polyfit(prediction[valid].astype(float), np.log(self.view.depth[valid].astype(float)), 1)
+        return float(scale), float(shift)
+
 
 def views(estimator: Estimator, seed: int, count: int) -> list[Recorded]:
     """The first views of the held-out split with this seed."""
