@@ -15,8 +15,8 @@ log = logging.getLogger("densegeo")
 _DIGEST = hashlib.sha256().digest_size
 
 
-def kept_at(kind: str, *facts: str) -> Path | None:
-    """The path for what follows from these facts on this machine; None where there can be no cache.
+def kept_at(kind: str, *key_parts: str) -> Path | None:
+    """The path for what depends on these texts and this machine alone; None where there can be no cache.
 
     kind: the folder in the cache, which is made, for this user alone.
     """
@@ -25,7 +25,7 @@ def kept_at(kind: str, *facts: str) -> Path | None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError:
         return None
-    return folder / hashlib.sha256("\n".join([*facts, state.machine()]).encode()).hexdigest()
+    return folder / hashlib.sha256("\n".join([*key_parts, state.machine()]).encode()).hexdigest()
 
 
 def read_kept(path: Path | None) -> bytes | None:

@@ -144,9 +144,9 @@ class OrtBackend(GraphBackend):
     def _load(self, path: Path) -> Any:
         return self._session(path, self._options)
 
-    def _session(self, path: Path, given: Mapping[str, str]) -> Any:
+    def _session(self, path: Path, provider_options: Mapping[str, str]) -> Any:
         if self._row.limit and path.name in self._limits:
-            given = {**given, self._row.limit: str(self._limits[path.name])}
+            provider_options = {**provider_options, self._row.limit: str(self._limits[path.name])}
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         if self._threads is not None:
@@ -160,7 +160,7 @@ class OrtBackend(GraphBackend):
                 str(path),
                 options,
                 providers=[self._provider],
-                provider_options=[dict(given)],
+                provider_options=[dict(provider_options)],
                 enable_fallback=int(not self._row.alone),
             )
         except Exception as error:
@@ -213,8 +213,8 @@ def choose_provider(row: BackendRow, device: str, available: Sequence[str]) -> t
             f'The {row.name} backend runs on NVIDIA GPUs only. Use backend="onnxruntime" for device="cpu".'
         )
     provider = row.providers["cuda"]
-    wanted = kind == "cuda" or row.gpu_only
-    if wanted and provider not in available:
+    needs_cuda = kind == "cuda" or row.gpu_only
+    if needs_cuda and provider not in available:
         other = "" if row.gpu_only else ', or use device="cpu"'
         raise BackendError(
             f"This ONNX Runtime has no {PROVIDERS[provider].title} provider. Install it with "
@@ -224,7 +224,7 @@ def choose_provider(row: BackendRow, device: str, available: Sequence[str]) -> t
         raise BackendError(
             f"{row.title} needs a GPU, and there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)."
         )
-    if wanted or (provider in available and has_cuda_driver()):
+    if needs_cuda or (provider in available and has_cuda_driver()):
         return provider, f"cuda:{index or 0}"
     return row.providers["cpu"], "cpu"
 
@@ -236,10 +236,10 @@ def _load_libraries(ort: Any) -> None:
     """
     if not hasattr(ort, "preload_dlls"):
         return
-    with redirect_stdout(io.StringIO()) as said:  # it prints what it does not find; the system may still have that
+    with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find; the system may still have that
         ort.preload_dlls()
-    if said.getvalue():
-        log.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())
+    if printed.getvalue():
+        log.info("onnxruntime.preload_dlls: %s", printed.getvalue().strip())
 
 
 def _cuda_options(index: str, manifest: Manifest) -> dict[str, str]:
