@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from densegeo.benchmarks.latency import Latency
-from densegeo.errors import ConfigError, ResourceError
+from densegeo.errors import ConfigError, ResourceError, ThrottledError
+from densegeo.files import atomic_write
 
 Named = tuple[str, Latency]
 
@@ -42,18 +43,18 @@ def stages(results: Sequence[Named]) -> list[str]:
 
 
 def refuse_throttled(results: Sequence[Named]) -> None:
-    """Raises ConfigError: a GPU that was slowed says nothing about itself, and a comparison with it misleads."""
+    """Raises ThrottledError: a GPU that was slowed says nothing about itself, and a comparison with it misleads."""
     slowed = {name: result.conditions.throttled for name, result in results if result.conditions.throttled}
     if slowed:
         listed = "; ".join(f"{name} ({', '.join(why)})" for name, why in slowed.items())
-        raise ConfigError(
+        raise ThrottledError(
             f"These runs were throttled, and are not compared: {listed}. Let the GPU cool, see to its power and air, "
             "and run `densegeo bench` again."
         )
 
 
 def print_comparison(results: Sequence[Named], console: Console | None = None) -> None:
-    """One row a run: totals against the first, stages, machines, and what is to be doubted. Raises ConfigError."""
+    """One row a run: totals against the first, stages, machines, and what is to be doubted. Raises ThrottledError."""
     refuse_throttled(results)
     console = console or Console()
     for table in (_totals(results), _stages(results), _machines(results)):
@@ -129,7 +130,7 @@ def _ms(value: float) -> str:
 def draw(results: Sequence[Named], path: Path) -> None:
     """Stacked bars, one a run: median milliseconds of each stage, the total at its end, the machine under its name.
 
-    Raises ConfigError without matplotlib, and for throttled runs.
+    Raises ConfigError without matplotlib or for a suffix that is no picture's, ThrottledError and ResourceError.
     """
     refuse_throttled(results)
     try:
@@ -159,8 +160,10 @@ def draw(results: Sequence[Named], path: Path) -> None:
     axes.set(xlabel="milliseconds an image: medians of the stages; the total, and its 99th percentile, at the end")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=len(stages(results)), fontsize="small", frameon=False)
+    if (suffix := path.suffix.lower().removeprefix(".")) not in (known := figure.canvas.get_supported_filetypes()):
+        raise ConfigError(f"{path} is no picture that can be drawn: name a file that ends in .{', .'.join(known)}.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # matplotlib: ValueError for an unknown suffix
-        raise ResourceError(f"Cannot write {path}: {error}.") from error
+        with atomic_write(path) as partial:
+            figure.savefig(partial, dpi=120, format=suffix)
+    except OSError as error:
+        raise ResourceError(f"Cannot write {path}: {error.strerror}.") from error

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from densegeo.backends import BACKENDS, ENGINES  # noqa: E402
-from densegeo.benchmarks import gpu_fiffdepth, gpu_launches, gpu_models, gpu_rows  # noqa: E402
+from densegeo.benchmarks import gpu_fiffdepth, gpu_frames, gpu_launches, gpu_models, gpu_rows  # noqa: E402
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, median_seconds  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
@@ -122,11 +122,17 @@ def kernels(check: Check) -> dict[str, Any]:
 
 
 def rows(check: Check) -> dict[str, Any]:
-    """Every change of the hot path on and off; no time for one whose numbers are off."""
+    """Every change of the hot path on and off, of FE2E's networks and of the bundle's way through each backend; no time
+    for one whose numbers are off.
+    """
     measured_rows = gpu_rows.measure(check.device, small=check.small, runs=check.runs(10))
-    print(gpu_rows.table(measured_rows), flush=True)
-    wrong = [f"{name}: {row['failed']}" for name, row in measured_rows.items() if "failed" in row]
-    return {"floor_ms": gpu_rows.FLOOR_MS, "rows": measured_rows} | ({"failed": "; ".join(wrong)} if wrong else {})
+    frames = gpu_frames.measure(check.bundle, check.device, check.runs(10))
+    manifest = read_manifest(check.bundle)
+    what, floor = f"an image of {manifest.model} at {manifest.buckets[0].size}", gpu_frames.floor_ms(manifest)
+    print(gpu_rows.table(measured_rows), gpu_rows.table(frames, what, floor), sep="\n\n", flush=True)
+    wrong = [f"{name}: {row['failed']}" for name, row in (measured_rows | frames).items() if "failed" in row]
+    entry = {"floor_ms": gpu_rows.FLOOR_MS, "rows": measured_rows, "frames_floor_ms": floor, "frames": frames}
+    return entry | ({"failed": "; ".join(wrong)} if wrong else {})
 
 
 def launches(check: Check) -> dict[str, Any]:

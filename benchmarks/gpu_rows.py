@@ -260,12 +260,12 @@ def _timed(row: Row, device: str, runs: int) -> dict[str, Any]:
     return {"before_ms": before, "after_ms": after, "saved_of_floor": (before - after) / FLOOR_MS}
 
 
-def table(timings: dict[str, Any]) -> str:
-    """The rows as text, the most saved first; those without a time last, with the reason."""
+def table(timings: dict[str, Any], what: str = "an image of FE2E at 864x576", floor: float = FLOOR_MS) -> str:
+    """The rows as text, the most saved first; those without a time last, with the reason. floor: ms."""
     timed = {name: row for name, row in timings.items() if "before_ms" in row}
     order = sorted(timed, key=lambda name: timed[name]["after_ms"] - timed[name]["before_ms"])
-    width = max(map(len, timings), default=0)
-    lines = [f"{'an image of FE2E at 864x576':<{width}}  before ms  after ms  saved of the floor ({FLOOR_MS:.0f} ms)"]
+    width = max(map(len, (what, *timings)))
+    lines = [f"{what:<{width}}  before ms  after ms  saved of the floor ({floor:.3g} ms)"]
     for name in order:
         row = timed[name]
         lines.append(f"{name:<{width}}  {row['before_ms']:9.2f} {row['after_ms']:9.2f}  {row['saved_of_floor']:+8.1%}")

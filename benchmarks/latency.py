@@ -24,7 +24,7 @@ from densegeo.inspection import check_with_progress
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, read_manifest
 from densegeo.runtime.images import load_image
-from densegeo.runtime.measured import Conditions, measured, remember
+from densegeo.runtime.measured import Conditions, Measured, measured, remember
 from densegeo.runtime.resample import choose_bucket
 from densegeo.runtime.verify import verify
 
@@ -92,8 +92,10 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     command: str
 
 
-def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: str) -> Latency:
-    """Verify, then measure. Raises BackendError when the bundle's numbers come out wrong here."""
+def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: str) -> tuple[Latency, Measured]:
+    """Verify, then measure: all of it, and the record that is kept. Raises BackendError when the bundle's numbers come
+    out wrong here.
+    """
     manifest = read_manifest(bundle)
     check_with_progress(bundle, manifest)
     verdict = verify(bundle, backend, device)
@@ -117,8 +119,9 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         runs=runs, variation=stages["total"].variation, others=others.share, throttled=throttled or []
     )
     total, name = stages["total"], device_name(used_device, facts["machine"])
-    remember(measured(manifest, bucket, used_backend, name, total.p50, total.p90, conditions))
-    return Latency(
+    kept = measured(manifest, bucket, used_backend, name, total.p50, total.p90, conditions)
+    remember(kept)
+    latency = Latency(
         bundle=bundle.resolve().name,
         model=manifest.model,
         precision=manifest.precision,
@@ -141,6 +144,7 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         error_bound=max(check.bound for check in verdict.served),
         **facts,
     )
+    return latency, kept
 
 
 def device_name(device: str, machine: dict[str, Any]) -> str:
@@ -206,13 +210,19 @@ def summarise(samples: Sequence[dict[str, float]], bucket: Bucket, latents: int)
 
     latents: decoded for an image.
     """
+    work = image_flops(bucket, latents)
+    work["total"] = sum(work.values())
+    return {stage: _spread([sample[stage] for sample in samples], work.get(stage)) for stage in samples[0]}
+
+
+def image_flops(bucket: Bucket, latents: int) -> dict[str, int]:
+    """Floating-point operations of each stage for one image. latents: decoded for it."""
     work: dict[str, int] = {}
     for stage in STAGES:
         graph: Graph = getattr(bucket, stage)
         calls = latents // graph.inputs[0].shape[0] if stage == "decoder" else 1  # perhaps one by one
         work[stage] = calls * graph.flops
-    work["total"] = sum(work.values())
-    return {stage: _spread([sample[stage] for sample in samples], work.get(stage)) for stage in samples[0]}
+    return work
 
 
 def _spread(values: list[float], flops: int | None) -> Spread:

@@ -17,7 +17,7 @@ from densegeo.benchmarks.latency import Latency, run
 from densegeo.errors import BackendError, ResourceError
 from densegeo.files import atomic_write
 from densegeo.runtime.bundle import read_manifest
-from densegeo.runtime.measured import advice
+from densegeo.runtime.measured import Measured, advice
 
 
 def bench(
@@ -32,15 +32,15 @@ def bench(
     """Time every bundle with every backend, and compare several.
 
     Of several, one that cannot run, or whose numbers come out wrong, is said so, and the others go on. Raises
-    BackendError for it at the end, ConfigError for a comparison of throttled runs, and ResourceError.
+    BackendError for it at the end, ThrottledError for a comparison of throttled runs, and ResourceError.
     """
-    console, results, failed = Console(), list[Latency](), list[str]()
+    console, results, kept, failed = Console(), list[Latency](), list[Measured](), list[str]()
     pairs = list(product(bundles, backends))
     for bundle in bundles:
         read_manifest(bundle)  # the last one's path is wrong? Say so now, not after hours
     for bundle, backend in pairs:
         try:
-            result = run(bundle, image=image, runs=runs, backend=backend, device=device)
+            result, record = run(bundle, image=image, runs=runs, backend=backend, device=device)
         except BackendError as error:
             if len(pairs) == 1:
                 raise
@@ -48,13 +48,14 @@ def bench(
             console.print(f"[yellow]{escape(failed[-1])} is left out:[/] {escape(str(error))}\n", soft_wrap=True)
             continue
         results.append(result)
+        kept.append(record)
         print_latency(result, console)
         if json_file is not None:
             write_results(json_file, results)
     if len(results) > 1:
         names = [result.bundle for result in results]
         print_comparison(list(zip(names, results, strict=True)), console)
-    for line in dict.fromkeys(line for bundle in bundles for line in advice(read_manifest(bundle))):
+    for line in dict.fromkeys(line for bundle in bundles for line in advice(read_manifest(bundle), kept)):
         console.print(line, soft_wrap=True)
     if failed:
         raise BackendError(f"{len(failed)} of {len(pairs)} were not timed: {'; '.join(failed)}")

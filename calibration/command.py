@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from densegeo.arguments import find_bundle
+from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
@@ -111,7 +111,7 @@ def calibrate(
     base: Annotated[
         str, typer.Option(help="What the build will leave the rest in, as its --base; its own error counts too.")
     ] = "",
-    device: Annotated[str, typer.Option(help="With torch: auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(callback=known_device, help="With torch: auto, cpu, cuda or cuda:N.")] = "auto",
     stream: Annotated[
         bool,
         typer.Option(
@@ -127,25 +127,9 @@ def calibrate(
     every convolution but the first and last ones, shortcuts and thin ones. Run it again to go on after an interruption,
     or to make another format's plan from the same statistics.
     """
-    if kind not in CALIBRATED:
-        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
-    if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    if attention and not PRECISIONS[kind].attention:
-        raise ConfigError(
-            f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
-        )
-    if convolutions and not PRECISIONS[kind].convolutions:
-        raise ConfigError(
-            f"--convolutions is for {_CONVOLUTIONS}: no kernel of {kind} is known that is faster than floating point's"
-        )
-    if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
-        raise ConfigError(f"--weight-bits is for whole numbers, not for {kind}")
-    if any(limit is not None and not limit > 0 for limit in (max_depth_error, max_normal_error)):
-        raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
-    if base and base not in PRECISIONS[kind].bases:
-        raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
+    _require_plannable(kind, method, base, attention=attention, convolutions=convolutions, weight_bits=weight_bits)
     budget = Budget(max_depth_error, max_normal_error)
+    _require_runnable(backend, device, budget, stream=stream)
     exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
@@ -153,9 +137,10 @@ def calibrate(
     check_files(bundle, manifest, digests=True)
     folder = output or beside(bundle, "calibration")
     console = Console()
-    found = Images(find_images(images))
-    if stream and (backend, device) != (NETWORKS.name, "cpu"):
-        raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
+    try:
+        found = Images(find_images(images))
+    except ImageError as error:
+        raise typer.BadParameter(str(error), param_hint="--images") from error
     first = manifest.buckets[0]
     where = choose_device(device) if backend == NETWORKS.name else "cpu"
     pipeline = load_networks(bundle, manifest, first.size, where, streamed=stream)
@@ -207,9 +192,41 @@ def calibrate(
     )
 
 
+def _require_plannable(
+    kind: str, method: str, base: str, *, attention: bool, convolutions: bool, weight_bits: int
+) -> None:
+    """Raises ConfigError for what no plan can hold."""
+    if kind not in CALIBRATED:
+        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
+    if method not in METHODS:
+        raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if attention and not PRECISIONS[kind].attention:
+        raise ConfigError(
+            f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
+        )
+    if convolutions and not PRECISIONS[kind].convolutions:
+        raise ConfigError(
+            f"--convolutions is for {_CONVOLUTIONS}: no kernel of {kind} is known that is faster than floating point's"
+        )
+    if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
+        raise ConfigError(f"--weight-bits is for whole numbers, not for {kind}")
+    if base and base not in PRECISIONS[kind].bases:
+        raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
+
+
+def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool) -> None:
+    """Raises ConfigError for what could not be found out in this way, before hours go into finding it out."""
+    if not any(row.name == backend and row.shows_layers for row in BACKENDS):
+        raise ConfigError(f"{backend} does not show what enters its linears: use --backend {_SEEN}")
+    if stream and (backend, device) != (NETWORKS.name, "cpu"):
+        raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
+    if any(limit is not None and not limit > 0 for limit in (budget.depth, budget.normals)):
+        raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
+    if stream and budget != Budget():
+        raise ConfigError("a budget needs errors, which --stream does not measure")
+
+
 def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LayerInputs:
-    if not any(row.name == name and row.shows_layers for row in BACKENDS):
-        raise ConfigError(f"{name} does not show what enters its linears: use --backend {_SEEN}")
     return TorchInputs(pipeline) if name == NETWORKS.name else OnnxInputs(bundle, manifest)
 
 
@@ -232,10 +249,10 @@ def make_plan(
 ) -> QuantizationPlan:
     """Ranges, the error of each layer quantized alone, and what the budget allows.
 
-    pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured.
+    pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured, and no
+    budget held.
     attention, convolutions: plan those too. weight_bits: 8, or 7 of int8. everything: and first, last and thin layers.
-    base: what the rest will be built in. measured: the file that keeps errors as they are measured. Raises ConfigError
-    for a budget without pictures.
+    base: what the rest will be built in. measured: the file that keeps errors as they are measured.
     """
     first = manifest.buckets[0]
     pipeline.denoiser.resize(first.size)
@@ -273,8 +290,6 @@ def make_plan(
         operations={name: work[name] for name in pictured},
     )
     if not pictures:
-        if budget != Budget():
-            raise ConfigError("a budget needs errors, which --stream does not measure")
         return plan
     judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics))
     names = [*plan.ranges, *plan.attentions, *plan.convolutions]

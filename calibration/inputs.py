@@ -24,6 +24,7 @@ from densegeo.models.layers import Attention
 from densegeo.models.quantized import AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import Downsample
+from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
 from densegeo.runtime.host_chain import Chain
@@ -98,8 +99,7 @@ class OnnxInputs:
     def _session(self, stage: Stage, name: str) -> tuple[Any, list[Watched]]:
         """A session whose outputs are the layers' inputs, and what they are."""
         if name not in self._sessions:
-            import onnxruntime as ort
-
+            ort = import_onnxruntime()
             model = onnx.load(self._bundle / name, load_external_data=False)
             typed = onnx.shape_inference.infer_shapes(model)
             known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.input)}

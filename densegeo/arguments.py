@@ -10,6 +10,7 @@ import typer
 
 from densegeo.backends import NAMES
 from densegeo.errors import DensegeoError
+from densegeo.files import require_writable
 
 
 def find_bundle(name_or_path: str) -> Path:
@@ -31,6 +32,22 @@ def known_backend(name: str) -> str:
     if name not in ("auto", *NAMES):
         raise typer.BadParameter(f"There is no {name!r}; choose auto, {', '.join(NAMES)}.")
     return name
+
+
+def known_backends(names: list[str]) -> list[str]:
+    """Each as `known_backend`."""
+    return [known_backend(name) for name in names]
+
+
+def writable_file(path: Path | None) -> Path | None:
+    """A file that can be written, found out before any work; its folder is made. BadParameter for anything else."""
+    if path is None:
+        return None
+    try:
+        require_writable(path)
+    except OSError as error:
+        raise typer.BadParameter(f"Cannot write {path}: {error.strerror}.") from error
+    return path
 
 
 def known_device(device: str) -> str:

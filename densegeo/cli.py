@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from densegeo.arguments import Backend, Bundle, Device, find_bundle
+from densegeo.arguments import Backend, Bundle, Device, find_bundle, known_backends, writable_file
 from densegeo.backends import BACKENDS, NAMES
-from densegeo.errors import DensegeoError
+from densegeo.errors import ConfigError, DensegeoError, ImageError
 from densegeo.infer_command import infer
 from densegeo.precision import CALIBRATED
 from densegeo.signals import Terminated, terminable
@@ -65,13 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def guarded(call: Callable[[], object]) -> None:
-    """Call, and turn densegeo's own errors into one line on standard error and exit code 1, signals into 128 + theirs.
+    """Call, and turn densegeo's own errors into one line on standard error.
+
+    Exit codes: 2 for options that cannot be, 1 for what failed, 128 + its number for a signal.
 
     SIGTERM ends a command as Ctrl-C does: what is half-written is removed, what is finished stays.
     """
     try:
         with terminable():
             call()
+    except ConfigError as error:
+        _fail(str(error), 2)
     except DensegeoError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -106,9 +110,9 @@ def _termination(error: BaseException | None) -> Terminated | None:
     return error
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     Console(stderr=True).print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True, highlight=False)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _show_version(show: bool) -> None:
@@ -269,26 +273,39 @@ def bench(
     runs: Annotated[int, typer.Option(min=2, help="Timed runs, after the warm-up.")] = 20,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="Also write the results to this file, one line of JSON a run."),
+        typer.Option(
+            "--json", callback=writable_file, help="Also write the results to this file, one line of JSON a run."
+        ),
     ] = None,
     backend: Annotated[
         list[str],
-        typer.Option(help=f"What runs the bundles: {', '.join(NAMES)}; repeat it to compare. Default: the best one."),
+        typer.Option(
+            callback=known_backends,
+            help=f"What runs the bundles: {', '.join(NAMES)}; repeat it to compare. Default: the best one.",
+        ),
     ] = ["auto"],  # noqa: B006  (typer reads it, nobody writes it)
     device: Device = "auto",
 ) -> None:
     """Latency per stage and end to end; refuses to print a speed when the numbers are wrong."""
     from densegeo.benchmarks import latency_report
+    from densegeo.runtime.images import load_image
 
+    if image is not None:
+        try:
+            load_image(image)
+        except ImageError as error:
+            raise typer.BadParameter(str(error), param_hint="--image") from error
     latency_report.bench(bundles, image=image, runs=runs, backends=backend, device=device, json_file=json_file)
 
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that `densegeo bench --json` wrote.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="JSON files that `densegeo bench --json` wrote.")
+    ],
     plot: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Also draw the stages into this picture (needs matplotlib)."),
+        typer.Option(callback=writable_file, help="Also draw the stages into this picture (needs matplotlib)."),
     ] = None,
 ) -> None:
     """Benchmarks of several machines, backends or precisions, one row each, against the first."""

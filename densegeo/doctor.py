@@ -18,6 +18,7 @@ import msgspec
 from densegeo.architectures import ARCHITECTURES
 from densegeo.backends import BACKENDS, ENGINES, BackendRow
 from densegeo.findings import Finding
+from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.processor import cpu, memory
 
 _FOLDERS = ("benchmarks", "calibration", "export", "kernels", "models", "runtime", "serving")
@@ -102,6 +103,7 @@ def examine() -> Report:
     gpus, gpu_note = _gpus()
     processor, features = cpu()
     total, available = memory()
+    verified = _verified()
     return Report(
         densegeo=__version__,
         broken=broken(),
@@ -112,12 +114,12 @@ def examine() -> Report:
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=total,
         memory_available_bytes=available,
-        backends=[line for row in BACKENDS for line in _examined(row, bool(gpus))],
+        backends=[line for row in BACKENDS for line in _examined(row, bool(gpus), verified)],
         gpus=gpus,
         gpu_note=gpu_note,
         extras=_extras(),
         warnings=_warnings(),
-        verified=_verified(),
+        verified=verified,
         suits=_suits(),
     )
 
@@ -171,18 +173,30 @@ def _installed(row: BackendRow) -> str:
     return present[0][1] if len(groups) == 1 and present else ", ".join(f"{name} {number}" for name, number in present)
 
 
-def _examined(row: BackendRow, has_gpu: bool) -> list[Backend]:
-    """What a backend can run a bundle on, one line a kind of device."""
+def _examined(row: BackendRow, has_gpu: bool, verified: Sequence[Finding]) -> list[Backend]:
+    """What a backend can run a bundle on, one line a kind of device. verified: what `densegeo verify` found here."""
     installed = _installed(row)
     if not installed or (row is not ENGINES and not row.available()):
         return [Backend(_label(row, row.devices), None, "no", f"not installed: {row.install}")]
-    tells = f"`densegeo verify BUNDLE --backend {row.name}` tells"
     if row.providers:
-        return _providers(row, installed, has_gpu, tells)
+        return _providers(row, installed, has_gpu, verified)
     if row.gpu_only and not has_gpu:
         return [Backend(_label(row, row.devices), installed, "no", row.without_gpu)]
     # Not imported here: torch is slow to import, and importing OpenVINO sends a usage report.
-    return [Backend(_label(row, row.devices), installed, "untried", f"{row.untried}: {tells}")]
+    return [_tried(row, row.devices, installed, verified)]
+
+
+def _tried(row: BackendRow, devices: Sequence[str], installed: str, verified: Sequence[Finding]) -> Backend:
+    """A backend that is not run here, on some kinds of device: as `densegeo verify` last found it, if it did."""
+    label = _label(row, devices)
+    here = [one for one in verified if one.backend == row.name and one.device.partition(":")[0] in devices]
+    if good := [one for one in here if one.good]:
+        latest = max(good, key=lambda one: one.when)
+        return Backend(label, installed, "yes", f"verified on {latest.device}, {latest.when}")
+    if here:
+        return Backend(label, installed, "no", "no bundle that was verified with it passed: see above")
+    tells = f"`densegeo verify BUNDLE --backend {row.name}` tells"
+    return Backend(label, installed, "untried", f"{row.untried}: {tells}")
 
 
 def _label(row: BackendRow, devices: Sequence[str]) -> str:
@@ -190,14 +204,12 @@ def _label(row: BackendRow, devices: Sequence[str]) -> str:
     return f"{row.name} {devices[0]}" if len(devices) == 1 and not row.gpu_only else row.name
 
 
-def _providers(row: BackendRow, installed: str, has_gpu: bool, tells: str) -> list[Backend]:
+def _providers(row: BackendRow, installed: str, has_gpu: bool, verified: Sequence[Finding]) -> list[Backend]:
     """Each of ONNX Runtime's providers is asked of the library itself, not assumed."""
     try:
-        import onnxruntime  # it loads in a fraction of a second
-
         from densegeo.runtime.backends.ort import PROVIDERS
 
-        available = list(onnxruntime.get_available_providers())
+        available = list(import_onnxruntime().get_available_providers())  # it loads in a fraction of a second
     except Exception as error:  # a broken installation is a finding, not a failure
         return [Backend(row.name, installed, "no", f"installed, but cannot be imported: {error}")]
     rows = []
@@ -210,7 +222,7 @@ def _providers(row: BackendRow, installed: str, has_gpu: bool, tells: str) -> li
         elif not has_gpu:
             rows.append(Backend(name, installed, "no", f"{title} provider there, but {row.without_gpu}"))
         else:
-            rows.append(Backend(name, installed, "untried", f"{row.untried}: {tells}"))
+            rows.append(_tried(row, (kind,), installed, verified))
     return rows
 
 

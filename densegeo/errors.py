@@ -23,6 +23,10 @@ class ImageWarning(UserWarning):
     """An image whose values look like those of another range than its type's."""
 
 
+class ResultWarning(UserWarning):
+    """A result that says nothing: not one pixel of it is valid."""
+
+
 class BundleError(DensegeoError):
     """A directory that is no bundle, or a bundle with a missing or unusable part."""
 
@@ -41,6 +45,10 @@ class BackendError(DensegeoError):
 
 class TensorSizeError(BackendError):
     """A tensor that the kernels cannot address: take fewer images at once."""
+
+
+class ThrottledError(BackendError):
+    """Times that were taken while a GPU's clocks were lowered: nothing is compared with them."""
 
 
 class EngineError(BackendError):
@@ -136,7 +144,7 @@ class ExportError(DensegeoError):
 
 
 class ResourceError(DensegeoError):
-    """Not enough memory or disk for a build, or an output that cannot be written."""
+    """Not enough memory or disk, an output that cannot be written, or an address that cannot be had."""
 
 
 class QuantizationError(DensegeoError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,15 @@ def put_folder(folder: Path, path: Path, aside: Path | None = None) -> None:
         aside.rename(path)
         raise
     shutil.rmtree(aside)
+
+
+def require_writable(path: Path) -> None:
+    """A file of this name can be written with `atomic_write`; its folder is made. Raises OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def existing_parent(path: Path) -> Path:

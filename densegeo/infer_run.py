@@ -55,7 +55,7 @@ def run(job: Run, making: Making, found_inputs: FoundInputs) -> int:
     maker = {"bundle": bundle_record(job.bundle, manifest), "options": options, "formats": list(making.formats)}
     results = _results(job, maker)
     console = Console(stderr=True)
-    tally = Tally(skipped=found_inputs.skipped, notices=Notices(_shower(console, job.quiet)))
+    tally = Tally(skipped=found_inputs.skipped, notices=Notices(_shower(console, job.quiet), in_options))
     todo = _todo(found_inputs.inputs, results, job, tally)
     listed = results.open_journal()
     try:
@@ -207,14 +207,14 @@ def _record(job: Run, tally: Tally, count: int) -> dict[str, Any]:
         "output": _as_text(str(job.output)),
         "done": tally.done,
         "failed": [
-            {"source": _as_text(failure.source), "error": _as_text(in_options(failure.reason))}
+            {"source": _as_text(failure.source), "error": _as_text(failure.reason)}
             | ({} if failure.frame is None else {"frame": failure.frame})
             for failure in tally.failures
         ],
         "skipped": dict(tally.skipped),
         "not_reached": count - tally.done - sum(failure.frame is None for failure in tally.failures),
         "warnings": [
-            {"warning": _as_text(in_options(notice.text)), "first": _as_text(notice.source), "count": notice.count}
+            {"warning": _as_text(notice.text), "first": _as_text(notice.source), "count": notice.count}
             for notice in notices
         ],
         "seconds": round(tally.seconds, 3),
@@ -223,7 +223,7 @@ def _record(job: Run, tally: Tally, count: int) -> dict[str, Any]:
 
 
 def _say(console: Console, colour: str, word: str, text: str) -> None:
-    console.print(f"[{colour}]{word}[/] {escape(_as_text(in_options(text)))}", soft_wrap=True, highlight=False)
+    console.print(f"[{colour}]{word}[/] {escape(_as_text(text))}", soft_wrap=True, highlight=False)
 
 
 def _of(source: str, text: str) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 from densegeo import remote
 from densegeo.errors import BackendTimeoutError, BundleError, DensegeoError, ResourceError, ShutdownError
 from densegeo.formats import RESULTS
+from densegeo.infer_options import in_options
 from densegeo.inputs import Input
-from densegeo.notices import Notices
+from densegeo.notices import Notices, warn_if_empty
 from densegeo.records import Results, source_record
 from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
@@ -39,7 +40,11 @@ class Making:
     drop_flying: bool = False
 
     def calibrated(self, geometry: Geometry) -> Geometry:
-        """In metres when the command line says how, up to scale where a format needs depth, else as it is."""
+        """In metres when the command line says how, up to scale where a format needs depth, else as it is.
+
+        Warns (ResultWarning) of one that says nothing.
+        """
+        warn_if_empty(geometry)
         if self.depth_range:
             near, far = self.depth_range
             return geometry.to_metric(near=near, far=far)
@@ -215,8 +220,8 @@ def save_one(
 
 
 def reason(error: Exception) -> str:
-    """Of a failure, in words."""
-    return str(error) or "not enough memory"
+    """Of a failure, in the command line's words."""
+    return in_options(str(error)) or "not enough memory"
 
 
 def _listed(pair: tuple[float, ...] | None) -> list[float] | None:

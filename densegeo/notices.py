@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from densegeo.errors import ResultWarning
+
+if TYPE_CHECKING:
+    from densegeo.runtime import Geometry
 
 _NUMBER = re.compile(r"\d[\d.]*(e[+-]?\d+)?")
 
@@ -72,12 +77,19 @@ class Heard:
 
 
 class Notices(Heard):
-    """The warnings of one run. show: gets the first of each kind, as it comes."""
+    """The warnings of one run. show: gets the first of each kind, as it comes. words: puts a text into those of whoever
+    is warned.
+    """
 
-    def __init__(self, show: Callable[[Notice], object] = lambda notice: None) -> None:
+    def __init__(
+        self, show: Callable[[Notice], object] = lambda notice: None, words: Callable[[str], str] = lambda text: text
+    ) -> None:
         super().__init__()
         self.kinds: dict[str, Notice] = {}
-        self._show, self._lock = show, threading.Lock()
+        self._show, self._words, self._lock = show, words, threading.Lock()
+
+    def _take(self, text: str) -> None:
+        super()._take(self._words(text))
 
     def said(self, text: str, source: str) -> None:
         """Count what was warned of elsewhere."""
@@ -90,6 +102,17 @@ class Notices(Heard):
             first = kind.count == 1
         if first:
             self._show(kind)
+
+
+def warn_if_empty(geometry: Geometry) -> None:
+    """Warn (ResultWarning) of a result of which not one pixel is valid."""
+    if not geometry.valid.any():
+        warnings.warn(
+            "Not one pixel of the result is valid: the networks gave NaN or infinity all over. `densegeo verify "
+            "BUNDLE` tells whether they come out right here.",
+            ResultWarning,
+            stacklevel=2,
+        )
 
 
 class _Handler(logging.Handler):

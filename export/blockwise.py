@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.runtime.backends.ort import AS_THEY_ARE
 
 Array = NDArray[np.generic]
@@ -57,8 +58,7 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
 
     feeds: input name -> array. Returns the graph's outputs in order.
     """
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = [output.name for output in model.graph.output]

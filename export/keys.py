@@ -14,6 +14,7 @@ import densegeo
 from densegeo.errors import ConfigError
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.engine_builder import library_version
+from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
 # What our code makes of the same inputs, as numbers: raise one by hand when a stage's files come out otherwise.
@@ -35,7 +36,7 @@ def versions() -> dict[str, str]:
 def onnxruntime_version() -> str:
     """ONNX Runtime's version, whichever of its distributions brought it. Raises ConfigError without one."""
     try:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
     except ImportError as error:
         raise ConfigError(
             f"A build runs its graphs in ONNX Runtime, which cannot be imported ({error}): "

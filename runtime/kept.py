@@ -13,6 +13,7 @@ from densegeo.runtime.engines import check_owner
 
 log = logging.getLogger("densegeo")
 _DIGEST = hashlib.sha256().digest_size
+_told = set[Path]()  # folders of which was said that they are not trusted
 
 
 def kept_at(kind: str, *key_parts: str) -> Path | None:
@@ -35,7 +36,12 @@ def read_kept(path: Path | None) -> bytes | None:
     try:
         check_owner(path)
         written = path.read_bytes()
-    except (EngineError, OSError) as error:
+    except EngineError as error:
+        if path.parent not in _told:
+            _told.add(path.parent)
+            log.warning("what is kept from before is not used, and is made again: %s", error)
+        return None
+    except OSError as error:
         log.info("what is kept is not read: %s", error)
         return None
     digest, content = written[:_DIGEST], written[_DIGEST:]
@@ -52,6 +58,7 @@ def keep(path: Path | None, content: bytes) -> None:
     try:
         with atomic_write(path) as partial:
             partial.write_bytes(hashlib.sha256(content).digest() + content)
+            partial.chmod(0o600)  # whatever the umask is, or it would not be read again
     except OSError as error:
         log.info("%s is not kept: %s", path, error)
 

@@ -147,9 +147,14 @@ def forget(fingerprints: Collection[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def advice(manifest: Manifest) -> list[str]:
-    """For each size and place where floats and 8 bits were both measured: which precision is recommended, and why."""
+def advice(manifest: Manifest, doubted: Collection[Measured] = ()) -> list[str]:
+    """For each size and place where floats and 8 bits were both measured: which precision is recommended, and why.
+
+    doubted: what was measured just now and cannot be believed. Nothing is recommended at its size and place: that would
+    be an older record's numbers against those that people have before them.
+    """
     lines, records = [], [record for record in _records() if not record.conditions.doubts]
+    unsaid = {(record.model, record.bucket, *record.place) for record in doubted if record.conditions.doubts}
     for bucket in manifest.buckets:
         alike = [
             record
@@ -157,6 +162,8 @@ def advice(manifest: Manifest) -> list[str]:
             if (record.model, record.bucket, record.flops) == (manifest.model, bucket.name, _flops(bucket))
         ]
         for place in sorted({record.place for record in alike}):
+            if (manifest.model, bucket.name, *place) in unsaid:
+                continue
             here = sorted((record for record in alike if record.place == place), key=lambda record: record.p50)
             eight = next((record for record in here if record.eight_bit), None)
             floating = next((record for record in here if not record.eight_bit), None)

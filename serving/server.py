@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from densegeo.errors import ConfigError
+from densegeo.errors import ConfigError, ResourceError
 from densegeo.serving.logs import FIELDS
 from densegeo.serving.options import Options
 from densegeo.serving.service import Service
@@ -29,14 +29,14 @@ HUNG_GRACE_S = 1.0  # how long `ready` says no before the process ends, so that 
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ConfigError where that cannot be had."""
+    """A bound socket. Raises ResourceError where that cannot be had."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, number)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise ConfigError(
+        raise ResourceError(
             f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
         ) from error
     return bound

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +139,20 @@ def test_bench_is_remembered(bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "densegeo" / "measured").iterdir())) == 2
 
 
+@pytest.fixture(scope="module")
+def timed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run's JSON."""
+    path = tmp_path_factory.mktemp("timed") / "one.json"
+    assert run("bench", bundle, "--runs", 2, "--json", path) == 0
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
 def test_compare_has_a_row_for_each_run(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    timed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run("bench", bundle, "--runs", 2, "--json", tmp_path / "one.json") == 0
-    one = json.loads((tmp_path / "one.json").read_text())
-    slow = json.loads((tmp_path / "one.json").read_text())
+    one, slow = timed, deepcopy(timed)
+    (tmp_path / "one.json").write_text(json.dumps(one))
     for stage in slow["stages"].values():
         stage["p50"] *= 2
     slow |= {"device": "cuda:0", "device_name": "NVIDIA GeForce RTX 4090 Laptop GPU"}
@@ -166,9 +176,11 @@ def test_compare_has_a_row_for_each_run(
         assert picture.width > 500
 
 
-def test_throttled_runs_are_not_compared(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", bundle, "--runs", 2, "--json", tmp_path / "good.json") == 0
-    result = json.loads((tmp_path / "good.json").read_text())
+def test_throttled_runs_are_not_compared(
+    timed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(timed))
+    result = deepcopy(timed)
     result["conditions"]["throttled"] = ["hot"]
     (tmp_path / "bad.json").write_text(json.dumps(result))
     plot = tmp_path / "plot.png"
@@ -198,8 +210,86 @@ def test_bench_takes_bundles_and_backends(
 def test_compare_refuses_what_is_no_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text("{}")
     for name, words in (("x.json", "no file of `densegeo bench"), ("y.json", "Cannot read")):
-        assert run("compare", tmp_path / name) == 1
+        assert run("compare", tmp_path / name) == 2
         assert words in capsys.readouterr().err
+
+
+TORCH_STREAM = ("--stream", "--backend", "torch", "--device", "cpu")
+WRONG = {
+    "There is no 'foo'": ("bench", "--backend", "openvino", "--backend", "foo"),
+    "none.png does not exist": ("bench", "--image", "none.png"),
+    "Cannot write /dev/null/x.json": ("bench", "--json", "/dev/null/x.json"),
+    "there is no builder 'nvcc'": ("engines", "--gpu-arch", 89, "--builder", "nvcc"),
+    "none of auto, constant, input": ("engines", "--gpu-arch", 89, "--builder", "tensorrt_rtx", "--weights", "none"),
+    "sm_42": ("engines", "--gpu-arch", 42, "--builder", "tensorrt_rtx"),
+    "no format 'fp3'": ("calibrate", "--images", "x.png", "--format", "fp3"),
+    "--attention is for": ("calibrate", "--images", "x.png", "--format", "int8", "--attention"),
+    "--convolutions is for": ("calibrate", "--images", "x.png", "--convolutions"),
+    "must be above 0": ("calibrate", "--images", "x.png", "--max-depth-error", 0),
+    "--stream needs": ("calibrate", "--images", "x.png", "--stream"),
+    "a budget needs errors": ("calibrate", "--images", "x.png", "--max-depth-error", 1, *TORCH_STREAM),
+    "does not show": ("calibrate", "--images", "x.png", "--backend", "openvino"),
+    "none-of-them": ("calibrate", "--images", "none-of-them"),
+    "'gpu'": ("calibrate", "--images", "x.png", "--device", "gpu"),
+    "TLS needs both": ("serve", "--tls-key", "none.pem"),
+    "one mcap file": ("bag", "in.mcap", "out.bag"),
+}
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_options_that_cannot_be_are_wrong_usage(says: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every command: exit code 2, before anything is computed or written."""
+    command, *options = WRONG[says]
+    before = sorted(bundle.rglob("*"))
+    assert run(command, bundle, *options) == 2
+    assert says in spoken(capsys)
+    assert sorted(bundle.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--backend", "onnxruntime"), "Missing option '--model'"),
+        (("--model", "fe2e-tiny", "--precision", "fp3"), "no precision 'fp3'"),
+        (("--model", "fe2e-tiny", "--backend", "onnxruntime", "--precision", "bf16"), "no bf16 kernels"),
+        (("--model", "fe2e-tiny", "--size", "100x100"), "multiples of 16"),
+    ],
+)
+def test_a_build_that_cannot_be_is_wrong_usage(
+    options: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    assert run("build", "--output", tmp_path / "made", *options) == 2
+    assert says in spoken(capsys)
+    assert not (tmp_path / "made").exists()
+
+
+def spoken(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said to standard error, without frames and line breaks."""
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_onnxruntime_reports_nothing(bundle: Path, tmp_path: Path) -> None:
+    """No identifier of this device is written to the user's cache, from which on reports would be sent."""
+    code = f"from densegeo import Estimator; Estimator({str(bundle)!r}, 'onnxruntime').close()"
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    made = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert all(parts[1] == "densegeo" for parts in made), made
+
+
+def test_a_picture_that_cannot_be_drawn(
+    timed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file keeps what it had."""
+    (tmp_path / "one.json").write_text(json.dumps(timed))
+    plot = tmp_path / "plot.xyz"
+    plot.write_text("mine")
+    assert run("compare", tmp_path / "one.json", "--plot", plot) == 2
+    assert "name a file that ends in" in capsys.readouterr().err
+    assert plot.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "plot.xyz"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "bench"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
 from densegeo import cli
@@ -78,7 +81,7 @@ def test_warnings_name_their_images_and_are_counted(
     assert "value_range" not in captured.err
     assert (told["first"], told["count"]) == (f"{raw}/0.png", 3)
     lines = journal(tmp_path / "out")
-    assert "value_range=(0, 16383)" in lines["2"]["warnings"][0]
+    assert "say --value-range 0 16383" in lines["2"]["warnings"][0]
     assert "warnings" not in lines["bright"]
     for name, count in (("2", 1), ("bright", 0)):
         record = json.loads((tmp_path / "out" / f"{name}_geometry.json").read_text())
@@ -133,4 +136,22 @@ def test_a_jpeg_without_its_end_gets_an_option(
     (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:-900])
     assert run("infer", toy_bundle, tmp_path / "cut.jpg", "-o", tmp_path / "out") == 1
     assert "with --truncated" in said(capfd.readouterr().err)
+    assert "with --truncated" in journal(tmp_path / "out")["cut"]["error"]
     assert run("infer", toy_bundle, tmp_path / "cut.jpg", "-o", tmp_path / "out", "--truncated") == 0
+
+
+def test_a_result_without_one_valid_pixel_is_warned_of(
+    toy_bundle: Path, raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Networks that give NaN all over."""
+    bundle = shutil.copytree(toy_bundle, tmp_path / "nan")
+    (path,) = bundle.glob("denoiser*.onnx")
+    model = onnx.load(path)
+    (half,) = (tensor for tensor in model.graph.initializer if tensor.name == "half")
+    half.CopyFrom(numpy_helper.from_array(np.float32("nan"), half.name))
+    model.graph.node[-1].input[0] = "halved"
+    onnx.save(model, path)
+    assert run("infer", bundle, raw / "bright.png", "-f", "npy", "-o", tmp_path / "out") == 0
+    assert "warning" in (text := said(capfd.readouterr().err))
+    assert f"{raw}/bright.png: Not one pixel of the result is valid" in text
+    assert "Not one pixel" in journal(tmp_path / "out")["bright"]["warnings"][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from densegeo import doctor
 from densegeo.architectures import AMPERE, ARCHITECTURES, OLDEST, RTX_TARGETS, names
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, NAMES, NETWORKS, BackendRow, backend_row
 from densegeo.errors import ConfigError
+from densegeo.findings import Finding
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS, QUANTIZED, precision_row
 from tests.support.project import ROOT
 
@@ -97,13 +99,18 @@ def test_rows_import_nothing_heavy() -> None:
 
 
 def said(
-    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], providers: list[str], *, gpu: bool
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    providers: list[str],
+    *,
+    gpu: bool,
+    verified: Sequence[Finding] = (),
 ) -> dict[str, doctor.Backend]:
-    """What `doctor` says on a machine with these distributions and ONNX Runtime's providers."""
+    """What `doctor` says on a machine with these distributions and ONNX Runtime's providers. verified: found there."""
     monkeypatch.setattr(doctor, "version", versions.get)
     monkeypatch.setattr(BackendRow, "available", lambda row: True)
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: providers))
-    return {line.name: line for row in BACKENDS for line in doctor._examined(row, gpu)}
+    return {line.name: line for row in BACKENDS for line in doctor._examined(row, gpu, verified)}
 
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -138,6 +145,23 @@ def test_doctor_on_the_tensorrt_provider(
     assert found["onnxruntime cpu"] == doctor.Backend("onnxruntime cpu", "1.31", "yes", "CPU provider")
     assert found["torch"].detail == "not tried here: `densegeo verify BUNDLE --backend torch` tells"
     assert found["tensorrt"].usable == ("untried" if gpu else "no")
+
+
+def test_doctor_says_what_verify_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle that passed counts, of those on the same kind of device the last; failures alone are a no."""
+    versions = {"onnxruntime-gpu": "1.31", "torch": "2.13", "openvino": "2026.4"}
+    verified = [
+        Finding("a", "torch", "cpu", good=True, said="", when="2026-01-01 10:00"),
+        Finding("b", "torch", "cuda:1", good=True, said="", when="2026-01-02 10:00"),
+        Finding("c", "torch", "cuda:0", good=False, said="off", when="2026-01-03 10:00"),
+        Finding("a", "openvino", "cpu", good=False, said="off", when="2026-01-01 10:00"),
+        Finding("a", "onnxruntime", "cpu", good=True, said="", when="2026-01-01 10:00"),
+    ]
+    found = said(monkeypatch, versions, [CUDA, CPU], gpu=True, verified=verified)
+    assert (found["torch"].usable, found["torch"].detail) == ("yes", "verified on cuda:1, 2026-01-02 10:00")
+    assert found["openvino cpu"].usable == "no"
+    assert "no bundle that was verified with it passed" in found["openvino cpu"].detail
+    assert found["onnxruntime cuda"].usable == "untried"
 
 
 def test_doctor_says_which_cuda_a_gpu_needs() -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from densegeo.errors import BackendError, BackendTimeoutError, DensegeoError
 from densegeo.fleet.ray_cluster import connected, for_process, resources, share
 from densegeo.fleet.shards import CONTAINERS, Shards
+from densegeo.infer_options import in_options
 from densegeo.inference import FATAL, Making, Outcome, Tally, reason, run_one, save_one, take
 from densegeo.inputs import Input
 from densegeo.notices import Notices
@@ -84,7 +85,7 @@ class Worker:
     """An actor: an estimator, and threads that read, run and save one block of images after the other."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._notices, self._results = job, Notices(), job.results()
+        self._job, self._notices, self._results = job, Notices(words=in_options), job.results()
         calls = max(1, min(job.workers, os.cpu_count() or 1))
         self._estimator = Estimator(job.bundle, **job.estimator, calls_at_once=calls)
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from densegeo.errors import BagError, CalibrationError, ConfigError, ImageError, ResourceError
-from densegeo.notices import Notices
+from densegeo.notices import Notices, warn_if_empty
 from densegeo.ros import outputs
 from densegeo.ros.bag_input import STORE, Bag, Item
 from densegeo.ros.bag_output import Output
@@ -311,6 +311,7 @@ class _Work:
 
     def _calibrated(self, waiting: Waiting, result: Geometry) -> Geometry:
         """With depth where anything tells it, steady from image to image."""
+        warn_if_empty(result)
         refusal: CalibrationError | None = None
         if (
             self._steady

@@ -188,8 +188,9 @@ def accuracy() -> list[str]:
 
 def _environments(found: Any) -> list[dict[str, Any]]:
     """Where a file's runs were made: one with several has a list of them."""
-    if isinstance(found.get("runs"), list):  # elsewhere how often something was timed
-        return list(found["runs"])
+    rows = found.get("runs")
+    if isinstance(rows, list) and all("command" in row or "line" in row for row in rows):  # elsewhere what was timed
+        return rows
     return [{**found, **found.get("environment", {})}]
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from densegeo.backends import BACKENDS, BackendRow, backend_row, without_convolutions
 from densegeo.errors import BackendError
+from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
@@ -101,7 +102,7 @@ class OrtBackend(GraphBackend):
         self._threads = threads
         self.name = row.name
         try:
-            self._ort: Any = import_module("onnxruntime")
+            self._ort = import_onnxruntime()
         except Exception as error:  # a broken installation raises more than ImportError
             raise BackendError(f"onnxruntime cannot be imported ({error}). Reinstall it: {row.install}.") from error
         require_precision(row, manifest)

@@ -43,6 +43,17 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert path in TO_WRITE or (ROOT / path).is_file(), f"{page.name} names {path}"
 
 
+def test_tests_that_are_named_exist() -> None:
+    """By their functions' names; of the page of what an image costs, cases over the stand-in driver too."""
+    there = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (\w+)\(", path.read_text())}
+    for page in PAGES:
+        named = re.findall(r"`(test_\w+)`", prose(page))
+        if page.name == "performance.md":
+            named += re.findall(r"`([a-z]+(?:_[a-z]+){3,})`", prose(page))
+            assert len(named) > 15
+        assert set(named) <= there, page.name
+
+
 def test_every_page_has_one_place() -> None:
     """So does the strict build, of which this is the quick half."""
     listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)

@@ -95,7 +95,7 @@ def test_submitted_images_share_a_batch(batched_bundle: Build) -> None:
 
 @pytest.mark.thorough
 def test_bench_reports_batches(batched_bundle: Build, tmp_path: Path) -> None:
-    result = run(batched_bundle("fe2e"), image=None, runs=3, backend="onnxruntime", device="cpu")
+    result, _ = run(batched_bundle("fe2e"), image=None, runs=3, backend="onnxruntime", device="cpu")
     assert sorted(result.batched_per_second) == ["2", "3"]
     assert min(result.batched_per_second.values()) > 0
     work = result.stages["total"].gflops * result.stages["total"].p50

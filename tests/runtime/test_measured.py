@@ -110,6 +110,18 @@ def test_what_was_measured_badly_is_not_believed(manifest: Manifest, change: dic
     assert advice(manifest)[0].startswith("fp8 is recommended")
 
 
+def test_numbers_in_doubt_are_not_answered_by_older_ones(manifest: Manifest) -> None:
+    """What was timed just now is before people's eyes: at its size and place nothing older is recommended."""
+    fast, plain = record(manifest, "fp8", 20.0), record(manifest, "bf16", 40.0)
+    for made in (fast, plain):
+        remember(made)
+    bad = msgspec.structs.replace(GOOD, runs=2)
+    slow = msgspec.structs.replace(fast, p50=90.0, p90=99.0, conditions=bad)
+    assert advice(manifest, [slow]) == []
+    assert advice(manifest, [fast]) == advice(manifest)
+    assert advice(manifest, [msgspec.structs.replace(slow, backend="torch")]) == advice(manifest)
+
+
 def test_8_bit_convolutions_are_another_variant(manifest: Manifest) -> None:
     remember(record(manifest, "bf16", 40.0))
     remember(record(manifest, "int8", 50.0))

@@ -100,6 +100,27 @@ def test_other_graphs_other_threads_and_files_of_others(
     assert sum(path.stat().st_mode & 0o022 == 0 for path in cache.iterdir()) == 3, "made again"
 
 
+def test_what_others_may_have_written_is_said_once_and_kept_anew(
+    cache: Path, bundle: Path, picture: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a cache that is open to everybody, and with a umask that would make every file so."""
+    before = os.umask(0)
+    try:
+        predicted(bundle, picture)
+        for path in (cache, *cache.iterdir()):
+            path.chmod(0o777)
+        predicted(bundle, picture)
+        assert [record.levelname for record in caplog.records if "chmod -R o-w" in record.message] == ["WARNING"]
+        caplog.clear()
+        written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+        with caplog.at_level(logging.INFO, "densegeo"):
+            predicted(bundle, picture)
+        assert "made again" not in caplog.text
+        assert {path: path.stat().st_mode & 0o777 for path in written} == dict.fromkeys(written, 0o600)
+    finally:
+        os.umask(before)
+
+
 def test_large_bundles_are_not_kept(
     cache: Path, bundle: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

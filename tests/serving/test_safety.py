@@ -18,7 +18,7 @@ import trustme
 from PIL import Image
 
 from densegeo.cli import main
-from densegeo.errors import BundleError, ConfigError
+from densegeo.errors import BundleError, ConfigError, ResourceError
 from densegeo.runtime import Estimator
 from densegeo.serving.models import Model
 from densegeo.serving.options import Options, read_token
@@ -300,7 +300,7 @@ def test_options_are_checked() -> None:
     assert not Options(host="0.0.0.0").loopback
     taken = listen("127.0.0.1", 0)
     taken.listen()
-    with pytest.raises(ConfigError, match="Cannot listen"):
+    with pytest.raises(ResourceError, match="Cannot listen"):
         listen("127.0.0.1", taken.getsockname()[1])
     taken.close()
 
