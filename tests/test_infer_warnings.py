@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from densegeo import cli
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import FileDigest, read_manifest, sha256_file, write_manifest
 
 pytestmark = pytest.mark.integration
 WHITE = 2**14 - 1
@@ -151,6 +153,9 @@ def test_a_result_without_one_valid_pixel_is_warned_of(
     half.CopyFrom(numpy_helper.from_array(np.float32("nan"), half.name))
     model.graph.node[-1].input[0] = "halved"
     onnx.save(model, path)
+    manifest = read_manifest(bundle)
+    changed = {path.name: FileDigest(path.stat().st_size, sha256_file(path))}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=manifest.files | changed))
     assert run("infer", bundle, raw / "bright.png", "-f", "npy", "-o", tmp_path / "out") == 0
     assert "warning" in (text := said(capfd.readouterr().err))
     assert f"{raw}/bright.png: Not one pixel of the result is valid" in text
