@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from densegeo.backends import BACKENDS  # noqa: E402
-from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_models  # noqa: E402
+from densegeo.benchmarks import gpu_check, gpu_fiffdepth, gpu_frames, gpu_models, gpu_rows  # noqa: E402
 from densegeo.runtime.bundle import read_manifest, write_manifest  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -88,6 +88,33 @@ def test_a_bundle_is_run_through_every_backend(
         most = max(backends[name]["bounds"].values())
         assert all(0 < error <= most for error in backends[name]["errors"].values())
         assert backends[name]["ms an image, 8 at once"] > 0
+
+
+@pytest.mark.thorough
+def test_every_change_is_timed_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one whose numbers are off is not."""
+    monkeypatch.setattr(gpu_rows, "median_seconds", lambda way, device, runs: (way(), 1e-3)[1])
+    found = gpu_rows.measure("cpu", small=True, runs=1)
+    assert len(found) > 10
+    assert all("before_ms" in row for row in found.values()), found
+    lines = gpu_rows.table(found).splitlines()
+    assert len(lines) == 1 + len(found)
+    row = gpu_rows.Row("wrong", 1, lambda: torch.ones(3), lambda: torch.full((3,), 1.1), lambda: torch.ones(3))
+    assert gpu_rows._timed(row, "cpu", 1) == {"failed": "off by 1.0e-01; 0.0e+00 before"}
+
+
+@pytest.mark.slow
+def test_a_frames_way_is_timed_on_and_off(small_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On backends that take frames here: torch, as on a GPU. Where the ways disagree there is no time."""
+    bundle = small_bundle()
+    found = gpu_frames.measure(bundle, "cpu", 1)
+    timed = {name: row for name, row in found.items() if "before_ms" in row}
+    assert set(timed) == {"torch: on the device from pixels to maps", "torch: two calls in flight"}
+    assert all(row["before_ms"] > 0 < row["after_ms"] for row in timed.values())
+    assert "prepared on the host" in found["onnxruntime"]["refused"]
+    assert "torch: two calls in flight" in gpu_rows.table(found, "an image", gpu_frames.floor_ms(read_manifest(bundle)))
+    monkeypatch.setattr(gpu_frames, "FACTOR", 0.0)
+    assert "from the host's" in gpu_frames.measure(bundle, "cpu", 1)["torch: on the device"]["failed"]
 
 
 @pytest.mark.thorough

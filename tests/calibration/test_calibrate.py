@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import msgspec
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 from safetensors import safe_open
 
@@ -20,7 +21,7 @@ from densegeo.calibration.histogram import Histogram
 from densegeo.calibration.inputs import OnnxInputs, TorchInputs
 from densegeo.calibration.plan import Budget, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Statistics
-from densegeo.errors import BackendError, ConfigError, ImageError, QuantizationError
+from densegeo.errors import BackendError, ConfigError, QuantizationError
 from densegeo.export.build import build_bundle
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.sources import SourceOptions
@@ -319,7 +320,7 @@ def test_bad_images_are_refused_or_counted(
 ) -> None:
     empty, few, broken = (tmp_path / name for name in ("empty", "few", "broken"))
     empty.mkdir()
-    with pytest.raises(ImageError, match="matches no image"):
+    with pytest.raises(typer.BadParameter, match="matches no image"):
         run(bundle, empty, tmp_path / "out")
     few.mkdir()
     shutil.copy(images / "00.png", few)
