@@ -19,7 +19,7 @@ from densegeo.errors import BackendError, DensegeoError
 from densegeo.runtime.backends import FrameBackend, open_backend
 from densegeo.runtime.bundle import Manifest, read_manifest
 from densegeo.runtime.images import load_image
-from densegeo.runtime.metrics import StageTimings
+from densegeo.runtime.request_metrics import StageTimings
 from densegeo.runtime.verify import relative_error
 from densegeo.runtime.ways import DeviceWay, HostWay, Job, Way
 
