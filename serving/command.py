@@ -171,15 +171,17 @@ def asked_of(
         check_tls(options)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    return Asked(bundles, estimator, options, token_file, replicas_of(**of_ray, port=port, device=device))
+    asked = Asked(bundles, estimator, options, token_file, replicas_of(**of_ray, port=port, device=device))
+    try:
+        open_models(bundles, asked.opens())
+    except ConfigError as error:  # names
+        raise typer.BadParameter(str(error), param_hint="BUNDLE") from error
+    return asked
 
 
 def run(bundles: list[Path], opens: Open, options: Options) -> int:
     """Serve until told to end; the code that the process should end with. Raises ConfigError, BundleError ..."""
-    try:
-        service = Service(open_models(bundles, opens))
-    except ConfigError as error:  # names
-        raise typer.BadParameter(str(error), param_hint="BUNDLE") from error
+    service = Service(open_models(bundles, opens))
     bound = listen(options.host, options.port)
     server = Server(application(service, options), service, options)
     for model in service.models.values():

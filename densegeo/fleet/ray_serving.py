@@ -85,9 +85,11 @@ class _Fleet:
         url = f"{'http' if self._asked.options.tls_key is None else 'https'}://{_host(self._asked)}"
         facts = {"url": url, "models": [bundle.name for bundle in self._asked.bundles]}
         log.info("serving", extra={FIELDS: facts | {"instead": before is not None}})
-        if self._watch(deployed):
+        self._watch(deployed)
+        local = self._replicas.address == LOCAL
+        if not (local or (self._owns(deployed) and self._state() != "DEPLOYING")):  # which another command does
             log.info("ended: another command's application has taken this one's place")
-            return 0
+            return self._code() if self._ended else 0
         self._drain()
         log.info("ended", extra={FIELDS: {"exit_code": self._code()}})
         return self._code()
@@ -150,16 +152,17 @@ class _Fleet:
         while True:
             if self._ended:
                 raise _EndedError
-            status = self._status()
-            state = "" if status is None else status.status.value
+            status, state = self._status(), self._state()
             running = self._running() if state == "RUNNING" and self._listening() else None
             if running is not None and running.owner == deployed.owner:
                 return
-            if status is not None and state == "DEPLOY_FAILED":
+            if status is None or state == "DELETING":
+                raise BackendError("Another command has ended the application.")
+            if state == "DEPLOY_FAILED":
                 raise BackendError(f"The replicas do not start with {_names(deployed)}: {_reason(status)}")
             if time.monotonic() - said > SAY_S:
                 said = time.monotonic()
-                log.info("waiting for replicas", extra={FIELDS: {"why": "" if status is None else _reason(status)}})
+                log.info("waiting for replicas", extra={FIELDS: {"why": _reason(status)}})
             time.sleep(STEP_S)
 
     def _undo(self, before: Deployed | None) -> None:
@@ -177,21 +180,21 @@ class _Fleet:
         if not self._serve.status().applications:
             self._serve.shutdown()
 
-    def _watch(self, deployed: Deployed) -> bool:
-        """Until told to end (False), or until the application is another command's (True)."""
+    def _watch(self, deployed: Deployed) -> None:
+        """Until told to end, or until the application is another command's."""
         asked = time.monotonic()
         while not self._ended:
             time.sleep(STEP_S)
-            if self._replicas.address == LOCAL or time.monotonic() - asked < OWNER_S:
-                continue  # whose Ray it is, stays
-            asked, status = time.monotonic(), self._status()
-            if status is None:
-                return True
-            if status.status.value == "RUNNING":
-                running = self._running()
-                if running is not None and running.owner != deployed.owner:
-                    return True
-        return False
+            if time.monotonic() - asked >= OWNER_S:
+                asked = time.monotonic()
+                if self._replicas.address != LOCAL and not self._owns(deployed):  # whose Ray it is, stays
+                    return
+
+    def _owns(self, deployed: Deployed) -> bool:
+        """Whether the application is not another command's, as far as is known."""
+        state = self._state()
+        running = self._running() if state == "RUNNING" else None
+        return bool(state) and (running is None or running.owner == deployed.owner)
 
     def _drain(self) -> None:
         """Say no to `ready`, go on for `drain_s`, take no more, finish what was accepted."""
@@ -207,8 +210,13 @@ class _Fleet:
         return 0 if isinstance(self._ended[0], Terminated) else EXIT_INTERRUPTED
 
     def _listening(self) -> bool:
-        """Whether all of Ray's proxies answer."""
-        return all(proxy.value == "HEALTHY" for proxy in self._serve.status().proxies.values())
+        """Whether one of Ray's proxies answers."""
+        return any(proxy.value == "HEALTHY" for proxy in self._serve.status().proxies.values())
+
+    def _state(self) -> str:
+        """Of the application, as Ray Serve calls it; empty where there is none."""
+        status = self._status()
+        return "" if status is None else str(status.status.value)
 
     def _status(self) -> Any:
         """Of the application; None where there is none. Raises BackendError."""

@@ -208,12 +208,42 @@ def test_actors_and_a_node_go(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in lines) == sorted(f"scene{index % 2}/{index:05}" for index in range(count))
     assert sum(name.endswith("_geometry.npz") for name in tree(out)) == count
-    print(f"{summary['seconds']:.1f} s")
+    plain = {1: plainly(toy, photos, tmp_path, 1), 2: plainly(toy, photos, tmp_path, 2)}
+    print(
+        f"{summary['seconds']:.1f} s, {rate(out):.1f} images a second from the first result to the last; without Ray:"
+    )
+    print(
+        *(f"{many} at once {seconds:.1f} s, {per_second:.1f}" for many, (seconds, per_second) in plain.items()),
+        sep="; ",
+    )
     for name, column in (("driver", 1), ("largest actor", 2)):
         early = max(row[column] for row in sizes if count // 8 <= row[0] <= count // 4)
         late = max(row[column] for row in sizes if row[0] >= 7 * count // 8)
         print(f"{name}: {early / 2**20:.0f} MiB early, {late / 2**20:.0f} late")
         assert late - early < GROWTH
+
+
+def rate(*outputs: Path) -> float:
+    """Results a second, from the first that lies on disk to the last."""
+    times = sorted(path.stat().st_mtime for out in outputs for path in out.rglob("*_geometry.json"))
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def plainly(toy: Path, photos: Path, folder: Path, many: int) -> tuple[float, float]:
+    """The same images by so many processes of `infer` at once, a thread each as actors have: seconds, and `rate`."""
+    paths, outputs = sorted(photos.rglob("*.png")), [folder / f"plain{many}{part}" for part in range(many)]
+    lists = [folder / f"list{many}{part}" for part in range(many)]
+    for part, listed in enumerate(lists):
+        listed.write_text("".join(f"{path}\n" for path in paths[part::many]))
+    command = [sys.executable, "-m", "densegeo", "infer", str(toy), "--format", FORMATS, "--threads", "1", "--quiet"]
+    started = time.monotonic()
+    pairs = zip(lists, outputs, strict=True)
+    runs = [
+        subprocess.Popen([*command, "--list", str(listed), "-o", str(output)], env=environment())
+        for listed, output in pairs
+    ]
+    assert [run.wait() for run in runs] == [0] * many
+    return time.monotonic() - started, rate(*outputs)
 
 
 def kill_an_actor() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -19,8 +21,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 
 from tests.support.inference import HEADER, level_in, other_version, pixels, request
+from tests.support.project import ROOT
 from tests.support.ray_nodes import Cluster, environment
 from tests.support.serving import Started, metrics, started
 from tests.support.toy_bundle import make_toy_bundle
@@ -240,3 +244,31 @@ def test_on_this_machine_alone(toys: dict[str, Path]) -> None:
         assert httpx.post(f"{server.url}/v2/models/toy/infer", content=body, headers=headers).status_code == 200
         assert server.end(signal.SIGTERM, 120) == 0
     assert {process.pid for process in replicas()} <= before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_config_file_as_kuberay_hands_it_over(address: str, toys: dict[str, Path], tmp_path: Path) -> None:
+    """Ray Serve's own command takes what stands in deploy/kubernetes/serve-ray.yaml, with a bundle of this machine."""
+    (service,) = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "serve-ray.yaml").read_text())
+    config, port = yaml.safe_load(service["spec"]["serveConfigV2"]), free_port()
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    config["applications"][0]["args"] = {"serve": shlex.join([str(toys["old"]), "--threads", "1"])}
+    file, url = tmp_path / "config.yaml", f"http://127.0.0.1:{port}"
+    file.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file), "--address", address]
+    run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + WITHIN_S
+        while True:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/v2/health/ready").status_code == 200:
+                    break
+            time.sleep(0.5)
+        body, headers = request(pixels(0.5))
+        assert httpx.post(f"{url}/v2/models/toy/infer", content=body, headers=headers).status_code == 200
+    finally:
+        run.send_signal(signal.SIGINT)
+        run.wait(60)
