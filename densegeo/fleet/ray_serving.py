@@ -166,10 +166,12 @@ class _Fleet:
             time.sleep(STEP_S)
 
     def _undo(self, before: Deployed | None) -> None:
-        """What there was before this command."""
+        """What there was before this command: it is deployed anew, and waited for unless this is told to end."""
         if before is not None:
             log.warning("going on with what was served before", extra={FIELDS: {"bundles": _names(before)}})
             self._deploy(before)
+            with contextlib.suppress(_EndedError):
+                self._wait(before)
         else:
             self._remove()
 

@@ -197,6 +197,7 @@ def test_load_while_a_replica_dies_and_the_bundle_is_replaced(address: str, toys
             load.wait_for(20)
             told = time.monotonic()
             assert second.end(signal.SIGTERM, 120) == 0
+        assert not replicas()
         cut = [one for one in load.lost()[len(lost) :] if one.asked < told]
         assert not cut, "what was accepted was not answered"
         print(f"{len(load.answers)} requests, {len(lost)} lost")
@@ -256,7 +257,7 @@ def test_a_config_file_as_kuberay_hands_it_over(address: str, toys: dict[str, Pa
     config["applications"][0]["args"] = {"serve": shlex.join([str(toys["old"]), "--threads", "1"])}
     file, url = tmp_path / "config.yaml", f"http://127.0.0.1:{port}"
     file.write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(file), "--address", address]
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(file), "--address", address]
     run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + WITHIN_S
