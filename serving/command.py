@@ -28,7 +28,7 @@ log = logging.getLogger("densegeo.serving")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServeJob:
     """What the command line asked for. estimator: options of `Estimator`. token_file: where the options' token is from.
     replicas: of Ray, or None for this process alone.
     """
@@ -118,16 +118,16 @@ def serve(
     replica_cpus: Annotated[Whole, typer.Option(min=1, help="CPUs of each process of Ray; by default 1.")] = None,
 ) -> None:
     """Answer over HTTP: the KServe v2 protocol, POST /v1/geometry, and a page at /."""
-    asked = asked_of(**locals())
+    job = job_of(**locals())
     start_logging()
-    if asked.replicas is not None:
+    if job.replicas is not None:
         from densegeo.fleet.ray_serving import run_on_ray
 
-        sys.exit(run_on_ray(asked))
-    sys.exit(run(asked.bundles, asked.opens(), asked.options))
+        sys.exit(run_on_ray(job))
+    sys.exit(run(job.bundles, job.opens(), job.options))
 
 
-def asked_of(
+def job_of(
     bundles: list[Path],
     host: str,
     port: int,
@@ -149,7 +149,7 @@ def asked_of(
     allow_origin: list[str] | None,
     allow_host: list[str] | None,
     **of_ray: Any,
-) -> Asked:
+) -> ServeJob:
     """The command line, checked. Raises BadParameter."""
     estimator = {"backend": backend, "device": device, "max_pixels": max_pixels, "max_batch": max_batch}
     estimator |= {"max_wait_ms": max_wait_ms, "max_queue": max_queue, "timeout_s": timeout, "threads": threads}
@@ -171,12 +171,12 @@ def asked_of(
         check_tls(options)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
-    asked = Asked(bundles, estimator, options, token_file, replicas_of(**of_ray, port=port, device=device))
+    job = ServeJob(bundles, estimator, options, token_file, replicas_of(**of_ray, port=port, device=device))
     try:
-        open_models(bundles, asked.opens())
+        open_models(bundles, job.opens())
     except ConfigError as error:  # names
         raise typer.BadParameter(str(error), param_hint="BUNDLE") from error
-    return asked
+    return job
 
 
 def run(bundles: list[Path], opens: Open, options: Options) -> int:

@@ -27,7 +27,7 @@ from densegeo.runtime import Estimator, verified
 from densegeo.runtime.tensorfile import read_tensors
 from densegeo.runtime.verify import Verdict
 from densegeo.runtime.verify import serve as run_stored
-from densegeo.serving.command import Asked
+from densegeo.serving.command import ServeJob
 from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
 from densegeo.serving.metrics import ServingMetrics
 from densegeo.serving.models import open_models
@@ -50,12 +50,12 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Deployed:
-    """What every replica is told. owner: of the command that deployed it. asked: without the token, which is read
+    """What every replica is told. owner: of the command that deployed it. job: without the token, which is read
     anew in each process. needs: what one takes of its node.
     """
 
     owner: str
-    asked: Asked
+    job: ServeJob
     needs: dict[str, Any]
 
 
@@ -69,12 +69,12 @@ class Replica:
         start_logging()
         self._scope = ExitStack()
         self._scope.enter_context(WARNINGS.collected())
-        asked = deployed.asked
+        job = deployed.job
         self._deployed = deployed
-        self._asked = replace(asked, estimator=for_process(asked.estimator, deployed.needs))
-        token = None if asked.token_file is None else read_token(asked.token_file)
-        self._options = replace(asked.options, token=token)
-        self._service = Service(open_models(asked.bundles, self._asked.opens()), self._hung, FIXED)
+        self._job = replace(job, estimator=for_process(job.estimator, deployed.needs))
+        token = None if job.token_file is None else read_token(job.token_file)
+        self._options = replace(job.options, token=token)
+        self._service = Service(open_models(job.bundles, self._job.opens()), self._hung, FIXED)
         self._metrics = FleetMetrics(self._service)
         self._completed: dict[str, int] = {}
         for model in self._service.models.values():

@@ -19,7 +19,7 @@ from typing import Any
 from densegeo.errors import BackendError, ConfigError
 from densegeo.fleet.ray_cluster import LOCAL, connected, resources, share
 from densegeo.fleet.ray_replica import APPLICATION, DEPLOYMENT, Deployed, Replica
-from densegeo.serving.command import Asked, asked_of
+from densegeo.serving.command import ServeJob, job_of
 from densegeo.serving.logs import FIELDS
 from densegeo.serving.models import open_models, require_own
 from densegeo.serving.replicas import WHAT, Replicas
@@ -38,37 +38,37 @@ PROXY_S = "120"  # for one of Ray's proxies to start, on a machine as busy as an
 STARTS = 2  # tries of a replica that does not start
 
 
-def run_on_ray(asked: Asked) -> int:
+def run_on_ray(job: ServeJob) -> int:
     """Serve until told to end, or until another command's application has taken this one's place; the exit code.
 
     Raises ConfigError where there is no cluster or no room, BundleError for a bundle that others could have written,
     BackendError when the replicas do not start.
     """
-    replicas = asked.replicas
+    replicas = job.replicas
     assert replicas is not None
-    for model in open_models(asked.bundles, asked.opens()).values():
+    for model in open_models(job.bundles, job.opens()).values():
         require_own(model.directory)
     # One more than there are to be takes part while a bundle is replaced.
     ended: list[KeyboardInterrupt] = []
     with connected(replicas.address, (replicas.most + 1) * replicas.cpus) as ray, told(ended.append):
-        needs, fit = share(resources(ray), str(asked.estimator["device"]), replicas.cpus, WHAT)
+        needs, fit = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
         if replicas.least > fit:
             raise ConfigError(f"{fit} replicas fit into this cluster: say a smaller --min-replicas, or add nodes.")
-        fleet = _Fleet(ray, asked, replicas, ended)
-        deployed = Deployed(secrets.token_hex(8), _for_replicas(asked), needs)
+        fleet = _Fleet(ray, job, replicas, ended)
+        deployed = Deployed(secrets.token_hex(8), _for_replicas(job), needs)
         return fleet.run(deployed)
 
 
 class _Fleet:
     """The application of a cluster, and this command's part in it. ended: gets the signal that ends the command."""
 
-    def __init__(self, ray: Any, asked: Asked, replicas: Replicas, ended: list[KeyboardInterrupt]) -> None:
+    def __init__(self, ray: Any, job: ServeJob, replicas: Replicas, ended: list[KeyboardInterrupt]) -> None:
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._ray, self._ended = ray, ended
         self._serve: Any = serve
-        self._asked, self._replicas = asked, replicas
+        self._job, self._replicas = job, replicas
 
     def run(self, deployed: Deployed) -> int:
         """Deploy, and serve until told to end or replaced; the exit code. Raises ConfigError, BackendError."""
@@ -82,8 +82,8 @@ class _Fleet:
             if isinstance(error, _EndedError):
                 return self._code()
             raise
-        url = f"{'http' if self._asked.options.tls_key is None else 'https'}://{_host(self._asked)}"
-        facts = {"url": url, "models": [bundle.name for bundle in self._asked.bundles]}
+        url = f"{'http' if self._job.options.tls_key is None else 'https'}://{_host(self._job)}"
+        facts = {"url": url, "models": [bundle.name for bundle in self._job.bundles]}
         log.info("serving", extra={FIELDS: facts | {"instead": before is not None}})
         self._watch(deployed)
         local = self._replicas.address == LOCAL
@@ -98,7 +98,7 @@ class _Fleet:
         """Ray's own processes that listen, one a node, where they do not run. Raises ConfigError where this machine's
         port is taken, or where they listen elsewhere.
         """
-        options = self._asked.options
+        options = self._job.options
         files = {"ssl_certfile": options.tls_certificate, "ssl_keyfile": options.tls_key}
         http: dict[str, Any] = {"host": options.host, "port": options.port}
         http |= {name: str(path) for name, path in files.items() if path is not None}
@@ -184,11 +184,11 @@ class _Fleet:
 
     def _watch(self, deployed: Deployed) -> None:
         """Until told to end, or until the application is another command's."""
-        asked = time.monotonic()
+        looked = time.monotonic()
         while not self._ended:
             time.sleep(STEP_S)
-            if time.monotonic() - asked >= OWNER_S:
-                asked = time.monotonic()
+            if time.monotonic() - looked >= OWNER_S:
+                looked = time.monotonic()
                 if self._replicas.address != LOCAL and not self._owns(deployed):  # whose Ray it is, stays
                     return
 
@@ -205,7 +205,7 @@ class _Fleet:
         if self._status() is not None:
             with contextlib.suppress(TimeoutError, self._ray.exceptions.RayError):  # of a replica that has just died
                 self._serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=HEALTH_GRACE_S)
-            time.sleep(self._asked.options.drain_s)
+            time.sleep(self._job.options.drain_s)
         self._remove()
 
     def _code(self) -> int:
@@ -236,9 +236,9 @@ def bound(deployed: Deployed) -> Any:
     """The application, to be run by Ray Serve."""
     from ray import serve
 
-    asked, replicas = deployed.asked, deployed.asked.replicas
+    job, replicas = deployed.job, deployed.job.replicas
     assert replicas is not None
-    options, estimator = asked.options, asked.estimator
+    options, estimator = job.options, job.estimator
     scaling = {"min_replicas": replicas.least, "max_replicas": replicas.most}
     decorated: Any = serve.ingress()(Replica)
     deployment: Any = serve.deployment(
@@ -271,29 +271,29 @@ def build(args: Mapping[str, str]) -> Any:
     holder = typer.Typer(add_completion=False)
     holder.command("serve")(serve)
     context = typer.main.get_command(holder).make_context("serve", [*shlex.split(args["serve"]), "--ray", "auto"])
-    asked = asked_of(**context.params)
-    replicas = asked.replicas
+    job = job_of(**context.params)
+    replicas = job.replicas
     assert replicas is not None
     import ray
 
-    needs, _ = share(resources(ray), str(asked.estimator["device"]), replicas.cpus, WHAT)
-    return bound(Deployed("config file", _for_replicas(asked), needs))
+    needs, _ = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
+    return bound(Deployed("config file", _for_replicas(job), needs))
 
 
-def _for_replicas(asked: Asked) -> Asked:
+def _for_replicas(job: ServeJob) -> ServeJob:
     """Absolute paths, and no token."""
-    file = None if asked.token_file is None else asked.token_file.absolute()
-    bundles = [bundle.absolute() for bundle in asked.bundles]
-    return replace(asked, bundles=bundles, token_file=file, options=replace(asked.options, token=None))
+    file = None if job.token_file is None else job.token_file.absolute()
+    bundles = [bundle.absolute() for bundle in job.bundles]
+    return replace(job, bundles=bundles, token_file=file, options=replace(job.options, token=None))
 
 
-def _host(asked: Asked) -> str:
-    host = asked.options.host
-    return f"{f'[{host}]' if ':' in host else host}:{asked.options.port}"
+def _host(job: ServeJob) -> str:
+    host = job.options.host
+    return f"{f'[{host}]' if ':' in host else host}:{job.options.port}"
 
 
 def _names(deployed: Deployed) -> str:
-    return ", ".join(str(bundle) for bundle in deployed.asked.bundles)
+    return ", ".join(str(bundle) for bundle in deployed.job.bundles)
 
 
 def _reason(status: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from densegeo.cli import app
 from densegeo.fleet.ray_replica import APPLICATION
@@ -110,6 +110,9 @@ def test_probes_ask_what_is_there_without_a_token() -> None:
 
 def test_what_a_service_of_kuberay_hands_to_ray() -> None:
     """Ray Serve's own schema takes it, the application can be imported, and its options are those of `serve`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydantic, about Ray
+        from ray.serve.schema import ServeDeploySchema
     (service,) = documents(ROOT / "deploy/kubernetes/serve-ray.yaml")
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications

@@ -21,19 +21,19 @@ from densegeo.fleet import ray_replica
 from densegeo.fleet.ray_cluster import for_process, require_here, share
 from densegeo.fleet.ray_replica import Deployed, Replica, labelled, require_verified
 from densegeo.runtime import Estimator
-from densegeo.serving.command import Asked
+from densegeo.serving.command import ServeJob
 from densegeo.serving.options import Options
 from densegeo.serving.replicas import Replicas
 from densegeo.signals import EXIT_HUNG
-from tests.support.inference import level_in, pixels, request
+from tests.support.grey_requests import level_in, pixels, request
 from tests.support.toy_bundle import make_toy_bundle
 
 ESTIMATOR: dict[str, Any] = {"device": "cpu", "threads": None, "timeout_s": 60.0, "max_queue": 64}
 
 
 def replica(bundle: Path, **estimator: Any) -> Replica:
-    asked = Asked([bundle], ESTIMATOR | estimator, Options(drain_s=0.0), None, Replicas("local"))
-    return Replica(Deployed("me", asked, {"num_cpus": 1}))
+    job = ServeJob([bundle], ESTIMATOR | estimator, Options(drain_s=0.0), None, Replicas("local"))
+    return Replica(Deployed("me", job, {"num_cpus": 1}))
 
 
 @pytest.mark.parametrize(

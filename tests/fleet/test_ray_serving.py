@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.inference import HEADER, level_in, other_version, pixels, request
+from tests.support.grey_requests import HEADER, level_in, other_version, pixels, request
 from tests.support.project import ROOT
 from tests.support.ray_nodes import Cluster, environment
 from tests.support.serving import Started, metrics, started

@@ -25,7 +25,7 @@ from densegeo.serving import tracing
 from densegeo.serving.server import EXIT_INTERRUPTED
 from densegeo.signals import EXIT_HUNG
 from tests.support.doubles import Gate, fake_estimator
-from tests.support.inference import HEADER, infer, level_in, other_version, pixels, request
+from tests.support.grey_requests import HEADER, infer, level_in, other_version, pixels, request
 from tests.support.serving import Opens, Served, metrics, served, started
 
 
