@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from densegeo.arguments import writable_file
 from densegeo.benchmarks.accuracy import Options, Preprocessing, Row, measure, score_table
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.layouts import DATASETS, Split, open_split
@@ -190,7 +191,9 @@ def main(
     data: Annotated[Path, typer.Option(help="A folder that holds a folder for each set, by its name.")],
     model: Annotated[str, typer.Option(help=f"{', '.join(PUBLISHED)}.")] = "fe2e",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is built.")] = Path("out/acceptance"),
-    json_file: Annotated[Path, typer.Option("--json", help="The verdict.")] = Path("out/acceptance.json"),
+    json_file: Annotated[Path, typer.Option("--json", callback=writable_file, help="The verdict.")] = Path(
+        "out/acceptance.json"
+    ),
     backend: Annotated[str, typer.Option(help="What runs the bundle; auto takes the best one installed.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     preprocessing: Annotated[str, typer.Option(help="authors, or densegeo with --size.")] = "authors",

@@ -36,10 +36,11 @@ from densegeo.benchmarks import gpu_fiffdepth, gpu_frames, gpu_launches, gpu_mod
 from densegeo.benchmarks.environment import environment, write_json  # noqa: E402
 from densegeo.benchmarks.gpu_kernels import bandwidths, median_seconds  # noqa: E402
 from densegeo.errors import DensegeoError  # noqa: E402
+from densegeo.files import require_writable  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends.torch_device import DeviceNetwork  # noqa: E402
 from densegeo.runtime.backends.torch_transfer import Ring  # noqa: E402
-from densegeo.runtime.bundle import Manifest, read_manifest  # noqa: E402
+from densegeo.runtime.bundle import Manifest, read_manifest, require_bundle  # noqa: E402
 from densegeo.runtime.ready import find_bundle  # noqa: E402
 from densegeo.runtime.resample import Placement, whole  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
@@ -353,6 +354,11 @@ def main() -> int:
         help="verified with every backend here (default: %(default)s)",
     )
     options = parser.parse_args()
+    try:
+        require_bundle(options.bundle)
+        require_writable(options.output)
+    except (DensegeoError, OSError) as error:
+        parser.error(str(error))
     if options.device != "cpu" and not torch.cuda.is_available():
         print("There is no CUDA device that torch can use: nothing was measured.", file=sys.stderr)
         return 2

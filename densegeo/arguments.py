@@ -40,7 +40,7 @@ def known_backends(names: list[str]) -> list[str]:
 
 
 def writable_file(path: Path | None) -> Path | None:
-    """A file that can be written, found out before any work; its folder is made. BadParameter for anything else."""
+    """A file that can be written, found out before any work. BadParameter for anything else."""
     if path is None:
         return None
     try:

@@ -64,11 +64,13 @@ def put_folder(folder: Path, path: Path, aside: Path | None = None) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """A file of this name can be written with `atomic_write`; its folder is made. Raises OSError."""
+    """A file of this name can be written with `atomic_write`, as far as can be told before. Raises OSError."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
+    folder = path.parent.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
         pass
 
 

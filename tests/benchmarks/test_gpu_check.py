@@ -149,6 +149,24 @@ def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
     assert "kernels" in result["steps"]["kernels"]  # the rest goes on
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--bundle", "none"), "none is not a densegeo bundle"),
+        (("--output", "/dev/null/x.json"), "Not a directory"),
+        (("--steps", "everything"), "invalid choice"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--small", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main()
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_without_time_steps_are_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "kernels", "--budget", "10")
     assert code == 0

@@ -69,7 +69,7 @@ def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
     preloads: bool,
 ) -> None:
     sessions, bundle = Sessions(preloads=preloads), new_bundle()
-    monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
+    monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     OrtBackend(bundle, read_manifest(bundle), "cuda:1")
     options = {
         "device_id": "1",
@@ -91,7 +91,7 @@ def test_onnxruntime_refuses_bf16_with_the_reason(
     new_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     sessions, bundle = Sessions(), new_bundle(precision="bf16")
-    monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
+    monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
     with pytest.raises(
         BackendError, match=r"is bf16.*neither on CPUs nor on GPUs.*backend=\"torch\".*--precision fp32"

@@ -50,6 +50,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     made = Library()
     modules = {"onnxruntime": made, "tensorrt": SimpleNamespace()}
     monkeypatch.setattr(ort_module, "import_module", lambda name: modules[name])
+    monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: modules["onnxruntime"])
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return made

@@ -72,7 +72,7 @@ def with_weights(new_bundle: NewBundle) -> tuple[Path, Any]:
 def test_onnxruntime_holds_the_limit_session_by_session(new_bundle: NewBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, manifest = with_weights(new_bundle)
     sessions = Sessions()
-    monkeypatch.setattr(ort_module, "import_module", lambda name: sessions)
+    monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     limit = 20_000_000_000
     OrtBackend(bundle, manifest, "cuda", sharing=Sharing(0, limit))
     given = [int(options[0]["gpu_mem_limit"]) for _, options in (call for call in sessions.calls if call != "preload")]
