@@ -2,7 +2,8 @@
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
 float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, int8 with the
-convolutions of encoder and decoder too (all that may, as many as move normals by a degree, and with weights of 7 bits),
+convolutions of encoder and decoder too (all that may; within a budget of a degree, the others in two products; and with
+weights of 7 bits),
 and for contrast naive fp8, which quantizes all linears, first and last layers included, over the whole range seen.
 8-bit graphs run on ONNX Runtime, with convolutions on OpenVINO, their floats in float32. Bundles as a GPU gets them,
 their floats in bf16, run emulated in torch, where the processor has bf16: on others a view takes half a minute, and
@@ -43,7 +44,7 @@ from densegeo.training.render import view
 
 MODEL, SEED, SPLIT = "fe2e-tiny", 0, "calibration"
 EXACT = "fp32"  # the row that the others are compared with
-BUDGET = 1.0  # degrees that normals may move, of the plan within a budget
+BUDGET = 1.0  # degrees that normals may move on calibration's images, of the plan within a budget
 # name -> precision, base, calibration's folder, and what runs it
 BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp32": ("fp32", "", "", "onnxruntime"),
@@ -79,6 +80,7 @@ def plan(
     *,
     attention: bool = False,
     convolutions: bool = False,
+    twice: bool = False,
     weight_bits: int = 8,
     max_normal_error: float | None = None,
     everything: bool = False,
@@ -94,6 +96,7 @@ def plan(
         max_normal_error=max_normal_error,
         attention=attention,
         convolutions=convolutions,
+        twice=twice,
         weight_bits=weight_bits,
         everything=everything,
         backend="onnxruntime",
@@ -115,7 +118,10 @@ def make_plans(bundle: Path, images: Path, folder: Path, wanted: set[tuple[str, 
     if wanted.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):
         return
     plan(bundle, images, folder / "convolutions", "int8", convolutions=True)
-    for name, options in (("budget", {"max_normal_error": BUDGET}), ("7-bit", {"weight_bits": 7})):
+    for name, options in (
+        ("budget", {"max_normal_error": BUDGET, "twice": True}),
+        ("7-bit", {"weight_bits": 7}),
+    ):
         if (name, "int8") in wanted:
             shutil.copytree(folder / "convolutions", folder / name, dirs_exist_ok=True)  # the same statistics
             plan(bundle, images, folder / name, "int8", convolutions=True, **options)
@@ -152,6 +158,7 @@ def run(folder: Path, count: int, views: int, only: list[str], json_file: Path |
             shares[name] = {
                 "linears": planned.parameters / planned.linear_parameters,
                 "convolutions": planned.convolution_share,
+                "in two products": planned.share_of(planned.twice),
             }
     rows, moves = scored(places, split, console)
     console.print(score_table(split, rows))
@@ -166,6 +173,7 @@ def run(folder: Path, count: int, views: int, only: list[str], json_file: Path |
             "changes": changes,
             "shares": {name: share["linears"] for name, share in shares.items()},
             "convolution_shares": {name: share["convolutions"] for name, share in shares.items()},
+            "twice_shares": {name: share["in two products"] for name, share in shares.items()},
             "left_out": left_out,
             **machine,
         }
@@ -180,9 +188,10 @@ def needs_bf16(name: str) -> bool:
 
 def change_table(changes: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> Table:
     """One line a precision: how much is in 8 bits, and what that changes."""
-    table = Table("", "8-bit linears", "8-bit convolutions", "AbsRel", "normals' error", "normals moved", "worst view")
+    head = "8-bit linears", "8-bit convolutions", "in two products"
+    table = Table("", *head, "AbsRel", "normals' error", "normals moved", "worst view")
     for name, found in changes.items():
-        amounts = (f"{share:.1%}" if share else "" for share in shares.get(name, {"": 0.0, " ": 0.0}).values())
+        amounts = (f"{share:.1%}" if share else "" for share in shares.get(name, dict.fromkeys(head, 0.0)).values())
         degrees = (f"{found['normals']:+.3f}°", f"{found['moved']:.2f}°", f"{found['moved_worst']:.2f}°")
         table.add_row(name, *amounts, f"{found['abs_rel']:+.2%}", *degrees)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -22,9 +23,11 @@ from densegeo.calibration.inputs import PARTS, LayerInputs, OnnxInputs, TorchInp
 from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
+    Error,
     Judge,
     QuantizationPlan,
     Sensitivity,
+    in_two_products,
     input_ranges,
     nothing_planned,
     plan_file,
@@ -95,6 +98,14 @@ def calibrate(
             "--convolutions", help=f"Plan the convolutions of all networks too, autoencoder first ({_CONVOLUTIONS})."
         ),
     ] = False,
+    twice: Annotated[
+        bool,
+        typer.Option(
+            "--twice",
+            help="Convolutions that do not fit into the budget become two 8-bit products, of the rounded input and of "
+            "what rounding left, instead of staying in floating point: nearly exact, for twice the work.",
+        ),
+    ] = False,
     weight_bits: Annotated[
         int,
         typer.Option(
@@ -130,6 +141,10 @@ def calibrate(
     _require_plannable(kind, method, base, attention=attention, convolutions=convolutions, weight_bits=weight_bits)
     budget = Budget(max_depth_error, max_normal_error)
     _require_runnable(backend, device, budget, stream=stream)
+    if twice and (not convolutions or budget == Budget()):
+        raise ConfigError(
+            "--twice is for --convolutions within a budget: give --max-depth-error or --max-normal-error too"
+        )
     exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
@@ -169,6 +184,7 @@ def calibrate(
         budget,
         attention=attention,
         convolutions=convolutions,
+        twice=twice,
         weight_bits=weight_bits,
         everything=everything,
         console=console,
@@ -241,6 +257,7 @@ def make_plan(
     *,
     attention: bool,
     convolutions: bool,
+    twice: bool,
     weight_bits: int,
     everything: bool,
     console: Console,
@@ -250,9 +267,9 @@ def make_plan(
     """Ranges, the error of each layer quantized alone, and what the budget allows.
 
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured, and no
-    budget held.
-    attention, convolutions: plan those too. weight_bits: 8, or 7 of int8. everything: and first, last and thin layers.
-    base: what the rest will be built in. measured: the file that keeps errors as they are measured.
+    budget held. attention, convolutions: plan those too. twice: convolutions beyond the budget in two products.
+    weight_bits: 8, or 7 of int8. everything: and first, last and thin layers. base: what the rest will be built in.
+    measured: the file that keeps errors as they are measured.
     """
     first = manifest.buckets[0]
     pipeline.denoiser.resize(first.size)
@@ -291,7 +308,8 @@ def make_plan(
     )
     if not pictures:
         return plan
-    judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics))
+    doubled = in_two_products(plan.convolutions, statistics) if twice else {}
+    judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics), doubled)
     names = [*plan.ranges, *plan.attentions, *plan.convolutions]
     sizes = {name: linears[name].weight.numel() for name in plan.ranges}
     known = Measured(measured, plan, pictures)
@@ -302,10 +320,26 @@ def make_plan(
     alone = judge.base_error(base)
     error = judge.error(names) + alone
     plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=alone)
-    if budget.share(error) > 1:
-        chosen, error = within_budget(sensitivity, budget, lambda names: judge.error(names) + alone)
-        plan = msgspec.structs.replace(plan.keep(chosen), error=error if chosen else alone)
-    return plan
+    return plan if budget.share(error) <= 1 else _fitted(plan, judge, doubled, alone)
+
+
+def _fitted(plan: QuantizationPlan, judge: Judge, doubled: Collection[str], alone: Error) -> QuantizationPlan:
+    """What of a plan its budget allows.
+
+    doubled: the convolutions that are in two products where they do not fit. alone: the base's own error.
+    """
+
+    def others(names: Sequence[str]) -> list[str]:
+        return [name for name in doubled if name not in names]
+
+    def joint(names: Sequence[str]) -> Error:
+        return judge.error(names, others(names)) + alone
+
+    chosen, error = within_budget(plan.sensitivity, plan.budget, joint)
+    if not chosen:
+        error = joint([])
+    fits = plan.budget.share(error) <= 1
+    return msgspec.structs.replace(plan.keep(chosen, others(chosen) if fits else ()), error=error if fits else alone)
 
 
 def _pictures(images: Images, manifest: Manifest) -> list[Any]:
@@ -342,7 +376,7 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
         for kind in kinds:
             value = getattr(row.error, kind)
             cells += [form[kind].format(value), Bar(worst[kind], 0, value, width=5)]
-        table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.format if plan.takes(row.layer) else "-")
+        table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.becomes(row.layer))
     if plan.sensitivity:
         console.print(table)
     for name, why in plan.left.items():

@@ -111,6 +111,7 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     base_error: Error | None = None  # of that alone
     convolutions: dict[str, float] = {}  # the range of each one's input
     weight_bits: int = 8  # 7: of int8, so that sums of products fit into 16 bits
+    twice: list[str] = []  # of the convolutions: in two products, which together are nearly exact
     operations: dict[str, int] = {}  # of every convolution, planned or not: multiply-adds of an image
 
     @property
@@ -126,26 +127,36 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def convolution_share(self) -> float:
         """Of the convolutions' operations, those that become 8-bit."""
-        return sum(self.operations[name] for name in self.convolutions) / max(1, sum(self.operations.values()))
+        return self.share_of(self.convolutions)
+
+    def share_of(self, convolutions: Iterable[str]) -> float:
+        """Of the convolutions' operations, those of these."""
+        return sum(self.operations[name] for name in convolutions) / max(1, sum(self.operations.values()))
 
     def layers(self, statistics: Statistics) -> Plans:
         """By full name, as `models.quantized` takes them."""
         factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
         ranges = {**self.ranges, **self.convolutions}
-        return {name: LayerPlan(limit, factors.get(name)) for name, limit in ranges.items()} | self.attentions
+        once = {name: LayerPlan(limit, factors.get(name)) for name, limit in ranges.items()} | self.attentions
+        return {**once, **in_two_products(self.twice, statistics)}
 
     @property
     def amount(self) -> str:
         """What is planned, in words."""
-        return amount_quantized(self.parameters / self.linear_parameters, len(self.attentions), self.convolution_share)
+        linears = self.parameters / self.linear_parameters
+        return amount_quantized(linears, len(self.attentions), self.convolution_share, self.share_of(self.twice))
+
+    def becomes(self, layer: str) -> str:
+        """What a layer becomes, in words."""
+        return f"{self.format} twice" if layer in self.twice else self.format if self.takes(layer) else "-"
 
     def takes(self, layer: str) -> bool:
         """Whether a layer is planned."""
         return layer in self.ranges or layer in self.attentions or layer in self.convolutions
 
-    def keep(self, chosen: Iterable[str]) -> QuantizationPlan:
-        """With these layers alone."""
-        names = set(chosen)
+    def keep(self, chosen: Iterable[str], twice: Iterable[str] = ()) -> QuantizationPlan:
+        """With these layers alone, and these convolutions in two products."""
+        names = {*chosen, *twice}
         others = sorted({*self.ranges, *self.attentions, *self.convolutions} - names)
         return msgspec.structs.replace(
             self,
@@ -154,7 +165,13 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
             left=self.left | dict.fromkeys(others, "its error does not fit into the budget"),
             convolutions={name: limit for name, limit in self.convolutions.items() if name in names},
             parameters=sum(row.parameters for row in self.sensitivity if row.layer in names),
+            twice=sorted(twice),
         )
+
+
+def in_two_products(convolutions: Iterable[str], statistics: Statistics) -> dict[str, LayerPlan]:
+    """Over the whole range seen: the rest of each rounding has a range of its own."""
+    return {name: LayerPlan(float(statistics.channels[name].max()), twice=True) for name in convolutions}
 
 
 def nothing_planned(plan: QuantizationPlan) -> str:
@@ -222,8 +239,11 @@ class Judge:
     pipeline: rewritten, float32; left as it is. pictures: inputs (1, 3, H, W) of one size.
     """
 
-    def __init__(self, pipeline: Pipeline, pictures: Sequence[Float32], kind: Format, layers: Plans) -> None:
-        self._pipeline, self._format, self._layers = pipeline, kind, layers
+    def __init__(
+        self, pipeline: Pipeline, pictures: Sequence[Float32], kind: Format, layers: Plans, twice: Plans | None = None
+    ) -> None:
+        """layers: what each would become; twice: what convolutions would in two products."""
+        self._pipeline, self._format, self._layers, self._twice = pipeline, kind, layers, twice or {}
         device = pipeline.denoiser.prompt_embeds.device
         self._pictures = [torch.from_numpy(rgb).to(device) for rgb in pictures]
         self._latents = [chain.encode(pipeline, rgb) for rgb in self._pictures]
@@ -238,13 +258,15 @@ class Judge:
         low = cast(copy.deepcopy(self._pipeline), base)
         return self._error_of(low, STAGES)
 
-    def error(self, names: Sequence[str]) -> Error:
-        """With these layers quantized; the others stay float32. The mean over the images."""
-        plans = {name: self._layers[name] for name in names}
+    def error(self, names: Sequence[str], twice: Sequence[str] = ()) -> Error:
+        """With these layers quantized; the others stay float32. The mean over the images. twice: convolutions in two
+        products.
+        """
+        plans = {name: self._layers[name] for name in names} | {name: self._twice[name] for name in twice}
         variant = replace(self._pipeline, denoiser=self._denoiser(plans), vae=_sharing(self._pipeline.vae))
         for prefix, part in variant.parts():
             quantize_block(part, prefix, plans, self._format, torch.float32)
-        return self._error_of(variant, {stage_of(name) for name in names})
+        return self._error_of(variant, {stage_of(name) for name in plans})
 
     def _denoiser(self, plans: Plans) -> AnyDenoiser:
         """A copy whose blocks have tensors of their own where a plan is, because smoothing writes to them."""
@@ -307,9 +329,10 @@ def within_budget(
     """As many layers as the budget allows, the least harmful for their work first; and their joint error.
 
     The joint error is measured, not summed up; the longest run of the order that keeps to the budget is found by
-    bisection, on the ground that more quantized layers do more harm.
+    bisection, on the ground that more quantized layers do more harm. Errors of layers that know nothing of each other
+    add up in squares, so squares are what the order weighs.
     """
-    order = sorted(sensitivity, key=lambda row: budget.share(row.error) / row.work)
+    order = sorted(sensitivity, key=lambda row: budget.share(row.error) ** 2 / row.work)
     low, high = 0, len(order)  # `low` keeps to the budget
     best = sensitivity[0].error if sensitivity else Error(0.0, 0.0)  # of no layer: of the same kinds, and zero
     best = Error(best.depth and 0.0, best.normals and 0.0)

@@ -78,7 +78,7 @@ def _precision(manifest: Manifest) -> str:
     plan = manifest.quantization
     if plan is None:
         return manifest.precision
-    amount = amount_quantized(plan.share, len(plan.attentions), plan.convolution_share)
+    amount = amount_quantized(plan.share, len(plan.attentions), plan.convolution_share, plan.twice_share)
     text = f"{plan.format}: {amount}, ranges by {plan.method}; the rest is {manifest.base}"
     depth, normals = plan.depth_error, plan.normal_error
     errors = [] if depth is None else [f"depth {depth:.5f}"]

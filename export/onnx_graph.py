@@ -153,7 +153,8 @@ def _quantized_convolution(
         x = op.Mul(x, input_factor)
     rounded = _in_8_bits(x, input_scale, weight.dtype)
     widened = op.DequantizeLinear(weight, weight_scale, axis=0)
-    return op.Conv(rounded, widened, bias, strides=[*stride], pads=[top, left, bottom, right])
+    given = [rounded, widened] if bias is None else [rounded, widened, bias]
+    return op.Conv(*given, strides=[*stride], pads=[top, left, bottom, right])
 
 
 def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:
@@ -215,7 +216,7 @@ _TRANSLATED = frozenset(
     for name in (
         *("add.Tensor", "cat", "chunk", "conv2d", "div.Tensor", "einsum", "expand", "expand_as", "gelu", "group_norm"),
         *("index_select", "layer_norm", "lift_fresh_copy", "maximum", "mean.dim", "mul.Tensor", "pad", "permute"),
-        *("reshape", "rsqrt", "select.int", "silu", "slice.Tensor", "split_with_sizes", "stack", "sub.Tensor"),
+        *("reshape", "round", "rsqrt", "select.int", "silu", "slice.Tensor", "split_with_sizes", "stack", "sub.Tensor"),
         *("sum.dim_IntList", "transpose.int", "unbind.int", "unsqueeze", "upsample_nearest2d.vec", "zeros_like"),
         "_assert_tensor_metadata",  # left out
     )

@@ -129,4 +129,6 @@ class Quantizer:
             convolutions=sorted(plan.convolutions),
             convolution_share=plan.convolution_share,
             weight_bits=plan.weight_bits,
+            twice=sorted(plan.twice),
+            twice_share=plan.share_of(plan.twice),
         )

@@ -12,6 +12,7 @@ migrated scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -172,21 +173,21 @@ def quantized_convolution(
     weight_scale: Tensor,
     input_scale: Tensor,
     input_factor: Tensor | None,
-    bias: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     pads: Sequence[int],
 ) -> Tensor:
     """x (N, C, H, W) -> (N, O, h, w) of x's dtype; pads: zeros left, right, above and below.
 
     weight (O, C, kh, kw) 8 bits; weight_scale (O,) and input_scale () floats; input_factor: (C, 1, 1), what x is
-    multiplied by first, or None; bias (O,). torch has no such product on its own: the 8-bit numbers are multiplied as
-    x's dtype, bf16 or float32, which hold them exactly.
+    multiplied by first, or None; bias (O,) or None. torch has no such product on its own: the 8-bit numbers are
+    multiplied as x's dtype, bf16 or float32, which hold them exactly.
     """
     even = x if input_factor is None else x.float() * input_factor.float()
     operand = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
     product = F.conv2d(operand, weight.to(x.dtype), stride=list(stride)).float()
-    scale = weight_scale.float() * input_scale.float()
-    return (product * scale[:, None, None] + bias.float()[:, None, None]).to(x.dtype)
+    out = product * (weight_scale.float() * input_scale.float())[:, None, None]
+    return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
 
 
 @quantized_convolution.register_fake
@@ -196,7 +197,7 @@ def _(
     weight_scale: Tensor,
     input_scale: Tensor,
     input_factor: Tensor | None,
-    bias: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     pads: Sequence[int],
 ) -> Tensor:
@@ -211,21 +212,32 @@ class QuantizedConvolution(QuantizedLayer):
     """What a convolution becomes. weight (O, C, kh, kw).
 
     input_factor: (C, 1, 1), what its input is multiplied by so that its channels are alike, or None: a norm cannot take
-    it up, for SiLU lies between.
+    it up, for SiLU lies between. rest_scale: (), of a second product with what rounding left of the input, or None. The
+    first one's scale is a power of two then, by which bf16 too divides and multiplies exactly.
     """
 
     input_factor: Tensor | None
+    rest_scale: Tensor | None
     stride: tuple[int, ...]
     pads: tuple[int, ...]  # left, right, top, bottom
 
     @classmethod
     def prepare(
-        cls, layer: nn.Conv2d, input_amax: float, kind: Format, dtype: torch.dtype, smooth: Tensor | None = None
+        cls,
+        layer: nn.Conv2d,
+        input_amax: float,
+        kind: Format,
+        dtype: torch.dtype,
+        smooth: Tensor | None = None,
+        *,
+        twice: bool = False,
     ) -> QuantizedConvolution:
         """input_amax: the largest magnitude of the input that is kept. dtype: of scales and bias.
 
         smooth: (C,), what the input is divided by, before that range, and the weight's columns are multiplied by.
+        twice: in two products, of the rounded input and of the rest; then smooth is None.
         """
+        assert smooth is None or not twice
         assert (layer.groups, layer.dilation) == (1, (1, 1))
         assert not isinstance(layer.padding, str)
         quantized = cls(layer.weight.shape, kind, dtype, layer.weight.device)
@@ -238,21 +250,24 @@ class QuantizedConvolution(QuantizedLayer):
             quantized.take(layer.weight / quantized.input_factor.float(), layer.bias, input_amax, kind)
         else:
             quantized.take(layer.weight, layer.bias, input_amax, kind)
+        quantized.register_buffer("rest_scale", torch.empty_like(quantized.input_scale) if twice else None)
+        if quantized.rest_scale is not None and not layer.weight.is_meta:
+            quantized.input_scale.fill_(2.0 ** math.ceil(math.log2(input_amax / kind.qmax)))
+            quantized.rest_scale.copy_(quantized.input_scale / (2 * kind.qmax))
         (rows, columns), quantized.stride = layer.padding, layer.stride
         quantized.pads = (int(columns), int(columns), int(rows), int(rows))
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_convolution(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.input_scale,
-            self.input_factor,
-            self.bias,
-            self.stride,
-            self.pads,
-        )
+        first = self._product(x, self.input_scale, self.bias)
+        if self.rest_scale is None:
+            return first
+        rest = x - (x / self.input_scale).round() * self.input_scale
+        return first + self._product(rest, self.rest_scale, None)
+
+    def _product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.weight, self.weight_scale
+        return quantized_convolution(x, *weight, scale, self.input_factor, bias, self.stride, self.pads)
 
 
 def convolution_fits(name: str, layer: nn.Conv2d) -> bool:
@@ -313,11 +328,13 @@ class QuantizedAttention(nn.Module):
 class LayerPlan(NamedTuple):
     """How one linear or convolution is quantized.
 
-    smooth: (K,) what its input is divided by and its columns multiplied by, or None.
+    smooth: (K,) what its input is divided by and its columns multiplied by, or None. twice: of a convolution, see
+    `QuantizedConvolution`.
     """
 
     input_amax: float
     smooth: Tensor | None = None
+    twice: bool = False
 
 
 class AttentionPlan(NamedTuple):
@@ -364,7 +381,9 @@ def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dt
         if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
             replacement = QuantizedLinear.prepare(module, plan.input_amax, kind, dtype)
         elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
-            replacement = QuantizedConvolution.prepare(module, plan.input_amax, kind, dtype, plan.smooth)
+            replacement = QuantizedConvolution.prepare(
+                module, plan.input_amax, kind, dtype, plan.smooth, twice=plan.twice
+            )
         elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
             replacement = QuantizedAttention(plan, dtype, next(block.parameters()).device)
         if replacement is not None:

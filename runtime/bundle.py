@@ -180,6 +180,8 @@ class Quantization(Record, frozen=True, kw_only=True):
     convolutions: list[str] = []
     convolution_share: float = 0.0  # of the multiply-adds of all convolutions, at the first size
     weight_bits: int = 8  # 7: int8 whose products no processor's sums cut off
+    twice: list[str] = []  # of the convolutions: in two products, of the rounded input and of what rounding left
+    twice_share: float = 0.0  # as convolution_share, of these
 
 
 class Choice(Record, frozen=True, kw_only=True):
@@ -193,14 +195,16 @@ class Choice(Record, frozen=True, kw_only=True):
     instead: str  # what to type for another choice
 
 
-def amount_quantized(share: float, attentions: int, convolutions: float) -> str:
+def amount_quantized(share: float, attentions: int, convolutions: float, twice: float = 0.0) -> str:
     """How much of a model is 8-bit, in words.
 
-    share: of the linears' parameters. attentions: how many. convolutions: share of their multiply-adds.
+    share: of the linears' parameters. attentions: how many. convolutions: share of their multiply-adds. twice: of these
+    what is done in two products.
     """
     parts = [f"{share:.1%} of the linears' parameters"] if share or not (attentions or convolutions) else []
     parts += [f"{attentions} attentions"] if attentions else []
-    parts += [f"{convolutions:.1%} of the convolutions' operations"] if convolutions else []
+    doubled = f" ({twice:.1%} in two products)" if twice else ""
+    parts += [f"{convolutions:.1%} of the convolutions' operations{doubled}"] if convolutions else []
     return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 

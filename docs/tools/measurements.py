@@ -53,7 +53,8 @@ def comparisons() -> list[str]:
 
 
 def quantization() -> list[str]:
-    found = record("quantization_cpu_zen4")
+    names = "quantization_cpu_zen4", "quantization_convolutions_cpu_zen3"
+    planned, convolved = map(record, names)
     titles = {
         "fp32": "fp32",
         "bf16": "bf16",
@@ -62,19 +63,25 @@ def quantization() -> list[str]:
         "fp8-attention": "fp8 over fp32, planned, with attention",
         "int8": "int8 over fp32, planned",
         "fp8-naive": "fp8, naive: all linears, over the whole range seen",
+        "int8-convolutions": "int8 over fp32, with all convolutions that may",
+        "int8-convolutions-budget": "int8 over fp32, with convolutions, `--max-normal-error 1 --twice`",
     }
     lines = []
-    for row in found["rows"]:
+    for found, row in [(planned, row) for row in planned["rows"]] + [(convolved, row) for row in convolved["rows"][1:]]:
         name = row["predictor"]
         change, share = found["changes"].get(name), found["shares"].get(name)
+        pictured, doubled = (found.get(key, {}).get(name) for key in ("convolution_shares", "twice_shares"))
         if change is None:
             depth, normals = f"{row['depth']['abs_rel']:.4f}", f"{row['normals']['mean']:.2f}°"
         else:
             depth, normals = f"{100 * change['abs_rel']:+.2f} %", f"{change['normals']:+.3f}°"
-        lines.append([titles[name], "" if share is None else f"{100 * share:.1f} %", depth, normals])
-    bounds = ["bound of 8 bits", "", "2 %", "0.3°"]
-    head = ["", "8-bit share of the linears", "AbsRel", "error of the normals"]
-    return [*table(head, [*lines, bounds]), "", source("quantization_cpu_zen4")]
+        shares = ["" if amount is None else f"{100 * amount:.1f} %" for amount in (share, pictured)]
+        if doubled:
+            shares[1] += f" ({100 * doubled:.1f} % in two products)"
+        lines.append([titles[name], *shares, depth, normals])
+    bounds = ["bound of 8 bits", "", "", "2 %", "0.3°"]
+    head = ["", "8-bit share of the linears", "of the convolutions' operations", "AbsRel", "error of the normals"]
+    return [*table(head, [*lines, bounds]), "", source(*names)]
 
 
 def fullsize() -> list[str]:

@@ -251,6 +251,7 @@ def _eight_bit(quantization: Quantization, base: str) -> Callable[[torch.nn.Modu
     plans: Plans = {
         **dict.fromkeys(quantization.linears, LayerPlan(0.0)),
         **dict.fromkeys(quantization.convolutions, LayerPlan(0.0, even)),
+        **dict.fromkeys(quantization.twice, LayerPlan(0.0, twice=True)),
         **dict.fromkeys(quantization.attentions, AttentionPlan(0.0, 0.0, 0.0)),
     }
     return lambda block, name: quantize_block(block, name, plans, FORMATS[quantization.format], DTYPES[base])

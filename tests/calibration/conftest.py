@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.support.shared import Once
@@ -51,3 +53,18 @@ def convolved(once: Once, bundle: Path, images: Path) -> Path:
             run(bundle, eight, folder, kind="int8", convolutions=True, backend="torch", smooth=None)
 
     return once("convolved", make)
+
+
+@pytest.fixture(scope="session")
+def doubled(once: Once, convolved: Path) -> Path:
+    """The same plan with two of the convolutions in two products."""
+    from densegeo.calibration.plan import load_plan, plan_file
+    from tests.support.calibration import TWICE
+
+    def make(folder: Path) -> None:
+        plan = load_plan(convolved, "int8")
+        others = {*plan.ranges, *plan.convolutions} - {*TWICE}
+        shutil.copytree(convolved, folder, dirs_exist_ok=True)
+        plan_file(folder, "int8").write_bytes(msgspec.json.encode(plan.keep(others, TWICE)))
+
+    return once("doubled", make)

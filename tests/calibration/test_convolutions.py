@@ -31,7 +31,7 @@ from densegeo.runtime.backends.torch_pictures import fuse_pictures
 from densegeo.runtime.bundle import STAGES, amount_quantized, read_manifest
 from densegeo.runtime.verify import verify
 from densegeo.size import Size
-from tests.support.calibration import run, stage_error
+from tests.support.calibration import TWICE, run, stage_error
 from tests.support.checkpoints import options
 from tests.support.shared import Once
 
@@ -45,11 +45,11 @@ KEPT = {
 
 
 @pytest.fixture(scope="session")
-def made(once: Once, small_checkpoint: Path, convolved: Path) -> Path:
+def made(once: Once, small_checkpoint: Path, doubled: Path) -> Path:
     """The bundle of that plan, its floats in float32."""
 
     def make(folder: Path) -> None:
-        wanted = {"precision": "int8", "base": "fp32", "calibration": convolved, "backend": "openvino"}
+        wanted = {"precision": "int8", "base": "fp32", "calibration": doubled, "backend": "openvino"}
         build_bundle(options(small_checkpoint, folder / "bundle", **wanted))
 
     return once("convolved-bundle", make) / "bundle"
@@ -92,21 +92,24 @@ def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
     assert load_plan(convolved, "int8").operations == {name: work[name] for name in pipeline.layers(nn.Conv2d)}
 
 
-def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) -> None:
-    """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with one a row, floating bias), and nothing in between."""
-    plan, manifest = load_plan(convolved, "int8"), read_manifest(made)
+def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> None:
+    """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with one a row, floating bias), and nothing in between; two of
+    them, with the same weight and one bias, where a convolution is in two products.
+    """
+    plan, manifest = load_plan(doubled, "int8"), read_manifest(made)
     (bucket,) = manifest.buckets
-    found, eight, every = set(), 0, 0
+    found, rests, eight, every = set(), [], 0, 0
     for stage in STAGES:
         model = onnx.load(made / getattr(bucket, stage).file, load_external_data=False)
         shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
         makers = {output: node for node in model.graph.node for output in node.output}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in (node for node in model.graph.node if node.op_type == "Conv"):
-            every += node_flops(node, shapes)
+            rest = len(node.input) == 2
+            every += 0 if rest else node_flops(node, shapes)
             if node.input[1] in stored:
                 continue
-            eight += node_flops(node, shapes)
+            eight += 0 if rest else node_flops(node, shapes)
             weight, back = makers[node.input[1]], makers[node.input[0]]
             forth = makers[back.input[0]]
             assert (weight.op_type, back.op_type, forth.op_type) == (*["DequantizeLinear"] * 2, "QuantizeLinear")
@@ -114,14 +117,23 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved: Path) ->
             assert [*stored[weight.input[1]].dims] == [stored[weight.input[0]].dims[0]]
             assert [*stored[forth.input[1]].dims] == []
             assert forth.input[1] == back.input[1]
-            assert stored[node.input[2]].data_type == TensorProto.FLOAT
+            name = prefix + weight.input[0].removesuffix(".weight")
+            assert rest or stored[node.input[2]].data_type == TensorProto.FLOAT
             even = makers[forth.input[0]]
+            if name in TWICE:
+                rests += [name] * rest
+                assert forth.input[1].endswith(".rest_scale" if rest else ".input_scale")
+                assert (even.op_type == "Sub") == rest
+                found.add(name)
+                continue
+            assert not rest
             assert even.op_type == "Mul"
             assert [*stored[even.input[1]].dims] == [stored[weight.input[0]].dims[1], 1, 1]
             assert even.input[1].endswith(".input_factor")
             assert even.input[0] not in makers or makers[even.input[0]].op_type != "Pad"
-            found.add(prefix + weight.input[0].removesuffix(".weight"))
+            found.add(name)
     assert found == set(plan.convolutions)
+    assert sorted(rests) == manifest.quantization.twice == TWICE
     assert plan.convolution_share == pytest.approx(eight / every)
     assert manifest.quantization is not None
     assert manifest.quantization.convolution_share == plan.convolution_share > 0.9
@@ -156,7 +168,7 @@ def executed(estimator: Estimator, stage: str) -> set[str]:
         str(node["runtimePrecision"].astype(str)) for node in found if node["layerType"].astype(str) == "Convolution"
     ]
     eight = [kind for kind in kinds if kind in ("u8", "i8")]
-    planned = sum(stage_of(name) == stage for name in plan.convolutions)
+    planned = sum(stage_of(name) == stage for name in (*plan.convolutions, *plan.twice))
     assert len(eight) in (0, planned), kinds
     return {*eight} or {*kinds}
 
@@ -187,8 +199,9 @@ def test_torch_runs_them_fused_too(made: Path, bundle: Path) -> None:
 def test_what_is_said_of_them(made: Path) -> None:
     plan = read_manifest(made).quantization
     assert plan is not None
-    said = amount_quantized(plan.share, len(plan.attentions), plan.convolution_share)
-    assert re.fullmatch(r"84\.0% of the linears' parameters and 9\d\.\d% of the convolutions' operations", said)
+    said = amount_quantized(plan.share, len(plan.attentions), plan.convolution_share, plan.twice_share)
+    convolutions = r"9\d\.\d% of the convolutions' operations \(1\d\.\d% in two products\)"
+    assert re.fullmatch(rf"84\.0% of the linears' parameters and {convolutions}", said)
     assert amount_quantized(0.0, 0, 0.5) == "50.0% of the convolutions' operations"
     assert amount_quantized(0.5, 3, 0.5).startswith("50.0% of the linears' parameters, 3 attentions and 50.0%")
 
@@ -213,6 +226,21 @@ def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved:
     assert plan.error.normals <= 0.5 * free.error.normals
     assert 0 < len(plan.convolutions) < len(free.convolutions)
     assert 0 < plan.convolution_share < free.convolution_share
+    run(
+        bundle,
+        images,
+        folder,
+        kind="int8",
+        convolutions=True,
+        smooth=None,
+        max_normal_error=0.5 * free.error.normals,
+        base="fp32",
+        twice=True,
+    )
+    doubled = load_plan(folder, "int8")
+    assert doubled.convolutions.keys() == free.convolutions.keys()
+    assert 0 < len(doubled.twice) < len(free.convolutions)
+    assert doubled.error.normals <= 0.5 * free.error.normals
     run(bundle, images, folder, kind="int8", smooth=0.5)  # the same statistics serve plans without
     assert load_plan(folder, "int8").convolutions == {}
 
@@ -222,6 +250,9 @@ def test_contradictions_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="--convolutions is for int8: no kernel of fp8"):
         run(bundle, images, tmp_path / "fp8", convolutions=True)
+    for given in ({"twice": True, "max_normal_error": 1.0}, {"twice": True, "convolutions": True}):
+        with pytest.raises(ConfigError, match="--twice is for --convolutions within a budget: give"):
+            run(bundle, images, tmp_path / "twice", kind="int8", **given)
     with pytest.raises(QuantizationError, match="made without --convolutions"):
         run(bundle, images, shutil.copytree(calibrated, tmp_path / "copy"), kind="int8", convolutions=True)
     with pytest.raises(ConfigError, match=r"plans 8-bit convolutions\. ONNX Runtime would run them slower"):

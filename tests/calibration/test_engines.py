@@ -78,23 +78,23 @@ def test_products_are_8_bit(
             assert "single_blocks.0.linear2.weight" in engine.weight_inputs
 
 
-def test_convolutions_are_8_bit(small_checkpoint: Path, convolved: Path, tmp_path: Path) -> None:
+def test_convolutions_are_8_bit(small_checkpoint: Path, doubled: Path, tmp_path: Path) -> None:
     """One engine of each network for four architectures; rounding joins the layer before, but around attention."""
     made = build_bundle(
         options(
             small_checkpoint,
             tmp_path / "made",
             precision="int8",
-            calibration=convolved,
+            calibration=doubled,
             backend="tensorrt",
             architectures=(80, 86, 89, 120),
             engines=EngineOptions(library="tensorrt_rtx", weights="constant"),
         )
     )
-    plan = load_plan(convolved, "int8")
+    plan = load_plan(doubled, "int8")
     for engine in (engine for engine in read_manifest(made).engines if engine.stage != "denoiser"):
         log = parse_log(read_log(made / engine.log))
-        planned = sum(stage_of(name) == engine.stage for name in plan.convolutions)
+        planned = sum(stage_of(name) == engine.stage for name in (*plan.convolutions, *plan.twice))
         eight = [layer for layer in log.layers if layer.role == "convolution" and "Int8" in layer.dtype]
         assert len(eight) == planned
         assert len(conversions(log)) <= 4  # of q, k, v and proj_out

@@ -162,6 +162,32 @@ def test_even_channels_make_a_convolution_more_exact() -> None:
     assert empty.input_factor.shape == (24, 1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_products_keep_what_one_rounding_loses(dtype: torch.dtype) -> None:
+    """A few values a thousand times as large as the others: one scale leaves the others nothing."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 32, 3, padding=1)
+    x = 0.2 * torch.randn(1, 16, 32, 32)
+    x[:, ::2, 0, 0] = 200.0
+    x = x.to(dtype)
+
+    def off(twice: bool) -> float:
+        """Where there is no large value, relative to the product of the same rounded weights."""
+        made = QuantizedConvolution.prepare(layer, 200.0, FORMATS["int8"], dtype, twice=twice)
+        weight = made.weight.double() * made.weight_scale.double()[:, None, None, None]
+        wanted = F.conv2d(x.double(), weight, made.bias.double(), padding=1)
+        return float((made(x).double() - wanted)[..., 2:].norm() / wanted[..., 2:].norm())
+
+    assert off(twice=False) > 0.3
+    rounding = 2.0 / 254 / 12**0.5  # of the rest: its step's standard deviation
+    assert off(twice=True) < 2 * rounding / 0.2
+    made = QuantizedConvolution.prepare(layer, 200.0, FORMATS["int8"], dtype, twice=True)
+    assert float(made.input_scale) == 2.0  # 200 / 127, up to a power of two
+    with torch.device("meta"):
+        empty = QuantizedConvolution.prepare(nn.Conv2d(16, 32, 3), 1.0, FORMATS["int8"], dtype, twice=True)
+    assert empty.state_dict().keys() == made.state_dict().keys()
+
+
 def test_a_downsampling_convolution_takes_over_its_zeros() -> None:
     torch.manual_seed(0)
     holder = nn.Module()
