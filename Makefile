@@ -21,7 +21,7 @@ help:
 	@echo "make soak            the node under ten times its rate for ten minutes"
 	@echo "make ros-lock        pin that environment anew in ros2/test-requirements.txt"
 	@echo "make fleet-test      Triton Inference Server (a minute, and 400 MB once for an environment with the server)"
-	@echo "make fleet           the same, and Ray: trees, shards, 2,000 images while actors and a node go, requests while replicas go (ten minutes)"
+	@echo "make fleet           the same, and Ray: trees, shards, 2,000 images while actors and a node go, requests while replicas go (fifteen minutes)"
 	@echo "make fleet-lock      pin that environment anew in tests/fleet/triton-requirements.txt"
 	@echo "make lint            ruff, mypy, import contracts"
 	@echo "make docs            build the site, strictly, into out/site"
