@@ -87,10 +87,21 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job, self._notices, self._results = job, Notices(words=in_options), job.results()
         calls = max(1, min(job.workers, os.cpu_count() or 1))
-        self._estimator = Estimator(job.bundle, **job.estimator, calls_at_once=calls)
+        self._unusable: Exception | None = None
+        try:
+            self._estimator = Estimator(job.bundle, **job.estimator, calls_at_once=calls)
+        except Exception as error:
+            if not _restarted():
+                raise
+            self._unusable = error  # Ray Data would wait for ever for an actor that cannot be made again
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
-        """Columns name and path of images -> columns name and outcome, JSON."""
+        """Columns name and path of images -> columns name and outcome, JSON.
+
+        Raises what an actor that was started again met where it opened the bundle.
+        """
+        if self._unusable is not None:
+            raise self._unusable
         items = [Input(str(path), str(name)) for path, name in zip(block["path"], block["name"], strict=True)]
         with self._notices.collected(), ThreadPoolExecutor(self._job.workers) as pool:
             try:
@@ -130,6 +141,13 @@ class Worker:
         samples = {outcome.item.name: sample for outcome, sample in pairs if not outcome.error}
         file = shards.write(items, samples) if samples else ""
         return [replace(outcome, files=() if outcome.error else (file,)) for outcome, _ in pairs]
+
+
+def _restarted() -> bool:
+    """Whether Ray started this actor again, after it had died."""
+    import ray
+
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def run_on_ray(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,26 @@ def test_a_picture_that_kills_processes_fails_alone(toy: Path, tmp_path: Path) -
     assert [Path(failure["source"]).name for failure in summary["failed"]] == ["poison.png"]
     assert "died" in summary["failed"][0]["error"]
     assert len(set(log.read_text().split())) == 2 * TRIES
+
+
+@pytest.mark.slow
+def test_a_bundle_that_goes_ends_the_run(cluster: Cluster, toy: Path, tmp_path: Path) -> None:
+    """Actors that are started again and cannot open it are an error, and what was done stays."""
+    bundle, photos, out = tmp_path / "toy", photographs(tmp_path / "photos", 1500), tmp_path / "out"
+    shutil.copytree(toy, bundle)
+    command = [sys.executable, "-m", "densegeo", "infer", bundle, photos, "-o", out, "--format", FORMATS]
+    run = subprocess.Popen([*command, "--ray", cluster.address], env=environment(), stderr=subprocess.PIPE, text=True)
+    journal = out / "results.jsonl"
+    while not journal.exists() or len(journal.read_text().splitlines()) < 50:
+        time.sleep(0.1)
+        assert run.poll() is None
+    bundle.rename(tmp_path / "elsewhere")
+    for actor in actors():
+        actor.kill()
+    _, said = run.communicate(timeout=240)
+    assert run.returncode == 1, said
+    assert f"The actors of Ray cannot run {bundle}" in said
+    assert len(journal.read_text().splitlines()) < 1500
 
 
 @pytest.mark.slow
