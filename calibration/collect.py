@@ -141,9 +141,9 @@ def check_identity(found: Identity, wanted: Identity, path: Path) -> None:
     for role in sorted({*found.sources, *wanted.sources}):
         if found.sources.get(role) != wanted.sources.get(role):
             raise QuantizationError(
-                f"{path} is of another model: its {role} file has the digest "
-                f"{found.sources.get(role, 'none')[:12]}, here it is {wanted.sources.get(role, 'none')[:12]}. "
-                "Calibrate anew, with another --output."
+                f"{path} was made from another model: the digest of its {role} file is "
+                f"{found.sources.get(role, 'none')[:12]}, that of this bundle's is "
+                f"{wanted.sources.get(role, 'none')[:12]}. Calibrate anew, with another --output."
             )
     if found.rewrites != wanted.rewrites:
         raise QuantizationError(

@@ -202,7 +202,8 @@ def calibrate(
         console.print(f"wrote {path}: no layer fits into the budget. {nothing_planned(plan)}", soft_wrap=True)
         return
     console.print(
-        f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder}",
+        f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder} "
+        "(and --checkpoint, --lora, --size as the bundle was built)",
         soft_wrap=True,
         highlight=False,
     )
@@ -225,7 +226,7 @@ def _require_plannable(
             f"--convolutions is for {_CONVOLUTIONS}: no kernel of {kind} is known that is faster than floating point's"
         )
     if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
-        raise ConfigError(f"--weight-bits is for whole numbers, not for {kind}")
+        raise ConfigError(f"--weight-bits is for int8: {kind} has one number of bits")
     if base and base not in PRECISIONS[kind].bases:
         raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
 
@@ -234,6 +235,8 @@ def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool
     """Raises ConfigError for what could not be found out in this way, before hours go into finding it out."""
     if not any(row.name == backend and row.shows_layers for row in BACKENDS):
         raise ConfigError(f"{backend} does not show what enters its linears: use --backend {_SEEN}")
+    if backend != NETWORKS.name and device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {device} goes with --backend {NETWORKS.name}: {backend} counts on the CPU here")
     if stream and (backend, device) != (NETWORKS.name, "cpu"):
         raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
     if any(limit is not None and not limit > 0 for limit in (budget.depth, budget.normals)):

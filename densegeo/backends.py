@@ -45,7 +45,8 @@ ENGINE_LIBRARIES = {
 class BackendRow:
     """One backend.
 
-    opens: "module:function" of what makes it, (directory, manifest, device, sharing) -> Backend. runs: what it takes.
+    opens: "module:function" of what makes it, (directory, manifest, device, sharing, threads=None) -> Backend, with
+    calls_at_once=1 too where shares_threads. runs: what it takes.
     modules: Python modules that must be there. distributions: those that bring them, the first of each group that is
     installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
     providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. convolutions: whether 8-bit ones

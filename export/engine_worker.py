@@ -30,7 +30,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     timing_cache: str
     targets: list[str]  # compute capabilities by the library's names; empty: its default
-    options: dict[str, int]  # see `engines.EngineOptions.facts`
+    options: dict[str, int]  # see `engine_builder.EngineOptions.settings`
     memory_bytes: int  # limit of this process's own data; 0: none
 
 

@@ -111,7 +111,9 @@ def serve(
         typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
     ] = None,
     min_replicas: Annotated[Whole, typer.Option(min=1, help="Processes of Ray at least; by default 1.")] = None,
-    max_replicas: Annotated[Whole, typer.Option(min=1, help="And at most; by default as many.")] = None,
+    max_replicas: Annotated[
+        Whole, typer.Option(min=1, help="Processes of Ray at most; by default as many as --min-replicas.")
+    ] = None,
     target_requests: Annotated[
         Number, typer.Option(help="Requests a process, on average, from which on Ray adds processes; by default 4.")
     ] = None,

@@ -15,6 +15,8 @@ from typing import Any
 from densegeo.errors import ConfigError
 from densegeo.runtime.backends import has_cuda_driver
 
+log = logging.getLogger("densegeo.fleet")
+
 LOCAL = "local"  # the address of a Ray of this process's own
 REACH_S = 10.0  # for a connection to a cluster
 
@@ -34,6 +36,8 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
         signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
+        if address != LOCAL:
+            log.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     except Exception as error:  # Ray raises this very type where its processes do not start in time
         raise _no_cluster(address, error) from error
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints which tasks it tries again, until it is shut down
@@ -44,10 +48,12 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
 
 
 def require_reachable(address: str) -> None:
-    """Raises ConfigError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "//" in address:
-        return  # local, auto, or what Ray knows
+    """Raises ConfigError for what is no address, and where nobody listens at HOST:PORT: Ray would try for minutes."""
+    if address in (LOCAL, "auto") or address.startswith("ray://"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        raise ConfigError(f"{address!r} is no address of a Ray cluster: say local, auto, HOST:PORT or ray://HOST:PORT.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:

@@ -279,7 +279,7 @@ def test_statistics_of_another_model_are_refused(
     second = build_bundle(options(other, tmp_path / "second"))
     folder = tmp_path / "copy"
     shutil.copytree(calibrated, folder)
-    with pytest.raises(QuantizationError, match=r"statistics\.safetensors is of another model"):
+    with pytest.raises(QuantizationError, match=r"statistics\.safetensors was made from another model"):
         run(second, images, folder)
     with pytest.raises(QuantizationError, match="rewritten by"):
         build_bundle(

@@ -284,7 +284,7 @@ def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: P
     linear = QuantizedLinear.prepare(nn.Linear(16, 8), 1.0, plan.numbers, torch.float32)
     assert (linear.weight.abs().amax(dim=1) == 63).all()
     assert 2 * 255 * 63 < 2**15
-    with pytest.raises(ConfigError, match="--weight-bits is for whole numbers"):
+    with pytest.raises(ConfigError, match="--weight-bits is for int8"):
         run(bundle, images, folder, kind="fp8", weight_bits=7)
 
 
