@@ -215,7 +215,7 @@ def test_models_without_published_files(capsys: pytest.CaptureFixture[str]) -> N
         (["fetch", "fiffdepth"], 1, "has no licence"),
         (["build", "--model", "fiffdepth"], 1, "has no licence"),
         (["fetch", "fe2e-tiny"], 0, "nothing to fetch"),
-        (["fetch", "fe3e"], 1, "there are fe2e, fiffdepth, fe2e-tiny"),
+        (["fetch", "fe3e"], 2, "there are fe2e, fiffdepth, fe2e-tiny"),
     ):
         with pytest.raises(SystemExit) as end:
             main(command)
