@@ -340,7 +340,7 @@ def _fitted(plan: QuantizationPlan, judge: Judge, doubled: Collection[str], alon
 
     chosen, error = within_budget(plan.sensitivity, plan.budget, joint)
     if not chosen:
-        error = joint([])
+        error = joint([]) if doubled else alone
     fits = plan.budget.share(error) <= 1
     return msgspec.structs.replace(plan.keep(chosen, others(chosen) if fits else ()), error=error if fits else alone)
 

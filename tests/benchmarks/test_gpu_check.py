@@ -183,7 +183,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "check.json").exists()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_quick_runs_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: list[bool] = []
 

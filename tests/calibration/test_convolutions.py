@@ -92,6 +92,7 @@ def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
     assert load_plan(convolved, "int8").operations == {name: work[name] for name in pipeline.layers(nn.Conv2d)}
 
 
+@pytest.mark.thorough
 def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> None:
     """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with one a row, floating bias), and nothing in between; two of
     them, with the same weight and one bias, where a convolution is in two products.
@@ -140,7 +141,8 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> N
     assert set(manifest.quantization.convolutions) == found
 
 
-@pytest.mark.parametrize("vnni", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.thorough
+@pytest.mark.parametrize("vnni", [False, True])
 def test_bundles_run_as_they_were_emulated(made: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
     """With VNNI in 8 bits; a processor without would cut sums off, and so runs them in float32."""
     pytest.importorskip("openvino")

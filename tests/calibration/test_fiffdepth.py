@@ -66,7 +66,7 @@ def test_what_is_planned(calibration: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("fp8", marks=pytest.mark.slow), "int8"])
 def test_bundles_run_as_they_were_emulated(files: Path, calibration: Path, tmp_path: Path, kind: str) -> None:
     bundle = build(files, tmp_path / kind, kind, base="fp32", calibration=calibration)
     for backend in ("onnxruntime", "torch"):

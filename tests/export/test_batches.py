@@ -40,7 +40,7 @@ def recorded(estimator: Estimator) -> list[tuple[str, Stage]]:
     ("model", "precision", "without"),
     [
         ("fe2e", "fp32", ()),
-        ("fe2e", "fp32", ("decoder",)),  # a decoder run for each picture
+        pytest.param("fe2e", "fp32", ("decoder",), marks=pytest.mark.slow),  # a decoder run for each picture
         pytest.param("fe2e", "bf16", ("decoder",), marks=pytest.mark.slow),  # minutes where a CPU has no bf16
         ("fiffdepth", "fp32", ()),
     ],

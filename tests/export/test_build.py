@@ -22,6 +22,7 @@ from tests.support.checkpoints import leftovers, options, run_build
 from tests.support.shared import BUILT_SIZES
 
 
+@pytest.mark.thorough
 def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, capsys):
     output = tmp_path / "bundle"
     build_bundle(options(checkpoint, output))
@@ -40,6 +41,7 @@ def test_rebuilding_is_a_no_op_until_an_input_changes(checkpoint, tmp_path, caps
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.thorough
 def test_buckets_share_their_weights(checkpoint, tmp_path):
     one = build_bundle(options(checkpoint, tmp_path / "one"))
     two = build_bundle(options(checkpoint, tmp_path / "two", sizes=BUILT_SIZES))

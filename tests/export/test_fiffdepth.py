@@ -45,6 +45,7 @@ MARKS: dict[str, tuple[pytest.MarkDecorator, ...]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("without", [(), pytest.param(NAMES, marks=pytest.mark.slow), *ALONE], ids="-".join)
 def test_bundle_matches_the_authors_numbers(golden: Path, tmp_path: Path, without: tuple[str, ...]) -> None:
     check(golden / "fiffdepth_small", tmp_path / "bundle", without)

@@ -67,7 +67,7 @@ def test_the_lora_changes_the_result(each_golden):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_bundles_stay_within_twice_eager(golden_bundle, precision):
     checks = read_manifest(golden_bundle(precision=precision)).verification.checks
     assert {check.output for check in checks} == {"encoder", "denoiser", "decoder", "prediction", "normals"}

@@ -164,6 +164,7 @@ def test_trimming_spares_text_queries_and_mlp(golden_bundle, config, tokens):
     assert counts["Gemm"] == -1
 
 
+@pytest.mark.thorough
 def test_decoder_runs_once_for_both_halves(golden_bundle):
     parameters, flops, counts = change(golden_bundle, "decoder", "decoder")
     on, off = (graph(golden_bundle(**options), "decoder") for options in ({}, {"without": ("decoder",)}))
@@ -173,6 +174,7 @@ def test_decoder_runs_once_for_both_halves(golden_bundle):
     assert not any(counts.values())
 
 
+@pytest.mark.thorough
 def test_upsampling_convolves_small_images(golden_bundle, golden):
     parameters, flops, counts = change(golden_bundle, "upsample", "decoder")
     widths = {1: 32, 2: 32, 3: 32}  # channels of up.1, up.2, up.3 in the golden VAE

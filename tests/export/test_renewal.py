@@ -136,7 +136,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGINT,
+        pytest.param(signal.SIGINT, marks=pytest.mark.thorough),
         pytest.param(signal.SIGKILL, marks=pytest.mark.thorough),
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
     ],

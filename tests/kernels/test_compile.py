@@ -117,6 +117,7 @@ print({name: len(noted) for name, noted in keys.items()})
     assert done.stdout.strip() == str(dict.fromkeys(kernels, 1)), done.stderr
 
 
+@pytest.mark.thorough
 def test_a_spill_is_an_error() -> None:
     code = """
 from dataclasses import replace

@@ -331,7 +331,11 @@ def test_a_bag_never_takes_the_place_of_its_source(bundle: Path, tmp_path: Path,
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("how", "asked"), [(signal.SIGKILL, MetresOptions(0.5, 10.0)), (signal.SIGINT, MetresOptions())]
+    ("how", "asked"),
+    [
+        (signal.SIGKILL, MetresOptions(0.5, 10.0)),
+        pytest.param(signal.SIGINT, MetresOptions(), marks=pytest.mark.thorough),
+    ],
 )
 def test_an_interrupted_run_goes_on(bundle: Path, tmp_path: Path, how: int, asked: MetresOptions) -> None:
     """Killed at any moment, and started again, to the same file as a run that was not: with depth of each image by

@@ -38,7 +38,7 @@ def test_the_toy_bundle_gives_its_stored_outputs(toy_bundle: Path) -> None:
     assert all(check.error < 1e-6 for check in checks), checks
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_float32_bundle_is_not_lowered(built: dict[str, Path]) -> None:
     """OpenVINO's own default is bf16 wherever the CPU has it."""
     verdict = verify(built["fp32"], "openvino", "cpu")

@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
     "backend",
     [
-        "onnxruntime",
+        pytest.param("onnxruntime", marks=pytest.mark.thorough),
         pytest.param("openvino", marks=pytest.mark.thorough),
         pytest.param("torch", marks=pytest.mark.slow),
     ],

@@ -67,6 +67,7 @@ def test_a_broken_stage_of_torchs_way_on_a_device_is_noticed(
         assert stage in said[-1]
 
 
+@pytest.mark.thorough
 def test_a_model_without_normals_has_fewer_stages(fiffdepth_bundle: Callable[..., Path]) -> None:
     from tests.support.diffusers_checkpoint import CASES
 
