@@ -130,6 +130,7 @@ def test_what_the_wheel_imports_is_in_it(built: Built) -> None:
                     assert module in modules, f"{name} imports {module}"
 
 
+@pytest.mark.thorough
 def test_metadata_has_full_addresses(built: Built) -> None:
     page = str(built.facts.get_payload())
     links = re.findall(r"\]\(([^)\s]+)\)", page)
@@ -146,6 +147,7 @@ def test_metadata_has_full_addresses(built: Built) -> None:
     assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= set(built.facts.get_all("Classifier") or [])
 
 
+@pytest.mark.thorough
 def test_sdist_is_the_checkout(built: Built) -> None:
     """Files once, links as links: the wheel above was built from it, and tests find what they read."""
     for folder in FOLDERS:

@@ -96,6 +96,7 @@ def test_verification_notices_every_broken_stage(child: Child, with_engines: Bui
         assert says in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

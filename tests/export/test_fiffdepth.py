@@ -39,8 +39,7 @@ def build(checkpoint: Path, output: Path, **options: Any) -> Path:
 # rewrites, and to diffusers' modules in the variants whose graphs differ most.
 ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in NAMES]
 MARKS: dict[str, tuple[pytest.MarkDecorator, ...]] = {
-    "sd2-like": (),
-    **dict.fromkeys(("odd-latent", "three-tokens"), (pytest.mark.thorough,)),
+    **dict.fromkeys(("sd2-like", "odd-latent", "three-tokens"), (pytest.mark.thorough,)),
     **dict.fromkeys(("four-levels", "two-token-layers", "sd1-like", "no-latent-convolutions"), (pytest.mark.slow,)),
 }
 
@@ -142,6 +141,7 @@ def test_geometry_without_normals(fiffdepth_bundle: Build, tmp_path: Path) -> No
     assert not [name for name in written if "normal" in name]
 
 
+@pytest.mark.thorough
 def test_every_command_takes_it(tmp_path: Path) -> None:
     case = CASES[0]
     files, bundle = write(tmp_path / "files", case), tmp_path / "bundle"
@@ -199,6 +199,7 @@ def test_what_is_missing_is_listed(tmp_path: Path) -> None:
     assert "prompt: give --prompt FILE, or put empty_prompt.safetensors or prompt.safetensors" in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_pickles_are_converted_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     case = CASES[0]
