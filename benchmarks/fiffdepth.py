@@ -61,34 +61,45 @@ class WrongError(DensegeoError):
     """A contender whose numbers are off is not timed."""
 
 
-def write_checkpoint(folder: Path) -> None:
-    """A diffusers directory with the prompt's embedding; files that are there are kept."""
+def write_checkpoint(folder: Path, narrower: int = 1) -> None:
+    """A diffusers directory with the prompt's embedding; files that are there are kept.
+
+    narrower: what the numbers of features are divided by, so that a small machine can run it: 1 or 2 (the U-Net's 1 or
+    5, which leaves multiples of the norms' 32 groups).
+    """
+    slim = 1 if narrower == 1 else 5
+    unet_config = msgspec.structs.replace(
+        SD2_UNET,
+        block_out_channels=tuple(width // slim for width in SD2_UNET.block_out_channels),
+        heads=tuple(heads // slim for heads in SD2_UNET.heads),
+    )
+    vae_config = msgspec.structs.replace(SD2_VAE, ch=SD2_VAE.ch // narrower)
     with torch.device("meta"):
-        unet, vae = UNet(SD2_UNET), VAE(SD2_VAE)
-    names = vae_names(SD2_VAE, {})
+        unet, vae = UNet(unet_config), VAE(vae_config)
+    names = vae_names(vae_config, {})
     shapes = {
         "unet": {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()},
         "vae": dict(names(key, tuple(tensor.shape)) for key, tensor in vae.state_dict().items()),
     }
-    levels = len(SD2_UNET.block_out_channels)
-    cross = ["CrossAttn" if attention else "" for attention in SD2_UNET.down_attention]
+    levels = len(unet_config.block_out_channels)
+    cross = ["CrossAttn" if attention else "" for attention in unet_config.down_attention]
     configs: dict[str, dict[str, Any]] = {
         "unet": {
             "_class_name": "UNet2DConditionModel",
-            "attention_head_dim": SD2_UNET.heads,
-            "block_out_channels": SD2_UNET.block_out_channels,
-            "cross_attention_dim": SD2_UNET.cross_attention_dim,
+            "attention_head_dim": unet_config.heads,
+            "block_out_channels": unet_config.block_out_channels,
+            "cross_attention_dim": unet_config.cross_attention_dim,
             "down_block_types": [f"{name}DownBlock2D" for name in cross],
             "up_block_types": [f"{name}UpBlock2D" for name in reversed(cross)],
             "use_linear_projection": True,
         },
         "vae": {
             "_class_name": "AutoencoderKL",
-            "block_out_channels": [SD2_VAE.ch * factor for factor in SD2_VAE.ch_mult],
+            "block_out_channels": [vae_config.ch * factor for factor in vae_config.ch_mult],
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "latent_channels": SD2_VAE.z_channels,
-            "layers_per_block": SD2_VAE.num_res_blocks,
+            "latent_channels": vae_config.z_channels,
+            "layers_per_block": vae_config.num_res_blocks,
         },
     }
     for part in ("unet", "vae"):
@@ -96,7 +107,7 @@ def write_checkpoint(folder: Path) -> None:
         (folder / part / "config.json").write_bytes(msgspec.json.encode(configs[part]))
         write_random(folder / part / WEIGHTS, shapes[part])
     generator = torch.Generator().manual_seed(2)
-    embedding = torch.randn(1, 2, SD2_UNET.cross_attention_dim, generator=generator)
+    embedding = torch.randn(1, 2, unet_config.cross_attention_dim, generator=generator)
     save_file({"empty_prompt": embedding}, folder / "empty_prompt.safetensors")
 
 
@@ -173,18 +184,33 @@ def _build(folder: Path, size: int, precisions: list[str], json_file: Path | Non
     console.print_json(data=report)
 
 
-def diffusers_pipeline(checkpoint: Path, dtype: torch.dtype) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """uint8 (h, w, 3), multiples of 8 -> depth (h, w) in [0, 1], every module in `dtype`."""
+def diffusers_pipeline(
+    checkpoint: Path, dtype: torch.dtype, *, channels_last: bool = False, compiled: bool = False
+) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """uint8 (h, w, 3), multiples of 8 -> depth (h, w) in [0, 1], every module in `dtype`.
+
+    compiled: by torch.compile, at the first call; a pixel's channels are adjacent with `channels_last`.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file
 
-    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=dtype).eval()
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=dtype).eval()
+    whole = {"low_cpu_mem_usage": False}  # otherwise it asks for another library
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=dtype, **whole).eval()
+    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=dtype, **whole).eval()
     prompt = load_file(checkpoint / "empty_prompt.safetensors")["empty_prompt"].to(dtype)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if channels_last:
+        for module in (unet, vae):
+            module.to(memory_format=layout)
+    if compiled:
+        unet.compile()
+        vae.encoder.compile()
+        vae.decoder.compile()
 
     @torch.no_grad()
     def run(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        rgb = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255 * 2 - 1).to(dtype)
+        rgb = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255 * 2 - 1).to(dtype, memory_format=layout)
         latent = vae.encode(rgb).latent_dist.mean * vae.config.scaling_factor
         output = unet(latent, 0, encoder_hidden_states=prompt).sample
         decoded = vae.decode(output / vae.config.scaling_factor).sample

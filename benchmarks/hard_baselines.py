@@ -1,0 +1,151 @@
+"""FiffDepth on a CPU against diffusers at its best: channels last, plain and compiled, in the same precision.
+
+`python benchmarks/hard_baselines.py --precision bf16` writes a random checkpoint, builds a bundle of each precision and
+races our backends against diffusers as loaded, with channels last, and compiled, in one interleaved run a precision,
+everything warmed up. Next to the times stand the shares of what the machine can do at most in that precision: the best
+of large products and convolutions, measured in the same run. Wrong numbers get no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from densegeo.backends import BACKENDS
+from densegeo.benchmarks.environment import environment, write_json
+from densegeo.benchmarks.fiffdepth import EXACT, LIBRARIES, TWICE, WrongError, diffusers_pipeline, write_checkpoint
+from densegeo.benchmarks.synthetic import patches
+from densegeo.benchmarks.timing import ceiling, flops, interleaved, speedup, summary
+from densegeo.cli import guarded
+from densegeo.errors import ConfigError
+from densegeo.export.build import build_bundle
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.machine import this_machine
+from densegeo.export.sources import SourceOptions
+from densegeo.models.casting import DTYPES
+from densegeo.runtime import Estimator
+from densegeo.runtime.bundle import STAGES
+from densegeo.runtime.verify import relative_error
+from densegeo.size import Size
+
+Image = NDArray[np.uint8]
+Run = Callable[[Image], NDArray[np.float32]]
+# How diffusers runs: name -> what `diffusers_pipeline` is told
+DIFFUSERS: dict[str, dict[str, bool]] = {
+    "diffusers as loaded": {},
+    "diffusers channels last": {"channels_last": True},
+    "diffusers channels last, compiled": {"channels_last": True, "compiled": True},
+}
+HARD = list(DIFFUSERS)[1:]  # the best of which is what ours are compared with
+PRECISIONS = ("fp32", "bf16")
+
+
+def race(folder: Path, checkpoint: Path, precision: str, size: int, runs: int, ceiling_size: int) -> dict[str, Any]:
+    """All contenders of one precision. Raises WrongError before anything is timed."""
+    image, dtype = patches(size, seed=100), DTYPES[precision]
+    wanted = diffusers_pipeline(checkpoint, torch.float32)(image)
+    if wanted.std() <= 0.05:
+        raise WrongError(f"the picture is saturated: its standard deviation is {wanted.std():.3f}")
+    contenders: dict[str, Run] = {
+        name: diffusers_pipeline(checkpoint, dtype, **options) for name, options in DIFFUSERS.items()
+    }
+    plain = relative_error(contenders["diffusers as loaded"](image), wanted)
+    work = dict.fromkeys(contenders, flops(lambda: contenders["diffusers as loaded"](image)))
+    built = build_bundle(
+        BuildOptions(
+            model="fiffdepth",
+            source=SourceOptions(checkpoint=str(checkpoint)),
+            sizes=(Size(size, size),),
+            precision=precision,
+            output=folder / f"{checkpoint.name}-{precision}-{size}",
+            backend="onnxruntime" if precision == "fp32" else "openvino",
+        )
+    )
+    for row in BACKENDS:
+        if "cpu" in row.devices and precision in row.precisions:
+            estimator = Estimator(built, row.name, "cpu", check_digests=False)
+            name = f"densegeo {row.name}"
+            contenders[name] = lambda image, use=estimator: use(image).require_prediction("depth")  # type: ignore[misc]
+            (bucket,) = estimator.manifest.buckets
+            work[name] = sum(getattr(bucket, stage).flops for stage in STAGES)
+    bound = EXACT if dtype == torch.float32 else TWICE * plain
+    errors = {name: relative_error(run(image), wanted) for name, run in contenders.items()}
+    for name, error in errors.items():
+        if not error <= bound:
+            raise WrongError(
+                f"{name} in {precision} is {error:.1e} from diffusers in float32; the bound is {bound:.1e}"
+            )
+    calls = {name: (lambda run=run: run(image)) for name, run in contenders.items()}
+    times = interleaved(calls, runs, warm_up=1)
+    most = ceiling(dtype, size=ceiling_size, runs=runs)
+    best = min(HARD, key=lambda name: float(np.median(times[name])))
+    rows = {
+        name: {
+            **summary(seconds),
+            "error": errors[name],
+            "gflop": work[name] / 1e9,
+            "of_ceiling": work[name] / float(np.median(seconds)) / most,
+            "speedup": speedup(times[best], seconds),
+        }
+        for name, seconds in times.items()
+    }
+    return {"precision": precision, "bound": bound, "ceiling_gflops": most / 1e9, "against": best, "rows": rows}
+
+
+def run(
+    folder: Path, precisions: list[str], size: int, narrower: int, runs: int, ceiling_size: int, json_file: Path | None
+) -> None:
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise ConfigError(f"there is no row in {unknown[0]}; there are {', '.join(PRECISIONS)}")
+    if "bf16" in precisions and not this_machine().cpu_bf16:
+        raise ConfigError("this processor has no bf16, and a figure of emulated products would say nothing")
+    machine, console = environment(LIBRARIES), Console()
+    checkpoint = folder / f"checkpoint-{narrower}"
+    write_checkpoint(checkpoint, narrower)
+    found = []
+    for precision in precisions:
+        found.append(race(folder, checkpoint, precision, size, runs, ceiling_size))
+        console.print(table_of(found[-1]))
+        if json_file is not None:
+            report = {"benchmark": "hard baselines", "size": [size, size], "narrower": narrower, "runs": runs}
+            write_json(json_file, {**report, "races": found, **machine})
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    """One line a contender."""
+    title = f"{found['precision']}; the machine's ceiling: {found['ceiling_gflops']:.0f} GFLOP/s"
+    table = Table("", "median", f"times as fast as {found['against']}", "of the ceiling", "error", title=title)
+    for name, row in found["rows"].items():
+        ratio = f"{row['speedup']['median']:.2f}"
+        table.add_row(name, f"{row['median_ms']:.0f} ms", ratio, f"{row['of_ceiling']:.0%}", f"{row['error']:.1e}")
+    return table
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where checkpoint and bundles lie.")] = Path("out/hard_baselines"),
+    precision: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help=f"Which (repeatable): {', '.join(PRECISIONS)}. fp32 by default."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the picture, a multiple of 64.")] = 512,
+    narrower: Annotated[
+        int, typer.Option(min=1, max=2, help="2: half the autoencoder's features, a fifth of the U-Net's.")
+    ] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    ceiling_size: Annotated[int, typer.Option(help="Side of the matrices that find the ceiling.")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Race our CPU backends against diffusers at its best."""
+    guarded(lambda: run(folder, precision or ["fp32"], size, narrower, runs, ceiling_size, json_file))
+
+
+if __name__ == "__main__":
+    typer.run(main)
