@@ -92,6 +92,10 @@ Backend = Annotated[
         "fastest that `bench` measured.",
     ),
 ]
+Ray = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
+]
 Device = Annotated[str, typer.Option(callback=known_device, help="auto, cpu, cuda or cuda:N.")]
 # `Optional` and not `| None`: typer evaluates these at run time, also on Python 3.10.
 Number = Optional[float]  # noqa: UP045

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from densegeo import infer_options as checked
-from densegeo.arguments import Backend, Bundle, Device, Number, Whole
+from densegeo.arguments import Backend, Bundle, Device, Number, Ray, Whole
 from densegeo.formats import RESULTS
 
 
@@ -73,10 +73,7 @@ def infer(
     resolution: Annotated[
         str, typer.Option(help="Results at the size of the image, or as the network made them: image or network.")
     ] = "image",
-    ray: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
-    ] = None,
+    ray: Ray = None,
     actors: Annotated[Whole, typer.Option(min=1, help="Of Ray; by default one a GPU, else as many as fit.")] = None,
     actor_cpus: Annotated[Whole, typer.Option(min=1, help="CPUs of each actor; by default 1.")] = None,
     into: Annotated[

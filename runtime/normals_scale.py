@@ -72,10 +72,11 @@ def scale_from_normals(prediction: Float, normals: Float, valid: NDArray[np.bool
         )
     s, *_ = _converged(paths.every(_COARSE), _start(paths), _STEPS)
     s, weight, noise2 = _converged(paths, s, _LAST_STEPS)
-    signal = float((weight * paths.b**2 / paths.variance(s)).sum() / max(float(weight.sum()), 1e-9))
+    variance, total = paths.variance(s), max(float(weight.sum()), 1e-9)
+    signal = float((weight * paths.b**2 / variance).sum() / total)
     share = float(np.sqrt(noise2 / max(signal, 1e-12)))
     # noise of normals makes slopes of its own, which tell nothing
-    of_noise = noise2 * float((weight * paths.t0 / paths.variance(s)).sum() / max(float(weight.sum()), 1e-9))
+    of_noise = noise2 * float((weight * paths.t0 / variance).sum() / total)
     left = np.exp(np.interp(_correlation(parts, s, noise2), (_INDEPENDENT, _TOGETHER), np.log(_LEFT)))
     sigma = s * float(left * np.sqrt(noise2 / max(signal - of_noise, 0.02 * signal, 1e-12)))
     if not (sigma < MAX_ERROR * s and share < MAX_SHARE):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from densegeo.arguments import Backend, Device, Number, Whole, above_zero, find_bundle, not_negative
+from densegeo.arguments import Backend, Device, Number, Ray, Whole, above_zero, find_bundle, not_negative
 from densegeo.errors import ConfigError
 from densegeo.runtime import Estimator
 from densegeo.serving.logs import FIELDS, WARNINGS, start_logging
@@ -106,10 +106,7 @@ def serve(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A further name by which this machine is called on a loopback address; repeat it."),
     ] = None,
-    ray: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, or its address (docs/fleet.md)."),
-    ] = None,
+    ray: Ray = None,
     min_replicas: Annotated[Whole, typer.Option(min=1, help="Processes of Ray at least; by default 1.")] = None,
     max_replicas: Annotated[
         Whole, typer.Option(min=1, help="Processes of Ray at most; by default as many as --min-replicas.")

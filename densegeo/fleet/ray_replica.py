@@ -195,5 +195,5 @@ def require_verified(bundle: Path, estimator: Estimator) -> None:
 
 def picture(estimator: Estimator) -> np.ndarray:
     """(h, w, 3) uint8, grey, of the bundle's smallest size."""
-    width, height = min((bucket.size for bucket in estimator.manifest.buckets), key=lambda size: size[0] * size[1])
+    width, height = min((bucket.size for bucket in estimator.manifest.buckets), key=lambda size: size.pixels)
     return np.full((height, width, 3), 128, np.uint8)

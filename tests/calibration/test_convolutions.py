@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -213,32 +214,15 @@ def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved:
     free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
     assert free.error is not None
     assert free.error.normals is not None
-    run(
-        bundle,
-        images,
-        folder,
-        kind="int8",
-        convolutions=True,
-        smooth=None,
-        max_normal_error=0.5 * free.error.normals,
-        base="fp32",
-    )
+    wanted: dict[str, Any] = {"kind": "int8", "convolutions": True, "smooth": None, "base": "fp32"}
+    wanted["max_normal_error"] = 0.5 * free.error.normals
+    run(bundle, images, folder, **wanted)
     plan = load_plan(folder, "int8")
     assert plan.error is not None
     assert plan.error.normals <= 0.5 * free.error.normals
     assert 0 < len(plan.convolutions) < len(free.convolutions)
     assert 0 < plan.convolution_share < free.convolution_share
-    run(
-        bundle,
-        images,
-        folder,
-        kind="int8",
-        convolutions=True,
-        smooth=None,
-        max_normal_error=0.5 * free.error.normals,
-        base="fp32",
-        twice=True,
-    )
+    run(bundle, images, folder, **wanted, twice=True)
     doubled = load_plan(folder, "int8")
     assert doubled.convolutions.keys() == free.convolutions.keys()
     assert 0 < len(doubled.twice) < len(free.convolutions)

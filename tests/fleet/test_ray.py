@@ -23,7 +23,7 @@ from PIL import Image
 
 from densegeo.fleet.ray_inference import TRIES
 from tests.support.project import ROOT
-from tests.support.ray_nodes import Cluster, environment
+from tests.support.ray_nodes import Cluster, environment, running
 from tests.support.toy_bundle import make_toy_bundle
 
 FORMATS = "npz"
@@ -42,12 +42,8 @@ def photographs(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)  # what nodes start, sees this checkout
-        made = Cluster(2)  # one node; two actors
-        yield made
-        made.close()
+    with running(2) as nodes:  # two actors
+        yield nodes
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import yaml
 
 from tests.support.grey_requests import HEADER, level_in, other_version, pixels, request
 from tests.support.project import ROOT
-from tests.support.ray_nodes import Cluster, environment
+from tests.support.ray_nodes import environment, running
 from tests.support.serving import Started, metrics, started
 from tests.support.toy_bundle import make_toy_bundle
 
@@ -121,12 +121,8 @@ class Load:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)  # what nodes start, sees this checkout
-        cluster = Cluster(REPLICAS + 1)  # and one that starts before an old one ends
+    with running(REPLICAS + 1) as cluster:  # and one that starts before an old one ends
         yield cluster.address
-        cluster.close()
 
 
 def version_of(key: str) -> str:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from tests.support.project import ROOT
 
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+@contextmanager
+def running(cpus: int) -> Iterator[Cluster]:
+    """One node of so many CPUs, whose processes see this checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        cluster = Cluster(cpus)
+        yield cluster
+        cluster.close()
 
 
 class Cluster:
