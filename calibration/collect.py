@@ -12,7 +12,7 @@ from rich.progress import track
 from safetensors import safe_open
 from torch import nn
 
-from densegeo.calibration.inputs import LayerInputs
+from densegeo.calibration.layer_inputs import LayerInputs
 from densegeo.calibration.statistics import Identity, Statistics, smoothing_factors
 from densegeo.errors import ImageError, QuantizationError
 from densegeo.models.quantized import smoothable
@@ -66,7 +66,7 @@ def collect(
     manifest: Manifest,
     images: Images,
     inputs: LayerInputs,
-    form: Pipeline,
+    pipeline: Pipeline,
     path: Path,
     *,
     smooth: float,
@@ -76,8 +76,9 @@ def collect(
 ) -> Statistics:
     """Statistics of a bundle's linears, in the file `path`.
 
-    form: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with it
-    the images are run twice. attention, convolutions: of its attentions, and of its convolutions in all networks, too.
+    pipeline: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with
+    it the images are run twice. attention, convolutions: of its attentions, and of its convolutions in all networks,
+    too.
     Raises QuantizationError for statistics of another bundle or exponent, or without those, in `path`, too many
     unreadable images, and NaN, naming the layer.
     """
@@ -90,18 +91,18 @@ def collect(
             raise QuantizationError(
                 f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
             )
-        for wanted, there, flag in (
+        for required, included, flag in (
             (attention, statistics.attention, "--attention"),
             (convolutions, statistics.convolutions, "--convolutions"),
         ):
-            if wanted and not there:
+            if required and not included:
                 raise QuantizationError(f"{path} was made without {flag}. Give another --output.")
     inputs.attention, inputs.convolutions = statistics.attention, statistics.convolutions
 
-    def run(done: list[str], observers: Sequence[Observe], what: str) -> None:
-        for index, image in enumerate(track(list(images), description=what, console=console)):
+    def observe_images(counted_images: list[str], observers: Sequence[Observe], description: str) -> None:
+        for index, image in enumerate(track(list(images), description=description, console=console)):
             name = sha256_file(image)
-            if name in done:
+            if name in counted_images:
                 continue
             try:
                 bucket, rgb = rgb_of(image, manifest)
@@ -117,63 +118,64 @@ def collect(
                 inputs(bucket, rgb, see)
             except QuantizationError as error:
                 raise QuantizationError(f"{error}, for {image}") from None
-            done.append(name)
+            counted_images.append(name)
             if index % SAVE_EVERY == SAVE_EVERY - 1:
                 statistics.save(path)
         statistics.save(path)
 
     if smooth:
-        run(statistics.measured, [statistics.measure], "measuring channels")
+        observe_images(statistics.measured, [statistics.measure], "measuring channels")
         if not statistics.factors:
-            groups = _sharing(form, set(statistics.channels))
-            columns = _column_peaks(directory, groups)
+            groups = _sharing(pipeline, set(statistics.channels))
+            columns = _column_amax(directory, groups)
             statistics.factors = smoothing_factors(statistics.channels, columns, groups, smooth)
-        run(statistics.counted, [statistics.count], "counting magnitudes")
+        observe_images(statistics.counted, [statistics.count], "counting magnitudes")
     else:
-        run(statistics.counted, [statistics.measure, statistics.count], "counting magnitudes")
+        observe_images(statistics.counted, [statistics.measure, statistics.count], "counting magnitudes")
     if images.unreadable:
         console.print(f"[yellow]{len(images.unreadable)} images could not be read and were left out[/]")
     return statistics
 
 
-def check_identity(found: Identity, wanted: Identity, path: Path) -> None:
+def check_identity(recorded: Identity, expected: Identity, path: Path) -> None:
     """Raises QuantizationError when statistics are of another network, naming what differs."""
-    for role in sorted({*found.sources, *wanted.sources}):
-        if found.sources.get(role) != wanted.sources.get(role):
+    for role in sorted({*recorded.sources, *expected.sources}):
+        if recorded.sources.get(role) != expected.sources.get(role):
             raise QuantizationError(
                 f"{path} was made from another model: the digest of its {role} file is "
-                f"{found.sources.get(role, 'none')[:12]}, that of this bundle's is "
-                f"{wanted.sources.get(role, 'none')[:12]}. Calibrate anew, with another --output."
+                f"{recorded.sources.get(role, 'none')[:12]}, that of this bundle's is "
+                f"{expected.sources.get(role, 'none')[:12]}. Calibrate anew, with another --output."
             )
-    if found.rewrites != wanted.rewrites:
+    if recorded.rewrites != expected.rewrites:
         raise QuantizationError(
-            f"{path} is of a model rewritten by {', '.join(found.rewrites)}; here it is {', '.join(wanted.rewrites)}"
+            f"{path} is of a model rewritten by {', '.join(recorded.rewrites)}; "
+            f"here it is {', '.join(expected.rewrites)}"
         )
 
 
-def _sharing(form: Pipeline, seen: set[str]) -> list[tuple[str, ...]]:
+def _sharing(pipeline: Pipeline, observed: set[str]) -> list[tuple[str, ...]]:
     """Groups of linears behind one folded norm, and of convolutions with one input, by full name."""
     groups = []
-    pictured = form.layers(nn.Conv2d)
-    for name in form.layers(AttnBlock):
+    convolutions = pipeline.layers(nn.Conv2d)
+    for name in pipeline.layers(AttnBlock):
         groups.append(tuple(f"{name}.{part}" for part in ("q", "k", "v")))
-    single = set(pictured) - {name for group in groups for name in group}
-    groups = [group for group in [*groups, *((name,) for name in sorted(single))] if seen.issuperset(group)]
-    for prefix, block in form.denoiser.blocks():
+    ungrouped = set(convolutions) - {name for group in groups for name in group}
+    groups = [group for group in [*groups, *((name,) for name in sorted(ungrouped))] if observed.issuperset(group)]
+    for prefix, block in pipeline.denoiser.blocks():
         for _, names in smoothable(block):
-            full = tuple(f"{prefix}.{name}" for name in names)
-            if seen.issuperset(full):
-                groups.append(full)
+            full_names = tuple(f"{prefix}.{name}" for name in names)
+            if observed.issuperset(full_names):
+                groups.append(full_names)
     return groups
 
 
-def _column_peaks(directory: Path, groups: list[tuple[str, ...]]) -> dict[str, Float32]:
+def _column_amax(directory: Path, groups: list[tuple[str, ...]]) -> dict[str, Float32]:
     """Of each weight (N, K, ...) in a bundle's files, the largest magnitude in each of its K columns."""
-    peaks = {}
+    amax = {}
     names = [name for group in groups for name in group]
     for stage in STAGES:
         with safe_open(directory / f"{stage}.safetensors", framework="pt") as file:
             for name in (name for name in names if stage_of(name) == stage):
                 weight = file.get_tensor(f"{name.removeprefix(f'{stage}.')}.weight").float()
-                peaks[name] = weight.transpose(0, 1).flatten(1).abs().amax(dim=1).numpy()
-    return peaks
+                amax[name] = weight.transpose(0, 1).flatten(1).abs().amax(dim=1).numpy()
+    return amax

@@ -19,7 +19,7 @@ from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
-from densegeo.calibration.inputs import PARTS, LayerInputs, OnnxInputs, TorchInputs
+from densegeo.calibration.layer_inputs import PARTS, LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
@@ -33,7 +33,7 @@ from densegeo.calibration.plan import (
     plan_file,
     within_budget,
 )
-from densegeo.calibration.resume import Measured
+from densegeo.calibration.resume import SensitivityFile
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.calibration.work import multiply_adds
 from densegeo.errors import ConfigError, ImageError
@@ -145,7 +145,7 @@ def calibrate(
         raise ConfigError(
             "--twice is for --convolutions within a budget: give --max-depth-error or --max-normal-error too"
         )
-    exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
+    smoothing_exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
@@ -153,27 +153,27 @@ def calibrate(
     folder = output or beside(bundle, "calibration")
     console = Console()
     try:
-        found = Images(find_images(images))
+        calibration_images = Images(find_images(images))
     except ImageError as error:
         raise typer.BadParameter(str(error), param_hint="--images") from error
-    first = manifest.buckets[0]
-    where = choose_device(device) if backend == NETWORKS.name else "cpu"
-    pipeline = load_networks(bundle, manifest, first.size, where, streamed=stream)
+    first_bucket = manifest.buckets[0]
+    torch_device = choose_device(device) if backend == NETWORKS.name else "cpu"
+    pipeline = load_networks(bundle, manifest, first_bucket.size, torch_device, streamed=stream)
     for network in (pipeline.denoiser, pipeline.vae):
         network.float()
     statistics = collect(
         bundle,
         manifest,
-        found,
+        calibration_images,
         _inputs(backend, bundle, manifest, pipeline),
         pipeline,
         folder / FILE,
-        smooth=exponent,
+        smooth=smoothing_exponent,
         attention=attention,
         convolutions=convolutions,
         console=console,
     )
-    pictures = [] if stream else _pictures(found, manifest)
+    pictures = [] if stream else _pictures(calibration_images, manifest)
     plan = make_plan(
         pipeline,
         manifest,
@@ -189,7 +189,7 @@ def calibrate(
         everything=everything,
         console=console,
         base=base or PRECISIONS[kind].base,
-        measured=folder / f"measured-{kind}.json",
+        sensitivity_file=folder / f"measured-{kind}.json",
     )
     path = plan_file(folder, kind)
     with atomic_write(path) as partial:
@@ -239,7 +239,7 @@ def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool
         raise ConfigError(f"--device {device} goes with --backend {NETWORKS.name}: {backend} counts on the CPU here")
     if stream and (backend, device) != (NETWORKS.name, "cpu"):
         raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
-    if any(limit is not None and not limit > 0 for limit in (budget.depth, budget.normals)):
+    if any(allowance is not None and not allowance > 0 for allowance in (budget.depth, budget.normals)):
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     if stream and budget != Budget():
         raise ConfigError("a budget needs errors, which --stream does not measure")
@@ -265,49 +265,49 @@ def make_plan(
     everything: bool,
     console: Console,
     base: str,
-    measured: Path,
+    sensitivity_file: Path,
 ) -> QuantizationPlan:
     """Ranges, the error of each layer quantized alone, and what the budget allows.
 
     pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured, and no
     budget held. attention, convolutions: plan those too. twice: convolutions beyond the budget in two products.
     weight_bits: 8, or 7 of int8. everything: and first, last and thin layers. base: what the rest will be built in.
-    measured: the file that keeps errors as they are measured.
+    sensitivity_file: keeps errors as they are measured, for a run that goes on.
     """
-    first = manifest.buckets[0]
-    pipeline.denoiser.resize(first.size)
-    linears, pictured = pipeline.layers(nn.Linear), pipeline.layers(nn.Conv2d) if convolutions else {}
+    first_bucket = manifest.buckets[0]
+    pipeline.denoiser.resize(first_bucket.size)
+    linears, convolution_layers = pipeline.layers(nn.Linear), pipeline.layers(nn.Conv2d) if convolutions else {}
     attentions = [*pipeline.layers(Attention)] if attention else []
-    wanted = {*linears, *pictured, *(f"{name}.{part}" for name in attentions for part in PARTS)}
+    plannable = {*linears, *convolution_layers, *(f"{name}.{part}" for name in attentions for part in PARTS)}
 
     def fits(name: str) -> bool:
-        if name in pictured:
-            return everything or convolution_fits(name, pictured[name])
+        if name in convolution_layers:
+            return everything or convolution_fits(name, convolution_layers[name])
         return everything or pipeline.denoiser.quantizable(name)
 
-    ranges, left = input_ranges(statistics, wanted, kind, method, fits)
-    work = multiply_adds(pipeline, first.size)
+    ranges, excluded = input_ranges(statistics, plannable, kind, method, fits)
+    work = multiply_adds(pipeline, first_bucket.size)
     plan = QuantizationPlan(
         format=kind,
         method=method,
         smooth=statistics.smooth,
         identity=statistics.identity,
-        ranges={name: limit for name, limit in ranges.items() if name in linears},
+        ranges={name: amax for name, amax in ranges.items() if name in linears},
         attentions={
             name: AttentionPlan(*(ranges[f"{name}.{part}"] for part in PARTS))
             for name in attentions
             if ranges.keys() >= {f"{name}.{part}" for part in PARTS}
         },
-        left=left,
+        left=excluded,
         budget=budget,
         error=None,
         sensitivity=[],
         parameters=sum(linears[name].weight.numel() for name in ranges if name in linears),
         linear_parameters=sum(layer.weight.numel() for layer in linears.values()),
         base=base,
-        convolutions={name: limit for name, limit in ranges.items() if name in pictured},
+        convolutions={name: amax for name, amax in ranges.items() if name in convolution_layers},
         weight_bits=weight_bits,
-        operations={name: work[name] for name in pictured},
+        operations={name: work[name] for name in convolution_layers},
     )
     if not pictures:
         return plan
@@ -315,34 +315,38 @@ def make_plan(
     judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics), doubled)
     names = [*plan.ranges, *plan.attentions, *plan.convolutions]
     sizes = {name: linears[name].weight.numel() for name in plan.ranges}
-    known = Measured(measured, plan, pictures)
+    measured = SensitivityFile(sensitivity_file, plan, pictures)
     sensitivity = [
-        known.rows.get(name) or known.keep(Sensitivity(name, work[name], judge.error([name]), sizes.get(name, 0)))
+        measured.rows.get(name) or measured.keep(Sensitivity(name, work[name], judge.error([name]), sizes.get(name, 0)))
         for name in track(names, description="one layer at a time", console=console)
     ]
-    alone = judge.base_error(base)
-    error = judge.error(names) + alone
-    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=alone)
-    return plan if budget.share(error) <= 1 else _fitted(plan, judge, doubled, alone)
+    base_error = judge.base_error(base)
+    error = judge.error(names) + base_error
+    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=base_error)
+    return plan if budget.share(error) <= 1 else _fit_to_budget(plan, judge, doubled, base_error)
 
 
-def _fitted(plan: QuantizationPlan, judge: Judge, doubled: Collection[str], alone: Error) -> QuantizationPlan:
+def _fit_to_budget(
+    plan: QuantizationPlan, judge: Judge, doubled: Collection[str], base_error: Error
+) -> QuantizationPlan:
     """What of a plan its budget allows.
 
-    doubled: the convolutions that are in two products where they do not fit. alone: the base's own error.
+    doubled: the convolutions that are in two products where they do not fit. base_error: the base's own error.
     """
 
-    def others(names: Sequence[str]) -> list[str]:
+    def in_two(names: Sequence[str]) -> list[str]:
         return [name for name in doubled if name not in names]
 
     def joint(names: Sequence[str]) -> Error:
-        return judge.error(names, others(names)) + alone
+        return judge.error(names, in_two(names)) + base_error
 
-    chosen, error = within_budget(plan.sensitivity, plan.budget, joint)
-    if not chosen:
-        error = joint([]) if doubled else alone
+    planned, error = within_budget(plan.sensitivity, plan.budget, joint)
+    if not planned:
+        error = joint([]) if doubled else base_error
     fits = plan.budget.share(error) <= 1
-    return msgspec.structs.replace(plan.keep(chosen, others(chosen) if fits else ()), error=error if fits else alone)
+    return msgspec.structs.replace(
+        plan.keep(planned, in_two(planned) if fits else ()), error=error if fits else base_error
+    )
 
 
 def _pictures(images: Images, manifest: Manifest) -> list[Any]:
@@ -373,12 +377,12 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
     worst = {kind: max(getattr(row.error, kind) for row in rows) or 1.0 for kind in kinds}
-    form = {"depth": "{:.5f}", "normals": "{:.3f}°"}
+    number_format = {"depth": "{:.5f}", "normals": "{:.3f}°"}
     for row in rows:
         cells: list[str | Bar] = []
         for kind in kinds:
             value = getattr(row.error, kind)
-            cells += [form[kind].format(value), Bar(worst[kind], 0, value, width=5)]
+            cells += [number_format[kind].format(value), Bar(worst[kind], 0, value, width=5)]
         table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.becomes(row.layer))
     if plan.sensitivity:
         console.print(table)

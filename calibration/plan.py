@@ -58,7 +58,7 @@ class Error(msgspec.Struct, frozen=True):
     def __add__(self, other: Error) -> Error:
         """What both can do together at most: distances add up at most to their sum."""
         pairs = ((self.depth, other.depth), (self.normals, other.normals))
-        return Error(*(None if one is None or two is None else one + two for one, two in pairs))
+        return Error(*(None if mine is None or theirs is None else mine + theirs for mine, theirs in pairs))
 
     @property
     def first(self) -> float:
@@ -75,7 +75,9 @@ class Budget(msgspec.Struct, frozen=True):
     def share(self, error: Error) -> float:
         """The larger share of the budget that an error takes; at most 1 if it fits."""
         pairs = ((error.depth, self.depth), (error.normals, self.normals))
-        return max((found / limit for found, limit in pairs if limit is not None and found is not None), default=0.0)
+        return max(
+            (actual / allowed for actual, allowed in pairs if allowed is not None and actual is not None), default=0.0
+        )
 
 
 class Sensitivity(msgspec.Struct, frozen=True):
@@ -137,8 +139,8 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
         """By full name, as `models.quantized` takes them."""
         factors = {name: torch.from_numpy(array) for name, array in statistics.factors.items()}
         ranges = {**self.ranges, **self.convolutions}
-        once = {name: LayerPlan(limit, factors.get(name)) for name, limit in ranges.items()} | self.attentions
-        return {**once, **in_two_products(self.twice, statistics)}
+        in_one = {name: LayerPlan(amax, factors.get(name)) for name, amax in ranges.items()} | self.attentions
+        return {**in_one, **in_two_products(self.twice, statistics)}
 
     @property
     def amount(self) -> str:
@@ -154,16 +156,16 @@ class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a layer is planned."""
         return layer in self.ranges or layer in self.attentions or layer in self.convolutions
 
-    def keep(self, chosen: Iterable[str], twice: Iterable[str] = ()) -> QuantizationPlan:
+    def keep(self, planned: Iterable[str], twice: Iterable[str] = ()) -> QuantizationPlan:
         """With these layers alone, and these convolutions in two products."""
-        names = {*chosen, *twice}
-        others = sorted({*self.ranges, *self.attentions, *self.convolutions} - names)
+        names = {*planned, *twice}
+        excluded = sorted({*self.ranges, *self.attentions, *self.convolutions} - names)
         return msgspec.structs.replace(
             self,
-            ranges={name: limit for name, limit in self.ranges.items() if name in names},
+            ranges={name: amax for name, amax in self.ranges.items() if name in names},
             attentions={name: limits for name, limits in self.attentions.items() if name in names},
-            left=self.left | dict.fromkeys(others, "its error does not fit into the budget"),
-            convolutions={name: limit for name, limit in self.convolutions.items() if name in names},
+            left=self.left | dict.fromkeys(excluded, "its error does not fit into the budget"),
+            convolutions={name: amax for name, amax in self.convolutions.items() if name in names},
             parameters=sum(row.parameters for row in self.sensitivity if row.layer in names),
             twice=sorted(twice),
         )
@@ -177,9 +179,9 @@ def in_two_products(convolutions: Iterable[str], statistics: Statistics) -> dict
 def nothing_planned(plan: QuantizationPlan) -> str:
     """What to do with a plan in which no layer is 8-bit."""
     base = plan.base or "bf16"
-    own = plan.base_error
-    if own is not None and plan.budget.share(own) > 1:
-        return f"{base} alone is off by {own.words}, beyond it: give a larger budget, or another --base."
+    base_error = plan.base_error
+    if base_error is not None and plan.budget.share(base_error) > 1:
+        return f"{base} alone is off by {base_error.words}, beyond it: give a larger budget, or another --base."
     return f"Build with --precision {base}, or give a larger budget."
 
 
@@ -203,34 +205,34 @@ def load_plan(folder: Path, kind: str) -> QuantizationPlan:
 
 
 def input_ranges(
-    statistics: Statistics, wanted: Collection[str], kind: str, method: str, allowed: Callable[[str], bool]
+    statistics: Statistics, plannable: Collection[str], kind: str, method: str, allowed: Callable[[str], bool]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(input -> range, input -> why it gets none), of those that are wanted. allowed: whether one may become 8-bit.
+    """(input -> range, input -> why it gets none), of the plannable ones. allowed: whether one may become 8-bit.
 
     Raises QuantizationError when none gets a range.
     """
-    dtype, largest, _ = FORMATS[kind]
+    dtype, qmax, _ = FORMATS[kind]
 
-    def rounded(values: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
-        scale = torch.tensor(limit / largest)
-        given: NDArray[np.float64] = (quantize(torch.from_numpy(values), scale, dtype).double() * scale).numpy()
-        return given
+    def rounded(magnitudes: NDArray[np.float64], amax: float) -> NDArray[np.float64]:
+        scale = torch.tensor(amax / qmax)
+        restored: NDArray[np.float64] = (quantize(torch.from_numpy(magnitudes), scale, dtype).double() * scale).numpy()
+        return restored
 
-    ranges, left = {}, {}
+    ranges, excluded = {}, {}
     check: Rounded = rounded
     for name, histogram in sorted(statistics.histograms.items()):
-        if name not in wanted:
+        if name not in plannable:
             continue
         if not allowed(name):
-            left[name] = "first, last and thin layers and shortcuts keep their precision"
+            excluded[name] = "first, last and thin layers and shortcuts keep their precision"
             continue
         try:
             ranges[name] = choose(method, histogram, check)
         except QuantizationError as error:
-            left[name] = str(error)
+            excluded[name] = str(error)
     if not ranges:
         raise QuantizationError("no layer has an input with a range: were all images the same?")
-    return ranges, left
+    return ranges, excluded
 
 
 class Judge:
@@ -248,12 +250,14 @@ class Judge:
         self._pictures = [torch.from_numpy(rgb).to(device) for rgb in pictures]
         self._latents = [chain.encode(pipeline, rgb) for rgb in self._pictures]
         self._outputs = [chain.denoise(pipeline, latent) for latent in self._latents]
-        self._wanted = [self._decoded(pipeline, *pair) for pair in zip(self._pictures, self._outputs, strict=True)]
+        self._reference_maps = [
+            self._decoded(pipeline, *pair) for pair in zip(self._pictures, self._outputs, strict=True)
+        ]
 
     def base_error(self, base: str) -> Error:
         """With all layers in a floating-point precision, autoencoder too, and none in 8 bits."""
         if PRECISIONS[base].exact:
-            zero = self._compare(self._wanted[0], self._wanted[0])
+            zero = self._compare(self._reference_maps[0], self._reference_maps[0])
             return Error(*(None if value is None else 0.0 for value in zero))
         low = cast(copy.deepcopy(self._pipeline), base)
         return self._error_of(low, STAGES)
@@ -271,23 +275,25 @@ class Judge:
     def _denoiser(self, plans: Plans) -> AnyDenoiser:
         """A copy whose blocks have tensors of their own where a plan is, because smoothing writes to them."""
         original = self._pipeline.denoiser
-        own = {
+        unshared = {
             id(tensor)
             for prefix, block in original.blocks()
             for tensor in (*block.parameters(), *block.buffers())
             if any(name.startswith(f"{prefix}.") for name in plans)
         }
-        return _sharing(original, own)
+        return _sharing(original, unshared)
 
-    def _error_of(self, variant: Pipeline, changed: Collection[str]) -> Error:
-        """The mean over the images. changed: the stages that differ; what is before them is known."""
+    def _error_of(self, variant: Pipeline, changed_stages: Collection[str]) -> Error:
+        """The mean over the images. changed_stages: those that differ; what is before them is known."""
         errors = []
-        for rgb, latent, output, wanted in zip(self._pictures, self._latents, self._outputs, self._wanted, strict=True):
-            if "encoder" in changed:
+        for rgb, latent, output, reference in zip(
+            self._pictures, self._latents, self._outputs, self._reference_maps, strict=True
+        ):
+            if "encoder" in changed_stages:
                 latent = chain.encode(variant, rgb)
-            if "encoder" in changed or "denoiser" in changed:
+            if "encoder" in changed_stages or "denoiser" in changed_stages:
                 output = chain.denoise(variant, latent)
-            errors.append(self._compare(self._decoded(variant, rgb, output), wanted))
+            errors.append(self._compare(self._decoded(variant, rgb, output), reference))
         return _mean(errors)
 
     def _decoded(self, pipeline: Pipeline, rgb: Tensor, output: Tensor) -> Maps[Tensor]:
@@ -295,14 +301,14 @@ class Judge:
         decoded = chain.decode(pipeline, chain.split(pipeline.decode, output, size))
         return chain.assemble(pipeline.decode, decoded, size)
 
-    def _compare(self, found: Maps[Tensor], wanted: Maps[Tensor]) -> tuple[float | None, float | None]:
+    def _compare(self, maps: Maps[Tensor], reference: Maps[Tensor]) -> tuple[float | None, float | None]:
         """Depth's and normals' error."""
         depth: float | None = None
         normals: float | None = None
-        if found.prediction is not None and wanted.prediction is not None:
-            depth = float((found.prediction - wanted.prediction).square().mean().sqrt())
-        if found.normals is not None and wanted.normals is not None:
-            cosine = (found.normals * wanted.normals).sum(-1).clamp(-1, 1)
+        if maps.prediction is not None and reference.prediction is not None:
+            depth = float((maps.prediction - reference.prediction).square().mean().sqrt())
+        if maps.normals is not None and reference.normals is not None:
+            cosine = (maps.normals * reference.normals).sum(-1).clamp(-1, 1)
             normals = float(cosine.acos().rad2deg().mean())
         return depth, normals
 
@@ -310,17 +316,15 @@ class Judge:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def _sharing(network: Network, own: Collection[int] = ()) -> Network:
-    """A copy that shares all tensors but those whose `id` is in `own`."""
+def _sharing(network: Network, unshared: Collection[int] = ()) -> Network:
+    """A copy that shares all tensors but those whose `id` is in `unshared`."""
     tensors = (*network.parameters(), *network.buffers())
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors if id(tensor) not in unshared})
 
 
 def _mean(errors: Sequence[tuple[float | None, float | None]]) -> Error:
     """Over images, of each kind that there is."""
-    return Error(
-        *(None if None in values else float(np.mean([*map(float, values)])) for values in zip(*errors, strict=True))
-    )
+    return Error(*(None if None in kind else float(np.mean([*map(float, kind)])) for kind in zip(*errors, strict=True)))
 
 
 def within_budget(
@@ -338,9 +342,9 @@ def within_budget(
     best = Error(best.depth and 0.0, best.normals and 0.0)
     while low < high:
         middle = (low + high + 1) // 2
-        found = measure([row.layer for row in order[:middle]])
-        if budget.share(found) <= 1:
-            low, best = middle, found
+        joint_error = measure([row.layer for row in order[:middle]])
+        if budget.share(joint_error) <= 1:
+            low, best = middle, joint_error
         else:
             high = middle - 1
     return [row.layer for row in order[:low]], best

@@ -17,14 +17,14 @@ class _File(msgspec.Struct, frozen=True):
     rows: list[Sensitivity]
 
 
-class Measured:
+class SensitivityFile:
     """Rows that were measured for one plan on these pictures; those of others in the file count for nothing."""
 
     def __init__(self, path: Path, plan: QuantizationPlan, pictures: Sequence[Float32]) -> None:
         """plan: with all its layers; pictures: what errors are measured on."""
         layers = [plan.ranges, plan.attentions, plan.convolutions]
-        facts = [plan.identity, plan.format, plan.weight_bits, plan.method, plan.smooth, layers]
-        digest = hashlib.sha256(msgspec.json.encode(facts))
+        settings = [plan.identity, plan.format, plan.weight_bits, plan.method, plan.smooth, layers]
+        digest = hashlib.sha256(msgspec.json.encode(settings))
         for picture in pictures:
             digest.update(picture.tobytes())
         self._path, self._key = path, digest.hexdigest()
@@ -39,7 +39,7 @@ class Measured:
 
     def _read(self) -> list[Sensitivity]:
         try:
-            found = msgspec.json.decode(self._path.read_bytes(), type=_File)
+            stored = msgspec.json.decode(self._path.read_bytes(), type=_File)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return []
-        return found.rows if found.key == self._key else []
+        return stored.rows if stored.key == self._key else []

@@ -32,7 +32,7 @@ class Identity(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Identity:
-        """The transformer of a bundle, at its first bucket."""
+        """The denoiser of a bundle, at its first bucket."""
         files = manifest.files
         return cls(
             files[manifest.buckets[0].denoiser.file].sha256,
@@ -47,7 +47,7 @@ class _Header(msgspec.Struct):
     smooth: float
     measured: list[str]
     counted: list[str]
-    limits: dict[str, tuple[float, float]]  # layer -> the histogram's limit and peak
+    limits: dict[str, tuple[float, float]]  # layer -> the histogram's upper edge and largest magnitude
     attention: bool = False
     convolutions: bool = False
 
@@ -73,10 +73,10 @@ class Statistics:
 
     def measure(self, layer: str, rows: Float32) -> None:
         """rows (T, K) of a layer's input: the largest magnitude of each channel."""
-        peaks = np.abs(rows).max(axis=0, initial=0.0)
-        if not np.isfinite(peaks).all():
+        amax = np.abs(rows).max(axis=0, initial=0.0)
+        if not np.isfinite(amax).all():
             raise QuantizationError(f"NaN or infinity in the input of {layer}")
-        self.channels[layer] = np.maximum(self.channels.get(layer, np.zeros_like(peaks)), peaks)
+        self.channels[layer] = np.maximum(self.channels.get(layer, np.zeros_like(amax)), amax)
 
     def count(self, layer: str, rows: Float32) -> None:
         """rows (T, K) of a layer's input, into its histogram; divided by its factors first."""
@@ -93,7 +93,7 @@ class Statistics:
         for prefix, arrays in (("channels", self.channels), ("factors", self.factors)):
             tensors |= {f"{prefix}.{name}": array for name, array in arrays.items()}
         tensors |= {f"counts.{name}": histogram.counts for name, histogram in self.histograms.items()}
-        limits = {name: (histogram.limit, histogram.peak) for name, histogram in self.histograms.items()}
+        limits = {name: (histogram.upper_edge, histogram.amax) for name, histogram in self.histograms.items()}
         header = _Header(
             self.identity, self.smooth, self.measured, self.counted, limits, self.attention, self.convolutions
         )
@@ -109,15 +109,15 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
             raise QuantizationError(f"{path} is no file of `densegeo calibrate`: {error}") from error
-        made = cls(header.identity, header.smooth, attention=header.attention, convolutions=header.convolutions)
-        made.measured, made.counted = header.measured, header.counted
+        statistics = cls(header.identity, header.smooth, attention=header.attention, convolutions=header.convolutions)
+        statistics.measured, statistics.counted = header.measured, header.counted
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
             if kind == "counts":
-                made.histograms[layer] = Histogram(tensor, *header.limits[layer])
+                statistics.histograms[layer] = Histogram(tensor, *header.limits[layer])
             else:
-                getattr(made, kind)[layer] = tensor
-        return made
+                getattr(statistics, kind)[layer] = tensor
+        return statistics
 
 
 def smoothing_factors(
@@ -130,9 +130,9 @@ def smoothing_factors(
     """
     factors: dict[str, Float32] = {}
     for group in groups:
-        weight = np.max([columns[name] for name in group], axis=0)
-        tiny = np.float32(1e-5)
-        raw = np.maximum(channels[group[0]], tiny) ** exponent / np.maximum(weight, tiny) ** (1 - exponent)
-        shared = (raw / np.exp(np.log(raw).mean())).astype(np.float32)
-        factors |= dict.fromkeys(group, shared)
+        weight_amax = np.max([columns[name] for name in group], axis=0)
+        floor = np.float32(1e-5)
+        raw = np.maximum(channels[group[0]], floor) ** exponent / np.maximum(weight_amax, floor) ** (1 - exponent)
+        centred = (raw / np.exp(np.log(raw).mean())).astype(np.float32)
+        factors |= dict.fromkeys(group, centred)
     return factors

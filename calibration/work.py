@@ -24,42 +24,42 @@ def multiply_adds(pipeline: Pipeline, size: Size) -> dict[str, int]:
     """
     height, width = size.height // 8, size.width // 8
     latent = (1, pipeline.vae.config.z_channels, height, width)
-    given = {
+    input_shapes = {
         "encoder": (1, 3, size.height, size.width),
         "denoiser": latent,
         "decoder": (len(pipeline.decode.outputs), *latent[1:]),
     }
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for stage, network in pipeline.stages().items():
         prefix = "" if stage == stage_of("") else f"{stage}."
         twin = _without_values(network)
         for name, layer in twin.named_modules():
             for kind, count in _COUNTS:
                 if isinstance(layer, kind):
-                    layer.register_forward_hook(_noting(found, prefix + name, count))
+                    layer.register_forward_hook(_adding_to(counts, prefix + name, count))
         with torch.no_grad():
-            twin(torch.empty(given[stage], device="meta"))
-    return found
+            twin(torch.empty(input_shapes[stage], device="meta"))
+    return counts
 
 
-def _noting(found: dict[str, int], name: str, count: Count) -> Callable[..., None]:
-    def note(layer: nn.Module, taken: tuple[Tensor, ...], made: Tensor) -> None:
-        found[name] = found.get(name, 0) + count(layer, taken, made)
+def _adding_to(counts: dict[str, int], name: str, count: Count) -> Callable[..., None]:
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts[name] = counts.get(name, 0) + count(layer, inputs, output)
 
     return note
 
 
-def _of_linear(layer: nn.Linear, taken: tuple[Tensor, ...], made: Tensor) -> int:
-    return made.numel() * layer.in_features
+def _of_linear(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> int:
+    return output.numel() * layer.in_features
 
 
-def _of_convolution(layer: nn.Conv2d, taken: tuple[Tensor, ...], made: Tensor) -> int:
-    return made.numel() * math.prod(layer.weight.shape[1:])
+def _of_convolution(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> int:
+    return output.numel() * math.prod(layer.weight.shape[1:])
 
 
-def _of_attention(layer: Attention, taken: tuple[Tensor, ...], made: Tensor) -> int:
+def _of_attention(layer: Attention, inputs: tuple[Tensor, ...], output: Tensor) -> int:
     """Of its two products."""
-    queries, keys = taken[0], taken[1]
+    queries, keys = inputs[0], inputs[1]
     return 2 * queries.numel() * keys.shape[2]
 
 

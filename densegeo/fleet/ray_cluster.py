@@ -29,13 +29,13 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before the import; of a cluster, each node has its own
     import ray
 
-    own: dict[str, Any] = {}
+    own_ray: dict[str, Any] = {}
     if address == LOCAL:
-        own = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, cpus)}
-    ours = signal.getsignal(signal.SIGTERM)
+        own_ray = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, cpus)}
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        signal.signal(signal.SIGTERM, ours)  # Ray puts one in its place that ends the process with 15
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own_ray)
+        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray puts one in its place that ends the process with 15
         if address != LOCAL:
             log.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     except Exception as error:  # Ray raises this very type where its processes do not start in time
@@ -60,29 +60,29 @@ def require_reachable(address: str) -> None:
         raise _no_cluster(address, error) from error
 
 
-def require_here(address: str, device: str, cpus: int, what: str) -> None:
+def require_here(address: str, device: str, cpus: int, process: str) -> None:
     """What `share` would refuse of a Ray of this process's own, before it is started. Raises ConfigError."""
     if address == LOCAL:
-        share([{"CPU": os.cpu_count() or 1, "GPU": math.inf if has_cuda_driver() else 0}], device, cpus, what)
+        share([{"CPU": os.cpu_count() or 1, "GPU": math.inf if has_cuda_driver() else 0}], device, cpus, process)
 
 
-def share(nodes: Sequence[Mapping[str, float]], device: str, cpus: int, what: str) -> tuple[dict[str, Any], int]:
+def share(nodes: Sequence[Mapping[str, float]], device: str, cpus: int, process: str) -> tuple[dict[str, Any], int]:
     """What one process takes of its node, as Ray's options, and how many fit into nodes of these resources.
 
-    A process has one GPU where there are any, unless device is "cpu", and so many CPUs of the same node. what: its
-    name, of which the option --WHAT-cpus is made. Raises ConfigError where none fits.
+    A process has one GPU where there are any, unless device is "cpu", and so many CPUs of the same node. process: its
+    name, of which the option --NAME-cpus is made. Raises ConfigError where none fits.
     """
     with_gpu = device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
     if device.startswith("cuda") and not with_gpu:
         raise ConfigError("No node of this Ray cluster has a GPU: leave --device out, or add nodes that have one.")
-    able = [node for node in nodes if node.get("GPU", 0) >= 1] if with_gpu else nodes
-    fit = sum(min(node.get("CPU", 0) // cpus, node["GPU"] if with_gpu else math.inf) for node in able)
+    usable = [node for node in nodes if node.get("GPU", 0) >= 1] if with_gpu else nodes
+    fit = sum(min(node.get("CPU", 0) // cpus, node["GPU"] if with_gpu else math.inf) for node in usable)
     if not fit:
-        most = int(max((node.get("CPU", 0) for node in able), default=0))
+        largest_cpus = int(max((node.get("CPU", 0) for node in usable), default=0))
         kind = "node with a GPU" if with_gpu else "node"
         raise ConfigError(
-            f"No {what} with {cpus} CPUs fits on a node: the largest {kind} has {most}. Say a smaller --{what}-cpus, "
-            "or add larger nodes."
+            f"No {process} with {cpus} CPUs fits on a node: the largest {kind} has {largest_cpus}. "
+            f"Say a smaller --{process}-cpus, or add larger nodes."
         )
     needs: dict[str, Any] = {"num_cpus": cpus}
     return needs | ({"num_gpus": 1} if with_gpu else {}), int(fit) if fit < math.inf else sys.maxsize
@@ -97,18 +97,18 @@ def for_process(estimator: Mapping[str, Any], needs: Mapping[str, Any]) -> dict[
     """An estimator's options in a process of a cluster: Ray shows it its own GPU alone; on CPUs its share of them is
     what its networks may use.
     """
-    told = dict(estimator)
+    arguments = dict(estimator)
     if "num_gpus" in needs:
-        told["device"] = "cuda"
-    elif told.get("threads") is None:
-        told["threads"] = needs["num_cpus"]
-    return told
+        arguments["device"] = "cuda"
+    elif arguments.get("threads") is None:
+        arguments["threads"] = needs["num_cpus"]
+    return arguments
 
 
-def _no_cluster(address: str, why: Exception) -> ConfigError:
+def _no_cluster(address: str, cause: Exception) -> ConfigError:
     if address == LOCAL:
-        return ConfigError(f"Ray did not start on this machine: {why}")
+        return ConfigError(f"Ray did not start on this machine: {cause}")
     return ConfigError(
-        f"There is no Ray cluster at {address} ({str(why).rstrip('. ')}). Start one with `ray start --head`, or say "
+        f"There is no Ray cluster at {address} ({str(cause).rstrip('. ')}). Start one with `ray start --head`, or say "
         "--ray local for one on this machine alone."
     )

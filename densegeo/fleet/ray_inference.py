@@ -102,30 +102,30 @@ class Worker:
         """
         if self._unusable is not None:
             raise self._unusable
-        items = [Input(str(path), str(name)) for path, name in zip(block["path"], block["name"], strict=True)]
+        inputs = [Input(str(path), str(name)) for path, name in zip(block["path"], block["name"], strict=True)]
         with self._notices.collected(), ThreadPoolExecutor(self._job.workers) as pool:
             try:
-                outcomes = self._tree(pool, items) if self._job.into == TREE else self._shard(pool, items)
+                outcomes = self._tree(pool, inputs) if self._job.into == TREE else self._shard(pool, inputs)
             except BackendTimeoutError:  # its thread cannot be stopped: another process tries
                 logging.shutdown()
                 os._exit(EXIT_HUNG)
-        told = [json.dumps([outcome.files, outcome.error, outcome.warnings]) for outcome in outcomes]
-        return {"name": [item.name for item in items], "outcome": told}
+        encoded = [json.dumps([outcome.files, outcome.error, outcome.warnings]) for outcome in outcomes]
+        return {"name": [item.name for item in inputs], "outcome": encoded}
 
-    def _tree(self, pool: ThreadPoolExecutor, items: Sequence[Input]) -> list[Outcome]:
-        def one(item: Input) -> Outcome:
+    def _tree(self, pool: ThreadPoolExecutor, inputs: Sequence[Input]) -> list[Outcome]:
+        def infer(item: Input) -> Outcome:
             if not self._job.overwrite and (files := self._results.done_meanwhile(item)):
                 return Outcome(item, tuple(files))
             with self._notices.about(item.path) as texts:
                 return run_one(self._estimator, item, self._job.making, self._results, texts)
 
-        return list(pool.map(one, items))
+        return list(pool.map(infer, inputs))
 
-    def _shard(self, pool: ThreadPoolExecutor, items: Sequence[Input]) -> list[Outcome]:
+    def _shard(self, pool: ThreadPoolExecutor, inputs: Sequence[Input]) -> list[Outcome]:
         shards = self._results
         assert isinstance(shards, Shards)
 
-        def one(item: Input) -> tuple[Outcome, dict[str, bytes]]:
+        def infer(item: Input) -> tuple[Outcome, dict[str, bytes]]:
             with self._notices.about(item.path) as texts, tempfile.TemporaryDirectory() as folder:
                 try:
                     making, maker = self._job.making, self._job.maker
@@ -137,9 +137,9 @@ class Worker:
                     return Outcome(item, error=reason(error), warnings=tuple(texts)), {}
                 return Outcome(item, warnings=tuple(texts)), sample
 
-        pairs = list(pool.map(one, items))
+        pairs = list(pool.map(infer, inputs))
         samples = {outcome.item.name: sample for outcome, sample in pairs if not outcome.error}
-        file = shards.write(items, samples) if samples else ""
+        file = shards.write(inputs, samples) if samples else ""
         return [replace(outcome, files=() if outcome.error else (file,)) for outcome, _ in pairs]
 
 
@@ -151,30 +151,30 @@ def _restarted() -> bool:
 
 
 def run_on_ray(
-    asked: Run, making: Making, results: Results, todo: Sequence[Input], tally: Tally, advance: Callable[[], None]
+    run: Run, making: Making, results: Results, todo: Sequence[Input], tally: Tally, advance: Callable[[], None]
 ) -> None:
     """Work through images on a cluster; `tally` and the journal say how each went, also when this is interrupted.
 
     Raises ConfigError where there is no cluster, BackendError where no actor can run the bundle.
     """
-    options = asked.ray
+    options = run.ray
     assert options is not None
     job = Job(
-        bundle=asked.bundle.absolute(),
-        estimator=asked.estimator,
+        bundle=run.bundle.absolute(),
+        estimator=run.estimator,
         making=making,
         folder=results.folder.absolute(),
         maker=dict(results.maker),
         into=options.into,
-        workers=asked.workers,
-        overwrite=asked.overwrite,
+        workers=run.workers,
+        overwrite=run.overwrite,
     )
-    left = {item.name: item for item in todo}
+    unfinished = {item.name: item for item in todo}
     # As many actors as were asked for, also where they share the CPUs of this machine.
     with connected(options.address, (options.actors or 0) * options.cpus) as ray:
         for at_once in (BLOCK, 1):
-            for outcome in _outcomes(ray, job, options, list(left.values()), at_once) if left else ():
-                item = left.pop(outcome.item.name, None)
+            for outcome in _outcomes(ray, job, options, list(unfinished.values()), at_once) if unfinished else ():
+                item = unfinished.pop(outcome.item.name, None)
                 if item is None:
                     continue  # a block that was done twice
                 outcome = replace(outcome, item=item)
@@ -182,7 +182,7 @@ def run_on_ray(
                     tally.notices.said(text, item.path)
                 take(outcome, results, tally)
                 advance()
-    for item in left.values():
+    for item in unfinished.values():
         take(Outcome(item, error=_LOST), results, tally)
         advance()
 
@@ -198,8 +198,8 @@ def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at
     context.print_on_execution_start = False
     context.max_errored_blocks = -1
     needs, fit = share(resources(ray), job.estimator["device"], options.cpus, "actor")
-    most = options.actors or fit
-    size = max(1, min(at_once, len(todo) // (SHARE * most)))
+    most_actors = options.actors or fit
+    size = max(1, min(at_once, len(todo) // (SHARE * most_actors)))
     blocks = [
         pyarrow.table({"name": [item.name for item in part], "path": [item.path for item in part]})
         for part in (todo[start : start + size] for start in range(0, len(todo), size))
@@ -207,19 +207,19 @@ def _outcomes(ray: Any, job: Job, options: RayOptions, todo: Sequence[Input], at
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 says that it will name the limit on tries otherwise from 2.64 on
         # `from_arrow` would start a task a block, and wait for all of them, to count the block's rows.
-        done = ray.data.from_blocks(blocks).map_batches(
+        rows = ray.data.from_blocks(blocks).map_batches(
             Worker,
             batch_size=None,
             fn_constructor_args=(replace(job, estimator=for_process(job.estimator, needs)),),
             # One block at a time, so that a block that kills its actor takes no other with it.
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most_actors, max_tasks_in_flight_per_actor=1),
             ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES - 1},
             **needs,
         )
     try:
-        with _saying(ray, needs) as came:
-            for row in done.iter_rows():
-                came()
+        with _saying(ray, needs) as result_came:
+            for row in rows.iter_rows():
+                result_came()
                 files, error, warned = json.loads(row["outcome"])
                 yield Outcome(Input("", row["name"]), tuple(files), error, tuple(warned))
     except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
@@ -232,28 +232,28 @@ def _saying(ray: Any, needs: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Inside, a line in the log says when nothing came for long, and what of the cluster is free. To be called when
     something came.
     """
-    ended, last = threading.Event(), time.monotonic()
+    ended, last_result = threading.Event(), time.monotonic()
 
-    def came() -> None:
-        nonlocal last
-        last = time.monotonic()
+    def result_came() -> None:
+        nonlocal last_result
+        last_result = time.monotonic()
 
     def watch() -> None:
         while not ended.wait(SAY_S):
-            if (seconds := time.monotonic() - last) >= SAY_S:
+            if (seconds := time.monotonic() - last_result) >= SAY_S:
                 log.warning("%s", _waiting(seconds, needs, ray.available_resources()))
 
     thread = threading.Thread(target=watch, name="densegeo-waiting", daemon=True)
     thread.start()
     try:
-        yield came
+        yield result_came
     finally:
         ended.set()
         thread.join()
 
 
 def _waiting(seconds: float, needs: Mapping[str, Any], free: Mapping[str, float]) -> str:
-    kinds = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    room = " and ".join(f"{free.get(kinds[key], 0):g} {kinds[key]}" for key in needs)
-    takes = " and ".join(f"{count} {kinds[key]}" for key, count in needs.items())
-    return f"No result came for {seconds:.0f} s. Free in the cluster: {room}; an actor takes {takes}."
+    resource_of = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    free_amounts = " and ".join(f"{free.get(resource_of[key], 0):g} {resource_of[key]}" for key in needs)
+    needed_amounts = " and ".join(f"{count} {resource_of[key]}" for key, count in needs.items())
+    return f"No result came for {seconds:.0f} s. Free in the cluster: {free_amounts}; an actor takes {needed_amounts}."

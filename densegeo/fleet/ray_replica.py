@@ -93,9 +93,9 @@ class Replica:
         """
         for model in self._service.models.values():
             with model.lease() as estimator:
-                before = self._completed.get(model.name)
+                earlier = self._completed.get(model.name)
                 self._completed[model.name] = estimator.metrics.snapshot().counters["completed"]
-                if before is not None and self._completed[model.name] > before:
+                if earlier is not None and self._completed[model.name] > earlier:
                     continue
                 try:
                     await self._service.estimate(estimator, [picture(estimator)], Deadline(None, 0.0))
@@ -136,12 +136,12 @@ def _without_id(app: ASGIApp) -> ASGIApp:
     """Answers without X-Request-ID, which Ray's proxies add: the same one, which they hand on with the request."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        async def sent(message: Message) -> None:
+        async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 del MutableHeaders(scope=message)["X-Request-ID"]
             await send(message)
 
-        await app(scope, receive, sent)
+        await app(scope, receive, send_without_id)
 
     return wrapped
 
@@ -154,8 +154,8 @@ class FleetMetrics(ServingMetrics):
         from ray import serve
 
         handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        answers = await handle.broadcast("exposition").results_async(timeout_s=ANSWER_S)
-        return labelled(answers)
+        expositions = await handle.broadcast("exposition").results_async(timeout_s=ANSWER_S)
+        return labelled(expositions)
 
 
 def labelled(expositions: Sequence[tuple[str, bytes]]) -> bytes:
@@ -163,12 +163,12 @@ def labelled(expositions: Sequence[tuple[str, bytes]]) -> bytes:
     families: dict[str, Metric] = {}
     for name, text in expositions:
         for family in text_string_to_metric_families(text.decode()):
-            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            kept.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
     registry = CollectorRegistry()
     registry.register(_Families(list(families.values())))
-    whole: bytes = generate_latest(registry)
-    return whole
+    exposition: bytes = generate_latest(registry)
+    return exposition
 
 
 class _Families:
@@ -183,11 +183,11 @@ def require_verified(bundle: Path, estimator: Estimator) -> None:
     """Run the bundle's stored pictures as `densegeo verify` does, where that was not done on this machine; a bundle
     without them must give a result at all. Raises BackendError, BundleError.
     """
-    stored = estimator.manifest.verification.inputs
-    if not stored:
+    samples_file = estimator.manifest.verification.inputs
+    if not samples_file:
         estimator(picture(estimator))
     elif not verified.is_verified(bundle, estimator.backend):
-        path = bundle / stored
+        path = bundle / samples_file
         verdict = Verdict(estimator.backend, estimator.device, run_stored(estimator, read_tensors(path), path), [])
         verified.remember(bundle, verdict.backend, verdict.device, "" if verdict.good else verdict.in_words)
         verdict.require_good(bundle)

@@ -73,18 +73,18 @@ class _Fleet:
     def run(self, deployed: Deployed) -> int:
         """Deploy, and serve until told to end or replaced; the exit code. Raises ConfigError, BackendError."""
         self._start_proxies()
-        before = self._before()
+        previous = self._previous()
         try:
             self._deploy(deployed)
             self._wait(deployed)
         except BaseException as error:
-            self._undo(before)
+            self._undo(previous)
             if isinstance(error, _EndedError):
                 return self._code()
             raise
         url = f"{'http' if self._job.options.tls_key is None else 'https'}://{_host(self._job)}"
-        facts = {"url": url, "models": [bundle.name for bundle in self._job.bundles]}
-        log.info("serving", extra={FIELDS: facts | {"instead": before is not None}})
+        fields = {"url": url, "models": [bundle.name for bundle in self._job.bundles]}
+        log.info("serving", extra={FIELDS: fields | {"instead": previous is not None}})
         self._watch(deployed)
         local = self._replicas.address == LOCAL
         if not (local or (self._owns(deployed) and self._state() != "DEPLOYING")):  # which another command does
@@ -106,20 +106,22 @@ class _Fleet:
             self._ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         except ValueError:
             listen(options.host, options.port).close()
-        patience = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_S}}}
+        start_timeout = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_S}}}
         with contextlib.suppress(self._ray.exceptions.RayActorError, TimeoutError):  # slow: Ray starts another one
-            self._serve.start(proxy_location="EveryNode", http_options=http, controller_options=patience)
-        there = self._serve.context._get_global_client().http_config
-        if (there.host, there.port) != (options.host, options.port):
+            self._serve.start(proxy_location="EveryNode", http_options=http, controller_options=start_timeout)
+        listening = self._serve.context._get_global_client().http_config
+        if (listening.host, listening.port) != (options.host, options.port):
             raise ConfigError(
-                f"Ray Serve listens on {there.host}:{there.port} in this cluster already: say --host {there.host} "
-                f"--port {there.port}, or end it with `serve shutdown`."
+                f"Ray Serve listens on {listening.host}:{listening.port} in this cluster already: "
+                f"say --host {listening.host} --port {listening.port}, or end it with `serve shutdown`."
             )
 
-    def _before(self) -> Deployed | None:
+    def _previous(self) -> Deployed | None:
         """What the replicas were told that run now. Raises ConfigError where there are some that do not say it."""
         status = self._status()
-        if status is None or not any(one.replica_states.get("RUNNING") for one in status.deployments.values()):
+        if status is None or not any(
+            replicas.replica_states.get("RUNNING") for replicas in status.deployments.values()
+        ):
             return None
         running = self._running()
         if running is None:
@@ -140,7 +142,7 @@ class _Fleet:
 
     def _deploy(self, deployed: Deployed) -> None:
         """Raises ConfigError where another application has the address."""
-        target = self._serve.RunTarget(target=bound(deployed), name=APPLICATION, route_prefix="/")
+        target = self._serve.RunTarget(target=application(deployed), name=APPLICATION, route_prefix="/")
         try:
             self._serve.run_many([target], wait_for_applications_running=False)
         except self._serve.exceptions.RayServeException as error:
@@ -148,7 +150,7 @@ class _Fleet:
 
     def _wait(self, deployed: Deployed) -> None:
         """Until the application is what was deployed. Raises BackendError, _EndedError."""
-        said = time.monotonic()
+        logged_at = time.monotonic()
         while True:
             if self._ended:
                 raise _EndedError
@@ -160,18 +162,18 @@ class _Fleet:
                 raise BackendError("Another command has ended the application.")
             if state == "DEPLOY_FAILED":
                 raise BackendError(f"The replicas do not start with {_names(deployed)}: {_reason(status)}")
-            if time.monotonic() - said > SAY_S:
-                said = time.monotonic()
+            if time.monotonic() - logged_at > SAY_S:
+                logged_at = time.monotonic()
                 log.info("waiting for replicas", extra={FIELDS: {"why": _reason(status)}})
             time.sleep(STEP_S)
 
-    def _undo(self, before: Deployed | None) -> None:
+    def _undo(self, previous: Deployed | None) -> None:
         """What there was before this command: it is deployed anew, and waited for unless this is told to end."""
-        if before is not None:
-            log.warning("going on with what was served before", extra={FIELDS: {"bundles": _names(before)}})
-            self._deploy(before)
+        if previous is not None:
+            log.warning("going on with what was served before", extra={FIELDS: {"bundles": _names(previous)}})
+            self._deploy(previous)
             with contextlib.suppress(_EndedError):
-                self._wait(before)
+                self._wait(previous)
         else:
             self._remove()
 
@@ -184,11 +186,11 @@ class _Fleet:
 
     def _watch(self, deployed: Deployed) -> None:
         """Until told to end, or until the application is another command's."""
-        looked = time.monotonic()
+        checked_at = time.monotonic()
         while not self._ended:
             time.sleep(STEP_S)
-            if time.monotonic() - looked >= OWNER_S:
-                looked = time.monotonic()
+            if time.monotonic() - checked_at >= OWNER_S:
+                checked_at = time.monotonic()
                 if self._replicas.address != LOCAL and not self._owns(deployed):  # whose Ray it is, stays
                     return
 
@@ -232,7 +234,7 @@ class _EndedError(Exception):
     """Told to end while replicas were waited for."""
 
 
-def bound(deployed: Deployed) -> Any:
+def application(deployed: Deployed) -> Any:
     """The application, to be run by Ray Serve."""
     from ray import serve
 
@@ -277,7 +279,7 @@ def build(args: Mapping[str, str]) -> Any:
     import ray
 
     needs, _ = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
-    return bound(Deployed("config file", _for_replicas(job), needs))
+    return application(Deployed("config file", _for_replicas(job), needs))
 
 
 def _for_replicas(job: ServeJob) -> ServeJob:
@@ -298,7 +300,7 @@ def _names(deployed: Deployed) -> str:
 
 def _reason(status: Any) -> str:
     """What Ray says of an application and its replicas, in one line: the last line of a traceback says what it was."""
-    texts = [one.message for one in status.deployments.values() if one.message] or [status.message]
+    texts = [replicas.message for replicas in status.deployments.values() if replicas.message] or [status.message]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("densegeo.errors.")]
-    return (told[-1].partition(": ")[2] if told else " ".join(lines))[:2000]
+    error_lines = [line for line in lines if line.startswith("densegeo.errors.")]
+    return (error_lines[-1].partition(": ")[2] if error_lines else " ".join(lines))[:2000]

@@ -105,7 +105,8 @@ class Shards(Results):
     def __init__(self, folder: Path, maker: Mapping[str, Any], container: Container) -> None:
         super().__init__(folder, maker)
         self._container = container
-        self._held: dict[str, tuple[str, bytes, frozenset[str]]] | None = None  # name -> shard, geometry.json, files
+        # name -> shard, geometry.json, files
+        self._shard_entries: dict[str, tuple[str, bytes, frozenset[str]]] | None = None
 
     def shard(self, items: Sequence[Input]) -> Path:
         """Where the results of these images go together."""
@@ -125,25 +126,25 @@ class Shards(Results):
         return "foreign" if state == "stale" else state
 
     def existing(self, item: Input) -> list[str]:
-        found = self._found().get(item.name)
-        return [] if found is None else [found[0]]
+        entry = self._entries().get(item.name)
+        return [] if entry is None else [entry[0]]
 
     def _sidecar(self, item: Input) -> Any:
-        found = self._found().get(item.name)
-        return None if found is None else json.loads(found[1])
+        entry = self._entries().get(item.name)
+        return None if entry is None else json.loads(entry[1])
 
     def _complete(self, item: Input) -> bool:
-        _, _, files = self._found()[item.name]
+        _, _, files = self._entries()[item.name]
         return all(any(file in files for file in RESULTS[name].files) for name in self.maker["formats"])
 
-    def _found(self) -> dict[str, tuple[str, bytes, frozenset[str]]]:
+    def _entries(self) -> dict[str, tuple[str, bytes, frozenset[str]]]:
         """What lay in the folder when it was first asked about. Raises ResourceError for a damaged shard."""
-        if self._held is None:
-            self._held = {}
+        if self._shard_entries is None:
+            self._shard_entries = {}
             for path in sorted(self.folder.glob(f"[!.]*.{self._container.suffix}")):
                 try:
                     for name, sidecar, files in self._container.read(path):
-                        self._held[name] = path.name, sidecar, files
+                        self._shard_entries[name] = path.name, sidecar, files
                 except (OSError, ValueError, KeyError, tarfile.TarError) as error:
                     raise ResourceError(f"{path} is no shard of results, or damaged: {error}. Remove it.") from error
-        return self._held
+        return self._shard_entries

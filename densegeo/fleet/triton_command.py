@@ -19,8 +19,8 @@ from densegeo.serving.models import given_name, model_name
 from densegeo.serving.options import MAX_PIXELS
 
 
-def _devices(given: list[str]) -> list[str]:
-    return [known_device(device) for device in given]
+def _devices(devices: list[str]) -> list[str]:
+    return [known_device(device) for device in devices]
 
 
 def export_triton(
@@ -63,7 +63,7 @@ def export_triton(
     Triton's Python needs densegeo too (pip install "densegeo[gpu]", or another backend's extra).
     """
     try:
-        called = model_name(bundle) if name is None else given_name(name)
+        model = model_name(bundle) if name is None else given_name(name)
         options: dict[str, Any] = {"backend": backend, "threads": threads, "timeout_s": timeout}
         deployment = Deployment(
             devices=device,
@@ -81,14 +81,14 @@ def export_triton(
         exported = export(
             bundle,
             repository,
-            called,
+            model,
             deployment,
             version=version,
             replace_config=replace_config,
             advance=advance,
         )
-    said = "wrote" if exported.fresh else "this bundle is there already:"
-    typer.echo(f"{said} {exported.path}")
+    outcome = "wrote" if exported.fresh else "this bundle is there already:"
+    typer.echo(f"{outcome} {exported.path}")
     if exported.configured and not exported.fresh:
         typer.echo("its configuration was written anew")
     console.print(

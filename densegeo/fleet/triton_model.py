@@ -51,10 +51,10 @@ class InstanceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(eq=False)
-class _Asked:
+class _InferenceRequest:
     """One request. images: (h, w, 3) uint8. error: why it cannot be answered, or None so far."""
 
-    request: Any
+    triton_request: Any
     images: Sequence[NDArray[np.uint8]] = ()
     outputs: Sequence[str] = ()
     metres: Metres = field(default_factory=Metres)
@@ -66,7 +66,7 @@ class _Asked:
     @property
     def id(self) -> str:
         """As its client named it."""
-        return str(self.request.request_id())
+        return str(self.triton_request.request_id())
 
 
 class TritonPythonModel:
@@ -78,13 +78,13 @@ class TritonPythonModel:
 
         self._triton = triton_python_backend_utils
         start_logging()
-        self._heard = contextlib.ExitStack()
-        self._heard.enter_context(WARNINGS.collected())
+        self._collected_warnings = contextlib.ExitStack()
+        self._collected_warnings.enter_context(WARNINGS.collected())
         config = json.loads(args["model_config"])
         options = read_options(config)
         directory = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         device = device_of(args["model_instance_kind"], args["model_instance_device_id"])
-        most = max(1, int(config["max_batch_size"]))
+        max_batch = max(1, int(config["max_batch_size"]))
         self._estimator = Estimator(
             directory,
             options.backend,
@@ -92,80 +92,80 @@ class TritonPythonModel:
             threads=options.threads,
             timeout_s=options.timeout_s,
             max_pixels=options.max_pixels,
-            max_batch=most,
-            max_queue=most,
+            max_batch=max_batch,
+            max_queue=max_batch,
             keep_replaced=True,
         )
-        facts = {"model": args["model_name"], "version": args["model_version"], "device": self._estimator.device}
-        log.info("loaded", extra={FIELDS: facts})
+        fields = {"model": args["model_name"], "version": args["model_version"], "device": self._estimator.device}
+        log.info("loaded", extra={FIELDS: fields})
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request. What one request has wrong is its own error, and no other's."""
-        asked = [self._read(request) for request in requests]
-        for one in asked:  # all before the first is waited for, so that they run together
-            self._guarded(one, self._submit)
-        responses = [self._respond(one) for one in asked]
-        if any(isinstance(one.error, BackendTimeoutError) for one in asked):
+        read = [self._read(request) for request in requests]
+        for request in read:  # all before the first is waited for, so that they run together
+            self._guarded(request, self._submit)
+        responses = [self._respond(request) for request in read]
+        if any(isinstance(request.error, BackendTimeoutError) for request in read):
             self._leave()
         return responses
 
     def finalize(self) -> None:
         """Release the bundle."""
         self._estimator.close()
-        self._heard.close()
+        self._collected_warnings.close()
 
-    def _read(self, request: Any) -> _Asked:
-        asked = _Asked(request)
-        self._guarded(asked, self._understand)
-        return asked
+    def _read(self, triton_request: Any) -> _InferenceRequest:
+        request = _InferenceRequest(triton_request)
+        self._guarded(request, self._understand)
+        return request
 
-    def _understand(self, asked: _Asked) -> None:
+    def _understand(self, request: _InferenceRequest) -> None:
         decode = self._estimator.manifest.decode
-        tensor = self._triton.get_input_tensor_by_name(asked.request, INPUT)
-        asked.images = images_of(tensor.as_numpy())
-        asked.metres = metres_of(asked.request.parameters())
-        asked.outputs = outputs_of(asked.request.requested_output_names(), decode, asked.metres)
-        asked.metres.rehearse(decode)
-        microseconds = asked.request.timeout()
-        asked.deadline_ms = microseconds / 1e3 if microseconds else None
+        tensor = self._triton.get_input_tensor_by_name(request.triton_request, INPUT)
+        request.images = images_of(tensor.as_numpy())
+        request.metres = metres_of(request.triton_request.parameters())
+        request.outputs = outputs_of(request.triton_request.requested_output_names(), decode, request.metres)
+        request.metres.rehearse(decode)
+        microseconds = request.triton_request.timeout()
+        request.deadline_ms = microseconds / 1e3 if microseconds else None
 
-    def _submit(self, asked: _Asked) -> None:
-        if asked.request.is_cancelled():
+    def _submit(self, request: _InferenceRequest) -> None:
+        if request.triton_request.is_cancelled():
             raise CancelledError
-        for image in asked.images:
-            asked.futures.append(self._estimator.submit(image, deadline_ms=asked.deadline_ms))
+        for image in request.images:
+            request.futures.append(self._estimator.submit(image, deadline_ms=request.deadline_ms))
 
-    def _respond(self, asked: _Asked) -> Any:
+    def _respond(self, request: _InferenceRequest) -> Any:
         tensors: list[Any] = []
 
-        def collect(asked: _Asked) -> None:
-            geometries = [asked.metres.apply(future.result()) for future in asked.futures]
-            for name in asked.outputs:
+        def collect(request: _InferenceRequest) -> None:
+            geometries = [request.metres.apply(future.result()) for future in request.futures]
+            for name in request.outputs:
                 maps = np.stack([getattr(geometry, name) for geometry in geometries])
                 tensors.append(self._triton.Tensor(name, np.ascontiguousarray(maps, np.float32)))
 
-        self._guarded(asked, collect)
-        if asked.warnings:
-            log.warning("warned", extra={FIELDS: {"request_id": asked.id, "warnings": asked.warnings}})
-        if asked.error is None:
+        self._guarded(request, collect)
+        if request.warnings:
+            log.warning("warned", extra={FIELDS: {"request_id": request.id, "warnings": request.warnings}})
+        if request.error is None:
             return self._triton.InferenceResponse(tensors)
-        for future in asked.futures:
+        for future in request.futures:
             future.cancel()
-        return self._triton.InferenceResponse([], self._error(asked))
+        return self._triton.InferenceResponse([], self._error(request))
 
-    def _guarded(self, asked: _Asked, call: Any) -> None:
+    def _guarded(self, request: _InferenceRequest, call: Any) -> None:
         """Call with the request unless it has failed; what is raised is its error."""
-        if asked.error is not None:
+        if request.error is not None:
             return
         try:
-            with WARNINGS.about(asked.id) as texts:
-                call(asked)
+            with WARNINGS.about(request.id) as texts:
+                call(request)
         except (Exception, CancelledError) as error:
-            asked.error = error
-        asked.warnings += [text for text in texts if text not in asked.warnings]
+            request.error = error
+        request.warnings += [text for text in texts if text not in request.warnings]
 
-    def _error(self, asked: _Asked) -> Any:
-        error = asked.error
+    def _error(self, request: _InferenceRequest) -> Any:
+        error = request.error
         if isinstance(error, CancelledError):
             code, text = "CANCELLED", "The client cancelled the request; it was not run."
         elif isinstance(error, DensegeoError):
@@ -218,8 +218,8 @@ def images_of(pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 
 def metres_of(parameters: str) -> Metres:
     """Of a request's parameters, JSON. Raises RequestError."""
-    known = known_parameters(json.loads(parameters or "{}"))
-    return read_metres({name: value for name, value in known.items() if name in METRES})
+    checked = known_parameters(json.loads(parameters or "{}"))
+    return read_metres({name: value for name, value in checked.items() if name in METRES})
 
 
 def outputs_of(requested: Sequence[str], decode: Decode, metres: Metres) -> list[str]:

@@ -94,16 +94,17 @@ def export(
     text = configuration(name, manifest, deployment)
     try:
         _check_config(model / CONFIG, text, replace=replace_config)
-        there = versions(model)
-        newest = model / str(there[-1]) if there else None
-        if newest is not None and version in (None, there[-1]) and _same(newest / BUNDLE, bundle):
-            return Exported(newest, there[-1], fresh=False, configured=_write_config(model / CONFIG, text))
-        number = there[-1] + 1 if version is None and there else version or 1
-        if number in there:
+        existing = versions(model)
+        newest = model / str(existing[-1]) if existing else None
+        if newest is not None and version in (None, existing[-1]) and _holds(newest / BUNDLE, bundle):
+            return Exported(newest, existing[-1], fresh=False, configured=_write_config(model / CONFIG, text))
+        number = existing[-1] + 1 if version is None and existing else version or 1
+        if number in existing:
             raise ConfigError(f"{model / str(number)} is there already, with another bundle. Choose another --version.")
-        if number < max(there, default=0):
+        if number < max(existing, default=0):
             raise ConfigError(
-                f"Version {number} is older than {there[-1]}, and a server takes the newest: choose a larger --version."
+                f"Version {number} is older than {existing[-1]}, and a server takes the newest: "
+                "choose a larger --version."
             )
         with atomic_folder(model / str(number)) as partial:
             _place(bundle, manifest, partial / BUNDLE, advance)
@@ -132,9 +133,13 @@ def configuration(name: str, manifest: Manifest, deployment: Deployment) -> str:
         f"data_type: TYPE_UINT8 dims: [ {size.height}, {size.width}, 3 ] random_data: true }} }} }} ]"
         for size in sizes
     )
-    facts = {OPTIONS: msgspec.json.encode(deployment.options).decode(), "depth_kind": manifest.decode.depth_kind or ""}
+    strings = {
+        OPTIONS: msgspec.json.encode(deployment.options).decode(),
+        "depth_kind": manifest.decode.depth_kind or "",
+    }
     parameters = "\n".join(
-        f"parameters {{ key: {_text(key)} value: {{ string_value: {_text(value)} }} }}" for key, value in facts.items()
+        f"parameters {{ key: {_text(key)} value: {{ string_value: {_text(value)} }} }}"
+        for key, value in strings.items()
     )
     return f"""# Written by `densegeo export-triton`, which says so before it would replace a changed one.
 name: {_text(name)}
@@ -196,10 +201,10 @@ def _write_config(path: Path, text: str) -> bool:
     return True
 
 
-def _same(placed: Path, bundle: Path) -> bool:
+def _holds(version_bundle: Path, bundle: Path) -> bool:
     """Whether a version holds this bundle, whole: the manifest has the digests of all its files."""
     try:
-        return (placed / MANIFEST).read_bytes() == (bundle / MANIFEST).read_bytes()
+        return (version_bundle / MANIFEST).read_bytes() == (bundle / MANIFEST).read_bytes()
     except OSError:
         return False
 

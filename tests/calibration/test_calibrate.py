@@ -18,7 +18,7 @@ from safetensors import safe_open
 from densegeo.calibration import command
 from densegeo.calibration.collect import MINIMUM, Images, collect
 from densegeo.calibration.histogram import Histogram
-from densegeo.calibration.inputs import OnnxInputs, TorchInputs
+from densegeo.calibration.layer_inputs import OnnxInputs, TorchInputs
 from densegeo.calibration.plan import Budget, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import BackendError, ConfigError, QuantizationError
@@ -90,7 +90,7 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
         np.testing.assert_allclose(channels, theirs.channels[name], rtol=1e-4, atol=1e-5)
         histogram, other = ours.histograms[name], theirs.histograms[name]
         assert histogram.counts.sum() == other.counts.sum()
-        assert histogram.peak == pytest.approx(other.peak, rel=1e-4)
+        assert histogram.amax == pytest.approx(other.amax, rel=1e-4)
         assert np.abs(np.cumsum(histogram.counts) - np.cumsum(other.counts)).max() <= 0.01 * histogram.counts.sum()
     for factors in ours.factors.values():
         assert np.log(factors).mean() == pytest.approx(0, abs=1e-5)

@@ -32,10 +32,10 @@ def test_bins_hold_the_magnitudes_whatever_comes_first(scales: list[float], seed
     for part in parts:
         histogram.add(part)
     sizes = np.abs(np.concatenate(parts))
-    assert histogram.peak == sizes.max()
+    assert histogram.amax == sizes.max()
     assert histogram.counts.sum() == sizes.size
-    assert histogram.peak <= histogram.limit < 2 * max(histogram.peak, np.abs(parts[0]).max()) * (1 + 1e-6)
-    wide = histogram.limit / BINS
+    assert histogram.amax <= histogram.upper_edge < 2 * max(histogram.amax, np.abs(parts[0]).max()) * (1 + 1e-6)
+    wide = histogram.upper_edge / BINS
     for share in (0.1, 0.5, 0.9):
         edge = (np.searchsorted(np.cumsum(histogram.counts), share * sizes.size) + 1) * wide
         exact = np.quantile(sizes, share, method="inverted_cdf")
@@ -99,7 +99,7 @@ def test_of_large_inputs_some_rows_are_counted() -> None:
     histogram, rows = Histogram(), np.random.default_rng(0).standard_normal((5000, 8)).astype(np.float32)
     rows[1, 3] = -9.0
     histogram.add(rows, every=3)
-    assert histogram.peak == 9.0
+    assert histogram.amax == 9.0
     assert histogram.counts.sum() == 8 * 1667
     whole = Histogram()
     whole.add(rows)

@@ -51,7 +51,7 @@ class LayerInputs(Protocol):
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None: ...
 
 
-class Watched(NamedTuple):
+class ObservedValue(NamedTuple):
     """A layer's input, what the graph calls it, and whether it is a picture (N, K, H, W)."""
 
     layer: str
@@ -72,12 +72,12 @@ class OnnxInputs:
         self.attention = self.convolutions = False
         self._bundle, self._decode = bundle, manifest.decode
         self._backend = open_backend(_ROW.name, bundle, manifest, "cpu")
-        self._sessions: dict[str, tuple[Any, list[Watched]]] = {}
+        self._sessions: dict[str, tuple[Any, list[ObservedValue]]] = {}
 
     def __call__(self, bucket: Bucket, rgb: Float32, see: See) -> None:
         """One run of each graph for each group of inputs that fits into memory."""
         if self.convolutions:
-            Chain(_Shown(self, see), self._decode, bucket)(rgb)
+            Chain(_ObservedGraphs(self, see), self._decode, bucket)(rgb)
         else:
             self.show(bucket, "denoiser", self.run(bucket, "encoder", rgb), see)
 
@@ -88,39 +88,39 @@ class OnnxInputs:
     def show(self, bucket: Bucket, stage: Stage, array: Float32, see: See) -> None:
         """What enters the layers of one graph that takes `array`."""
         graph: Graph = getattr(bucket, stage)
-        session, watched = self._session(stage, graph.file)
-        for group in _groups(watched):
-            values = dict(zip(group, session.run(group, {graph.inputs[0].name: array}), strict=True))
-            for row in watched:
-                if row.value in values:
-                    for rows in _in_rows(values[row.value], picture=row.picture):
+        session, observed = self._session(stage, graph.file)
+        for group in _groups(observed):
+            arrays = dict(zip(group, session.run(group, {graph.inputs[0].name: array}), strict=True))
+            for row in observed:
+                if row.value in arrays:
+                    for rows in _in_rows(arrays[row.value], picture=row.picture):
                         see(row.layer, rows)
 
-    def _session(self, stage: Stage, name: str) -> tuple[Any, list[Watched]]:
+    def _session(self, stage: Stage, name: str) -> tuple[Any, list[ObservedValue]]:
         """A session whose outputs are the layers' inputs, and what they are."""
         if name not in self._sessions:
             ort = import_onnxruntime()
             model = onnx.load(self._bundle / name, load_external_data=False)
             typed = onnx.shape_inference.infer_shapes(model)
-            known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.input)}
+            typed_values = {value.name: value for value in (*typed.graph.value_info, *typed.graph.input)}
             layers = [*_linears(model), *(_attentions(model) if self.attention else ())] if stage == "denoiser" else []
             pictures = [*_convolutions(model, stage)] if self.convolutions else []
-            watched = [
-                Watched(layer, value, picture, _bytes(known[value]))
-                for picture, found in ((False, layers), (True, pictures))
-                for layer, value in found
+            observed = [
+                ObservedValue(layer, value, picture, _bytes(typed_values[value]))
+                for picture, named_values in ((False, layers), (True, pictures))
+                for layer, value in named_values
             ]
             del model.graph.output[:]
-            model.graph.output.extend(known[value] for value in dict.fromkeys(row.value for row in watched))
+            model.graph.output.extend(typed_values[value] for value in dict.fromkeys(row.value for row in observed))
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle))
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            self._sessions[name] = session, watched
+            self._sessions[name] = session, observed
         return self._sessions[name]
 
 
-class _Shown(NamedTuple):
+class _ObservedGraphs(NamedTuple):
     """Runs graphs for a `Chain`, and shows what enters their layers."""
 
     inputs: OnnxInputs
@@ -137,9 +137,9 @@ def _in_rows(x: Float32, *, picture: bool) -> Iterator[Float32]:
         yield x.reshape(-1, x.shape[-1])
         return
     step = max(1, PIECE // (x.shape[1] * x.shape[3]))
-    for one in x:
-        for first in range(0, x.shape[2], step):
-            yield one[:, first : first + step].reshape(x.shape[1], -1).T  # a view, where the picture is small
+    for image in x:
+        for top in range(0, x.shape[2], step):
+            yield image[:, top : top + step].reshape(x.shape[1], -1).T  # a view, where the picture is small
 
 
 def _linears(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
@@ -175,11 +175,11 @@ def _bytes(value: onnx.ValueInfoProto) -> int:
     return 4 * int(np.prod([axis.dim_value for axis in value.type.tensor_type.shape.dim]))
 
 
-def _groups(watched: list[Watched]) -> Iterator[list[str]]:
+def _groups(observed: list[ObservedValue]) -> Iterator[list[str]]:
     """Names of values, cut where a group would exceed GROUP_BYTES."""
     group: list[str] = []
     total = 0
-    for name, size in {row.value: row.bytes for row in watched}.items():
+    for name, size in {row.value: row.bytes for row in observed}.items():
         if group and total + size > GROUP_BYTES:
             yield group
             group, total = [], 0
@@ -225,18 +225,18 @@ class TorchInputs:
                 yield name, padding.get(id(layer), layer), _show_picture  # before its zeros
 
 
-def _show(see: See, name: str, given: tuple[Tensor, ...]) -> None:
-    for rows in _in_rows(_numbers(given[0]), picture=False):
+def _show(see: See, name: str, arguments: tuple[Tensor, ...]) -> None:
+    for rows in _in_rows(_numbers(arguments[0]), picture=False):
         see(name, rows)
 
 
-def _show_three(see: See, name: str, given: tuple[Tensor, ...]) -> None:
-    for part, x in zip(PARTS, given[:3], strict=True):
+def _show_three(see: See, name: str, arguments: tuple[Tensor, ...]) -> None:
+    for part, x in zip(PARTS, arguments[:3], strict=True):
         _show(see, f"{name}.{part}", (x,))
 
 
-def _show_picture(see: See, name: str, given: tuple[Tensor, ...]) -> None:
-    for rows in _in_rows(_numbers(given[0]), picture=True):
+def _show_picture(see: See, name: str, arguments: tuple[Tensor, ...]) -> None:
+    for rows in _in_rows(_numbers(arguments[0]), picture=True):
         see(name, rows)
 
 
