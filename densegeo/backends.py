@@ -51,6 +51,7 @@ class BackendRow:
     installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
     providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. convolutions: whether 8-bit ones
     are worth running. verified_only: "auto" takes it only for a bundle that `densegeo verify` passed on this machine.
+    channels_last: whether graphs for it are written for convolutions that have a pixel's channels adjacent.
     shows_layers: whether calibration can see what enters the layers. shares_threads: whether it can be told how many
     calls share the CPU's threads. untried: what `doctor` says before anything was run, and without_gpu where no GPU is.
     """
@@ -67,6 +68,7 @@ class BackendRow:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     convolutions: bool = True
     verified_only: bool = False
+    channels_last: bool = False
     shows_layers: bool = False
     shares_threads: bool = False
     untried: str = "not tried here"
@@ -152,6 +154,7 @@ BACKENDS = (
         distributions=(("openvino",),),
         install='pip install "densegeo[openvino]"',
         devices=("cpu",),
+        channels_last=True,  # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time in float32
         shares_threads=True,
     ),
     BackendRow(

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import msgspec
 
-from densegeo.backends import ENGINES, NAMES
+from densegeo.backends import ENGINES, NAMES, backend_row
 from densegeo.errors import ConfigError
 from densegeo.export import quantizer, sources
 from densegeo.export.cubins import check_architectures
 from densegeo.export.engine_builder import EngineOptions, target_groups
 from densegeo.models import rewrites
 from densegeo.models.presets import PRESETS, preset
-from densegeo.precision import precision_row
+from densegeo.precision import PRECISIONS, precision_row
 from densegeo.runtime.bundle import Choice
 from densegeo.size import Size
 
@@ -76,6 +76,11 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def with_engines(self) -> bool:
         """Whether engines are built, besides the graphs."""
         return self.backend == ENGINES.name
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether graphs are written for convolutions that have a pixel's channels adjacent; see `export_graph`."""
+        return backend_row(self.backend).channels_last and PRECISIONS[self.base].exact
 
     @property
     def groups(self) -> int:

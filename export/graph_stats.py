@@ -23,8 +23,8 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
 
 
 def node_flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
-    """Floating-point operations of a MatMul, Gemm or Conv node, multiply-add = 2; 0 for any other."""
-    if node.op_type not in ("MatMul", "Gemm", "Conv"):
+    """Floating-point operations of a MatMul, Gemm, Conv or ConvTranspose node, multiply-add = 2; 0 for others."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose"):
         return 0
     try:
         first, second, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
@@ -32,6 +32,8 @@ def node_flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
         raise ExportError(f"node {node.name} ({node.op_type}) has no static shape for {error}") from error
     if node.op_type == "Conv":
         return 2 * math.prod(out) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return 2 * math.prod(first) * math.prod(second[1:])
     inner = first[-1] if node.op_type == "MatMul" or not _attribute(node, "transA", 0) else first[0]
     return 2 * math.prod(out) * inner
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 
+from densegeo.backends import backend_row
 from densegeo.export import checks
+from densegeo.export.build_options import BuildOptions
 from densegeo.export.build_state import Graphs, State
 from densegeo.export.display import Bar
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph
 from densegeo.export.stages import CHECKED_ON, Job
+from densegeo.models import vae
 from densegeo.models.rewrites import Pipeline
 from densegeo.outputs import Decode
 from densegeo.precision import PRECISIONS
@@ -26,6 +29,9 @@ def make_graphs(job: Job, state: State) -> Graphs:
     assert state.weights is not None
     options, directory = job.options, state.bundle
     pipeline, references = job.stored_template(), checks.read_inputs(directory)
+    if options.channels_last:
+        vae.transpose_upsampling(pipeline.vae.decoder)
+        job.display.say(f"graphs: in the form that is the fastest on {backend_row(options.backend).title}, measured")
     batches = (1, *options.batches)
     buckets: list[Bucket] = []
     checked: list[Check] = []
@@ -34,7 +40,7 @@ def make_graphs(job: Job, state: State) -> Graphs:
             pipeline.denoiser.resize(size)
             bounds = state.weights.bounds[str(size)]
             for batch in batches:
-                bucket = _export_bucket(pipeline, size, batch, directory, bar, exact=PRECISIONS[options.base].exact)
+                bucket = _export_bucket(pipeline, size, batch, directory, bar, options)
                 bar.describe(f"checking {bucket.name}")
                 checked += _check(directory, bucket, job.decode, references[size], bounds, options.base)
                 bar.advance()
@@ -43,15 +49,18 @@ def make_graphs(job: Job, state: State) -> Graphs:
     return Graphs(key=state.keys.graphs, seconds=0.0, files=files, buckets=buckets, checks=checked)
 
 
-def _export_bucket(pipeline: Pipeline, size: Size, batch: int, directory: Path, bar: Bar, *, exact: bool) -> Bucket:
+def _export_bucket(
+    pipeline: Pipeline, size: Size, batch: int, directory: Path, bar: Bar, options: BuildOptions
+) -> Bucket:
     """Write the three graphs of a size, to which the pipeline is set, for `batch` images at once."""
     name, examples = bucket_name(size, batch), bucket_examples(pipeline, size, batch)
-    graphs = {}
+    graphs, exact = {}, PRECISIONS[options.base].exact
     for stage, module in pipeline.stages().items():
         bar.describe(f"{stage} {name}")
         input_spec, output_spec, example = examples[stage]
         weights, path = directory / f"{stage}.safetensors", directory / f"{stage}_{name}.onnx"
-        export_graph(module, example, (input_spec, output_spec), weights, path, exact=exact)
+        names = input_spec, output_spec
+        export_graph(module, example, names, weights, path, exact=exact, channels_last=options.channels_last)
         graphs[stage] = describe(path)
         bar.advance()
     return Bucket(width=size.width, height=size.height, batch=batch, **graphs)

@@ -78,7 +78,8 @@ def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str
         }
     )
     weights = digest([references, options.base, calibration, RECIPES["weights"]])
-    graphs = digest([weights, options.batches, RECIPES["graphs"]])
+    form = ["channels last"] if options.channels_last else []
+    graphs = digest([weights, options.batches, RECIPES["graphs"], *form])
     compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])
     builder = [options.engines, library_version(options.engines.library)] if options.with_engines else []

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from densegeo.export.group_norms import GROUP_NORMS
 from densegeo.models.quantized import ATTENTION  # registers its operators, too
 from densegeo.precision import PRECISIONS
 
@@ -101,29 +102,6 @@ def query_chunks(queries: int, keys: int, size: int) -> int:
     That is so for heads of more than 256 features, as the autoencoder's. Each part has at most CHUNK_LOGITS logits.
     """
     return 1 if size <= LARGEST_FUSED else -(-queries * keys // CHUNK_LOGITS)
-
-
-def _group_norm(
-    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
-) -> Any:
-    """aten.group_norm with sums of rows first and of their results then, so that float32 loses nothing.
-
-    ONNX Runtime's InstanceNormalization sums millions of pixels one by one: at 512x512 that alone is off by 1e-5.
-    """
-    batch, channels, height, width = (int(size) for size in x.shape)
-    each = channels // groups
-    last, rows = (op.Constant(value_ints=[axis]) for axis in (3, 2))
-    split = op.Reshape(x, op.Constant(value_ints=[batch, groups, each * height, width]))
-    centred = op.Sub(split, op.ReduceMean(op.ReduceMean(split, last), rows))
-    variance = op.Div(
-        op.ReduceSum(op.ReduceSumSquare(centred, last), rows), op.Constant(value_float=float(each * height * width))
-    )
-    deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))  # (batch, groups, 1, 1)
-    by_channel = op.Constant(value_ints=[1, groups, each, 1])
-    scale = op.Div(op.Reshape(weight, by_channel), deviation)
-    pixels = op.Reshape(centred, op.Constant(value_ints=[batch, groups, each, height * width]))
-    normed = op.Add(op.Mul(pixels, scale), op.Reshape(bias, by_channel))
-    return op.Reshape(normed, op.Constant(value_ints=[batch, channels, height, width]))
 
 
 def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -207,8 +185,6 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.densegeo.quantized_convolution.default: _quantized_convolution,
     torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
-_EXACT = {torch.ops.aten.group_norm.default: _group_norm}  # for float32 graphs, which CPUs run
-
 # Functions of aten that torch.onnx translates as they are. A graph of these and of ours needs no decomposition, which
 # traces it twice more: a third of a whole export.
 _TRANSLATED = frozenset(
@@ -321,12 +297,20 @@ def _no_collection() -> Iterator[None]:
 
 @_no_collection()
 def export_graph(
-    module: nn.Module, example: Tensor, names: tuple[str, str], weights: Path, path: Path, *, exact: bool = True
+    module: nn.Module,
+    example: Tensor,
+    names: tuple[str, str],
+    weights: Path,
+    path: Path,
+    *,
+    exact: bool = True,
+    channels_last: bool = False,
 ) -> None:
     """Trace `module(example)` and write it to `path`; its weights are references into the file `weights`.
 
     names: of the input and the output. exact: write norms so that float32 loses nothing on a CPU, and not as the one
-    operator that engine builders know. `weights` (see write_weights) must lie in the same directory as `path`.
+    operator that engine builders know; channels_last: write them for convolutions that have a pixel's channels
+    adjacent. `weights` (see write_weights) must lie in the same directory as `path`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     without_values = _without_values(module, mode)
@@ -337,7 +321,8 @@ def export_graph(
             opset_version=OPSET,
             input_names=[names[0]],
             output_names=[names[1]],
-            custom_translation_table=_TRANSLATIONS | (_EXACT if exact else {}),
+            custom_translation_table=_TRANSLATIONS
+            | ({torch.ops.aten.group_norm.default: GROUP_NORMS[channels_last]} if exact else {}),
             optimize=False,
             verbose=False,
         )

@@ -132,6 +132,34 @@ class PhaseUpsample(nn.Module):
         return torch.stack([top.flatten(-2), bottom.flatten(-2)], dim=-2).flatten(-3, -2)
 
 
+class TransposedUpsample(PhaseUpsample):
+    """The phases as one transposed convolution of 4x4 and stride 2, whose kernel is theirs in another order: nothing is
+    interleaved. Parameters are those of PhaseUpsample.
+    """
+
+    def __init__(self, upsample: PhaseUpsample) -> None:
+        nn.Module.__init__(self)
+        self.conv = upsample.conv
+        self.ready: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        kernel = self.kernel() if self.ready is None else self.ready
+        return F.conv_transpose2d(x, kernel, self.conv.bias[: kernel.shape[1]], stride=2, padding=1)
+
+    def kernel(self) -> Tensor:
+        """(in, out, 4, 4). Row a of the window of phase py reaches output row 2 (i + py - 1 + a) - 1 + k = 2 i + py, so
+        that k = 3 - (2 a + py); columns alike.
+        """
+        outputs, inputs = self.conv.weight.shape[0] // 4, self.conv.weight.shape[1]
+        phases = self.conv.weight.reshape(2, 2, outputs, inputs, 2, 2)  # py, px, out, in, a, b
+        return phases.permute(3, 2, 4, 0, 5, 1).reshape(inputs, outputs, 4, 4).flip(2, 3)
+
+    def make_ready(self) -> None:
+        """Keep the kernel, with a pixel's channels adjacent; the parameters may not change afterwards."""
+        self.ready = self.kernel().contiguous(memory_format=torch.channels_last)
+
+
 class Level(nn.Module):
     """One resolution: residual blocks, then an optional change of resolution."""
 
@@ -232,3 +260,15 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+
+def transpose_upsampling(decoder: Decoder) -> list[TransposedUpsample]:
+    """Make phases that are in floating point transposed convolutions, in place; returns these."""
+    made = []
+    for level in decoder.up:
+        assert isinstance(level, Level)
+        phases = getattr(level, "upsample", None)
+        if type(phases) is PhaseUpsample and isinstance(phases.conv, nn.Conv2d):
+            level.upsample = TransposedUpsample(phases)
+            made.append(level.upsample)
+    return made

@@ -32,6 +32,7 @@ from densegeo.models.loading import load_rewritten
 from densegeo.models.prompt import load_prompt
 from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline
+from densegeo.models.vae import transpose_upsampling
 from densegeo.outputs import Maps
 from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime.backends import parse_device
@@ -96,6 +97,9 @@ class TorchBackend:
         self._networks: dict[Size, DeviceNetwork] = {}
         self._failed: dict[Size, BackendError] = {}  # why a size is not there
         self._fused_vae = fuse_pictures(self._pipeline.vae)
+        if self.device == "cpu" and precision_row(manifest.base).exact:  # benchmarks/autoencoder_layers.py: a tenth
+            for upsample in transpose_upsampling(self._pipeline.vae.decoder):
+                upsample.make_ready()
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:
             self._network(first)

@@ -21,6 +21,7 @@ from densegeo.models.families import FE2E  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline, load_rewritten  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
+from densegeo.models.vae import PhaseUpsample, TransposedUpsample  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.backends import torch_modules  # noqa: E402
 from densegeo.runtime.bundle import STAGES, Bucket, Stage, read_manifest  # noqa: E402
@@ -89,6 +90,16 @@ def test_sizes_share_every_weight(built: dict[str, Path]) -> None:
     assert first.rope_cos.shape != second.rope_cos.shape
     for name, tensor in first.state_dict().items():
         assert second.state_dict()[name].data_ptr() == tensor.data_ptr()
+
+
+def test_float32_upsamples_by_transposed_convolutions_on_a_cpu(built: dict[str, Path]) -> None:
+    for precision, kind in (("fp32", TransposedUpsample), ("bf16", PhaseUpsample)):
+        backend = torch_modules.TorchBackend(built[precision], read_manifest(built[precision]), "cpu")
+        decoder = backend._module(read_manifest(built[precision]).buckets[0], "decoder")
+        upsamples = [module for module in decoder.modules() if isinstance(module, PhaseUpsample)]
+        assert upsamples
+        assert all(type(module) is kind for module in upsamples)
+        assert all(module.ready is not None for module in upsamples if isinstance(module, TransposedUpsample))
 
 
 def test_threads_get_their_own_results(built: dict[str, Path]) -> None:

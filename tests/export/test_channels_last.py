@@ -1,0 +1,156 @@
+"""Graphs for convolutions that have a pixel's channels adjacent: the same numbers, fewer layouts turned around."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from densegeo.backends import BACKENDS  # noqa: E402
+from densegeo.benchmarks.synthetic import fill  # noqa: E402
+from densegeo.export.build_options import BuildOptions  # noqa: E402
+from densegeo.export.graph_stats import describe  # noqa: E402
+from densegeo.export.keys import stage_keys  # noqa: E402
+from densegeo.export.onnx_graph import export_graph, write_weights  # noqa: E402
+from densegeo.models.config import VAEConfig  # noqa: E402
+from densegeo.models.quantized import FORMATS, LayerPlan, quantize_block  # noqa: E402
+from densegeo.models.vae import VAE, Decoder, Norm, PhaseUpsample, Upsample, transpose_upsampling  # noqa: E402
+from densegeo.runtime import Estimator  # noqa: E402
+from densegeo.runtime.bundle import read_manifest  # noqa: E402
+
+SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
+openvino = pytest.importorskip("openvino")
+
+
+def written(module: nn.Module, example: torch.Tensor, folder: Path, *, channels_last: bool) -> Path:
+    weights, path = folder / f"{channels_last}.safetensors", folder / f"{channels_last}.onnx"
+    write_weights(module, weights)
+    export_graph(module, example, ("x", "y"), weights, path, channels_last=channels_last)
+    return path
+
+
+def on_onnxruntime(path: Path, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def on_openvino(path: Path, x: np.ndarray) -> np.ndarray:
+    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return model({0: x})[0]
+
+
+def decoder(*, phases: bool) -> Decoder:
+    with torch.device("meta"):
+        vae = VAE(SMALL)
+    fill(vae, seed=1)
+    if phases:
+        for level in vae.decoder.up:
+            if level.resample == "up":
+                level.upsample = PhaseUpsample(level.upsample)
+    return vae.decoder
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 8, 1, 2), (1, 4, 6, 1)])
+def test_a_transposed_convolution_is_nearest_and_3x3(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    plain = Upsample(shape[1]).double()
+    phases = PhaseUpsample(plain)
+    holder = Decoder(SMALL)
+    holder.up[1].upsample = phases
+    (transposed,) = transpose_upsampling(holder)
+    assert holder.up[1].upsample is transposed
+    assert transposed.state_dict().keys() == phases.state_dict().keys()
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = plain(x)
+        assert (transposed(x) - wanted).abs().max() < 1e-12
+        transposed.make_ready()
+        assert (transposed(x) - wanted).abs().max() < 1e-12
+    assert transpose_upsampling(holder) == []  # it is one already
+
+
+def test_phases_in_8_bits_stay_phases() -> None:
+    network = decoder(phases=True)
+    quantize_block(network, "decoder", {"decoder.up.1.upsample.conv": LayerPlan(4.0)}, FORMATS["int8"], torch.float32)
+    assert transpose_upsampling(network) == []
+    assert type(network.up[1].upsample) is PhaseUpsample
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("run", [on_onnxruntime, on_openvino])
+@pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 8, 160, 96)])
+def test_norms_by_channel_lose_nothing(
+    run: Callable[[Path, np.ndarray], np.ndarray], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    norm = Norm(shape[1], 4).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(shape, generator=generator) + torch.arange(shape[1])[None, :, None, None]
+    wanted = copy.deepcopy(norm).double()(x.double())
+    found = run(written(norm, torch.zeros(shape), tmp_path, channels_last=True), x.numpy())
+    assert np.linalg.norm(found - wanted.numpy()) <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.integration
+def test_openvino_turns_no_layout_around_for_them(tmp_path: Path) -> None:
+    """Why they exist. A layout is turned where the picture enters and leaves, and for attention."""
+    latent, plain = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2)), decoder(phases=True)
+    turned, pictures, graphs = {}, {}, {}
+    for channels_last in (False, True):
+        network = copy.deepcopy(plain)
+        if channels_last:
+            transpose_upsampling(network)
+        path = written(network, torch.zeros_like(latent), tmp_path, channels_last=channels_last)
+        model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        layers = model.get_runtime_model().get_ops()
+        reorders = [layer for layer in layers if layer.get_rt_info()["layerType"].astype(str) == "Reorder"]
+        turned[channels_last] = sum(math.prod(layer.output(0).shape) for layer in reorders)
+        pictures[channels_last] = model({0: latent.numpy()})[0]
+        graphs[channels_last] = path
+    with torch.no_grad():
+        wanted = plain(latent).numpy()
+    for picture in pictures.values():
+        assert np.linalg.norm(picture - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    assert turned[True] < turned[False] / 4
+    operators = Counter(node.op_type for node in onnx.load(graphs[True], load_external_data=False).graph.node)
+    assert (operators["ConvTranspose"], operators["Concat"]) == (1, 0)
+    phases, transposed = (describe(graphs[channels_last]).flops for channels_last in (False, True))
+    # phases have a row and a column more, of 4 * 64 outputs of 2x2 windows over 64 features
+    assert phases - transposed == 2 * (17 * 17 - 16 * 16) * 4 * 64 * 64 * 4
+
+
+def test_builds_take_the_form_of_their_backend() -> None:
+    def built(backend: str, **others: str) -> BuildOptions:
+        return BuildOptions(model="fe2e-tiny", output=Path("out"), backend=backend, **others).validated()
+
+    assert [row.name for row in BACKENDS if built(row.name).channels_last] == ["openvino"]
+    assert not built("openvino", precision="bf16").channels_last  # measured in float32 alone
+    other, openvinos = (stage_keys(built(name), [], "") for name in ("onnxruntime", "openvino"))
+    assert other.weights == openvinos.weights
+    assert other.graphs != openvinos.graphs
+
+
+@pytest.mark.thorough
+def test_a_bundle_for_openvino_runs_on_every_backend(small_bundle) -> None:
+    bundle, other = small_bundle(backend="openvino"), small_bundle()
+    graph = read_manifest(bundle).buckets[0].decoder.file
+    operators = Counter(node.op_type for node in onnx.load(bundle / graph, load_external_data=False).graph.node)
+    assert operators["ConvTranspose"] > 0
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    wanted = Estimator(other, backend="onnxruntime", device="cpu")(image).require_prediction("depth")
+    for backend in ("onnxruntime", "openvino", "torch"):
+        with Estimator(bundle, backend=backend, device="cpu") as estimator:
+            found = estimator(image).require_prediction("depth")
+            assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
