@@ -65,7 +65,7 @@ class OpenVinoBackend(GraphBackend):
             )
         _require_cpu(device)
         try:
-            self._openvino = _import_openvino()
+            self._openvino = import_openvino()
             self._core: Any = self._openvino.Core()
         except Exception as error:  # a broken installation raises more than ImportError
             raise BackendError(f"openvino cannot be imported ({error}). Reinstall it: {_ROW.install}.") from error
@@ -122,7 +122,7 @@ def saturated(manifest: Manifest) -> bool:
     return plan is not None and PRECISIONS[plan.format].integer and plan.weight_bits > 7 and saturates_int8()
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     """The library without its usage reports: importing it would send one over the network, unasked."""
     if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
         return import_module("openvino")
