@@ -194,9 +194,9 @@ def diffusers_pipeline(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file
 
-    whole = {"low_cpu_mem_usage": False}  # otherwise it asks for another library
-    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=dtype, **whole).eval()
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=dtype, **whole).eval()
+    loading = {"low_cpu_mem_usage": False}  # otherwise it asks for another library
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=dtype, **loading).eval()
+    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=dtype, **loading).eval()
     prompt = load_file(checkpoint / "empty_prompt.safetensors")["empty_prompt"].to(dtype)
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -238,16 +238,16 @@ def _speed(folder: Path, runs: int, json_file: Path | None) -> None:
         f"diffusers {name}": diffusers_pipeline(folder / "checkpoint", dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    wanted = slow["diffusers fp32"](image)
-    if wanted.std() <= 0.05:
-        raise WrongError(f"the picture is saturated: its standard deviation is {wanted.std():.3f}")
-    allowed = TWICE * relative_error(slow["diffusers bf16"](image), wanted)
+    reference = slow["diffusers fp32"](image)
+    if reference.std() <= 0.05:
+        raise WrongError(f"the picture is saturated: its standard deviation is {reference.std():.3f}")
+    allowed = TWICE * relative_error(slow["diffusers bf16"](image), reference)
     estimators = {
         f"{backend} {precision}": Estimator(folder / precision, backend=backend, check_digests=False)
         for precision, backend in (("fp32", "onnxruntime"), ("bf16", "openvino"))  # more do not fit 24 GiB
     }
     errors = {
-        name: relative_error(estimator(image).require_prediction("depth"), wanted)
+        name: relative_error(estimator(image).require_prediction("depth"), reference)
         for name, estimator in estimators.items()
     }
     for name, error in errors.items():

@@ -69,7 +69,7 @@ class Check:
             "steps": {},
         }
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds of the budget that are left."""
         return self._end - time.monotonic()
 
@@ -82,7 +82,7 @@ class Check:
         good = True
         for name, step in steps.items():
             started = time.monotonic()
-            if self.left() < 30:
+            if self.seconds_left() < 30:
                 entry: dict[str, Any] = {"skipped": "no time left"}
             else:
                 try:
@@ -107,7 +107,7 @@ def tests(check: Check) -> dict[str, Any]:
     if find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     process = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.left() / 2)
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, check.seconds_left() / 2)
     )
     check.output.with_suffix(".tests.txt").write_text(process.stdout)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", process.stdout)}
@@ -161,7 +161,7 @@ def models(check: Check) -> dict[str, Any]:
         raise RuntimeError("the numbers are wrong, so no speed is measured")
     weights = _weights(check)
     sizes = SIZES if not check.small else (Size(64, 48),)
-    comparisons = [gpu_models.Comparison(weights, size, check.runs(7), check.left) for size in sizes]
+    comparisons = [gpu_models.Comparison(weights, size, check.runs(7), check.seconds_left) for size in sizes]
     for compiled in (False,) if check.quick else (False, True):
         for comparison in comparisons:
             comparison.measure(compiled=compiled)
@@ -170,7 +170,9 @@ def models(check: Check) -> dict[str, Any]:
 
 def fiffdepth(check: Check) -> dict[str, Any]:
     """Full-size FiffDepth at 512x512."""
-    comparison = gpu_fiffdepth.compare(check.device, check.small, check.runs(15), check.left, compiled=not check.quick)
+    comparison = gpu_fiffdepth.compare(
+        check.device, check.small, check.runs(15), check.seconds_left, compiled=not check.quick
+    )
     wrong = [name for name, row in comparison["contenders"].items() if "failed" in row]
     return comparison | ({"failed": f"out of bounds: {', '.join(wrong)}"} if wrong else {})
 

@@ -76,7 +76,9 @@ def _folded(exact: Pipeline) -> Pipeline:
 
 @torch.inference_mode()
 @settings()
-def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, compiled: bool) -> dict[str, Any]:
+def compare(
+    device: str, small: bool, runs: int, seconds_left: Callable[[], float], *, compiled: bool
+) -> dict[str, Any]:
     """Milliseconds of every contender at 512x512, and an image of batches of ours; wrong numbers get no speed."""
     side = 64 if small else SIDE
     rgb = random_image(side, side, seed=2).to(device)
@@ -96,7 +98,7 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
     for name, make in contenders.items():
         if name.endswith("compiled") and not compiled:
             continue
-        if left() < 60:
+        if seconds_left() < 60:
             rows[name] = {"skipped": "no time left"}
             continue
         network = make()
@@ -115,7 +117,9 @@ def compare(device: str, small: bool, runs: int, left: Callable[[], float], *, c
         if "ms" in row:
             row["tflop_per_s_of_folded_work"] = work / row["ms"] / 1e9
     report = {"side": side, "folded_tflop": work / 1e12, "goal_ms": GOAL_MS, "limit": limit, "contenders": rows}
-    return report | {"ms an image of a batch": _batches(_device_network(folded, side, device), rgb, device, runs, left)}
+    return report | {
+        "ms an image of a batch": _batches(_device_network(folded, side, device), rgb, device, runs, seconds_left)
+    }
 
 
 def _means(network: DeviceNetwork) -> Network:
@@ -124,11 +128,11 @@ def _means(network: DeviceNetwork) -> Network:
 
 
 def _batches(
-    network: DeviceNetwork, rgb: Tensor, device: str, runs: int, left: Callable[[], float]
+    network: DeviceNetwork, rgb: Tensor, device: str, runs: int, seconds_left: Callable[[], float]
 ) -> dict[str, float]:
     milliseconds = {}
     for count in BATCHES:
-        if left() > 45:
+        if seconds_left() > 45:
             replay, images = network.recorded(count), rgb.repeat(count, 1, 1, 1)
             seconds = sorted(seconds_of(partial(replay, images), device, runs))
             milliseconds[str(count)] = 1e3 * seconds[len(seconds) // 2] / count

@@ -34,20 +34,20 @@ def floor_ms(manifest: Manifest) -> float:
 
 def measure(bundle: Path, device: str, runs: int) -> dict[str, Any]:
     """Milliseconds of an image before and after, and what is saved as a share of the floor; by row."""
-    manifest, found = read_manifest(bundle), dict[str, Any]()
+    manifest, rows = read_manifest(bundle), dict[str, Any]()
     for row in BACKENDS:
         if not row.available():
             continue
         try:
             backend = _opened(row.name, bundle, manifest, device)
         except DensegeoError as error:
-            found[row.name] = {"refused": str(error).partition("\n")[0][:200]}
+            rows[row.name] = {"refused": str(error).partition("\n")[0][:200]}
             continue
         try:
-            found |= {f"{row.name}: {name}": timed for name, timed in _rows(backend, manifest, runs).items()}
+            rows |= {f"{row.name}: {name}": timed for name, timed in _rows(backend, manifest, runs).items()}
         finally:
             backend.close()
-    return found
+    return rows
 
 
 def _opened(name: str, bundle: Path, manifest: Manifest, device: str) -> FrameBackend:
@@ -67,9 +67,9 @@ def _opened(name: str, bundle: Path, manifest: Manifest, device: str) -> FrameBa
 def _rows(backend: FrameBackend, manifest: Manifest, runs: int) -> dict[str, Any]:
     image = generated_image(manifest.buckets[0])
     host, whole = (partial(_through, way, image) for way in (HostWay(backend, manifest), DeviceWay(backend, manifest)))
-    maps, wanted = whole().named(), host().named()
-    for name, made in maps.items():
-        off, bound = relative_error(made, wanted[name]), FACTOR * manifest.verification.bounds[name]
+    device_maps, host_maps = whole().named(), host().named()
+    for name, device_map in device_maps.items():
+        off, bound = relative_error(device_map, host_maps[name]), FACTOR * manifest.verification.bounds[name]
         if not off <= bound:
             return {
                 "on the device": {"failed": f"{name} is off by {off:.1e} from the host's, the bound is {bound:.1e}"}

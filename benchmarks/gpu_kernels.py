@@ -110,8 +110,13 @@ def measure(case: Case, device: str, runs: int) -> dict[str, float]:
 
     alone = median_seconds(once, device, runs) / count
     seconds = alone if device == "cpu" else median_seconds(_recorded(once), device, runs) / count
-    moved = size + written
-    return {"us": 1e6 * seconds, "us_launched": 1e6 * alone, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
+    moved_bytes = size + written
+    return {
+        "us": 1e6 * seconds,
+        "us_launched": 1e6 * alone,
+        "bytes": moved_bytes,
+        "gb_per_s": moved_bytes / seconds / 1e9,
+    }
 
 
 def _recorded(work: Callable[[], object]) -> Callable[[], object]:

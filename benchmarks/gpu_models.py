@@ -223,8 +223,8 @@ class Comparison:
     left: seconds that may still be used; contenders that no longer fit are listed as skipped.
     """
 
-    def __init__(self, weights: Weights, size: Size, runs: int, left: Callable[[], float]) -> None:
-        self._weights, self._size, self._runs, self._left = weights, size, runs, left
+    def __init__(self, weights: Weights, size: Size, runs: int, seconds_left: Callable[[], float]) -> None:
+        self._weights, self._size, self._runs, self._seconds_left = weights, size, runs, seconds_left
         self._rgb = random_image(*size, seed=2).to(weights.device)
         self._reference: Tensor | None = None
         self._rows: dict[str, Any] = {}
@@ -236,7 +236,7 @@ class Comparison:
         for name, make in contenders(self._weights, self._size, self._rgb).items():
             if name.endswith("compiled") != compiled:
                 continue
-            if self._left() < 60:
+            if self._seconds_left() < 60:
                 self._rows[name] = {"skipped": "no time left"}
                 continue
             try:

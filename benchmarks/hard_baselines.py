@@ -51,13 +51,13 @@ PRECISIONS = ("fp32", "bf16")
 def race(folder: Path, checkpoint: Path, precision: str, size: int, runs: int, ceiling_size: int) -> dict[str, Any]:
     """All contenders of one precision. Raises WrongError before anything is timed."""
     image, dtype = patches(size, seed=100), DTYPES[precision]
-    wanted = diffusers_pipeline(checkpoint, torch.float32)(image)
-    if wanted.std() <= 0.05:
-        raise WrongError(f"the picture is saturated: its standard deviation is {wanted.std():.3f}")
+    reference = diffusers_pipeline(checkpoint, torch.float32)(image)
+    if reference.std() <= 0.05:
+        raise WrongError(f"the picture is saturated: its standard deviation is {reference.std():.3f}")
     contenders: dict[str, Run] = {
         name: diffusers_pipeline(checkpoint, dtype, **options) for name, options in DIFFUSERS.items()
     }
-    plain = relative_error(contenders["diffusers as loaded"](image), wanted)
+    plain = relative_error(contenders["diffusers as loaded"](image), reference)
     work = dict.fromkeys(contenders, flops(lambda: contenders["diffusers as loaded"](image)))
     built = build_bundle(
         BuildOptions(
@@ -77,7 +77,7 @@ def race(folder: Path, checkpoint: Path, precision: str, size: int, runs: int, c
             (bucket,) = estimator.manifest.buckets
             work[name] = sum(getattr(bucket, stage).flops for stage in STAGES)
     bound = EXACT if dtype == torch.float32 else TWICE * plain
-    errors = {name: relative_error(run(image), wanted) for name, run in contenders.items()}
+    errors = {name: relative_error(run(image), reference) for name, run in contenders.items()}
     for name, error in errors.items():
         if not error <= bound:
             raise WrongError(
@@ -85,19 +85,25 @@ def race(folder: Path, checkpoint: Path, precision: str, size: int, runs: int, c
             )
     calls = {name: (lambda run=run: run(image)) for name, run in contenders.items()}
     times = interleaved(calls, runs, warm_up=1)
-    most = ceiling(dtype, size=ceiling_size, runs=runs)
+    ceiling_flops = ceiling(dtype, size=ceiling_size, runs=runs)
     best = min(HARD, key=lambda name: float(np.median(times[name])))
     rows = {
         name: {
             **summary(seconds),
             "error": errors[name],
             "gflop": work[name] / 1e9,
-            "of_ceiling": work[name] / float(np.median(seconds)) / most,
+            "of_ceiling": work[name] / float(np.median(seconds)) / ceiling_flops,
             "speedup": speedup(times[best], seconds),
         }
         for name, seconds in times.items()
     }
-    return {"precision": precision, "bound": bound, "ceiling_gflops": most / 1e9, "against": best, "rows": rows}
+    return {
+        "precision": precision,
+        "bound": bound,
+        "ceiling_gflops": ceiling_flops / 1e9,
+        "against": best,
+        "rows": rows,
+    }
 
 
 def run(
@@ -110,20 +116,20 @@ def run(
     machine, console = environment(LIBRARIES), Console()
     checkpoint = folder / f"checkpoint-{narrower}"
     write_checkpoint(checkpoint, narrower)
-    found = []
+    races = []
     for precision in precisions:
-        found.append(race(folder, checkpoint, precision, size, runs, ceiling_size))
-        console.print(table_of(found[-1]))
+        races.append(race(folder, checkpoint, precision, size, runs, ceiling_size))
+        console.print(table_of(races[-1]))
         if json_file is not None:
             report = {"benchmark": "hard baselines", "size": [size, size], "narrower": narrower, "runs": runs}
-            write_json(json_file, {**report, "races": found, **machine})
+            write_json(json_file, {**report, "races": races, **machine})
 
 
-def table_of(found: dict[str, Any]) -> Table:
+def table_of(race: dict[str, Any]) -> Table:
     """One line a contender."""
-    title = f"{found['precision']}; the machine's ceiling: {found['ceiling_gflops']:.0f} GFLOP/s"
-    table = Table("", "median", f"times as fast as {found['against']}", "of the ceiling", "error", title=title)
-    for name, row in found["rows"].items():
+    title = f"{race['precision']}; the machine's ceiling: {race['ceiling_gflops']:.0f} GFLOP/s"
+    table = Table("", "median", f"times as fast as {race['against']}", "of the ceiling", "error", title=title)
+    for name, row in race["rows"].items():
         ratio = f"{row['speedup']['median']:.2f}"
         table.add_row(name, f"{row['median_ms']:.0f} ms", ratio, f"{row['of_ceiling']:.0%}", f"{row['error']:.1e}")
     return table

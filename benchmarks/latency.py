@@ -113,14 +113,16 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         together = {str(count): _batched(estimator, source, count, runs) for count in _batches(estimator, bucket)}
         used_backend, used_device = estimator.backend, estimator.device
     stages = summarise(samples, bucket, len(manifest.decode.outputs))
-    facts = environment(("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt-rtx-cu13"))
+    environment_fields = environment(
+        ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt-rtx-cu13")
+    )
     throttled = monitor.readings.throttled if monitor.readings is not None else None
     conditions = Conditions(
         runs=runs, variation=stages["total"].variation, others=others.share, throttled=throttled or []
     )
-    total, name = stages["total"], device_name(used_device, facts["machine"])
-    kept = measured(manifest, bucket, used_backend, name, total.p50, total.p90, conditions)
-    remember(kept)
+    total, name = stages["total"], device_name(used_device, environment_fields["machine"])
+    record = measured(manifest, bucket, used_backend, name, total.p50, total.p90, conditions)
+    remember(record)
     latency = Latency(
         bundle=bundle.resolve().name,
         model=manifest.model,
@@ -142,9 +144,9 @@ def run(bundle: Path, *, image: Path | None, runs: int, backend: str, device: st
         ceiling_gflops=matmul_gflops(),
         worst_error=max(check.error for check in verdict.served),
         error_bound=max(check.bound for check in verdict.served),
-        **facts,
+        **environment_fields,
     )
-    return latency, kept
+    return latency, record
 
 
 def device_name(device: str, machine: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def bench(
     Of several, one that cannot run, or whose numbers come out wrong, is said so, and the others go on. Raises
     BackendError for it at the end, ThrottledError for a comparison of throttled runs, and ResourceError.
     """
-    console, results, kept, failed = Console(), list[Latency](), list[Measured](), list[str]()
+    console, results, records, failed = Console(), list[Latency](), list[Measured](), list[str]()
     pairs = list(product(bundles, backends))
     for bundle in bundles:
         read_manifest(bundle)  # the last one's path is wrong? Say so now, not after hours
@@ -48,14 +48,14 @@ def bench(
             console.print(f"[yellow]{escape(failed[-1])} is left out:[/] {escape(str(error))}\n", soft_wrap=True)
             continue
         results.append(result)
-        kept.append(record)
+        records.append(record)
         print_latency(result, console)
         if json_file is not None:
             write_results(json_file, results)
     if len(results) > 1:
         names = [result.bundle for result in results]
         print_comparison(list(zip(names, results, strict=True)), console)
-    for line in dict.fromkeys(line for bundle in bundles for line in advice(read_manifest(bundle), kept)):
+    for line in dict.fromkeys(line for bundle in bundles for line in advice(read_manifest(bundle), records)):
         console.print(line, soft_wrap=True)
     if failed:
         raise BackendError(f"{len(failed)} of {len(pairs)} were not timed: {'; '.join(failed)}")
@@ -116,12 +116,12 @@ def _speeds(by_count: dict[str, float]) -> str:
 def gpu_in_words(gpu: GpuReadings) -> str:
     """ "310 W (280 to 350), 1755 MHz (1700 to 1980), 66 °C at most, not throttled"."""
 
-    def said(reading: Reading | None, unit: str) -> str:
+    def in_words(reading: Reading | None, unit: str) -> str:
         if reading is None:
             return f"{unit} unknown"
         return f"{reading.mean:.0f} {unit} ({reading.least:.0f} to {reading.most:.0f})"
 
-    words = [said(gpu.watts, "W"), said(gpu.sm_mhz, "MHz")]
+    words = [in_words(gpu.watts, "W"), in_words(gpu.sm_mhz, "MHz")]
     words.append("temperature unknown" if gpu.celsius is None else f"{gpu.celsius.most:.0f} °C at most")
     if gpu.memory_bytes is not None:
         words.append(f"{gpu.memory_bytes / 2**30:.1f} GiB in use")

@@ -76,8 +76,8 @@ def _followed(
         if gap is not None:
             series["error"].append(float(np.nanmean(np.abs(np.expm1(gap)))))
             if last is not None and row.motion is not None and before is not None:
-                here, there = fixed_points(view, before, row.motion)
-                change = gap[here] - last[there]
+                current_pixels, former_pixels = fixed_points(view, before, row.motion)
+                change = gap[current_pixels] - last[former_pixels]
                 series["jump"].append(float(np.nanmean(np.abs(change))))
                 series["line"].append(float(abs(np.nanmedian(change))))
         last, before = gap, view

@@ -106,8 +106,10 @@ def _anchors(record: Record) -> list[str]:
     cells = {(row["anchors"], row["outliers"]): row for row in record["anchors"]}
     rows = []
     for count in sorted({row["anchors"] for row in record["anchors"]}):
-        mine = [cells[count, share] for share in wrong]
-        shown = [f"{row['over_best_line']:.2f}" + (f" ({row['refused']})" if row["refused"] else "") for row in mine]
+        row_cells = [cells[count, share] for share in wrong]
+        shown = [
+            f"{row['over_best_line']:.2f}" + (f" ({row['refused']})" if row["refused"] else "") for row in row_cells
+        ]
         rows.append([count, *shown])
     return _table(["anchors", *(f"{share:.0%} wrong" for share in wrong)], rows)
 

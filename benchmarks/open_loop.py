@@ -90,12 +90,12 @@ def percentiles(latencies: NDArray[np.float64]) -> dict[str, float]:
 
 def row(run: Run, service: float) -> dict[str, Any]:
     """What a run showed, beside the ideal queue."""
-    mine, ideal = percentiles(run.latencies), percentiles(queue(run.due, service))
+    actual, ideal = percentiles(run.latencies), percentiles(queue(run.due, service))
     return {
         "requests": len(run.due),
         "failed": run.failed,
-        "latency_ms": mine,
+        "latency_ms": actual,
         "queue_ms": ideal,
-        "to_queue": {name: mine[name] / ideal[name] for name in mine},
+        "to_queue": {name: actual[name] / ideal[name] for name in actual},
         "generator_busy": run.busy / run.seconds,
     }

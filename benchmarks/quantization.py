@@ -106,23 +106,23 @@ def plan(
     )
 
 
-def make_plans(bundle: Path, images: Path, folder: Path, wanted: set[tuple[str, str]]) -> None:
+def make_plans(bundle: Path, images: Path, folder: Path, planned: set[tuple[str, str]]) -> None:
     """The plans of the calibrations and formats that are wanted, each in its folder."""
     for kind in ("fp8", "int8"):
-        if ("planned", kind) in wanted:
+        if ("planned", kind) in planned:
             plan(bundle, images, folder / "planned", kind)
-    if ("attention", "fp8") in wanted:
+    if ("attention", "fp8") in planned:
         plan(bundle, images, folder / "attention", "fp8", attention=True)
-    if ("naive", "fp8") in wanted:
+    if ("naive", "fp8") in planned:
         plan(bundle, images, folder / "naive", "fp8", "max", everything=True)
-    if wanted.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):
+    if planned.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):
         return
     plan(bundle, images, folder / "convolutions", "int8", convolutions=True)
     for name, options in (
         ("budget", {"max_normal_error": BUDGET, "twice": True}),
         ("7-bit", {"weight_bits": 7}),
     ):
-        if (name, "int8") in wanted:
+        if (name, "int8") in planned:
             shutil.copytree(folder / "convolutions", folder / name, dirs_exist_ok=True)  # the same statistics
             plan(bundle, images, folder / name, "int8", convolutions=True, **options)
 
@@ -134,14 +134,14 @@ def run(folder: Path, count: int, views: int, only: list[str], json_file: Path |
     images = folder / "images"
     render_images(images, count)
     float_bundle = build_bundle(BuildOptions(model=MODEL, output=folder / "fp32"))
-    wanted = [name for name in BUNDLES if not only or name in only or name == EXACT]
-    left_out = [name for name in wanted if needs_bf16(name) and not this_machine().cpu_bf16]
-    wanted = [name for name in wanted if name not in left_out]
-    make_plans(float_bundle, images, folder, {(BUNDLES[name][2], BUNDLES[name][0]) for name in wanted})
+    names = [name for name in BUNDLES if not only or name in only or name == EXACT]
+    left_out = [name for name in names if needs_bf16(name) and not this_machine().cpu_bf16]
+    names = [name for name in names if name not in left_out]
+    make_plans(float_bundle, images, folder, {(BUNDLES[name][2], BUNDLES[name][0]) for name in names})
     split, shares, places = synthetic_split(views), dict[str, dict[str, float]](), {}
     console = Console(width=180)
     console.print(f"left out, because this processor has no bf16: {', '.join(left_out) or 'none'}")
-    for name in wanted:
+    for name in names:
         precision, base, calibration, backend = BUNDLES[name]
         options = BuildOptions(
             model=MODEL,
@@ -190,10 +190,10 @@ def change_table(changes: dict[str, dict[str, float]], shares: dict[str, dict[st
     """One line a precision: how much is in 8 bits, and what that changes."""
     head = "8-bit linears", "8-bit convolutions", "in two products"
     table = Table("", *head, "AbsRel", "normals' error", "normals moved", "worst view")
-    for name, found in changes.items():
+    for name, change in changes.items():
         amounts = (f"{share:.1%}" if share else "" for share in shares.get(name, dict.fromkeys(head, 0.0)).values())
-        degrees = (f"{found['normals']:+.3f}°", f"{found['moved']:.2f}°", f"{found['moved_worst']:.2f}°")
-        table.add_row(name, *amounts, f"{found['abs_rel']:+.2%}", *degrees)
+        degrees = (f"{change['normals']:+.3f}°", f"{change['moved']:.2f}°", f"{change['moved_worst']:.2f}°")
+        table.add_row(name, *amounts, f"{change['abs_rel']:+.2%}", *degrees)
     return table
 
 
@@ -223,13 +223,13 @@ def scored(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("views", total=split.count)
         rows = evaluate(split, [(name, predictor(name)) for name in places], lambda: progress.advance(task))
-    kept = []
+    scored_rows = []
     for row, estimator in zip(rows, estimators.values(), strict=True):
         manifest = estimator.manifest
-        facts = {"model": manifest.model, "precision": manifest.precision, "rewrites": manifest.rewrites}
-        kept.append(msgspec.structs.replace(row, backend=estimator.backend, device=estimator.device, **facts))
+        fields = {"model": manifest.model, "precision": manifest.precision, "rewrites": manifest.rewrites}
+        scored_rows.append(msgspec.structs.replace(row, backend=estimator.backend, device=estimator.device, **fields))
         estimator.close()
-    return kept, {
+    return scored_rows, {
         name: {"moved": statistics.mean(views), "moved_worst": max(views)} for name, views in angles_of.items()
     }
 

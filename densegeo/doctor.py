@@ -149,9 +149,9 @@ def broken() -> str:
     """What keeps densegeo itself from working, tried by importing its runtime and looking for its parts; or ""."""
     remedy = "Install densegeo again, from a wheel or from a checkout with symbolic links."
     try:
-        lost = [name for name in _FOLDERS if find_spec(f"densegeo.{name}") is None]
-        if lost:
-            return f"This installation lacks densegeo.{', densegeo.'.join(lost)}. {remedy}"
+        missing_folders = [name for name in _FOLDERS if find_spec(f"densegeo.{name}") is None]
+        if missing_folders:
+            return f"This installation lacks densegeo.{', densegeo.'.join(missing_folders)}. {remedy}"
         import_module("densegeo.runtime")
     except Exception as error:  # whatever an import can raise is a finding
         return f"densegeo.runtime cannot be imported: {error}. {remedy}"
@@ -189,11 +189,13 @@ def _examined(row: BackendRow, has_gpu: bool, verified: Sequence[Finding]) -> li
 def _tried(row: BackendRow, devices: Sequence[str], installed: str, verified: Sequence[Finding]) -> Backend:
     """A backend that is not run here, on some kinds of device: as `densegeo verify` last found it, if it did."""
     label = _label(row, devices)
-    here = [one for one in verified if one.backend == row.name and one.device.partition(":")[0] in devices]
-    if good := [one for one in here if one.good]:
-        latest = max(good, key=lambda one: one.when)
+    on_these_devices = [
+        finding for finding in verified if finding.backend == row.name and finding.device.partition(":")[0] in devices
+    ]
+    if passing := [finding for finding in on_these_devices if finding.good]:
+        latest = max(passing, key=lambda finding: finding.when)
         return Backend(label, installed, "yes", f"verified on {latest.device}, {latest.when}")
-    if here:
+    if on_these_devices:
         return Backend(label, installed, "no", "no bundle that was verified with it passed: see above")
     tells = f"`densegeo verify BUNDLE --backend {row.name}` tells"
     return Backend(label, installed, "untried", f"{row.untried}: {tells}")
@@ -323,8 +325,8 @@ def print_report(report: Report) -> None:
     extras = Table("extra", "for", "here", "install with", show_edge=False)
     for extra in report.extras:
         part = f"[yellow]without {', '.join(extra.lacks)}[/]" if extra.have else "no"
-        here = part if extra.lacks else "[green]yes[/]"
-        extras.add_row(extra.name, extra.purpose, here, escape(extra.install))
+        state = part if extra.lacks else "[green]yes[/]"
+        extras.add_row(extra.name, extra.purpose, state, escape(extra.install))
     console.print("", extras, sep="\n")
     for warning in report.warnings:
         console.print(f"[bold yellow]warning[/] {escape(warning)}")

@@ -34,7 +34,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     When the block raises, the folder is removed, and the parent with it where that was made. Raises OSError.
     """
-    made = not path.parent.exists()
+    parent_is_new = not path.parent.exists()
     partial = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
     partial.mkdir(parents=True)
     try:
@@ -42,7 +42,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         put_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if made:
+        if parent_is_new:
             shutil.rmtree(path.parent, ignore_errors=True)
         raise
 

@@ -29,7 +29,7 @@ from densegeo.inputs import Input, is_live
 from densegeo.records import Results, source_record
 from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.pictures import Span
-from densegeo.signals import told
+from densegeo.signals import ending_on_signal
 
 log = logging.getLogger("densegeo")
 
@@ -60,7 +60,7 @@ def run_films(
     for item in items:
         stops: list[KeyboardInterrupt] = []
         try:
-            with tally.notices.about(item.path) as warnings, told(stops.append):
+            with tally.notices.about(item.path) as warnings, ending_on_signal(stops.append):
                 count = _Film(estimator, item, making, results, tally, options, warnings).make(advance, stops)
         except FATAL:
             raise

@@ -46,13 +46,13 @@ def inputs_of(arguments: list[str], list_file: str | None, output: Path, making:
     from densegeo.inputs import find_inputs, read_list
 
     try:
-        named = [argument for argument in arguments if argument != "-"]
+        stated_paths = [argument for argument in arguments if argument != "-"]
         listed = [path for name in arguments if name == "-" for path in read_list(name)]
         if list_file is not None:
             listed += read_list(list_file)
-        if not named and not listed:
+        if not stated_paths and not listed:
             raise ImageError("There is nothing to work on: name images or folders, or a list with --list.")
-        found_inputs = find_inputs(named, output, listed)
+        found_inputs = find_inputs(stated_paths, output, listed)
     except ImageError as error:
         raise typer.BadParameter(str(error), param_hint="INPUTS") from error
     if any(item.film for item in found_inputs.inputs) and not installed(FILM_MODULE):
@@ -83,8 +83,8 @@ def ray_of(
     require_ray(address, device, cpus or 1, "actor", "pyarrow")
     from densegeo.fleet.ray_inference import INTO, TREE, RayOptions
 
-    for option, given in of_films.items():
-        if given:
+    for option, film_value in of_films.items():
+        if film_value:
             raise typer.BadParameter("is about films and cameras, which run without --ray.", param_hint=option)
     chosen = choice("--into", into or TREE, INTO)
     if chosen != TREE and overwrite:
@@ -93,8 +93,8 @@ def ray_of(
     return RayOptions(address, actors, cpus or 1, chosen)
 
 
-def require_ray(address: str, device: str, cpus: int, what: str, *modules: str) -> None:
-    """What can be said of --ray before anything is started. what: the processes' name, see `ray_cluster.share`.
+def require_ray(address: str, device: str, cpus: int, process: str, *modules: str) -> None:
+    """What can be said of --ray before anything is started. process: its name, see `ray_cluster.share`.
 
     modules: what is needed beside Ray.
     """
@@ -107,7 +107,7 @@ def require_ray(address: str, device: str, cpus: int, what: str, *modules: str) 
         raise typer.BadParameter("say local, auto, or the address of a cluster.", param_hint="--ray")
     try:
         require_reachable(address)
-        require_here(address, device, cpus, what)
+        require_here(address, device, cpus, process)
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--ray") from error
 

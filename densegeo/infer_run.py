@@ -141,16 +141,16 @@ def _todo(items: list[Input], results: Results, job: Run, tally: Tally) -> list[
                 "choose another folder.",
                 param_hint="--skip-existing",
             )
-        whole = [item for item, state in states.items() if state == "whole"]
-        if whole:
-            tally.skipped["done before"] = len(whole)
-            if refused := sum(map(results.refused, whole)):
+        complete = [item for item, state in states.items() if state == "whole"]
+        if complete:
+            tally.skipped["done before"] = len(complete)
+            if refused := sum(map(results.refused, complete)):
                 tally.skipped["frames that were refused when their films were done"] = refused
         return [item for item, state in states.items() if state != "whole"]
-    if there := [item for item in items if results.existing(item)]:
+    if existing := [item for item in items if results.existing(item)]:
         raise typer.BadParameter(
-            f"{len(there)} of {len(items)} results are in {job.output} already (the first: "
-            f"{results.existing(there[0])[0]}). Keep them with --skip-existing, replace them with --overwrite, or "
+            f"{len(existing)} of {len(items)} results are in {job.output} already (the first: "
+            f"{results.existing(existing[0])[0]}). Keep them with --skip-existing, replace them with --overwrite, or "
             "choose another folder.",
             param_hint="--output",
         )

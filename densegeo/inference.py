@@ -19,7 +19,7 @@ from densegeo.notices import Notices, warn_if_empty
 from densegeo.records import Results, source_record
 from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
-from densegeo.signals import told
+from densegeo.signals import ending_on_signal
 
 # What would hit every further image alike: the run ends.
 FATAL = (BackendTimeoutError, BundleError, ShutdownError)
@@ -141,7 +141,7 @@ def run_images(
 
     threads = [threading.Thread(target=work, name=f"densegeo-infer-{index}") for index in range(workers)]
     running, fault = len(threads), None
-    with told(ended.put):  # a signal waits in the line of outcomes, so that none of them is lost
+    with ending_on_signal(ended.put):  # a signal waits in the line of outcomes, so that none of them is lost
         for thread in threads:
             thread.start()
         while running:

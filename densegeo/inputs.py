@@ -63,10 +63,10 @@ def find_inputs(arguments: Sequence[str], output: Path, listed: Sequence[str] = 
         if is_stream(argument):
             streams.append(argument)
             continue
-        before, left = len(files), result.skipped.total()
+        files_before, skipped_before = len(files), result.skipped.total()
         for root, path in _expand(argument, output, result.skipped):
             files.setdefault(path, root)
-        if len(files) == before and result.skipped.total() == left and not _is_listed(argument, files):
+        if len(files) == files_before and result.skipped.total() == skipped_before and not _is_listed(argument, files):
             if position >= len(arguments):
                 path = os.path.abspath(argument)
                 files[path] = os.path.dirname(path)
@@ -163,13 +163,13 @@ def _expand_remote(url: str, stored: dict[str, str], skipped: Counter[str], *, l
         stored.setdefault(url, os.path.dirname(url))
         return
     try:
-        there = remote.find(url)
+        files = remote.find(url)
     except OSError as error:
         raise ImageError(f"{url} cannot be listed: {error.strerror or error}.") from error
-    if not there:
+    if not files:
         raise ImageError(f"{url} matches no image: there is nothing of that name.")
-    for path in there:
-        single = there == [path] and path.rstrip("/").endswith(url.partition("://")[2].strip("/"))
+    for path in files:
+        single = files == [path] and path.rstrip("/").endswith(url.partition("://")[2].strip("/"))
         reason = None if single and not is_film(path) else _against_name(path)
         if reason is None:
             stored.setdefault(path, os.path.dirname(path) if single else url.rstrip("/"))
@@ -179,7 +179,7 @@ def _expand_remote(url: str, stored: dict[str, str], skipped: Counter[str], *, l
 
 def _walk(root: str, output: Path, skipped: Counter[str]) -> Iterator[str]:
     """The images below a folder, in order; links are followed, each folder once."""
-    own = os.path.realpath(output)
+    output_folder = os.path.realpath(output)
     visited: set[str] = set()
 
     def unreadable(error: OSError) -> None:
@@ -187,8 +187,8 @@ def _walk(root: str, output: Path, skipped: Counter[str]) -> Iterator[str]:
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
-        if real in visited or (real == own and folder != root):
-            skipped["output folder" if real == own else "folders seen before, through a link"] += 1
+        if real in visited or (real == output_folder and folder != root):
+            skipped["output folder" if real == output_folder else "folders seen before, through a link"] += 1
             folders.clear()
             continue
         visited.add(real)
@@ -240,15 +240,15 @@ def unique_names(images: Sequence[tuple[str, str]]) -> list[str]:
     """
     plain = [os.path.splitext(relative)[0].replace(os.sep, "/") for relative, _ in images]
     counts = Counter(name.lower() for name in plain)
-    taken = {name for name, count in counts.items() if count == 1}
+    used_names = {name for name, count in counts.items() if count == 1}
     names = []
     for (relative, _), name in zip(images, plain, strict=True):
         if counts[name.lower()] > 1:
             full = relative.replace(os.sep, "/")
             number, name = 1, full
-            while name.lower() in taken:
+            while name.lower() in used_names:
                 number += 1
                 name = f"{full}_{number}"
-            taken.add(name.lower())
+            used_names.add(name.lower())
         names.append(name)
     return names

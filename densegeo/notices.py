@@ -91,7 +91,7 @@ class Notices(Heard):
     def _take(self, text: str) -> None:
         super()._take(self._words(text))
 
-    def said(self, text: str, source: str) -> None:
+    def count(self, text: str, source: str) -> None:
         """Count what was warned of elsewhere."""
         self._new(text, source)
 

@@ -13,22 +13,22 @@ _LINE_S = 10.0  # between two lines of a log
 
 
 @contextmanager
-def progress(what: str, total: int | None, console: Console, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
+def progress(noun: str, total: int | None, console: Console, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
     """Gives what is called when one more is done. total: None where the end is not known."""
     if quiet:
         yield lambda: None
     elif console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn(noun), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(noun, total=total)
             yield lambda: bar.advance(task)
     else:
-        yield _Lines(what, total, console)
+        yield _Lines(noun, total, console)
 
 
 class _Lines:
-    def __init__(self, what: str, total: int | None, console: Console) -> None:
-        self._what, self._total, self._console = what, total, console
+    def __init__(self, noun: str, total: int | None, console: Console) -> None:
+        self._noun, self._total, self._console = noun, total, console
         self._done, self._started, self._last = 0, time.monotonic(), time.monotonic()
 
     def __call__(self) -> None:
@@ -38,10 +38,11 @@ class _Lines:
             return
         self._last = now
         speed = self._done / (now - self._started)
-        line = f"{self._done} {self._what}, {speed:.3g} a second"
+        line = f"{self._done} {self._noun}, {speed:.3g} a second"
         if self._total:
-            left = (self._total - self._done) / speed
-            line = f"{self._done} of {self._total} {self._what}, {speed:.3g} a second, about {_duration(left)} left"
+            seconds_left = (self._total - self._done) / speed
+            line = f"{self._done} of {self._total} {self._noun}, {speed:.3g} a second, "
+            line += f"about {_duration(seconds_left)} left"
         self._console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -65,8 +65,8 @@ class Results:
         """Names of those of an image's results, in this run's formats, that are there already."""
         folder, stem = self.where(item)
         possible = [file for files in self._expected_files(item) for file in files]
-        there = self._names(folder)
-        return [file for file in dict.fromkeys(f"{stem}_{file}" for file in (*possible, SIDECAR)) if file in there]
+        existing = self._names(folder)
+        return [file for file in dict.fromkeys(f"{stem}_{file}" for file in (*possible, SIDECAR)) if file in existing]
 
     def state(self, item: Input) -> State:
         """What is there of an image's result. An image of the size and time of change that were recorded is taken for
@@ -80,13 +80,13 @@ class Results:
             return "stale" if self.existing(item) else "absent"
         try:
             record = sidecar["source"]
-            same = _is_of(record, item.path)
-            ours = record["bundle"]["sha256"] == self.maker["bundle"]["sha256"]
-            ours = ours and record["options"] == self.maker["options"]
-            if not ours or not (same or record["path"] == item.path):
+            same_source = _is_of(record, item.path)
+            same_maker = record["bundle"]["sha256"] == self.maker["bundle"]["sha256"]
+            same_maker = same_maker and record["options"] == self.maker["options"]
+            if not same_maker or not (same_source or record["path"] == item.path):
                 return "foreign"
             formats = set(self.maker["formats"]) <= set(record["formats"])
-            return "whole" if same and formats and self._complete(item) else "stale"
+            return "whole" if same_source and formats and self._complete(item) else "stale"
         except (OSError, ValueError, KeyError, TypeError):  # not made by this command
             return "foreign"
 
@@ -95,8 +95,8 @@ class Results:
         folder, stem = self.where(item)
         if not (folder / f"{stem}_{SIDECAR}").exists():
             return []
-        now = Results(self.folder, self.maker)
-        return now.existing(item) if now.state(item) == "whole" else []
+        current = Results(self.folder, self.maker)
+        return current.existing(item) if current.state(item) == "whole" else []
 
     def refused(self, item: Input) -> int:
         """Frames that were left out of a film that is whole."""
@@ -150,8 +150,8 @@ class Results:
     def _complete(self, item: Input) -> bool:
         """Whether all formats of this run are there."""
         folder, stem = self.where(item)
-        there = self._names(folder)
-        return all(any(f"{stem}_{file}" in there for file in group) for group in self._expected_files(item))
+        existing = self._names(folder)
+        return all(any(f"{stem}_{file}" in existing for file in group) for group in self._expected_files(item))
 
     def _expected_files(self, item: Input) -> list[Sequence[str]]:
         """Groups of files, of each of which a whole result has some."""
@@ -170,10 +170,10 @@ class Results:
 def _is_of(record: Mapping[str, Any], path: str) -> bool:
     """Whether a result is of a file as it is now: of equal size and time of change, or else of equal content."""
     if remote.is_remote(path):
-        now = {"path": path, **remote.file_status(path)}
-        same = all(record[name] == value for name, value in now.items())
-        return same or bool(record["sha256"] == hashlib.sha256(remote.read(path)).hexdigest())
+        current = {"path": path, **remote.file_status(path)}
+        unchanged = all(record[name] == value for name, value in current.items())
+        return unchanged or bool(record["sha256"] == hashlib.sha256(remote.read(path)).hexdigest())
     status = os.stat(path)
-    now = {"path": path, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-    same = all(record[name] == value for name, value in now.items())
-    return same or bool(record["sha256"] == sha256_file(Path(path)))
+    current = {"path": path, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    unchanged = all(record[name] == value for name, value in current.items())
+    return unchanged or bool(record["sha256"] == sha256_file(Path(path)))

@@ -39,7 +39,7 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def told(notice: Callable[[KeyboardInterrupt], object]) -> Iterator[None]:
+def ending_on_signal(notice: Callable[[KeyboardInterrupt], object]) -> Iterator[None]:
     """Inside, the first Ctrl-C or SIGTERM is handed to `notice`, which the main thread calls between two of its steps;
     further ones raise.
     """
@@ -68,9 +68,9 @@ def _handled(
     def handle(number: int, frame: object) -> None:
         act(kinds[signal.Signals(number)]())
 
-    before = {number: signal.signal(number, handle) for number in kinds}
+    previous_handlers = {number: signal.signal(number, handle) for number in kinds}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

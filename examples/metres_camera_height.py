@@ -16,8 +16,8 @@ parser.add_argument("--height", type=float, required=True, help="of the camera o
 parser.add_argument(
     "--up", type=float, nargs=3, help="against gravity in the camera's frame (x right, y down, z forward)"
 )
-given = parser.parse_args()
+arguments = parser.parse_args()
 
-geometry = Estimator("fe2e-tiny")(given.image)
-camera = Camera.from_fov(given.fov, geometry.source_size)
-print(geometry.to_metric(camera, camera_height=given.height, up=given.up))
+geometry = Estimator("fe2e-tiny")(arguments.image)
+camera = Camera.from_fov(arguments.fov, geometry.source_size)
+print(geometry.to_metric(camera, camera_height=arguments.height, up=arguments.up))

@@ -18,11 +18,11 @@ parser.add_argument(
     "--pixel", type=float, nargs=2, required=True, help="column and row that the range finder points at"
 )
 parser.add_argument("--metres", type=float, required=True)
-given = parser.parse_args()
+arguments = parser.parse_args()
 
-geometry = Estimator("fe2e-tiny")(given.image)
-camera = Camera.from_fov(given.fov, geometry.source_size)
-metric = geometry.to_metric(camera, anchors=([given.pixel], [given.metres]))
+geometry = Estimator("fe2e-tiny")(arguments.image)
+camera = Camera.from_fov(arguments.fov, geometry.source_size)
+metric = geometry.to_metric(camera, anchors=([arguments.pixel], [arguments.metres]))
 assert metric.calibration is not None
 uncertainty = np.median(metric.calibration.uncertainty(metric.prediction[metric.valid]))
 print(metric)

@@ -61,18 +61,18 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
     ort = import_onnxruntime()
     model = onnx.load(path, load_external_data=False)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    wanted = [output.name for output in model.graph.output]
+    graph_outputs = [output.name for output in model.graph.output]
     chunks = list(_chunks(model, limit))
     fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
     last_use = {name: index for index, chunk in enumerate(chunks) for node in chunk for name in node.input}
     live: dict[str, Array] = dict(feeds)
     for index, chunk in enumerate(chunks):
-        made = {name for node in chunk for name in node.output if name}
-        used = {name for node in chunk for name in node.input if name}
-        inputs = sorted((used - made) & set(live))
-        outputs = sorted(name for name in made if last_use.get(name, -1) > index or name in wanted)
+        produced = {name for node in chunk for name in node.output if name}
+        consumed = {name for node in chunk for name in node.input if name}
+        inputs = sorted((consumed - produced) & set(live))
+        outputs = sorted(name for name in produced if last_use.get(name, -1) > index or name in graph_outputs)
         weights = []
-        for name in sorted(used & set(initializers)):
+        for name in sorted(consumed & set(initializers)):
             tensor = onnx.TensorProto()
             tensor.CopyFrom(initializers[name])
             if external_data_helper.uses_external_data(tensor):
@@ -96,8 +96,8 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
             options.add_session_config_entry(*AS_THEY_ARE)
         session = ort.InferenceSession(piece.SerializeToString(), options, providers=["CPUExecutionProvider"])
         live.update(zip(outputs, session.run(outputs, {name: live[name] for name in inputs}), strict=True))
-        live = {name: value for name, value in live.items() if last_use.get(name, -1) > index or name in wanted}
-    return [live[name] for name in wanted]
+        live = {name: value for name, value in live.items() if last_use.get(name, -1) > index or name in graph_outputs}
+    return [live[name] for name in graph_outputs]
 
 
 def _value_info(name: str, value: Array) -> onnx.ValueInfoProto:

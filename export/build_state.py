@@ -168,12 +168,14 @@ class State:
             return None
         if record.key != key:
             return None
-        whole = {name: file for name, file in record.files.items() if self._is_whole(name, file, progress)}
+        intact = {name: file for name, file in record.files.items() if self._is_whole(name, file, progress)}
         if isinstance(record, Engines):  # each for itself
-            engines = [engine for engine in record.engines if {engine.file, engine.log} <= whole.keys()]
+            engines = [engine for engine in record.engines if {engine.file, engine.log} <= intact.keys()]
             names = {name for engine in engines for name in (engine.file, engine.log)}
-            return msgspec.structs.replace(record, engines=engines, files={name: whole[name] for name in sorted(names)})
-        return record if len(whole) == len(record.files) else None
+            return msgspec.structs.replace(
+                record, engines=engines, files={name: intact[name] for name in sorted(names)}
+            )
+        return record if len(intact) == len(record.files) else None
 
     def _is_whole(self, name: str, expected: FileDigest, progress: Progress) -> bool:
         path = self.bundle / name

@@ -55,7 +55,7 @@ def choose(request: BuildRequest, machine: Machine, row: Preset) -> Choice:
         backend=backend.name,
         precision=precision,
         architectures=list(architectures),
-        what=_what(backend, precision, architectures, machine),
+        what=_in_words(backend, precision, architectures, machine),
         why=f"backend: {why}; precision: {because}",
         instead=_instead(backend, precision, machine),
     )
@@ -92,8 +92,8 @@ def _backend(request: BuildRequest, machine: Machine) -> tuple[BackendRow, str]:
         return NETWORKS, f"{lacks}, and this torch runs our kernels on {machine.gpu.name}"
     graphs = (row for row in BACKENDS if row.runs == "graphs" and "cuda" in row.devices and not row.verified_only)
     graphs = (row for row in graphs if row.convolutions or not request.convolutions)  # ONNX Runtime's CUDA has none
-    if (found := next((row for row in graphs if _installed(row, machine)), None)) is not None:
-        return found, f"{lacks}, and torch here is no CUDA build"
+    if (installed_row := next((row for row in graphs if _installed(row, machine)), None)) is not None:
+        return installed_row, f"{lacks}, and torch here is no CUDA build"
     return NETWORKS, f"{lacks}, and nothing else is installed"
 
 
@@ -101,15 +101,15 @@ def _on_cpu(precision: str, machine: Machine, *, convolutions: bool) -> tuple[Ba
     """The fastest backend on the CPU that can run this precision, which may be open, and perhaps 8-bit convolutions."""
     low = precision != AUTO and PRECISIONS[precision].base == LOW.name
     cpu = f"no GPU was found, the CPU has {'' if machine.cpu_bf16 else 'no '}{LOW.name} units"
-    passed: list[str] = []
+    reasons_against: list[str] = []
     # With units, or where it must be: those that have it first; else those that do without it.
     for row in sorted(_ON_CPU, key=lambda row: (LOW.name in row.precisions) != (machine.cpu_bf16 or low)):
         if not _installed(row, machine):
-            passed.append(f"{row.title} is not installed")
+            reasons_against.append(f"{row.title} is not installed")
         elif convolutions and not row.convolutions:
-            passed.append(f"{row.title} would run 8-bit convolutions slower than float32 ones")
+            reasons_against.append(f"{row.title} would run 8-bit convolutions slower than float32 ones")
         elif LOW.name in row.precisions or not low:
-            return row, ", and ".join([cpu, *(passed or [f"{row.title} is installed"])])
+            return row, ", and ".join([cpu, *(reasons_against or [f"{row.title} is installed"])])
     titles = " nor ".join(sorted((row.title for row in _ON_CPU), reverse=True))
     return NETWORKS, f"no GPU was found, and neither {titles} can run {LOW.name if low else 'it'} here"
 
@@ -140,8 +140,8 @@ def _precision(
             )
         return able[0], f"{calibration} holds a plan for it"
     if backend.gpu_only or _on_gpu(backend, machine):
-        here = LOW.first_architecture if machine.gpu is None else machine.gpu.architecture
-        if min(architectures, default=here) >= LOW.first_architecture:
+        architecture = LOW.first_architecture if machine.gpu is None else machine.gpu.architecture
+        if min(architectures, default=architecture) >= LOW.first_architecture:
             return LOW.name, "GPUs have it from Ampere on, and fp8 needs a plan (densegeo calibrate)"
         return "fp16", f"there is no {LOW.name} before sm_{LOW.first_architecture}"
     if LOW.name not in backend.precisions:
@@ -227,24 +227,24 @@ def on_this_gpu(choice: Choice, machine: Machine) -> bool:
     return row is not ENGINES or choice.architectures == [machine.gpu.architecture]
 
 
-def _what(backend: BackendRow, precision: str, architectures: Sequence[int], machine: Machine) -> str:
+def _in_words(backend: BackendRow, precision: str, architectures: Sequence[int], machine: Machine) -> str:
     """One phrase for people."""
     if backend is ENGINES:
         return f"{backend.title} engines in {precision} for {names(architectures) or 'Ampere GPUs and later'}"
-    where = "the GPU or the CPU"
+    processor = "the GPU or the CPU"
     if machine.gpu is not None and _on_gpu(backend, machine):
-        where = machine.gpu.name
+        processor = machine.gpu.name
     elif backend.gpu_only:
-        where = "a GPU"
+        processor = "a GPU"
     elif machine.gpu is None or backend.runs == "networks" or "cuda" not in backend.devices:
-        where = "the CPU"
-    return f"graphs in {precision} for {backend.title} on {where}"
+        processor = "the CPU"
+    return f"graphs in {precision} for {backend.title} on {processor}"
 
 
 def _instead(backend: BackendRow, precision: str, machine: Machine) -> str:
     """What to type for another choice."""
     rows = [row for row in BACKENDS if row.runs != "engines" and not row.verified_only]
-    others = [row.name for row in rows if row is not backend and _installed(row, machine)]
+    alternatives = [row.name for row in rows if row is not backend and _installed(row, machine)]
     precisions = [name for name in FLOATS if name != precision]
     engines = "" if backend is ENGINES else f", or --gpu-arch 89 for {ENGINES.title} engines"
-    return f"--backend {' or '.join(others)}, --precision {' or '.join(precisions)}{engines} (--help lists all)"
+    return f"--backend {' or '.join(alternatives)}, --precision {' or '.join(precisions)}{engines} (--help lists all)"

@@ -14,30 +14,30 @@ SAID_AFTER_S, SAID_AFTER = 10.0, 0.02
 
 
 class Bar:
-    """One amount of work. `left`: how long the rest takes if it goes on as it did so far."""
+    """One amount of work. `seconds_left`: how long the rest takes if it goes on as it did so far."""
 
-    def __init__(self, progress: Progress, task: TaskID, what: str, total: int, say: Callable[[str], object]) -> None:
-        self._progress, self._task, self._what, self._total, self._say = progress, task, what, max(total, 1), say
-        self._done, self._started, self._said = 0, time.monotonic(), False
+    def __init__(self, progress: Progress, task: TaskID, title: str, total: int, say: Callable[[str], object]) -> None:
+        self._progress, self._task, self._title, self._total, self._say = progress, task, title, max(total, 1), say
+        self._done, self._started, self._announced = 0, time.monotonic(), False
 
     def advance(self, count: int = 1) -> None:
         """Some more of the work is done."""
         self._done += count
-        self._progress.update(self._task, completed=self._done, left=f"{in_words(self.left)} left")
+        self._progress.update(self._task, completed=self._done, left=f"{in_words(self.seconds_left)} left")
         enough = self._done >= SAID_AFTER * self._total
-        if not self._said and enough and time.monotonic() - self._started >= SAID_AFTER_S:
-            self._said = True
-            self._say(f"{self._what}: about {in_words(self.left)} left")
+        if not self._announced and enough and time.monotonic() - self._started >= SAID_AFTER_S:
+            self._announced = True
+            self._say(f"{self._title}: about {in_words(self.seconds_left)} left")
 
-    def describe(self, what: str) -> None:
+    def describe(self, title: str) -> None:
         """What is being done now."""
-        self._progress.update(self._task, description=what)
+        self._progress.update(self._task, description=title)
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds. Something must have been done."""
-        passed = time.monotonic() - self._started
-        return passed * max(self._total - self._done, 0) / max(self._done, 1)
+        elapsed = time.monotonic() - self._started
+        return elapsed * max(self._total - self._done, 0) / max(self._done, 1)
 
 
 class Display:
@@ -62,12 +62,12 @@ class Display:
         self._progress.stop()
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Bar]:
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar while the block runs; total: the sum of what it will be advanced by."""
-        task = self._progress.add_task(what, total=max(total, 1), left="")
+        task = self._progress.add_task(title, total=max(total, 1), left="")
         quiet = self._console.is_terminal  # the bar says it
         try:
-            yield Bar(self._progress, task, what, total, (lambda text: None) if quiet else self.say)
+            yield Bar(self._progress, task, title, total, (lambda text: None) if quiet else self.say)
         finally:
             self._progress.remove_task(task)
 

@@ -45,7 +45,7 @@ def look(publication: Publication, roles: Iterable[str], *, offline: bool = Fals
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
-    rows = [_where(row, offline=offline) for row in publication.files if row.role in set(roles)]
+    rows = [_nearest(row, offline=offline) for row in publication.files if row.role in set(roles)]
     local = {row.role: cached(row) for row in rows}
     missing = [row for row in rows if local[row.role] is None]
     if offline and missing:
@@ -143,7 +143,7 @@ def cached(row: Published) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _where(row: Published, *, offline: bool) -> Published:
+def _nearest(row: Published, *, offline: bool) -> Published:
     """The row, or for a file of GitHub the mirror of the Hub (HF_ENDPOINT) that holds it too."""
     from huggingface_hub import constants
 
@@ -264,11 +264,11 @@ def _explained(publication: Publication, row: Published, missing: Sequence[Publi
         yield
     except (EntryNotFoundError, RepositoryNotFoundError, urllib.error.HTTPError) as error:
         if isinstance(error, GatedRepoError):
-            what = "needs permission there: accept its terms on its page and set HF_TOKEN"
+            problem = "needs permission there: accept its terms on its page and set HF_TOKEN"
         else:
-            what = "is not there any more, or needs a token (HF_TOKEN)"
+            problem = "is not there any more, or needs a token (HF_TOKEN)"
         raise CheckpointError(
-            f"{row.origin} {what} ({_one_line(error)}). Or {by_hand(publication, missing)}."
+            f"{row.origin} {problem} ({_one_line(error)}). Or {by_hand(publication, missing)}."
         ) from error
     except Exception as error:  # libraries raise many kinds, of each version others
         raise CheckpointError(

@@ -114,7 +114,7 @@ def target_groups(library: str, precision: str, architectures: Sequence[int]) ->
             "leave those out, or build them with another --precision (fp16; int8 where a model has it)"
         )
     if unknown := [number for number in architectures if not builder.knows(number)]:
-        other = next(one.name for one in ENGINE_LIBRARIES.values() if not one.named_targets)
+        other = next(library.name for library in ENGINE_LIBRARIES.values() if not library.named_targets)
         raise ConfigError(
             f"{builder.title} has no target for {names(unknown)}; it has {names(RTX_TARGETS)}. Use --builder {other} "
             f"on a machine with that GPU, or --backend {NETWORKS.name}."
@@ -228,11 +228,11 @@ def build_engines(
     finished: engines that are there already, whole. Raises EngineError; nothing is left in `directory` but finished
     engines.
     """
-    here = {engine.fingerprint: engine for engine in finished}
+    by_fingerprint = {engine.fingerprint: engine for engine in finished}
     (directory / FOLDER).mkdir(exist_ok=True)
     for engine, graph, group in planned:
-        if engine.fingerprint in here:
-            yield here[engine.fingerprint]
+        if engine.fingerprint in by_fingerprint:
+            yield by_fingerprint[engine.fingerprint]
             continue
         progress(engine.file)
         older = reusable(*old, engine.fingerprint) if old else None
@@ -332,21 +332,21 @@ def _run(spec: Path, log: Path, graph: str, timeout_s: int, progress: Progress) 
 def _failure(graph: str, code: int, last: dict[str, object], errors: str, log: Path, timeout_s: int | None) -> str:
     """One paragraph on why a build failed: the graph, what happened, where, and the log, which is kept."""
     kept_log = _keep_log(log, graph)
-    where = last_layer(log)
+    layer = last_layer(log)
     if timeout_s is not None:
-        what = f"took longer than {timeout_s} s and was stopped (--engine-timeout)"
+        event = f"took longer than {timeout_s} s and was stopped (--engine-timeout)"
     elif "error" in last:
-        what = f"failed: {last['error']}"
+        event = f"failed: {last['error']}"
     elif code < 0:
         name = signal.Signals(-code).name
-        what = f"crashed ({name}" + ("; most likely the system ran out of memory)" if name == "SIGKILL" else ")")
+        event = f"crashed ({name}" + ("; most likely the system ran out of memory)" if name == "SIGKILL" else ")")
     else:
         lines = [line for line in errors.strip().splitlines() if line.strip()]
-        what = f"failed: {lines[-1] if lines else f'exit {code}'}"
+        event = f"failed: {lines[-1] if lines else f'exit {code}'}"
         if "MemoryError" in errors or "bad_alloc" in errors:
-            what += " (out of memory: try --weights input or --memory-gib)"
-    at = f", at {where}" if where else ""
-    return f"building the engine of {graph} {what}{at}. The builder's log: {kept_log}"
+            event += " (out of memory: try --weights input or --memory-gib)"
+    place = f", at {layer}" if layer else ""
+    return f"building the engine of {graph} {event}{place}. The builder's log: {kept_log}"
 
 
 def last_layer(log: Path) -> str:

@@ -53,13 +53,15 @@ def card_verdict(needed: DevicePlan, card_gib: int) -> str:
 
 def builder_line(plan: Plan, options: EngineOptions) -> str:
     """What the builder will do with the weights and need; raises ResourceError if it cannot be had."""
-    how = choose_weights(options, plan.bundle_bytes)
+    weights_as = choose_weights(options, plan.bundle_bytes)
     limit = memory_limit(options)
-    needed = constant_memory(plan.bundle_bytes) if how == "constant" else 2 * BUILD_BASE
+    needed = constant_memory(plan.bundle_bytes) if weights_as == "constant" else 2 * BUILD_BASE
     if limit is not None and needed > limit:
         raise ResourceError(
             f"building engines needs about {needed / GIB:.1f} GiB of memory, {limit / GIB:.1f} GiB can be had: "
             "build on a larger machine and copy the bundle here"
         )
-    place = "inside the engines" if how == "constant" else "inputs of the engines, from the bundle's weight files"
+    place = (
+        "inside the engines" if weights_as == "constant" else "inputs of the engines, from the bundle's weight files"
+    )
     return f"engines: {options.library}, weights {place}; the builder needs about {needed / GIB:.1f} GiB"

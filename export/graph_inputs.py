@@ -41,15 +41,15 @@ def with_weight_inputs(path: Path, target: Path) -> list[str]:
         (graph,) = (list(_fields(field.value)) for field in model if field.number == MODEL_GRAPH)
         names = _matrices(graph)
         stored = {_text(_fields(field.value), TENSOR_NAME): field for field in _of(graph, GRAPH_INITIALIZER)}
-        moved = [name for name in names if name in stored]
-        gone = {id(stored[name]) for name in moved}
-        remaining = b"".join(field.raw for field in graph if id(field) not in gone)
-        inputs = b"".join(_message(GRAPH_INPUT, _value_info(name, stored[name])) for name in moved)
+        new_inputs = [name for name in names if name in stored]
+        removed = {id(stored[name]) for name in new_inputs}
+        remaining = b"".join(field.raw for field in graph if id(field) not in removed)
+        inputs = b"".join(_message(GRAPH_INPUT, _value_info(name, stored[name])) for name in new_inputs)
     except (ValueError, LookupError) as error:
         raise BundleError(f"{path} is no ONNX graph ({error}). Copy the bundle again or rebuild it.") from error
     changed = _message(MODEL_GRAPH, remaining + inputs)
     target.write_bytes(b"".join(changed if field.number == MODEL_GRAPH else field.raw for field in model))
-    return moved
+    return new_inputs
 
 
 def _matrices(graph: list[Field]) -> list[str]:

@@ -45,9 +45,9 @@ def onnxruntime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def digest(facts: object) -> str:
+def digest(content: object) -> str:
     """SHA-256 of anything that can be written as JSON."""
-    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def _quantized_convolution(
         x = op.Mul(x, input_factor)
     rounded = _in_8_bits(x, input_scale, weight.dtype)
     widened = op.DequantizeLinear(weight, weight_scale, axis=0)
-    given = [rounded, widened] if bias is None else [rounded, widened, bias]
-    return op.Conv(*given, strides=[*stride], pads=[top, left, bottom, right])
+    operands = [rounded, widened] if bias is None else [rounded, widened, bias]
+    return op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right])
 
 
 def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:

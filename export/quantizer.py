@@ -54,8 +54,8 @@ class Quantizer:
     Called with a float32 part and its name, see `Pipeline.parts`.
     """
 
-    def __init__(self, base: str, plan: QuantizationPlan | None, layers: Plans, where: Path) -> None:
-        self.base, self.plan, self.layers, self._where = base, plan, layers, where
+    def __init__(self, base: str, plan: QuantizationPlan | None, layers: Plans, plan_path: Path) -> None:
+        self.base, self.plan, self.layers, self._plan_path = base, plan, layers, plan_path
 
     @classmethod
     def load(cls, precision: str, base: str, calibration: Path | None) -> Quantizer:
@@ -76,7 +76,7 @@ class Quantizer:
             planned = self.plan.identity
             sources = {source.role: source.sha256 for source in inputs}
             actual = Identity(planned.graph, planned.weights, [rewrite.name for rewrite in applied], sources)
-            check_identity(planned, actual, self._where)
+            check_identity(planned, actual, self._plan_path)
 
     def __call__(self, block: nn.Module, name: str) -> None:
         if self.plan is not None:
@@ -90,7 +90,7 @@ class Quantizer:
     def require_backend(self, name: str) -> None:
         """Raises ConfigError for a backend to build for that has no kernels for what is planned."""
         if self.plan is not None and self.plan.convolutions and (why := without_convolutions(backend_row(name))):
-            raise ConfigError(f"{self._where} plans 8-bit convolutions. {why}, or plan without --convolutions.")
+            raise ConfigError(f"{self._plan_path} plans 8-bit convolutions. {why}, or plan without --convolutions.")
 
     @property
     def saved(self) -> int:

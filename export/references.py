@@ -33,7 +33,7 @@ def make_references(job: Job, state: State) -> References:
     passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
     with (
         job.display.bar("references", passes * elements(pipeline.denoiser)) as bar,
-        counting_blocks(pipeline.denoiser, bar) as rest,
+        counting_blocks(pipeline.denoiser, bar) as outside_blocks,
     ):
         for size in options.sizes:
             bar.describe(f"reference {size}")
@@ -42,13 +42,13 @@ def make_references(job: Job, state: State) -> References:
             for seed, picture in enumerate(pictures[size]):
                 image = checks.seeded_picture(picture, seed)
                 outputs_of[size].append(checks.reference_outputs(pipeline, image, size, mean=mean))
-                bar.advance(rest)
+                bar.advance(outside_blocks)
             if precision.exact:
                 bounds[str(size)] = checks.float32_bounds(outputs_of[size][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
                 bounds[str(size)] = checks.bounds(low, outputs_of[size][0])
-                bar.advance(2 * rest)
+                bar.advance(2 * outside_blocks)
     checks.write_inputs(state.bundle, outputs_of)
     files = state.describe([state.bundle / checks.INPUTS_FILE])
     return References(key=state.keys.references, seconds=0.0, files=files, bounds=bounds)
@@ -57,13 +57,13 @@ def make_references(job: Job, state: State) -> References:
 @contextmanager
 def counting_blocks(denoiser: AnyDenoiser, bar: Bar) -> Iterator[int]:
     """Meanwhile the bar advances by each block's elements when it has run; gives how many elements are in none."""
-    rest, handles = elements(denoiser), []
+    outside_blocks, handles = elements(denoiser), []
     for _, block in denoiser.blocks():
         count = elements(block)
         handles.append(block.register_forward_hook(lambda *_, count=count: bar.advance(count)))
-        rest -= count
+        outside_blocks -= count
     try:
-        yield rest
+        yield outside_blocks
     finally:
         for handle in handles:
             handle.remove()

@@ -95,8 +95,8 @@ class _Renewal:
         with self._resumable():
             finished = self._prepare()
             prints = {item.engine.fingerprint for item in planned}
-            there = [reusable(self.bundle, self.manifest, item) for item in sorted(prints)]
-            current = [engine for engine in there if engine is not None]
+            reused = [reusable(self.bundle, self.manifest, item) for item in sorted(prints)]
+            current = [engine for engine in reused if engine is not None]
             built_before = {engine.fingerprint for engine in current}
             self._check_disk([item for item in planned if item.engine.fingerprint not in built_before])
             contracts = self._make_kernels(architectures)
@@ -144,8 +144,8 @@ class _Renewal:
     def _make_kernels(self, architectures: Sequence[int]) -> list[LaunchContract]:
         """Compile the kernels that the bundle lacks for these architectures. Raises KernelError without Triton."""
         names = launched(self.manifest.decode, self.manifest.buckets[0].decoder.outputs[0].shape[1])
-        there = {(contract.name, contract.architecture) for contract in self.manifest.kernels if self._has(contract)}
-        lacking = [number for number in architectures if any((name, number) not in there for name in names)]
+        existing = {(contract.name, contract.architecture) for contract in self.manifest.kernels if self._has(contract)}
+        lacking = [number for number in architectures if any((name, number) not in existing for name in names)]
         if not lacking:
             return []
         with self.display.bar("compiling kernels", 1):
@@ -212,17 +212,21 @@ class _Renewal:
         replaced = [engine for engine in old.engines if _place(engine) in places and engine not in built]
         unchanged = [engine for engine in old.engines if engine not in [*built, *replaced]]
         compiled = {(contract.name, contract.architecture) for contract in contracts}
-        others = [contract for contract in old.kernels if (contract.name, contract.architecture) not in compiled]
+        unchanged_kernels = [
+            contract for contract in old.kernels if (contract.name, contract.architecture) not in compiled
+        ]
         targets = {*old.target_architectures, *(f"sm_{number}" for number in architectures)}
-        gone = {name for engine in replaced for name in (engine.file, engine.log)}
-        files = {name: file for name, file in old.files.items() if name not in gone} | self._described(added)
+        obsolete = {name for engine in replaced for name in (engine.file, engine.log)}
+        files = {name: file for name, file in old.files.items() if name not in obsolete} | self._described(added)
         for contract in contracts:
             path = self.work / KERNELS / contract.file
             files[f"{KERNELS}/{contract.file}"] = FileDigest(path.stat().st_size, contract.digest)
         changed = msgspec.structs.replace(
             old,
             engines=[*built, *unchanged],
-            kernels=sorted([*others, *contracts], key=lambda contract: (contract.architecture, contract.name)),
+            kernels=sorted(
+                [*unchanged_kernels, *contracts], key=lambda contract: (contract.architecture, contract.name)
+            ),
             files=dict(sorted(files.items())),
             target_architectures=sorted(targets, key=lambda name: int(name.removeprefix("sm_"))),
             build_key=_key(old, replaced),
@@ -315,5 +319,5 @@ def _as_built(manifest: Manifest, architectures: Sequence[int], built: list[Engi
     return changes | ({"--backend": [ENGINES.name], "--builder": [built[0].library]} if built else {})
 
 
-def _engines(some: Sequence[Engine]) -> str:
-    return f"{len(some)} engine" + ("s" if len(some) != 1 else "")
+def _engines(engines: Sequence[Engine]) -> str:
+    return f"{len(engines)} engine" + ("s" if len(engines) != 1 else "")

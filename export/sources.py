@@ -122,8 +122,8 @@ def locate(options: SourceOptions, family: Family, fetched: set[str]) -> dict[st
         if _skipped(options, role):
             continue
         file: LocatedFile | None = None
-        if own := _named(options, role):
-            file = _find(own, role, options)
+        if stated := _named(options, role):
+            file = _find(stated, role, options)
         elif place is not None:
             file = _look(place, role, _variant(role, family, options))
         if file is not None:
@@ -172,8 +172,8 @@ def _instead(place: Place, family: Family, source: SourceOptions) -> list[str]:
     needed = [role for role in family.roles if role.name in family.weights]
     for folder in subfolders(place):
         if all(_look(place.inside(folder), role, source.variant) is not None for role in needed):
-            where = f"--checkpoint {source.checkpoint}{'/' if isinstance(place, Folder) else ':'}{folder}"
-            return [*lines, f"  its folder {folder} holds them: say {where}"]
+            option = f"--checkpoint {source.checkpoint}{'/' if isinstance(place, Folder) else ':'}{folder}"
+            return [*lines, f"  its folder {folder} holds them: say {option}"]
     weights = sorted(
         f"{folder}/{name}" if folder else name
         for folder in {"", *(name.rpartition("/")[0] for role in needed for name in role.files)}
@@ -196,9 +196,9 @@ def _stored_names(name: str, variant: str | None) -> Iterator[str]:
         return
     stem = name.removesuffix(_WEIGHTS)
     for kind in (variant,) if variant else ("", _HALF):
-        whole = f"{stem}.{kind}{_WEIGHTS}" if kind else name
-        yield whole
-        yield f"{whole}.index.json"
+        file_name = f"{stem}.{kind}{_WEIGHTS}" if kind else name
+        yield file_name
+        yield f"{file_name}.index.json"
         if kind:
             yield f"{name}.index.{kind}.json"
 

@@ -155,9 +155,9 @@ def _fill(bundle: Path, output: Path, old: Path) -> None:
         if name.as_posix() != MANIFEST:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(bundle / name, output / name)
-    kept = set(read_manifest(bundle).files)
+    current_files = set(read_manifest(bundle).files)
     with suppress(OSError, BundleError, ValueError):  # one that cannot be read names nothing to remove
-        for stale in set(json.loads(old.read_bytes())["files"]) - kept:
+        for stale in set(json.loads(old.read_bytes())["files"]) - current_files:
             if stays_inside(stale):
                 (output / stale).unlink(missing_ok=True)
                 with suppress(OSError):  # of folders that hold more
@@ -180,7 +180,7 @@ def _open_locked(folder: Path, output: Path) -> BinaryIO:
             continue
         try:
             _lock(file)
-            if _same(file, folder / LOCK):
+            if _is_still_at(file, folder / LOCK):
                 return file
         except (BlockingIOError, PermissionError) as error:
             file.close()
@@ -236,7 +236,7 @@ def _lock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _same(file: BinaryIO, path: Path) -> bool:
+def _is_still_at(file: BinaryIO, path: Path) -> bool:
     """Whether the open file is still the one at `path`, and was not removed before it was locked."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

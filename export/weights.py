@@ -60,13 +60,13 @@ def _emulated_bounds(low: Pipeline, stored: Path, directory: Path, display: Disp
     emulated = streamed_copy(low, stored)
     with (
         display.bar("emulating 8 bits", 2 * len(references) * elements(emulated.denoiser)) as bar,
-        counting_blocks(emulated.denoiser, bar) as rest,
+        counting_blocks(emulated.denoiser, bar) as outside_blocks,
     ):
         for size, pictures in references.items():
             bar.describe(f"emulating {size}")
             emulated.denoiser.resize(size)
             bounds[str(size)] = checks.bounds(emulated, pictures[0])
-            bar.advance(2 * rest)
+            bar.advance(2 * outside_blocks)
     return bounds
 
 

@@ -46,8 +46,8 @@ class BlockFile:
         with opened(self._path) as file:
             for key in target if keys is None else keys:
                 name = f"{prefix}.{key}" if prefix else key
-                where, _ = self._stored(name, tuple(target[key].shape))
-                tensor = file.tensor(where) if name in self._read else file.finite(where)
+                stored_name, _ = self._stored(name, tuple(target[key].shape))
+                tensor = file.tensor(stored_name) if name in self._read else file.finite(stored_name)
                 tensor = tensor.float().reshape(target[key].shape)
                 self._read.add(name)
                 if name in self._updates:
@@ -119,26 +119,28 @@ def rewritten_parts(
     """
     kinds, outer = pipeline.denoiser.BLOCKS, _without_blocks(pipeline.denoiser)
     shell = dataclasses.replace(pipeline, denoiser=outer)
-    own = [rewrite for rewrite in applied if rewrite.scope.stage == "denoiser"]
+    denoiser_rewrites = [rewrite for rewrite in applied if rewrite.scope.stage == "denoiser"]
     if not kinds:
-        rewrites.apply(shell, own)
+        rewrites.apply(shell, denoiser_rewrites)
         yield "", copy.deepcopy(outer)
         return
-    rewrites.apply(shell, [rewrite for rewrite in own if rewrite.scope.before_blocks])
+    rewrites.apply(shell, [rewrite for rewrite in denoiser_rewrites if rewrite.scope.before_blocks])
     counts = {kind: len(getattr(pipeline.denoiser, kind)) for kind in kinds}
     for name, block in pipeline.denoiser.blocks():
         kind, index = name.split(".")
-        here = [rewrite for rewrite in own if rewrite.scope.touches(kind, int(index), counts[kind])]
+        block_rewrites = [
+            rewrite for rewrite in denoiser_rewrites if rewrite.scope.touches(kind, int(index), counts[kind])
+        ]
         holder = _without_blocks(outer)
         copied = copy.deepcopy(block)
         copied._forward_pre_hooks.clear()
         copied._forward_hooks.clear()
         source.fill(copied, name)
         setattr(holder, kind, nn.ModuleList([copied]))
-        rewrites.apply(dataclasses.replace(pipeline, denoiser=holder), here)
+        rewrites.apply(dataclasses.replace(pipeline, denoiser=holder), block_rewrites)
         yield name, getattr(holder, kind)[0]
         del copied, holder
-    rewrites.apply(shell, [rewrite for rewrite in own if rewrite.scope.part == "denoiser"])
+    rewrites.apply(shell, [rewrite for rewrite in denoiser_rewrites if rewrite.scope.part == "denoiser"])
     yield "", copy.deepcopy(outer)  # changes must not reach the tensors that it shares
 
 

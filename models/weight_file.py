@@ -114,7 +114,7 @@ class WeightFile:
         if count == 0:  # the sum overflowed
             return tensor
         key, part, _ = self._tensors[name]
-        kinds = [kind for kind, here in (("NaN", wide.isnan().any()), ("infinite", wide.isinf().any())) if here]
+        kinds = [kind for kind, present in (("NaN", wide.isnan().any()), ("infinite", wide.isinf().any())) if present]
         first = [int(index) for index in wrong.nonzero()[0]]
         raise CheckpointError(
             f"{part}: {key} holds {count:,} {' and '.join(kinds)} of {tensor.numel():,} values, the first at {first}. "
@@ -160,11 +160,11 @@ def _check_index(index: Path, files: dict[Path, Any]) -> None:
     """Raise CheckpointError for tensors that an index promises and its shards lack."""
     places = json.loads(index.read_bytes())["weight_map"]
     keys_of = {part.name: set(file.keys()) for part, file in files.items()}
-    lost = sorted(key for key, name in places.items() if key not in keys_of[name])
-    if lost:
+    missing = sorted(key for key, name in places.items() if key not in keys_of[name])
+    if missing:
         raise CheckpointError(
-            f"{index} names {len(lost)} tensors that their shards lack: {'; '.join(lost[:5])}"
-            f"{' ...' if len(lost) > 5 else ''}. Index and shards are of different models: download them together."
+            f"{index} names {len(missing)} tensors that their shards lack: {'; '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}. Index and shards are of different models: download them together."
         )
 
 

@@ -51,7 +51,7 @@ def fit_anchors(
     valid: NDArray[np.bool_],
     anchors: object,
     method: Method,
-    known: Evidence,
+    other_evidence: Evidence,
     reason: CalibrationError | None = None,
     source_size: Size | None = None,
 ) -> AnchorFit:
@@ -59,7 +59,7 @@ def fit_anchors(
     at integers, sampled bilinearly; metres (N,) z-depths. Anchors on invalid pixels count as misses.
 
     source_size: of the image whose pixels uv are, which the (H, W) prediction shows whole; None: the prediction's.
-    known: what is known of the line without them; reason: why normals do not tell. Deterministic.
+    other_evidence: what is known of the line without them; reason: why normals do not tell. Deterministic.
     Raises CalibrationError for anchors that cannot be, and for those that do not determine a positive scale; a
     CalibrationWarning where they and the prediction disagree.
     """
@@ -70,22 +70,24 @@ def fit_anchors(
     points, count = resized(points, source_size or shown, shown), len(depths)
     sampled = sample(np.where(valid, prediction, np.float32(np.nan)), points)
     usable = np.isfinite(sampled)
-    least = max(1, 2 - known.rank) if known.rank else 3  # a line through two says nothing about how well it fits
+    least = (
+        max(1, 2 - other_evidence.rank) if other_evidence.rank else 3
+    )  # a line through two says nothing about how well it fits
     if usable.sum() < least:
         raise CalibrationError(
             f"There are too few anchors: {int(usable.sum())} of {count} lie on valid pixels away from depth edges; at "
             f"least {least} must"
-            + ("." if reason or known.rank else ", or one with the camera's intrinsics.")
+            + ("." if reason or other_evidence.rank else ", or one with the camera's intrinsics.")
             + (f" {reason}" if reason else "")
         )
     x, z, points = sampled[usable], depths[usable], points[usable]
-    if known.rank == 0:
+    if other_evidence.rank == 0:
         _check_spread(x, prediction[valid])
     doubt_metres("Half of the anchors are farther than this", float(np.median(z)), stacklevel=5)
     y = np.asarray(SPACES[kind].to(z), dtype=np.float64)
     unit = float(np.median(np.abs(SPACES[kind].slope(z))))
     share = _independent(points, prediction.shape)
-    fitted = _fit(x, y, unit, share, known, robust=method == "robust")
+    fitted = _fit(x, y, unit, share, other_evidence, robust=method == "robust")
     scale, shift = fitted.line
     residual = scale * x + shift - y
     with np.errstate(all="ignore"):
@@ -108,18 +110,18 @@ def fit_anchors(
     return AnchorFit(fitted, float(np.sqrt(np.mean(residual**2))), inliers, count)
 
 
-def _fit(x: Float64, y: Float64, unit: float, share: float, known: Evidence, robust: bool) -> Evidence:
+def _fit(x: Float64, y: Float64, unit: float, share: float, other_evidence: Evidence, robust: bool) -> Evidence:
     """Iteratively reweighted least squares. unit: of the space for a relative depth of one; share: of the anchors that
     are independent of each other.
     """
     weight, source = np.ones(len(x)), f"{len(x)} anchors" if len(x) > 1 else "1 anchor"
     sigma, last = LOCAL_ERROR * unit, (np.inf, np.inf)
     few = min(1.0, 8.0 / len(x))  # how much of the noise's estimate is the usual one, and not these anchors' own
-    evidence = known
+    evidence = other_evidence
     for _ in range(_ITERATIONS):
         variance = sigma**2 * (1 + (_EFFICIENCY - 1) * min(1.0, 0.5 * (len(x) - 1)) if robust else 1.0)
         rows = np.sqrt(variance / (share * weight / weight.mean()))
-        evidence = known + Evidence.of(x, 1.0, y, rows, source)
+        evidence = other_evidence + Evidence.of(x, 1.0, y, rows, source)
         line = evidence.line
         residual = line[0] * x + line[1] - y
         if max(abs(line[0] - last[0]), abs(line[1] - last[1])) < 1e-7 * unit:

@@ -149,10 +149,10 @@ class Batcher(Generic[T, R]):
         with self._lock:
             if self._state == "open":
                 self._state = "closing"
-            left = [] if drain else self._take_waiting()
+            unserved = [] if drain else self._take_waiting()
             self._work.notify_all()
             self._room.notify_all()
-        self._fail(left, partial(ShutdownError, "The estimator was closed before this request was run."))
+        self._fail(unserved, partial(ShutdownError, "The estimator was closed before this request was run."))
         if threading.current_thread() in self._threads:
             return False
         with self._lock:
@@ -172,14 +172,14 @@ class Batcher(Generic[T, R]):
             failed = False
         finally:
             with self._lock:
-                left = self._take_waiting() if failed else []  # something raised that nobody foresaw
+                unserved = self._take_waiting() if failed else []  # something raised that nobody foresaw
                 self._workers -= 1
                 if self._state != "hung" and (failed or self._workers == 0):
                     self._state = "closing" if self._workers else "ended"
                 self._ended.notify_all()
                 self._room.notify_all()
                 self._work.notify_all()
-            self._fail(left, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
+            self._fail(unserved, partial(BackendError, "The estimator's worker thread failed. Make a new Estimator."))
 
     def _serve(self, worker: int) -> bool:
         """Run the next group; False when there will be none."""
@@ -243,10 +243,10 @@ class Batcher(Generic[T, R]):
                 if self._state not in ("open", "closing"):
                     return
                 oldest = min((since for _, since in self._running.values()), default=math.inf)
-                left = timeout if oldest == math.inf else oldest + timeout - self._clock()
-                if left <= 0:
+                seconds_left = timeout if oldest == math.inf else oldest + timeout - self._clock()
+                if seconds_left <= 0:
                     break
-                self._ended.wait(left)  # a request that starts meanwhile cannot be late before this ends
+                self._ended.wait(seconds_left)  # a request that starts meanwhile cannot be late before this ends
             self._state = "hung"
             stuck = [entry for group, _ in self._running.values() for entry in group]
             self._running.clear()

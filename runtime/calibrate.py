@@ -122,14 +122,14 @@ def in_metres(geometry: Geometry, camera: Camera | None, measurements: SceneMeas
 
 
 def anchor_fit(
-    geometry: Geometry, measurements: SceneMeasurements, known: Evidence, reason: CalibrationError | None
+    geometry: Geometry, measurements: SceneMeasurements, other_evidence: Evidence, reason: CalibrationError | None
 ) -> AnchorFit:
     """Of the measured anchors, away from steps in depth; `fit_anchors` says what it raises."""
     prediction = geometry.require_prediction("depth")
     trusted = geometry.valid & ~flying_pixels(prediction)
     source = Size(*geometry.source_size)
     return fit_anchors(
-        geometry.space, prediction, trusted, measurements.anchors, measurements.method, known, reason, source
+        geometry.space, prediction, trusted, measurements.anchors, measurements.method, other_evidence, reason, source
     )
 
 
@@ -162,24 +162,24 @@ def gather(
             evidence += normals_evidence(geometry, camera)
         except CalibrationError as error:
             reason = error
-    known = evidence + (before or Evidence.nothing())
+    other_evidence = evidence + (before or Evidence.nothing())
     if measurements.camera_height is not None:
         evidence += floor_evidence(
-            geometry, _needed(camera, "camera_height"), known, measurements.camera_height, measurements.up
+            geometry, _needed(camera, "camera_height"), other_evidence, measurements.camera_height, measurements.up
         )
     if measurements.size is not None:
-        evidence += _size_evidence(geometry, _needed(camera, "size"), known, measurements.size, reason)
+        evidence += _size_evidence(geometry, _needed(camera, "size"), other_evidence, measurements.size, reason)
     return evidence, reason
 
 
-def _needed(camera: Camera | None, what: str) -> Camera:
+def _needed(camera: Camera | None, measurement: str) -> Camera:
     if camera is None:
-        raise CalibrationError(f"{what} needs intrinsics: give them too.")
+        raise CalibrationError(f"{measurement} needs intrinsics: give them too.")
     return camera
 
 
 def _size_evidence(
-    geometry: Geometry, camera: Camera, known: Evidence, size: Any, reason: CalibrationError | None
+    geometry: Geometry, camera: Camera, other_evidence: Evidence, size: Any, reason: CalibrationError | None
 ) -> Evidence:
     """Of two pixels that are so many metres apart: with the scale known, of the shift."""
     kind, prediction, source = geometry.space, geometry.require_prediction("depth"), Size(*geometry.source_size)
@@ -196,13 +196,13 @@ def _size_evidence(
         raise CalibrationError("The two pixels of size are the same one: give the ends of what was measured.")
     if kind != "log_affine":
         raise CalibrationError(f"A size gives one number, and {kind} depth has two unknown ones. Give three anchors.")
-    if not known.information[0, 0] > 0:
+    if not other_evidence.information[0, 0] > 0:
         raise reason or CalibrationError("A size needs the scale, which normals or the last frame tell.")
     points = resized(points, source, Size(*prediction.shape[::-1]))
     rays, p = camera.rays_at(points), sample(prediction, points)
     if not (np.isfinite(p).all() and np.isfinite(rays).all()):
         raise CalibrationError("The pixels of size lie on invalid depth.")
-    scale, _ = known.line
+    scale, _ = other_evidence.line
 
     def apart(s: float) -> float:
         return math.log(float(np.linalg.norm(np.exp(s * p[1]) * rays[1] - np.exp(s * p[0]) * rays[0])))

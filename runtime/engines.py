@@ -99,9 +99,9 @@ def check_engine(
         f"{library} version": (engine.version, version),
         "fingerprint": (engine.fingerprint[:16], fingerprint(engine)[:16]),
     }
-    for what, (built, here) in pairs.items():
-        if built != here:
-            _refuse(directory, engine, what, built, here, renew)
+    for property_name, (built, current) in pairs.items():
+        if built != current:
+            _refuse(directory, engine, property_name, built, current, renew)
     if architecture is not None and not runs_on(engine, architecture):
         built_for = ", ".join(engine.architectures) or _ampere_on(engine.library)
         _refuse(directory, engine, "GPU architecture", built_for, f"sm_{architecture}", renew)
@@ -127,9 +127,9 @@ def _digest(manifest: Manifest, name: str) -> str:
     return manifest.files[name].sha256 if name in manifest.files else ""
 
 
-def _refuse(directory: Path, engine: Engine, what: str, built: str, here: str, renew: str) -> None:
+def _refuse(directory: Path, engine: Engine, property_name: str, built: str, current: str, renew: str) -> None:
     raise EngineError(
-        f"{directory / engine.file} does not fit: its {what} is {built}, here it is {here or 'nothing'}. "
+        f"{directory / engine.file} does not fit: its {property_name} is {built}, here it is {current or 'nothing'}. "
         f"Rebuild it: {renew}"
     )
 

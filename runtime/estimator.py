@@ -143,7 +143,7 @@ class Estimator:
         check_files(directory, manifest, digests=check_digests)
         sharing = Sharing(priority, memory_limit)
         opened = open_backend(backend, directory, manifest, device, threads, sharing, calls_at_once)
-        original.require(there=True)
+        original.require(needed=True)
         self._original: Original | None = None if keep_replaced else original
         again = os.fspath(bundle) if directory.parent == FOLDER else directory.absolute()
         self._again: Callable[[], Estimator] | None = partial(
@@ -195,8 +195,10 @@ class Estimator:
         self._process = Process()
         keep_in_children(backend)
         self._fit, self._authors = fit, preprocessing == "authors"
-        own = resolution == "network"
-        host: Way = AuthorsWay(backend, manifest, own) if self._authors else HostWay(backend, manifest, fit, own)
+        own_size = resolution == "network"
+        host: Way = (
+            AuthorsWay(backend, manifest, own_size) if self._authors else HostWay(backend, manifest, fit, own_size)
+        )
         ways, together = [host], min(options.max_batch, host.together)
         self._frames: FrameBackend | None = None
         if isinstance(backend, FrameBackend) and backend.takes_frames:
@@ -204,7 +206,7 @@ class Estimator:
             self._frames.warm_up(min(options.max_batch, self._frames.frames_at_once))
             together = min(options.max_batch, self._frames.frames_at_once)
             options = dataclasses.replace(options, workers=2)
-            if not self._authors and not own:
+            if not self._authors and not own_size:
                 ways.insert(0, DeviceWay(self._frames, manifest, fit))
         self._runner = Runner(manifest, ways, self.metrics, together, max_pixels, truncated=truncated)
         self._service = Service(self._runner, dataclasses.replace(options, together=together), self._require)
@@ -325,9 +327,9 @@ class Estimator:
         """
         self._require()
         if not isinstance(self._backend, FrameBackend) or self._authors:
-            how = "authors" if self._authors else "densegeo"
+            rule = "authors" if self._authors else "densegeo"
             raise BackendError(
-                f'{self.backend} with preprocessing="{how}" returns host arrays. '
+                f'{self.backend} with preprocessing="{rule}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
         calibrated = (scale, shift, near, far) != (None, None, None, None)

@@ -43,7 +43,7 @@ class Evidence:
         return cls(information, vector, (source,) if source else ())
 
     @classmethod
-    def known(cls, scale: float, shift: float, covariance: Float64, source: str = "") -> Evidence:
+    def of_line(cls, scale: float, shift: float, covariance: Float64, source: str = "") -> Evidence:
         """From a line and the (2, 2) covariance of its numbers."""
         information: Float64 = np.linalg.inv(covariance).astype(np.float64)
         return cls(information, information @ (scale, shift), (source,) if source else ())
@@ -71,14 +71,14 @@ class Evidence:
         """(2, 2) of (scale, shift); needs rank 2."""
         return np.asarray(np.linalg.inv(self.information))
 
-    def moved(self, alpha: float, beta: float, noise: Float64) -> Evidence:
+    def after_step(self, alpha: float, beta: float, noise: Float64) -> Evidence:
         """Of the line in a prediction p' with p = alpha * p' + beta: (alpha * scale, shift + beta * scale).
 
         noise: (2, 2) covariance that the step adds. Needs rank 2: this is a Kalman filter's prediction.
         """
         step = np.array([[alpha, 0.0], [beta, 1.0]])
         scale, shift = step @ self.line
-        return Evidence.known(scale, shift, step @ self.covariance @ step.T + noise, *self.sources[:1])
+        return Evidence.of_line(scale, shift, step @ self.covariance @ step.T + noise, *self.sources[:1])
 
     def surprise(self, other: Evidence) -> float:
         """Squared Mahalanobis distance of what both say, over its degrees of freedom; above about 9 they disagree."""

@@ -30,7 +30,7 @@ _SHALLOW = 0.12  # metres under the camera, of a point one metre ahead: farther 
 _TILT = (0.02, 0.06)  # error of up in radians, when given and when taken from the floor's normals
 
 
-def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: float, up: Any) -> Evidence:
+def floor_evidence(geometry: Geometry, camera: Camera, other_evidence: Evidence, height: float, up: Any) -> Evidence:
     """height: metres of the camera over the floor. up: (3,) against gravity in the camera's OpenCV frame; None:
     level within 35 degrees, made exact by the floor's own normals.
 
@@ -46,7 +46,7 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
     if metres is None or not (math.isfinite(metres) and metres > 0):
         raise CalibrationError(f"camera_height must be metres above 0, not {shown(height)}.")
     doubt_metres("camera_height", metres, stacklevel=5)
-    if not known.information[0, 0] > 0:
+    if not other_evidence.information[0, 0] > 0:
         raise CalibrationError("camera_height needs the scale, which normals do not tell here. Give anchors.")
     step = max(1, math.isqrt(geometry.valid.size // _SAMPLES))
     part = (slice(step // 2, None, step), slice(step // 2, None, step))
@@ -58,7 +58,7 @@ def floor_evidence(geometry: Geometry, camera: Camera, known: Evidence, height: 
     level = usable & (normals @ direction > math.cos(math.radians(_FLAT)))
     below = -(rays @ direction)  # metres under the camera for a depth of one
     level &= below > _SHALLOW
-    scale, _ = known.line
+    scale, _ = other_evidence.line
     heights = scale * p[level] + np.log(below[level])  # ln(height) - t
     floor = _lowest(heights, int(usable.sum()))
     x, y = p[level][floor], math.log(metres) - np.log(below[level][floor])  # ln(depth) there

@@ -198,12 +198,12 @@ class Geometry:
         """
         require_calibration("calibration", calibration, self.space)
         valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
-        if lost := int(self.valid.sum()) - int(valid.sum()):
+        if newly_invalid := int(self.valid.sum()) - int(valid.sum()):
             line = f"{SPACES[calibration.kind].text}, with scale {calibration.scale:.4g}, shift {calibration.shift:.4g}"
             words = f"no depth, or one that is not positive or beyond float32, by {line}."
             if not valid.any():
                 raise CalibrationError(f"Every pixel has {words} Check the numbers' units and signs.")
-            share = f"{lost} of {int(self.valid.sum())} pixels have"
+            share = f"{newly_invalid} of {int(self.valid.sum())} pixels have"
             warnings.warn(f"{share} {words} They are invalid now.", CalibrationWarning, stacklevel=3)
         kind: DepthKind = "metric" if calibration.metric else "up_to_scale"
         return replace(self, depth_kind=kind, valid=valid, calibration=calibration)

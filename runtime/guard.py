@@ -47,23 +47,23 @@ class Original:
         with suppress(OSError):
             self._file_status, self._content = _file_status(manifest), manifest.read_bytes()
 
-    def require(self, *, there: bool = False) -> None:
+    def require(self, *, needed: bool = False) -> None:
         """Raise BundleError when another bundle has taken its place.
 
-        there: also when it is gone, or is being replaced: its files are needed. Else what is in memory will do.
+        needed: also when it is gone, or is being replaced: its files are needed. Else what is in memory will do.
         """
         try:
             status = _file_status(self._manifest)
             if status == self._file_status:
                 return
-            same = self._manifest.read_bytes() == self._content
+            unchanged = self._manifest.read_bytes() == self._content
         except OSError as error:
-            if there:
+            if needed:
                 raise BundleError(
                     f"{self._manifest.parent} is no bundle any more ({error}): make a new Estimator."
                 ) from error
             return
-        if not same:
+        if not unchanged:
             raise BundleError(
                 f"{self._manifest.parent} was replaced by another bundle after this estimator opened it: make a new "
                 "Estimator. (To change bundles under a running one, give each a directory of its own.)"

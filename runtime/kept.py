@@ -13,7 +13,7 @@ from densegeo.runtime.engines import check_owner
 
 log = logging.getLogger("densegeo")
 _DIGEST = hashlib.sha256().digest_size
-_told = set[Path]()  # folders of which was said that they are not trusted
+_reported = set[Path]()  # folders of which was said that they are not trusted
 
 
 def kept_at(kind: str, *key_parts: str) -> Path | None:
@@ -35,16 +35,16 @@ def read_kept(path: Path | None) -> bytes | None:
         return None
     try:
         check_owner(path)
-        written = path.read_bytes()
+        stored = path.read_bytes()
     except EngineError as error:
-        if path.parent not in _told:
-            _told.add(path.parent)
+        if path.parent not in _reported:
+            _reported.add(path.parent)
             log.warning("what is kept from before is not used, and is made again: %s", error)
         return None
     except OSError as error:
         log.info("what is kept is not read: %s", error)
         return None
-    digest, content = written[:_DIGEST], written[_DIGEST:]
+    digest, content = stored[:_DIGEST], stored[_DIGEST:]
     if hashlib.sha256(content).digest() != digest:
         log.info("%s is damaged and is made again", path)
         return None

@@ -87,7 +87,7 @@ def measured(
     engines = [engine.fingerprint for engine in manifest.engines if engine.bucket == bucket.name]
     return Measured(
         model=manifest.model,
-        what=_what(manifest),
+        what=_precision_in_words(manifest),
         bucket=bucket.name,
         flops=_flops(bucket),
         backend=backend,
@@ -100,19 +100,19 @@ def measured(
     )
 
 
-def _what(manifest: Manifest) -> str:
+def _precision_in_words(manifest: Manifest) -> str:
     """ "int8 with convolutions, the rest fp32"."""
     plan, row = manifest.quantization, precision_row(manifest.precision)
     parts = {} if plan is None else {"attention": plan.attentions, "convolutions": plan.convolutions}
-    more = [name for name, planned in parts.items() if planned]
-    more += [] if plan is None or plan.weight_bits == 8 else [f"{plan.weight_bits}-bit weights"]
-    rest = "" if manifest.base == row.base else f", the rest {manifest.base}"
-    return f"{manifest.precision}{' with ' * bool(more)}{', '.join(more)}{rest}"
+    additions = [name for name, planned in parts.items() if planned]
+    additions += [] if plan is None or plan.weight_bits == 8 else [f"{plan.weight_bits}-bit weights"]
+    remainder = "" if manifest.base == row.base else f", the rest {manifest.base}"
+    return f"{manifest.precision}{' with ' * bool(additions)}{', '.join(additions)}{remainder}"
 
 
 def fastest_first(manifest: Manifest) -> list[str]:
     """Backends that ran such a bundle at its first size on this machine, by their medians; those to be believed."""
-    (bucket, *_), what = manifest.buckets, _what(manifest)
+    (bucket, *_), what = manifest.buckets, _precision_in_words(manifest)
     same_work = manifest.model, what, bucket.name, _flops(bucket)
     alike = [
         record
@@ -164,9 +164,9 @@ def advice(manifest: Manifest, doubted: Collection[Measured] = ()) -> list[str]:
         for place in sorted({record.place for record in alike}):
             if (manifest.model, bucket.name, *place) in unsaid:
                 continue
-            here = sorted((record for record in alike if record.place == place), key=lambda record: record.p50)
-            eight = next((record for record in here if record.eight_bit), None)
-            floating = next((record for record in here if not record.eight_bit), None)
+            at_place = sorted((record for record in alike if record.place == place), key=lambda record: record.p50)
+            eight = next((record for record in at_place if record.eight_bit), None)
+            floating = next((record for record in at_place if not record.eight_bit), None)
             if eight is not None and floating is not None:
                 lines.append(_advise(bucket.name, eight, floating))
     return lines

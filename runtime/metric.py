@@ -96,7 +96,7 @@ class Calibration:
         with np.errstate(all="ignore"):
             unit = float(np.abs(SPACES[self.kind].slope(SPACES[self.kind].back(self.scale * middle + self.shift))))
         drift = drift_noise(middle, DRIFT * self.scale, DRIFT * (unit if np.isfinite(unit) else 1.0))
-        return Evidence.known(self.scale, self.shift, self.covariance + drift, "the prior")
+        return Evidence.of_line(self.scale, self.shift, self.covariance + drift, "the prior")
 
     def uncertainty(self, prediction: NDArray[Any]) -> NDArray[Any]:
         """Relative standard deviation of depth at each prediction, from that of the line; NaN where it is unknown.

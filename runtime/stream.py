@@ -282,8 +282,8 @@ class Stream:
         """Take a frame and wait until it was run; False when that takes longer. The consumer's lock is held."""
         if self._submitted is None:
             with self._changed:
-                left = None if end is None else max(0.0, end - time.monotonic())
-                if not self._changed.wait_for(lambda: self._closed or self._frames, left):
+                seconds_left = None if end is None else max(0.0, end - time.monotonic())
+                if not self._changed.wait_for(lambda: self._closed or self._frames, seconds_left):
                     return False
                 if not self._frames:
                     return True
@@ -296,8 +296,8 @@ class Stream:
                 future.set_exception(error)
             self._submitted = dataclasses.replace(frame, image=None, future=future)
         assert self._submitted.future is not None
-        left = None if end is None else max(0.0, end - time.monotonic())
-        return bool(wait([self._submitted.future], left).done)
+        seconds_left = None if end is None else max(0.0, end - time.monotonic())
+        return bool(wait([self._submitted.future], seconds_left).done)
 
     def _tracked(self, frame: _Frame, geometry: Geometry) -> FrameResult:
         """With depth, where anything was said of the camera or the scene."""

@@ -227,7 +227,11 @@ class ScaleTracker:
         if last is None:
             return Evidence.nothing()
         try:
-            if last.calibration is None or last.calibration.kind != geometry.space or _turned(last, geometry) > _TURNED:
+            if (
+                last.calibration is None
+                or last.calibration.kind != geometry.space
+                or _turned_degrees(last, geometry) > _TURNED
+            ):
                 raise CalibrationError("Another scene.")
             motion = motion if self._metres else None  # in metres it says nothing in an unknown unit
             alignment = align(last, geometry, intrinsics, motion)
@@ -242,8 +246,8 @@ class ScaleTracker:
         worse = 1 + 20 * (1 - alignment.agreement)
         lift = DRIFT if motion is None else _STEP[1]
         noise = drift_noise(_median(geometry), _STEP[0] * worse * scale, lift * worse)
-        moved = self._state.moved(alignment.alpha, alignment.beta, noise)
-        return replace(moved, sources=self._state.sources)
+        predicted = self._state.after_step(alignment.alpha, alignment.beta, noise)
+        return replace(predicted, sources=self._state.sources)
 
     def _own_evidence(
         self, geometry: Geometry, camera: Camera | None, measurements: SceneMeasurements, predicted: Evidence
@@ -252,17 +256,17 @@ class ScaleTracker:
         evidence, reason = gather(geometry, camera, measurements, predicted)
         if measurements.anchors is None:
             return evidence, None, reason
-        known = _unitless(predicted + evidence) if not self._metres else predicted + evidence
+        other_evidence = _unitless(predicted + evidence) if not self._metres else predicted + evidence
         try:
-            fit = anchor_fit(geometry, measurements, known, reason)
+            fit = anchor_fit(geometry, measurements, other_evidence, reason)
         except CalibrationError as error:  # on a depth edge, say: the frames before know enough
             if not self._metres:
                 raise
             return evidence, None, error
-        return evidence + _difference(fit.evidence, known), fit, reason
+        return evidence + _difference(fit.evidence, other_evidence), fit, reason
 
 
-def _turned(before: Geometry, after: Geometry) -> float:
+def _turned_degrees(before: Geometry, after: Geometry) -> float:
     """Degrees between the two frames' normals at the same pixels, median; 0 where one has none."""
     if before.normals is None or after.normals is None or before.normals.shape != after.normals.shape:
         return 0.0
@@ -280,9 +284,11 @@ def _scaled(evidence: Evidence, factor: float) -> Evidence:
     return replace(evidence, information=factor * evidence.information, vector=factor * evidence.vector)
 
 
-def _difference(evidence: Evidence, known: Evidence) -> Evidence:
+def _difference(evidence: Evidence, other_evidence: Evidence) -> Evidence:
     return replace(
-        evidence, information=evidence.information - known.information, vector=evidence.vector - known.vector
+        evidence,
+        information=evidence.information - other_evidence.information,
+        vector=evidence.vector - other_evidence.vector,
     )
 
 

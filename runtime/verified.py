@@ -56,10 +56,10 @@ def forget(bundle: Path, backend: str) -> None:
 def findings() -> list[Finding]:
     """Of bundles that are still the same ones, on this machine."""
     stored = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
-    here = [
+    current = [
         finding for marker, finding in stored if finding and _marker(Path(finding.bundle), finding.backend) == marker
     ]
-    return sorted(here, key=lambda finding: (finding.bundle, finding.backend))
+    return sorted(current, key=lambda finding: (finding.bundle, finding.backend))
 
 
 def _finding(bundle: Path, backend: str) -> Finding | None:

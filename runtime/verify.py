@@ -168,8 +168,8 @@ def _together(estimator: Estimator, bucket: Bucket) -> list[int]:
     """Every number of images that run at once: of the size's graphs, or, where recordings decide, powers of two."""
     built = {other.batch for other in estimator.manifest.buckets if other.size == bucket.size}
     powers = {1 << power for power in range(estimator.images_together.bit_length())} if estimator.frames else set()
-    most = max(PICTURES, estimator.images_together)
-    return sorted(count for count in {PICTURES, *built, *powers} if count <= most)
+    largest_batch = max(PICTURES, estimator.images_together)
+    return sorted(count for count in {PICTURES, *built, *powers} if count <= largest_batch)
 
 
 def _shifted(image: Array, index: int) -> Array:

@@ -109,7 +109,7 @@ class HostWay:
         chain = Chain(self._backend, decode, bucket, end_stage)
         decoded = chain(rgb[0] if len(rgb) == 1 else np.concatenate(rgb)).decoded
         places = [job.placement.unscaled() if self._own_size else job.placement for job in jobs]
-        return [assemble(decoded[i :: len(jobs)], where, decode) for i, where in enumerate(places)]
+        return [assemble(decoded[i :: len(jobs)], placement, decode) for i, placement in enumerate(places)]
 
 
 class AuthorsWay(HostWay):

@@ -242,7 +242,7 @@ class _Exchange:
 
 def _as_header(texts: list[str]) -> str:
     """A JSON list in ASCII: all texts, or as many of the first as a header should hold."""
-    most = len(texts)
-    while most and len(json.dumps(texts[:most])) > _MOST_HEADER:
-        most -= 1
-    return json.dumps(texts[:most] or [texts[0][: _MOST_HEADER // 8]])
+    count = len(texts)
+    while count and len(json.dumps(texts[:count])) > _MOST_HEADER:
+        count -= 1
+    return json.dumps(texts[:count] or [texts[0][: _MOST_HEADER // 8]])

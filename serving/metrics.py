@@ -32,12 +32,12 @@ class ServingMetrics:
 
     def __init__(self, service: Service) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
-        self.answers = Counter("densegeo_http_requests", "Answers sent.", ["route", "status"], **own)  # type: ignore[arg-type]
-        self.rejected = Counter("densegeo_http_rejected", "Requests not taken on, by reason.", ["reason"], **own)  # type: ignore[arg-type]
-        self.gone = Counter("densegeo_http_gone", "Requests whose client left before the answer.", ["route"], **own)  # type: ignore[arg-type]
-        self.seconds = Histogram("densegeo_http_seconds", "From a request's head to its answer.", ["route"], **own)  # type: ignore[arg-type]
-        self.open = Gauge("densegeo_http_open", "Requests being read or answered.", **own)  # type: ignore[arg-type]
+        into = {"registry": self._registry}
+        self.answers = Counter("densegeo_http_requests", "Answers sent.", ["route", "status"], **into)  # type: ignore[arg-type]
+        self.rejected = Counter("densegeo_http_rejected", "Requests not taken on, by reason.", ["reason"], **into)  # type: ignore[arg-type]
+        self.gone = Counter("densegeo_http_gone", "Requests whose client left before the answer.", ["route"], **into)  # type: ignore[arg-type]
+        self.seconds = Histogram("densegeo_http_seconds", "From a request's head to its answer.", ["route"], **into)  # type: ignore[arg-type]
+        self.open = Gauge("densegeo_http_open", "Requests being read or answered.", **into)  # type: ignore[arg-type]
         for reason in REASONS:
             self.rejected.labels(reason)
         self._registry.register(_Models(service))

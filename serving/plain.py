@@ -155,8 +155,8 @@ def rehearse(request: GeometryRequest, answer: Answer, decode: Decode) -> None:
     """Raise, before anything runs, what `write_geometry` would raise whatever the picture."""
     for name in request.fields.outputs or ():
         if not decode.has(name):
-            there = " and ".join(output.kind for output in decode.outputs)
-            raise MissingOutputError(f"There are no {name} to be had: this model has {there}.")
+            available = " and ".join(output.kind for output in decode.outputs)
+            raise MissingOutputError(f"There are no {name} to be had: this model has {available}.")
     geometry = request.metres.rehearse(decode)
     row = RESULTS[answer.format]
     if row.needs != "nothing" and request.fields.outputs is not None and "depth" not in request.fields.outputs:

@@ -37,9 +37,9 @@ def replicas_of(
 ) -> Replicas | None:
     """How to run on Ray; None without it. Raises BadParameter."""
     if ray is None:
-        given = {"--min-replicas": min_replicas, "--max-replicas": max_replicas}
-        given |= {"--target-requests": target_requests, "--replica-cpus": replica_cpus}  # type: ignore[dict-item]
-        for option, value in given.items():
+        options = {"--min-replicas": min_replicas, "--max-replicas": max_replicas}
+        options |= {"--target-requests": target_requests, "--replica-cpus": replica_cpus}  # type: ignore[dict-item]
+        for option, value in options.items():
             if value is not None:
                 raise typer.BadParameter("goes with --ray.", param_hint=option)
         return None

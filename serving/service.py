@@ -27,14 +27,14 @@ class Deadline:
     def __init__(self, milliseconds: float | None, arrived: float) -> None:
         self._milliseconds, self._arrived = milliseconds, arrived
 
-    def left(self) -> float | None:
+    def milliseconds_left(self) -> float | None:
         """Milliseconds from now. Raises DeadlineError when there are none."""
         if self._milliseconds is None:
             return None
-        left = self._milliseconds - 1e3 * (time.monotonic() - self._arrived)
-        if left <= 0:
+        milliseconds_left = self._milliseconds - 1e3 * (time.monotonic() - self._arrived)
+        if milliseconds_left <= 0:
             raise DeadlineError("The deadline passed before this request could be queued; it was not run.")
-        return left
+        return milliseconds_left
 
 
 class Service:
@@ -107,7 +107,7 @@ class Service:
         return futures
 
     def _submit_one(self, estimator: Estimator, image: object, deadline: Deadline) -> Future[Geometry]:
-        future = estimator.submit(image, deadline_ms=deadline.left())
+        future = estimator.submit(image, deadline_ms=deadline.milliseconds_left())
         future.add_done_callback(self._look_at)
         return future
 

@@ -132,15 +132,15 @@ def output_names(decode: Decode, metres: Metres) -> list[str]:
 
 def require_output(name: str, decode: Decode, metres: Metres) -> None:
     """Raises NotMetricError, RequestError for an output that a request cannot have."""
-    there = output_names(decode, metres)
-    if name == "depth" and "depth" not in there and decode.has("depth"):
+    available = output_names(decode, metres)
+    if name == "depth" and "depth" not in available and decode.has("depth"):
         raise NotMetricError(
             "There is no output depth in this request: the prediction is known only up to a scale and a shift. Say in "
             "the request's parameters what fixes them: near and far, scale and shift, or a measurement: anchors, or "
             "with intrinsics camera_height or size."
         )
-    if name not in there:
-        raise RequestError(f"There is no output {name[:60]!r}; there are {', '.join(there)}.")
+    if name not in available:
+        raise RequestError(f"There is no output {name[:60]!r}; there are {', '.join(available)}.")
 
 
 def write_inference(
@@ -157,10 +157,10 @@ def write_inference(
         array: NDArray[np.float32] = np.stack(maps) if inference.batched else maps[0]
         if as_bytes:
             behind.append(np.ascontiguousarray(array, dtype="<f4").data)
-            how: dict[str, Any] = {"parameters": {"binary_data_size": array.nbytes}}
+            content: dict[str, Any] = {"parameters": {"binary_data_size": array.nbytes}}
         else:
-            how = {"data": _numbers(array)}
-        described.append(TensorOut(name=name, datatype="FP32", shape=list(array.shape), **how))
+            content = {"data": _numbers(array)}
+        described.append(TensorOut(name=name, datatype="FP32", shape=list(array.shape), **content))
     parameters = {"warnings": "\n".join(warned)} if warned else {}
     header = msgspec.json.encode(Answer(model, version, described, inference.id, parameters))
     return b"".join([header, *behind]), len(header) if behind else 0

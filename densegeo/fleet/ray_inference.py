@@ -179,7 +179,7 @@ def run_on_ray(
                     continue  # a block that was done twice
                 outcome = replace(outcome, item=item)
                 for text in outcome.warnings:
-                    tally.notices.said(text, item.path)
+                    tally.notices.count(text, item.path)
                 take(outcome, results, tally)
                 advance()
     for item in unfinished.values():

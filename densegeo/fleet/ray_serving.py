@@ -24,7 +24,7 @@ from densegeo.serving.logs import FIELDS
 from densegeo.serving.models import open_models, require_own
 from densegeo.serving.replicas import WHAT, Replicas
 from densegeo.serving.server import EXIT_INTERRUPTED, listen
-from densegeo.signals import Terminated, told
+from densegeo.signals import Terminated, ending_on_signal
 
 log = logging.getLogger("densegeo.fleet")
 
@@ -50,7 +50,7 @@ def run_on_ray(job: ServeJob) -> int:
         require_own(model.directory)
     # One more than there are to be takes part while a bundle is replaced.
     ended: list[KeyboardInterrupt] = []
-    with connected(replicas.address, (replicas.most + 1) * replicas.cpus) as ray, told(ended.append):
+    with connected(replicas.address, (replicas.most + 1) * replicas.cpus) as ray, ending_on_signal(ended.append):
         needs, fit = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
         if replicas.least > fit:
             raise ConfigError(f"{fit} replicas fit into this cluster: say a smaller --min-replicas, or add nodes.")

@@ -87,8 +87,8 @@ def run(options: Options) -> int:
             work.run(console)
     except OSError as error:
         raise ResourceError(f"Cannot write {options.output}: {error.strerror or error}.") from error
-    done = work.images - len(work.failures)
-    console.print(f"{done} of {work.images} images done, results in {escape(str(options.output))}", soft_wrap=True)
+    finished = work.images - len(work.failures)
+    console.print(f"{finished} of {work.images} images done, results in {escape(str(options.output))}", soft_wrap=True)
     console.print(f"depth is {escape(work.depth)}", soft_wrap=True)
     for reason, times in _grouped(work.failures):
         _say(console, "red", "failed", f"{times} images: {reason}")
@@ -101,7 +101,7 @@ def run(options: Options) -> int:
     lacking = len(work.without_metres)
     for reason, times in _grouped(work.without_metres)[:_SHOWN]:
         _say(console, "yellow", "no metres", f"{times} of {work.images} images: {reason}")
-    return len(work.failures) + bool(bag.cut) + (0 < lacking == done)
+    return len(work.failures) + bool(bag.cut) + (0 < lacking == finished)
 
 
 def _say(console: Console, colour: str, word: str, text: str) -> None:
@@ -229,11 +229,11 @@ class _Work:
         output = Output(self._options.output, self._note())
         waiting: deque[Waiting] = deque()
         total = sum(self._bag.counts[topic] for topic in self._sources)
-        with output.open() as done, Progress(*columns, console=console) as progress:
-            begin = 0 if self._steady else done.images
+        with output.open() as earlier, Progress(*columns, console=console) as progress:
+            begin = 0 if self._steady else earlier.images
             task = progress.add_task("", total=total, completed=begin)
-            if begin > done.written:
-                self.failures += ["before the run was interrupted"] * (begin - done.written)
+            if begin > earlier.written:
+                self.failures += ["before the run was interrupted"] * (begin - earlier.written)
             for number, item in self._numbered():
                 if number < begin:
                     continue
@@ -243,10 +243,10 @@ class _Work:
                     self.failures.append(str(error))
                     progress.advance(task)
                 while len(waiting) > AHEAD:
-                    self._finish(waiting.popleft(), output, done.images)
+                    self._finish(waiting.popleft(), output, earlier.images)
                     progress.advance(task)
             while waiting:
-                self._finish(waiting.popleft(), output, done.images)
+                self._finish(waiting.popleft(), output, earlier.images)
                 progress.advance(task)
             if len(self.failures) == self.images:
                 output.discard()
@@ -259,9 +259,9 @@ class _Work:
         """What the output is made from: an interrupted run goes on only with the same."""
         options = self._options
         bundle = hashlib.sha256((options.bundle / MANIFEST).read_bytes()).hexdigest()
-        asked = (sorted(self._sources), options.sensors, options.metres, options.ycbcr, options.results)
+        settings = (sorted(self._sources), options.sensors, options.metres, options.ycbcr, options.results)
         counts = {topic: self._bag.counts[topic] for topic in sorted(self._bag.counts)}
-        return {"bundle": bundle, "source": options.source.name, "options": repr(asked), "messages": repr(counts)}
+        return {"bundle": bundle, "source": options.source.name, "options": repr(settings), "messages": repr(counts)}
 
     def _numbered(self) -> Iterator[tuple[int, Item]]:
         """Images in their order; what lies between them is remembered."""
@@ -330,7 +330,7 @@ class _Work:
 
 def _message(name: str, header: Any, fields: outputs.Fields) -> Any:
     point_field = STORE.types["sensor_msgs/msg/PointField"]
-    rest = dict(fields)
-    if "fields" in rest:
-        rest["fields"] = [point_field(**point_fields) for point_fields in rest["fields"]]
-    return STORE.types[outputs.TOPICS[name]](header=header, **rest)
+    message_fields = dict(fields)
+    if "fields" in message_fields:
+        message_fields["fields"] = [point_field(**point_fields) for point_fields in message_fields["fields"]]
+    return STORE.types[outputs.TOPICS[name]](header=header, **message_fields)

@@ -57,10 +57,10 @@ class Output:
             self._writer = Writer(stream, chunk_size=CHUNK)
             self._writer.start(profile="ros2", library=f"densegeo {__version__}")
             self._writer.add_metadata(NOTE, self._note)
-            done = self._take_over()
+            earlier = self._take_over()
             os.replace(fresh, self.partial)
             try:
-                yield done
+                yield earlier
             finally:
                 self._writer.finish()
                 stream.flush()
@@ -87,15 +87,15 @@ class Output:
     def _take_over(self) -> Done:
         """What an interrupted run wrote, without its last image, of which messages may be missing."""
         group: list[Written] = []
-        done = Done()
+        earlier = Done()
         for message in self._earlier():
             if group and group[0].image != message.image:
-                for whole in group:
-                    self._add(whole)
+                for written in group:
+                    self._add(written)
                 group = []
-                done = Done(message.image, done.written + 1)
+                earlier = Done(message.image, earlier.written + 1)
             group.append(message)
-        return done
+        return earlier
 
     def _earlier(self) -> Iterator[Written]:
         """The messages of the partial file as far as it can be read; none of one with another note."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from densegeo.errors import ImageError
 from densegeo.ros.bag_input import Bag, Item
 from densegeo.ros.gravity import Gravity
-from densegeo.ros.metric import ImageContext, turned
+from densegeo.ros.metric import ImageContext, rotated
 from densegeo.ros.ranges import Transform, read_points
 from densegeo.ros.static import StaticTransforms
 
@@ -111,7 +111,7 @@ class Scene:
         if up is None:
             return context.without(self._gravity.problem)
         return context._replace(
-            up=turned(up, self._between(self._sensors.imu_topic, self._gravity.frame, header.frame_id))
+            up=rotated(up, self._between(self._sensors.imu_topic, self._gravity.frame, header.frame_id))
         )
 
     def _between(self, topic: str, source: str, target: str) -> Transform:

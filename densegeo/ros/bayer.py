@@ -16,7 +16,7 @@ def demosaic(mosaic: NDArray[Any], pattern: str) -> NDArray[Any]:
     """
     height, width = mosaic.shape
     padded = np.pad(mosaic, 1, mode="reflect" if min(height, width) > 1 else "edge").astype(np.uint32)
-    here = padded[1:-1, 1:-1]
+    centre = padded[1:-1, 1:-1]
     beside = padded[1:-1, :-2] + padded[1:-1, 2:]
     above = padded[:-2, 1:-1] + padded[2:, 1:-1]
     corners = padded[:-2, :-2] + padded[:-2, 2:] + padded[2:, :-2] + padded[2:, 2:]
@@ -26,12 +26,12 @@ def demosaic(mosaic: NDArray[Any], pattern: str) -> NDArray[Any]:
         if color == "g":
             row_color = pattern[place ^ 1]  # the green pixel's neighbours along its row
             row, column = (0, 2) if row_color == "r" else (2, 0)
-            rgb[cell][..., 1] = here[cell]
+            rgb[cell][..., 1] = centre[cell]
             rgb[cell][..., row] = (beside[cell] + 1) // 2
             rgb[cell][..., column] = (above[cell] + 1) // 2
         else:
-            own, other = (0, 2) if color == "r" else (2, 0)
-            rgb[cell][..., own] = here[cell]
+            this_color, opposite_color = (0, 2) if color == "r" else (2, 0)
+            rgb[cell][..., this_color] = centre[cell]
             rgb[cell][..., 1] = (beside[cell] + above[cell] + 2) // 4
-            rgb[cell][..., other] = (corners[cell] + 2) // 4
+            rgb[cell][..., opposite_color] = (corners[cell] + 2) // 4
     return rgb

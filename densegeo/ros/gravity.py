@@ -37,14 +37,14 @@ class Gravity:
                 f"the IMU's acceleration is {length:.2g} m/s^2, without gravity: take its raw topic, in m/s^2 (REP 145)"
             )
             return
-        now = message.header.stamp.sec + message.header.stamp.nanosec / 1e9
-        passed = now - self._time
-        if self._mean is None or not 0 <= passed < _GAP or message.header.frame_id != self.frame:
+        stamp = message.header.stamp.sec + message.header.stamp.nanosec / 1e9
+        elapsed = stamp - self._time
+        if self._mean is None or not 0 <= elapsed < _GAP or message.header.frame_id != self.frame:
             self._mean = acceleration
         else:
-            share = 1 - math.exp(-passed / _AVERAGED)
-            self._mean = (1 - share) * self._turned(self._mean, message, passed) + share * acceleration
-        self.frame, self._time, self.problem = message.header.frame_id, now, ""
+            share = 1 - math.exp(-elapsed / _AVERAGED)
+            self._mean = (1 - share) * self._rotated(self._mean, message, elapsed) + share * acceleration
+        self.frame, self._time, self.problem = message.header.frame_id, stamp, ""
 
     def up(self, seconds: float) -> Float64 | None:
         """(3,) unit vector against gravity in the IMU's frame, for an image of that stamp; None where it is unknown."""
@@ -57,7 +57,7 @@ class Gravity:
         return self._mean / length if length > 0 else None
 
     @staticmethod
-    def _turned(vector: Float64, message: Any, seconds: float) -> Float64:
+    def _rotated(vector: Float64, message: Any, seconds: float) -> Float64:
         """What stands still in the world turns against the IMU: dv/dt = v x w."""
         rate = np.array([getattr(message.angular_velocity, axis) for axis in "xyz"], dtype=np.float64)
         if message.angular_velocity_covariance[0] == -1 or not np.isfinite(rate).all():

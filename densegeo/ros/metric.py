@@ -47,9 +47,9 @@ class ImageContext(NamedTuple):
         except ConfigError as error:
             return self._replace(camera=None).without(f"camera_info is of another picture: {error}")
 
-    def without(self, what: str) -> ImageContext:
+    def without(self, lack: str) -> ImageContext:
         """With one more thing that is lacking, in words."""
-        return self._replace(lacking=(*self.lacking, what.rstrip(".")))
+        return self._replace(lacking=(*self.lacking, lack.rstrip(".")))
 
 
 class MetresOptions(NamedTuple):
@@ -62,7 +62,7 @@ class MetresOptions(NamedTuple):
     camera_height: float = 0.0
 
 
-def turned(up: Float64, into: Transform) -> Float64:
+def rotated(up: Float64, into: Transform) -> Float64:
     """A direction from its own frame into the camera's."""
     return np.asarray(into.rotation @ up)
 

@@ -17,8 +17,8 @@ class StaticTransforms:
     def add(self, message: Any) -> None:
         """A tf2_msgs/TFMessage."""
         for stamped in message.transforms:
-            moved = Transform.of_message(stamped.transform)
-            self._parents[stamped.child_frame_id.lstrip("/")] = stamped.header.frame_id.lstrip("/"), moved
+            transform = Transform.of_message(stamped.transform)
+            self._parents[stamped.child_frame_id.lstrip("/")] = stamped.header.frame_id.lstrip("/"), transform
 
     def between(self, source: str, target: str) -> Transform:
         """Raises BagError where the tree does not join them."""

@@ -81,8 +81,8 @@ def resize_depth_kernel(
             p = tl.exp(p)
         if SPACE == 3:
             p = 1.0 / p
-        good = (p > 0) & (p < float("inf"))  # NaN is neither
-        p = tl.where(good, tl.where(p < near, near, tl.where(p > far, far, p)), float("nan"))
+        positive = (p > 0) & (p < float("inf"))  # NaN is neither
+        p = tl.where(positive, tl.where(p < near, near, tl.where(p > far, far, p)), float("nan"))
     offset = (picture * height + y[:, None]) * width + x[None, :]
     tl.store(resized + offset, p, mask=(y < height)[:, None] & (x < width)[None, :])
 

@@ -113,7 +113,7 @@ def open_backend(
     if name == "auto" and beside_gpu:
         attempts = [(row, kind) for kind in ("cuda", "cpu") for row in rows if kind in row.devices]
     reasons: dict[str, None] = {}  # in order, each once
-    for row, where in attempts:
+    for row, place in attempts:
         reason = _against(row, directory, name)
         if reason is None:
             try:
@@ -121,7 +121,7 @@ def open_backend(
                 options = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
                 options |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
                 backend: Backend = getattr(import_module(module), function)(
-                    directory, manifest, where, sharing, **options
+                    directory, manifest, place, sharing, **options
                 )
             except BackendError as error:
                 if name != "auto":
@@ -166,12 +166,12 @@ def parse_device(device: str) -> tuple[str, str]:
     return kind, index
 
 
-def require_device(lies: str, here: str) -> None:
+def require_device(image_device: str, estimator_device: str) -> None:
     """Raises BackendError for memory of another CUDA device: what crosses the bus is to be the caller's choice."""
-    if lies != here:
+    if image_device != estimator_device:
         raise BackendError(
-            f"The image lies on {lies}, and this estimator runs on {here}: move the image, or open the estimator with "
-            f'device="{lies}".'
+            f"The image lies on {image_device}, and this estimator runs on {estimator_device}: move the image, or "
+            f'open the estimator with device="{image_device}".'
         )
 
 

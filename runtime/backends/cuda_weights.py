@@ -51,11 +51,11 @@ def upload_weights(memory: Memory, path: Path, tensors: Mapping[str, tuple[int, 
 
 
 def fill(part: NDArray[np.uint8], start: int, pieces: list[tuple[int, int, int]], file: BinaryIO) -> None:
-    """The bytes [start, start + size) of the device's layout; pieces: (there, in the file, bytes)."""
-    for there, offset, size in pieces:
-        first, last = max(there, start), min(there + size, start + part.size)
+    """The bytes [start, start + size) of the device's layout; pieces: (target, in the file, bytes)."""
+    for target, offset, size in pieces:
+        first, last = max(target, start), min(target + size, start + part.size)
         if first < last:
-            file.seek(offset + first - there)
+            file.seek(offset + first - target)
             if file.readinto(part[first - start : last - start].data) != last - first:  # type: ignore[attr-defined]
                 raise BackendError(f"{file.name} ended early: copy the bundle again")
 

@@ -64,6 +64,6 @@ def capsule(address: int, shape: tuple[int, ...], kind: str, bits: int, device: 
     managed = _Managed()
     managed.tensor = _Tensor(address, CUDA, device, len(shape), CODES[kind], bits, 1, sizes, None, 0)
     managed.deleter = ctypes.cast(_RELEASE, ctypes.c_void_p).value
-    where = ctypes.addressof(managed)
-    _exported[where] = managed, sizes, owner
-    return _python.PyCapsule_New(where, NAME, _END)
+    address_of_managed = ctypes.addressof(managed)
+    _exported[address_of_managed] = managed, sizes, owner
+    return _python.PyCapsule_New(address_of_managed, NAME, _END)

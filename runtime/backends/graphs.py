@@ -61,7 +61,7 @@ class GraphBackend(ABC):
                         f"{self._directory} lacks the graph {graph.file}. Copy it again or rebuild the bundle."
                     )
                 loaded = self._load(path)
-                self._original.require(there=True)  # it may be another bundle's
+                self._original.require(needed=True)  # it may be another bundle's
                 self._graphs[graph.file] = loaded
             return self._graphs[graph.file]
 

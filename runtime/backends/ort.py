@@ -183,8 +183,8 @@ def require_precision(row: BackendRow, manifest: Manifest) -> None:
     if lacking is None:
         return
     able = [other for other in BACKENDS if other.lacking(manifest.precision, manifest.base) is None]
-    first, *others = sorted(able, key=lambda other: bool(_where(other)))
-    also = ", ".join(f'"{other.name}"{_where(other)}' for other in others)
+    first, *others = sorted(able, key=lambda other: bool(_condition(other)))
+    also = ", ".join(f'"{other.name}"{_condition(other)}' for other in others)
     floats = [name for name in FLOATS if name in row.precisions]
     remedy = f"`--precision {floats[0]}` or {' or '.join(floats[1:])}"
     if kinds := [name for name in QUANTIZED if name in row.precisions]:
@@ -196,7 +196,7 @@ def require_precision(row: BackendRow, manifest: Manifest) -> None:
     )
 
 
-def _where(row: BackendRow) -> str:
+def _condition(row: BackendRow) -> str:
     """What else a bundle needs to run with a backend, in words."""
     if row.runs == "engines":
         return " with engines"
@@ -258,13 +258,13 @@ def session_limits(manifest: Manifest, limit: int) -> dict[str, int]:
     """Bytes for the session of every graph, by its file: its weights, and an equal part of what weights leave."""
     graphs = [(stage, getattr(bucket, stage).file) for bucket in manifest.buckets for stage in STAGES]
     weights = {stage: manifest.files[f"{stage}.safetensors"].bytes for stage in STAGES}
-    left = limit - sum(weights[stage] for stage, _ in graphs)
-    if left <= 0:
+    spare = limit - sum(weights[stage] for stage, _ in graphs)
+    if spare <= 0:
         raise BackendError(
             f"ONNX Runtime keeps a copy of the weights for each of {len(manifest.buckets)} sizes and batches, and "
-            f"memory_limit is {-left} bytes below that: raise it, or build a bundle of fewer sizes."
+            f"memory_limit is {-spare} bytes below that: raise it, or build a bundle of fewer sizes."
         )
-    return {file: weights[stage] + left // len(graphs) for stage, file in graphs}
+    return {file: weights[stage] + spare // len(graphs) for stage, file in graphs}
 
 
 def _tensorrt_options(index: str, manifest: Manifest) -> dict[str, str]:

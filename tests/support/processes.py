@@ -28,22 +28,22 @@ def forked(action: Callable[[], object], leave: Callable[[int], object] = os._ex
     reader, writer = os.pipe()
     started = time.monotonic()
     if (child := os.fork()) == 0:
-        said = "returned"
+        outcome = "returned"
         try:
             action()
         except BackendError as error:
-            said = f"BackendError: {error}"
+            outcome = f"BackendError: {error}"
         except BaseException as error:  # whatever it is, it is the answer
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, json.dumps([said, time.monotonic() - started]).encode())
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(writer, json.dumps([outcome, time.monotonic() - started]).encode())
         leave(7)
     os.close(writer)
     while time.monotonic() - started < HANGS_S:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             with os.fdopen(reader) as pipe:
-                said, seconds = json.loads(pipe.read())
-            return {"said": said, "seconds": seconds, "status": os.waitstatus_to_exitcode(status)}
+                outcome, seconds = json.loads(pipe.read())
+            return {"said": outcome, "seconds": seconds, "status": os.waitstatus_to_exitcode(status)}
         time.sleep(0.02)
     os.kill(child, 9)
     os.waitpid(child, 0)

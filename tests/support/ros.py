@@ -77,11 +77,11 @@ def cloud(points: np.ndarray, *, at: float = 1.5, frame: str = "lidar", big: boo
 def transform(numbers: list[float], parent: str, child: str) -> Any:
     """A TFMessage of one static transform."""
     x, y, z, qx, qy, qz, qw = numbers
-    moved = T["geometry_msgs/msg/Transform"](
+    message = T["geometry_msgs/msg/Transform"](
         translation=T["geometry_msgs/msg/Vector3"](x=x, y=y, z=z),
         rotation=T["geometry_msgs/msg/Quaternion"](x=qx, y=qy, z=qz, w=qw),
     )
-    stamped = T["geometry_msgs/msg/TransformStamped"](header=header(0, parent), child_frame_id=child, transform=moved)
+    stamped = T["geometry_msgs/msg/TransformStamped"](header=header(0, parent), child_frame_id=child, transform=message)
     return T["tf2_msgs/msg/TFMessage"](transforms=[stamped])
 
 

@@ -44,35 +44,35 @@ class _Cdr:
         return self
 
 
-def header(given: Any) -> bytes:
+def header(source: Any) -> bytes:
     """A std_msgs/Header's bytes."""
-    stamp = given.stamp
-    found = _Cdr(struct.pack("<iI", stamp.sec, stamp.nanosec)).text(given.frame_id)
-    return bytes(found.body)
+    stamp = source.stamp
+    encoder = _Cdr(struct.pack("<iI", stamp.sec, stamp.nanosec)).text(source.frame_id)
+    return bytes(encoder.body)
 
 
 def message(topic: str, head: bytes, fields: Mapping[str, Any]) -> bytes:
     """The topic's message. Its data are copied once. head: see `header`."""
-    made = _Cdr(head).numbers(fields["height"], fields["width"])
+    encoder = _Cdr(head).numbers(fields["height"], fields["width"])
     if CLASSES[topic] is Image:
-        made.text(fields["encoding"]).byte(fields["is_bigendian"]).numbers(fields["step"])
+        encoder.text(fields["encoding"]).byte(fields["is_bigendian"]).numbers(fields["step"])
     else:
-        made.numbers(len(fields["fields"]))
+        encoder.numbers(len(fields["fields"]))
         for field in fields["fields"]:
-            made.text(field["name"]).numbers(field["offset"]).byte(field["datatype"]).numbers(field["count"])
-        made.byte(fields["is_bigendian"]).numbers(fields["point_step"], fields["row_step"])
-    made.numbers(fields["data"].nbytes)
+            encoder.text(field["name"]).numbers(field["offset"]).byte(field["datatype"]).numbers(field["count"])
+        encoder.byte(fields["is_bigendian"]).numbers(fields["point_step"], fields["row_step"])
+    encoder.numbers(fields["data"].nbytes)
     end = bytes([fields["is_dense"]]) if "is_dense" in fields else b""
-    return b"".join((_LITTLE_ENDIAN, made.body, fields["data"], end))
+    return b"".join((_LITTLE_ENDIAN, encoder.body, fields["data"], end))
 
 
-def camera_info(given: Any, info: CameraInfo) -> CameraInfo:
+def camera_info(header: Any, info: CameraInfo) -> CameraInfo:
     """The image's own camera, with the image's stamp and frame."""
-    made = copy(info)
-    made.header = given
-    return made
+    camera = copy(info)
+    camera.header = header
+    return camera
 
 
-def nanoseconds(given: Any) -> int:
+def nanoseconds(header: Any) -> int:
     """A header's stamp."""
-    return int(given.stamp.sec) * 1_000_000_000 + int(given.stamp.nanosec)
+    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)

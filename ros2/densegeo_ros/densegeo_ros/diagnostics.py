@@ -85,7 +85,7 @@ class Tally:
             "images published per second": f"{published / seconds:.2f}",
             "depth": self.depth,
             "depth uncertainty percent": "" if math.isnan(self.uncertainty) else f"{100 * self.uncertainty:.2g}",
-            **{f"{stage} ms": f"{sum(found) / len(found):.2f}" for stage, found in times.items()},
+            **{f"{stage} ms": f"{sum(milliseconds) / len(milliseconds):.2f}" for stage, milliseconds in times.items()},
             **{
                 f"images {what}": str(self.counts[what])
                 for what in ("received", "missed", "published", "idle", "skipped")

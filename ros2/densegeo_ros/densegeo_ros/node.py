@@ -165,13 +165,13 @@ class GeometryNode(LifecycleNode):
             self._timer = None
 
     def _make_sensors(self, values: SimpleNamespace) -> list[RangeSensor | ImuSensor]:
-        found: list[RangeSensor | ImuSensor] = []
+        sensors: list[RangeSensor | ImuSensor] = []
         if values.anchors:
             frames = Frames(self, values.anchors_transform, "anchors_transform")
-            found.append(RangeSensor(RANGE_SENSORS[values.anchors], frames, values.anchors_max_age))
+            sensors.append(RangeSensor(RANGE_SENSORS[values.anchors], frames, values.anchors_max_age))
         if values.imu:
-            found.append(ImuSensor(Frames(self, values.imu_transform, "imu_transform")))
-        return found
+            sensors.append(ImuSensor(Frames(self, values.imu_transform, "imu_transform")))
+        return sensors
 
     def _subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
         name = self.resolve_topic_name(topic)
@@ -329,16 +329,16 @@ class GeometryNode(LifecycleNode):
         dropped = 0 if self._worker is None else self._worker.dropped
         name = f"{self.get_fully_qualified_name().lstrip('/')}: geometry"
         status = self._tally.report(name, hardware, state, seconds, dropped, self._links())
-        made = DiagnosticArray(status=[status])
-        made.header.stamp = now.to_msg()
-        self._diagnostics.publish(made)
+        message = DiagnosticArray(status=[status])
+        message.header.stamp = now.to_msg()
+        self._diagnostics.publish(message)
 
     def _links(self) -> dict[str, int]:
         """Who is at the other end of each topic, and what came of those that go with the images."""
-        found = {f"publishers of {one.topic_name}": qos.publishers(self, one) for one in self._inputs}
-        found |= {f"subscribers of {one.topic_name}": one.get_subscription_count() for one in self._results.values()}
+        links = {f"publishers of {end.topic_name}": qos.publishers(self, end) for end in self._inputs}
+        links |= {f"subscribers of {end.topic_name}": end.get_subscription_count() for end in self._results.values()}
         beside = ["camera_info", *(sensor.topic for sensor in self._sensors)]
-        return found | {f"messages of {self.resolve_topic_name(t)}": self._tally.counts[f"of {t}"] for t in beside}
+        return links | {f"messages of {self.resolve_topic_name(t)}": self._tally.counts[f"of {t}"] for t in beside}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,15 +32,17 @@ class Row:
     live: bool = False
 
     def descriptor(self) -> ParameterDescriptor:
-        made = ParameterDescriptor(name=self.name, description=self.description)
-        made.additional_constraints = f"one of {', '.join(map(repr, self.choices))}" if self.choices else ""
+        descriptor = ParameterDescriptor(name=self.name, description=self.description)
+        descriptor.additional_constraints = f"one of {', '.join(map(repr, self.choices))}" if self.choices else ""
         if self.between is not None:
             low, high = self.between
             if isinstance(self.default, int):
-                made.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+                descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
             else:
-                made.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
-        return made
+                descriptor.floating_point_range = [
+                    FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)
+                ]
+        return descriptor
 
 
 ROWS = (

@@ -69,8 +69,8 @@ def publishers(node: Any, subscription: Any) -> int:
 
 def _those_there_are(kind: Any, **callbacks: Any) -> Any:
     """Events that this ROS does not know are not listened to."""
-    known = inspect.signature(kind).parameters
-    return kind(**{name: callback for name, callback in callbacks.items() if name in known})
+    parameters = inspect.signature(kind).parameters
+    return kind(**{name: callback for name, callback in callbacks.items() if name in parameters})
 
 
 def _name(event: object) -> str:

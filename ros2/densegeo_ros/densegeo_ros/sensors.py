@@ -11,7 +11,7 @@ from sensor_msgs.msg import Imu, LaserScan, PointCloud2, Range
 
 from densegeo.errors import ConfigError, ImageError
 from densegeo.ros.gravity import Gravity
-from densegeo.ros.metric import ImageContext, turned
+from densegeo.ros.metric import ImageContext, rotated
 from densegeo.ros.ranges import IDENTITY, Transform, read_points
 from densegeo_ros.convert import nanoseconds
 
@@ -66,7 +66,7 @@ class RangeSensor:
     def add(self, context: ImageContext, header: Any) -> ImageContext:
         """With the points nearest in time to an image's header, or with why there are none."""
         stamp = nanoseconds(header)
-        near = min(list(self._messages), key=lambda one: abs(nanoseconds(one.header) - stamp), default=None)
+        near = min(list(self._messages), key=lambda message: abs(nanoseconds(message.header) - stamp), default=None)
         if near is None or abs(nanoseconds(near.header) - stamp) > self._max_age * 1e9:
             what = "have come" if near is None else f"lie within {self._max_age:g} s of the image"
             return context.without(f"no ranges {what}")
@@ -99,7 +99,7 @@ class ImuSensor:
         into = self._frames.between(self._gravity.frame, header.frame_id)
         if into is None:
             return context.without(_unknown(self._gravity.frame, header.frame_id))
-        return context._replace(up=turned(up, into))
+        return context._replace(up=rotated(up, into))
 
 
 def _unknown(source: str, target: str) -> str:
