@@ -250,7 +250,12 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into `directory`, indented for people."""
+    """Write `manifest.json`, indented for people.
+
+    Args:
+        directory: The bundle's.
+        manifest: What stands in it.
+    """
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (directory / MANIFEST).write_bytes(encoded + b"\n")
 
@@ -258,8 +263,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """Read and validate a bundle's manifest.
 
-    Raises BundleError when `directory` is no bundle or the manifest is malformed, SchemaVersionError when
-    it was written by another schema version.
+    Args:
+        directory: The bundle's.
+
+    Returns:
+        The manifest; the files that it lists are not looked at, see `check_files`.
+
+    Raises:
+        BundleError: The directory is no bundle, or the manifest is malformed or names a file outside.
+        SchemaVersionError: It was written by another schema version.
     """
     require_bundle(directory)
     path = directory / MANIFEST
@@ -348,9 +360,17 @@ class _Built(msgspec.Struct):
 def check_files(
     directory: Path, manifest: Manifest, *, digests: bool = True, progress: Callable[[int], object] | None = None
 ) -> None:
-    """Check that every file of the manifest is there with its size and, if `digests`, its SHA-256.
+    """Check that the files of a bundle are those of its manifest.
 
-    Raises BundleError for a missing file, DigestError for one that differs; each names the file.
+    Args:
+        directory: The bundle's.
+        manifest: What `read_manifest` gives.
+        digests: Compare each file's SHA-256, and not its size alone.
+        progress: Called with the number of bytes of each piece that was read for a digest.
+
+    Raises:
+        BundleError: A file is missing.
+        DigestError: A file differs. Each names the file.
     """
     for name, expected in manifest.files.items():
         path = directory / name

@@ -89,6 +89,9 @@ class Camera:
             intrinsics: A Camera; (fx, fy, cx, cy); a matrix 3x3, 3x4, or its 9 or 12 numbers; a ROS CameraInfo, a
                 mapping with its fields, or camera_info's YAML as a mapping.
 
+        Returns:
+            The camera; of a known size where the intrinsics say it.
+
         Raises:
             ConfigError: For anything else, for skew, and for a camera without a calibration.
         """
@@ -113,6 +116,9 @@ class Camera:
             size: (width, height) of the image, in pixels.
             axis: Along which the angle is: "x", "y" or "diagonal".
 
+        Returns:
+            The camera, of that size, without distortion.
+
         Raises:
             ConfigError: For another angle, and for what is no size.
         """
@@ -136,6 +142,9 @@ class Camera:
             info: Of ROS 2 or ROS 1, or a mapping with its fields, or camera_info's YAML as a mapping.
             rectified: The image is the rectified one: its camera is P, without distortion; otherwise K with D.
 
+        Returns:
+            The camera; its size is the calibration's, None where that is 0.
+
         Raises:
             ConfigError: For an uncalibrated camera (K[0] = 0) and for what a CameraInfo cannot be.
         """
@@ -155,6 +164,9 @@ class Camera:
             path: The file.
             rectified: As in `from_camera_info`.
 
+        Returns:
+            As `from_camera_info`.
+
         Raises:
             ConfigError: The file cannot be read or used; the message names it.
         """
@@ -170,6 +182,9 @@ class Camera:
 
         Args:
             size: (width, height) in pixels.
+
+        Returns:
+            The camera, of that size; where it had none before, with its numbers unchanged.
 
         Raises:
             ConfigError: This camera's size has another aspect ratio: then the picture was cropped, and only its maker
@@ -193,8 +208,11 @@ class Camera:
         Args:
             size: (width, height) in pixels.
 
+        Returns:
+            The camera, of that size, with its focal lengths and centre scaled along each axis.
+
         Raises:
-            ConfigError: This camera has no size.
+            ConfigError: This camera has no size, or what is given is none.
         """
         if self.size is None:
             raise ConfigError("Only the camera of an image of known size can be stretched to another.")

@@ -173,7 +173,17 @@ class Estimator:
     def from_backend(
         cls, backend: Backend, manifest: Manifest, *, fit: Literal["stretch", "pad"] = "stretch", max_batch: int = 8
     ) -> Estimator:
-        """An estimator over a backend that is open already, other options at their defaults. It closes the backend."""
+        """An estimator over a backend that is open already, other options at their defaults.
+
+        Args:
+            backend: Runs the bundle's graphs; the estimator closes it.
+            manifest: Of the bundle that the backend has opened.
+            fit: As in the class.
+            max_batch: As in the class.
+
+        Returns:
+            The estimator. It knows no bundle directory, so that it does not notice when the files are replaced.
+        """
         estimator = cls.__new__(cls)
         estimator._original = estimator._again = None
         estimator._start(backend, manifest, BatchOptions(max_batch), fit, "densegeo", MAX_PIXELS)
@@ -282,6 +292,9 @@ class Estimator:
             color: Of all frames, as in a call.
             depth: Without `latest`, how many frames may wait to be read before `put` waits.
             value_range: Of all frames, as in a call.
+
+        Returns:
+            The stream; `close` it, or leave its `with` block.
 
         Raises:
             ShutdownError: After `close`.
@@ -406,9 +419,11 @@ class Estimator:
     def close(self, drain: bool = True) -> None:
         """Release the graphs; later calls raise BackendError, its kind ShutdownError for `submit` and `stream`.
 
-        drain: finish accepted requests first; otherwise those not yet started end with ShutdownError. Waits for the
-        request that is being run; while the backend hangs only `timeout_s` ends that wait, and the graphs are kept.
-        After a fork the child has nothing to close.
+        Waits for the request that is being run; while the backend hangs only `timeout_s` ends that wait, and the graphs
+        are kept. After a fork the child has nothing to close.
+
+        Args:
+            drain: Finish accepted requests first; otherwise those not yet started end with ShutdownError.
         """
         if self._process.is_here and self._service.close(drain):
             self._backend.close()

@@ -193,8 +193,16 @@ class Geometry:
     def calibrated(self, calibration: Calibration) -> Geometry:
         """A copy by a line in the prediction's own space, of kind "metric", or "up_to_scale" where its unit is unknown.
 
-        Pixels without a positive depth that float32 holds become invalid: a CalibrationWarning says how many. Raises
-        CalibrationError when that is all of them, and for the calibration of another kind of depth.
+        Args:
+            calibration: The `calibration` of another result of this kind of depth.
+
+        Returns:
+            The copy. Pixels without a positive depth that float32 holds are invalid in it: a CalibrationWarning says
+            how many.
+
+        Raises:
+            CalibrationError: No pixel is left, the calibration is of another kind of depth, or this result is metric.
+            MissingOutputError: The model has normals alone.
         """
         require_calibration("calibration", calibration, self.space)
         valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
@@ -209,7 +217,18 @@ class Geometry:
         return replace(self, depth_kind=kind, valid=valid, calibration=calibration)
 
     def normals_in(self, frame: Frame) -> Float | None:
-        """Normals (H, W, 3) float32 in another frame of `FRAMES`, or None when the model has none."""
+        """The normals in another frame.
+
+        Args:
+            frame: "opencv" or "ros_optical" (x right, y down, z forward), "opengl" or "marigold" (x right, y up, z to
+                the viewer), "dsine" (left, up, back), or "ros_body" (x forward, y left, z up).
+
+        Returns:
+            (H, W, 3) float32 unit vectors, or None when the model has no normals.
+
+        Raises:
+            ConfigError: For a frame that is none.
+        """
         axes = axes_of(frame)
         return None if self.normals is None else turned(self.normals, axes)
 
@@ -241,8 +260,17 @@ class Geometry:
         return points
 
     def camera(self, intrinsics: CameraLike) -> Camera:
-        """The camera of this result's pixels, from the source image's; a CalibrationWarning when it does not look like
-        it. Raises ConfigError.
+        """The camera of this result's pixels.
+
+        Args:
+            intrinsics: Of the source image, as in `points`; those that do not look like its own give a
+                CalibrationWarning.
+
+        Returns:
+            The camera, of the size of this result's maps.
+
+        Raises:
+            ConfigError: For unusable intrinsics.
         """
         camera = Camera.of(intrinsics).at(self.source_size)
         if camera.doubt:
@@ -251,13 +279,33 @@ class Geometry:
         return camera.stretched((width, height))
 
     def points_in(self, frame: Frame, intrinsics: CameraLike, *, drop_flying: bool = False) -> Float:
-        """`points` (H, W, 3) in another frame of `FRAMES`, for example "ros_body"; raises what both would."""
+        """`points` in another frame.
+
+        Args:
+            frame: As in `normals_in`.
+            intrinsics: As in `points`.
+            drop_flying: As in `points`.
+
+        Returns:
+            (H, W, 3) float32, in metres (of a result "up_to_scale" in its unknown unit), NaN where invalid.
+
+        Raises:
+            NotMetricError: There is no depth yet.
+            MissingOutputError: The model has normals alone.
+            ConfigError: For unusable intrinsics, or a frame that is none.
+        """
         return turned(self.points(intrinsics, drop_flying=drop_flying), axes_of(frame))
 
     def millimetres(self) -> NDArray[np.uint16]:
-        """(H, W) uint16 depth in millimetres (REP 118), 0 where it is invalid or beyond 65.535 m.
+        """Depth in millimetres as images of 16 bits hold it (REP 118).
 
-        Where depth is cut off so, a line in the log says how much. Raises NotMetricError, MissingOutputError.
+        Returns:
+            (H, W) uint16, 0 where depth is invalid or beyond 65.535 m; in the latter case a line in the log says how
+            much was cut off.
+
+        Raises:
+            NotMetricError: There is no depth in metres.
+            MissingOutputError: The model has normals alone.
         """
         self.require_depth("depth in millimetres", metres=True)
         thousandths = np.round(np.nan_to_num(self.depth.astype(np.float64), nan=0.0) * 1000)
@@ -408,7 +456,17 @@ class Geometry:
         return self.depth_kind in ("metric", "up_to_scale")
 
     def require_prediction(self, product: str) -> Float:
-        """The prediction; raises MissingOutputError, which says that `product` cannot be had, where there is none."""
+        """The prediction, for what cannot be made without one.
+
+        Args:
+            product: What is to be made, as the error names it.
+
+        Returns:
+            (H, W) float32 in the network's own space.
+
+        Raises:
+            MissingOutputError: The model has normals alone.
+        """
         if self.prediction is None:
             raise MissingOutputError(
                 f"There is no {product}: {self.model or 'this model'} predicts normals alone. Use one that has depth."
@@ -416,9 +474,18 @@ class Geometry:
         return self.prediction
 
     def require_depth(self, product: str, *, metres: bool = False) -> Float:
-        """The prediction; raises MissingOutputError or NotMetricError, which say that `product` cannot be had and why.
+        """The prediction, for what cannot be made before `depth` can be asked for.
 
-        metres: whether it needs metres, and not depth of any unit.
+        Args:
+            product: What is to be made, as the error names it.
+            metres: Whether it needs metres, and not depth of any unit.
+
+        Returns:
+            (H, W) float32 in the network's own space.
+
+        Raises:
+            NotMetricError: There is no depth yet, or none in metres.
+            MissingOutputError: The model has normals alone.
         """
         prediction = self.require_prediction(product)
         if self.depth_kind == "up_to_scale" and metres:

@@ -75,10 +75,17 @@ class Calibration:
         return np.array([[scale, mixed], [mixed, shift]])
 
     def prior_for(self, prediction: NDArray[Any]) -> Evidence:
-        """The line as evidence for the next frame's, whose valid predictions (N,) these are: widened by `DRIFT`.
-        Where its unit is unknown, of the scale alone.
+        """The line as evidence for the next frame's, widened by `DRIFT`.
 
-        Raises CalibrationError when its uncertainty is unknown, ConfigError for no numbers.
+        Args:
+            prediction: (N,) that frame's valid predictions.
+
+        Returns:
+            The evidence; of the scale alone where this calibration's unit is unknown.
+
+        Raises:
+            CalibrationError: The line's uncertainty is unknown, or there is no prediction.
+            ConfigError: For no numbers.
         """
         if not np.isfinite(self.variance).all():
             origin = f" ({', '.join(self.sources)})" if self.sources else ""
@@ -99,9 +106,16 @@ class Calibration:
         return Evidence.of_line(self.scale, self.shift, self.covariance + drift, "the prior")
 
     def uncertainty(self, prediction: NDArray[Any]) -> NDArray[Any]:
-        """Relative standard deviation of depth at each prediction, from that of the line; NaN where it is unknown.
+        """How uncertain the line makes depth. The network's own error at a place comes on top.
 
-        The network's own error at a place comes on top. Raises ConfigError for no numbers.
+        Args:
+            prediction: Of any shape, such as a result's (H, W).
+
+        Returns:
+            Relative standard deviation of depth at each prediction, of the same shape; NaN where it is unknown.
+
+        Raises:
+            ConfigError: For no numbers.
         """
         scale, shift, mixed = self.variance
         prediction = _numbers(prediction)

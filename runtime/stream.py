@@ -77,6 +77,15 @@ class Stream:
 
     Iteration ends after `close`, when the remaining frames were read. A frame that failed does not end it: it comes
     as a `FrameResult` with an error. Leaving a `with` block closes the stream and drops what was not read.
+
+    Args:
+        submit: Queues an image; gives the future of its result.
+        metrics: Of the estimator, which count the frames.
+        latest: See above.
+        depth: Without `latest`, how many frames may wait to be read.
+
+    Raises:
+        ConfigError: For a depth that is no number above 0.
     """
 
     def __init__(
@@ -171,7 +180,11 @@ class Stream:
         return frame.frame_id
 
     def close(self, drain: bool = True) -> None:
-        """Take no more frames. drain: those already put are still read; otherwise they are dropped and counted."""
+        """Take no more frames.
+
+        Args:
+            drain: Those already put are still read; otherwise they are dropped, and counted in `dropped`.
+        """
         if not self._process.is_here:  # the locks and the frames stayed in the parent
             return
         with self._changed:
@@ -186,7 +199,11 @@ class Stream:
         Args:
             timeout: Seconds to wait at most; None: as long as it takes.
 
+        Returns:
+            The result of the oldest frame that was not read yet.
+
         Raises:
+            ConfigError: For a timeout that is no number of seconds.
             DeadlineError: There is none by then; it comes with a later call. (A TimeoutError.)
             ShutdownError: The stream is closed and all was read.
         """
@@ -201,10 +218,16 @@ class Stream:
         return result
 
     def subscribe(self, callback: Callable[[FrameResult], object]) -> threading.Thread:
-        """Call `callback` with every result, in a thread of its own that ends when the stream does; returns it.
+        """Call a function with every result, in a thread of its own.
 
-        What the callback raises is logged, and the next result comes all the same. Raises ConfigError for what is not
-        callable.
+        Args:
+            callback: Takes a `FrameResult`. What it raises is logged, and the next result comes all the same.
+
+        Returns:
+            The thread, which ends when the stream does.
+
+        Raises:
+            ConfigError: For what is not callable.
         """
         if not callable(callback):
             raise ConfigError(f"A callback is a function of one argument, not {shown(callback)}.")

@@ -15,7 +15,7 @@ pytest.importorskip("rosbags")
 from densegeo.errors import CalibrationError
 from densegeo.ros import outputs
 from densegeo.ros.images import Picture
-from densegeo.ros.metric import ImageContext, MetresOptions, calibrated, tracker_arguments, turned, uncertainty
+from densegeo.ros.metric import ImageContext, MetresOptions, calibrated, rotated, tracker_arguments, uncertainty
 from densegeo.ros.ranges import Transform
 from densegeo.runtime.camera import Camera
 from densegeo.runtime.geometry import Geometry
@@ -138,7 +138,7 @@ def test_points_beside_and_behind_are_no_anchors() -> None:
 
 def test_up_turns_with_its_sensor() -> None:
     body = Transform.of([1.0, 2.0, 3.0, 0.5, -0.5, 0.5, 0.5])  # x forward, y left, z up -> optical
-    np.testing.assert_allclose(turned(np.array([0.0, 0.0, 1.0]), body), [0, -1, 0], atol=1e-12)
+    np.testing.assert_allclose(rotated(np.array([0.0, 0.0, 1.0]), body), [0, -1, 0], atol=1e-12)
 
 
 def test_sizes_of_pictures() -> None:
