@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densegeo.size import Size
+from densegeo.training.objects import Scene
 from densegeo.training.render import View, render
-from densegeo.training.scenes import Scene, draw
+from densegeo.training.scenes import draw
 from densegeo.training.shapes import Array, rotation
 
 SIZE = Size(256, 192)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.training.scenes import Light, Rng, Scene, Thing, draw
+from densegeo.training.objects import Light, Rng, Scene, Thing
+from densegeo.training.scenes import draw
 from densegeo.training.shapes import Array, dot, vector
 from densegeo.training.textures import noise
 
