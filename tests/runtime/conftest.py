@@ -1,13 +1,17 @@
-"""Bundles of the runtime's tests, and threads that start together."""
+"""Bundles of the runtime's tests, micro-batchers, and threads that start together."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from densegeo.runtime.batcher import Batcher, BatchOptions
+from densegeo.runtime.request_metrics import Metrics
+from tests.support.doubles import Gate
 from tests.support.shared import BUILT_SIZES
 
 
@@ -60,3 +64,34 @@ def run_in_threads() -> Callable[[Callable[[int], object], int], list[object]]:
         return results
 
     return run
+
+
+@pytest.fixture
+def gate() -> Gate:
+    """A function that waits until it is opened."""
+    return Gate()
+
+
+@pytest.fixture
+def make(gate: Gate) -> Iterator[Callable[..., Batcher]]:
+    """Makes batchers around a gate or another function, and closes them at the end."""
+    batchers: list[Batcher] = []
+
+    def maker(run: Callable = gate, clock: Callable[[], float] = time.monotonic, **options: object) -> Batcher:
+        def each(payloads: list) -> list:
+            return [run(payload) for payload in payloads]
+
+        batchers.append(Batcher(each, BatchOptions(**options), Metrics(), clock))
+        return batchers[-1]
+
+    yield maker
+    gate.open()
+    for batcher in batchers:
+        batcher.close(drain=False)
+
+
+@pytest.fixture
+def started_threads() -> Callable[[], set[str]]:
+    """Names of the library's threads that were started since the test began and run: not of other tests' estimators."""
+    before = set(threading.enumerate())
+    return lambda: {thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("densegeo")}

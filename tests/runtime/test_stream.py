@@ -40,11 +40,6 @@ class Task:
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
-
-
-@pytest.fixture
 def estimator(bundle: Path, gate: Gate) -> Iterator[Estimator]:
     """Every frame passes the gate on its way through the network."""
 
