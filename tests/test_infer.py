@@ -12,75 +12,24 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
-from densegeo import cli
-from densegeo.errors import ImageError
-from densegeo.formats import IMAGE_SUFFIXES
-from densegeo.inference import Making, Tally, run_images
-from densegeo.inputs import find_inputs, read_list, unique_names
+from densegeo.inference import Making
 from densegeo.progress import progress
-from densegeo.records import JOURNAL, Results
+from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
+from tests.support.infer import journal, put, put_photos, run, snapshot, summary
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration
-SAVED = {
-    ".jfif": "JPEG",
-    ".jpe": "JPEG",
-    ".mpo": "MPO",
-    ".dib": "BMP",
-    ".hif": "HEIF",
-    ".heic": "HEIF",
-    ".heif": "HEIF",
-}
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    code = stop.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
-
-
-def summary(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return dict(json.loads(capsys.readouterr().out))
-
-
-def picture(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-
-
-def put(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ImageFile.MAXBLOCK = 1 << 20
-    picture(seed).save(path, SAVED.get(path.suffix.lower()))
-    return path
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two branches with equal names, hidden files, and files that are no images."""
-    folder = tmp_path / "photos"
-    for index, name in enumerate(("a.png", "b.jpg", "deep/a.png", "deep/c.webp", "other/deep/a.PNG")):
-        put(folder / name, index)
-    (folder / "notes.txt").write_text("not an image")
-    (folder / "._a.png").write_bytes(b"\0\5\x16\7")
-    put(folder / ".thumbnails" / "a.png")
-    return folder
+    return put_photos(tmp_path / "photos")
 
 
 def test_results_mirror_the_tree_and_name_their_sources(
@@ -125,56 +74,6 @@ def test_results_mirror_the_tree_and_name_their_sources(
     assert (
         summary(capsys)["skipped"]["earlier results"] >= 15
     )  # of the first run; another folder is no reason to take them
-
-
-def test_every_format_is_read_in_a_folder_and_alone(
-    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("pillow_heif").register_heif_opener()
-    folder = tmp_path / "formats"
-    for suffix in IMAGE_SUFFIXES:
-        name = folder / f"image_{suffix[1:]}{suffix}"
-        put(name) if suffix != ".jpc" else name.write_bytes((folder / "image_j2k.j2k").read_bytes())
-    assert run("infer", toy_bundle, folder, "-o", tmp_path / "one", "-f", "json", "--json") == 0
-    assert summary(capsys)["done"] == len(IMAGE_SUFFIXES)
-    assert run("infer", toy_bundle, *sorted(folder.iterdir()), "-o", tmp_path / "two", "-f", "json", "--json") == 0
-    assert summary(capsys)["done"] == len(IMAGE_SUFFIXES)
-    assert sorted(snapshot(tmp_path / "one")) == sorted(snapshot(tmp_path / "two"))
-
-
-def test_heic_without_its_extra(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pillow_heif").register_heif_opener()
-    path = put(tmp_path / "in" / "a.heic")
-    put(tmp_path / "in" / "b.png")
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    found = find_inputs([str(tmp_path / "in")], tmp_path / "out")
-    assert [item.name for item in found.inputs] == ["b"]
-    assert found.skipped == {'.heic (pip install "densegeo[heic]" reads them)': 1}
-    with Estimator(toy_bundle) as estimator, pytest.raises(ImageError, match=r"densegeo\[heic\]"):
-        estimator(path)
-
-
-def test_earlier_results_films_and_the_output_are_no_inputs(tmp_path: Path) -> None:
-    put(tmp_path / "a.png")
-    with Estimator("fe2e-tiny") as estimator:
-        geometry = estimator(tmp_path / "a.png")
-    geometry.save(tmp_path / "old", ["png", "grey8"], stem="a")  # no geometry.json beside them
-    put(tmp_path / "b_normals.png")  # a user's own
-    put(tmp_path / "out" / "c.png")
-    (tmp_path / "clip.mp4").write_bytes(b"")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    found = find_inputs([str(tmp_path)], tmp_path / "out")
-    assert [item.name for item in found.inputs] == ["a", "b_normals"]
-    assert found.skipped == {
-        "earlier results": 3,
-        "output folder": 1,
-        "films (name them one by one)": 1,
-        "folders seen before, through a link": 1,
-    }
-    named = find_inputs([str(tmp_path / "old" / "a_normals.png"), str(tmp_path / "a.png")], tmp_path / "out")
-    assert [item.name for item in named.inputs] == ["a"]
-    with pytest.raises(ImageError, match="1 earlier results"):
-        find_inputs([str(tmp_path / "old" / "a_normals.png")], tmp_path / "out")
 
 
 def test_what_fails_is_counted_and_the_rest_goes_on(
@@ -274,27 +173,6 @@ def test_formats_that_the_model_has_nothing_for(
     with pytest.raises(Exception, match="normals alone"):
         require_outputs(Making(("grey8",)), Normals())  # type: ignore[arg-type]
     require_outputs(Making(("png", "npz")), Normals())  # type: ignore[arg-type]
-
-
-def test_lists_and_standard_input(
-    toy_bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "list.txt").write_text(f"{photos}/a.png\n\n{photos}/deep/a.png\r\n")
-    assert run("infer", toy_bundle, "--list", tmp_path / "list.txt", "-o", tmp_path / "one", "-f", "json") == 0
-    assert sorted(snapshot(tmp_path / "one")) == ["a_geometry.json", "deep/a_geometry.json", JOURNAL]
-    odd = put(photos / "line\nbreak.png")
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{odd}\0{photos}/b.jpg\0".encode())))
-    assert run("infer", toy_bundle, "-", "-o", tmp_path / "two", "-f", "json", "--json") == 0
-    assert summary(capsys)["done"] == 2
-    gone = os.fsencode(photos) + b"/gone\xfe.jpg\n"  # removed since, and no UTF-8
-    (tmp_path / "older.txt").write_bytes(gone + os.fsencode(photos / "a.png"))
-    assert run("infer", toy_bundle, "--list", tmp_path / "older.txt", "-o", tmp_path / "3", "-f", "json", "--json") == 1
-    told = summary(capsys)
-    assert told["done"] == 1
-    assert [failure["source"] for failure in told["failed"]] == [f"{photos}/gone\\udcfe.jpg"]
-    with pytest.raises(ImageError, match="cannot be read"):
-        read_list(str(tmp_path / "none.txt"))
 
 
 def test_a_record_that_cannot_be_read_is_said_so(
@@ -407,64 +285,3 @@ def test_progress_in_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = log.getvalue().splitlines()
     assert lines[0] == "10 of 40 images, 1 a second, about 30 s left"
     assert len(lines) == 4
-
-
-def memory_growth(bundle: Path, folder: Path, count: int) -> float:
-    """Megabytes that the process grows by between the first quarter of `count` images and the last."""
-    first = put(folder / "in" / "0.png")
-    for number in range(1, count):
-        os.link(first, first.with_name(f"{number}.png"))
-    found = find_inputs([str(folder / "in")], folder / "out")
-    results = Results(folder / "out", {"bundle": {"sha256": ""}, "options": {}, "formats": ["npz"]})
-    results.open_journal()
-    sizes: list[int] = []
-
-    def look() -> None:
-        if len(sizes) % 50 == 0 or len(sizes) + 1 == count:
-            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        else:
-            sizes.append(sizes[-1])
-
-    tally = Tally()
-    with Estimator(bundle) as estimator:
-        run_images(estimator, found.inputs, Making(("npz",)), results, tally, 3, look)
-    results.close()
-    assert tally.done == count
-    return (sizes[-1] - sizes[count // 4]) / 1e6
-
-
-GROWTH_MB = 16  # an image's arrays are 0.06 MB: a leak of one in forty of them would show in 10,000
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells its memory there")
-def test_memory_stays(toy_bundle: Path, tmp_path: Path) -> None:
-    assert memory_growth(toy_bundle, tmp_path, 600) < GROWTH_MB
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells its memory there")
-def test_memory_stays_over_ten_thousand_images(toy_bundle: Path, tmp_path: Path) -> None:
-    assert memory_growth(toy_bundle, tmp_path, 10_000) < GROWTH_MB
-
-
-def test_find_inputs(photos: Path, tmp_path: Path) -> None:
-    def names(*arguments: object) -> list[str]:
-        return [item.name for item in find_inputs([str(argument) for argument in arguments], tmp_path / "out").inputs]
-
-    assert names(photos) == ["a", "b", "deep/a", "deep/c", "other/deep/a"]
-    assert names(photos / "*.png", photos / "a.png") == ["a"]
-    assert names(photos / "**" / "*.png") == ["a", "deep/a"]
-    assert names(photos / "deep", photos / "other") == ["deep/a", "deep/c", "other/deep/a"]
-    assert names(photos / "notes.txt") == ["notes"]  # named outright: the image reader judges it
-    odd = photos / "x[1].png"
-    (photos / "a.png").rename(odd)
-    assert names(odd) == ["x[1]"]
-    with pytest.raises(ImageError, match="nothing"):
-        names(photos, "nothing-*")
-
-
-def test_unique_names() -> None:
-    paths = ["one/a.png", "two/a.png", "two/A.jpg", "two/b.png", "two/c.jpg", "two/C.JPG"]
-    names = unique_names([(path, path) for path in paths])
-    assert names == ["one/a", "two/a.png", "two/A.jpg", "two/b", "two/c.jpg", "two/C.JPG_2"]
