@@ -148,6 +148,7 @@ def timed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return found
 
 
+@pytest.mark.thorough
 def test_compare_has_a_row_for_each_run(
     timed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_throttled_runs_are_not_compared(
     assert not plot.exists()
 
 
+@pytest.mark.thorough
 def test_bench_takes_bundles_and_backends(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_it_writes_pictures_and_says_what_they_are(tmp_path: Path, capsys: pytes
     assert "Poly Haven" in (tmp_path / "demo" / "ATTRIBUTION.txt").read_text()
 
 
+@pytest.mark.thorough
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, densegeo.cli\n"

@@ -40,6 +40,7 @@ def test_a_camera_and_a_lidar(tmp_path: Path) -> None:
     assert " m, " in said[-1] or "anchors" in said[-1]
 
 
+@pytest.mark.thorough
 def test_a_bag_replayed(tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     from tests.support.bags import camera_messages, write_bag

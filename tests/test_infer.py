@@ -229,7 +229,7 @@ def test_results_beside_the_images_never_take_their_place(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.thorough)])
 def test_interrupted_and_resumed(name: str, code: int, toy_bundle: Path, photos: Path, tmp_path: Path) -> None:
     count, out = 160, tmp_path / "out"
     for number in range(count):

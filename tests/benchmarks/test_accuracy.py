@@ -105,6 +105,7 @@ def test_predictions_are_resized_to_the_truth() -> None:
     assert row.depth.rmse_log == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_bundles_score_as_a_second_implementation_says(bundles: list[Path]) -> None:
     """The whole path on two rendered views, again from the estimator's arrays, with other tools."""
     views = list(synthetic_split(2).samples())

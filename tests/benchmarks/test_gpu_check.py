@@ -135,6 +135,7 @@ def test_a_bundle_that_is_off_gets_no_speed(
     assert "ms an image, 1 at once" not in result["steps"]["bundles"]["backends"]["torch"]
 
 
+@pytest.mark.thorough
 def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

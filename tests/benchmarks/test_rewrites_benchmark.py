@@ -23,7 +23,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_toy_run(tmp_path: Path) -> None:
     file = tmp_path / "results" / "rewrites.json"
     status, output = invoke("--json", str(file))

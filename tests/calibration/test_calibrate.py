@@ -341,6 +341,7 @@ def test_bad_images_are_refused_or_counted(
         run(bundle, images, tmp_path / "bad")
 
 
+@pytest.mark.thorough
 def test_nan_and_zeros_are_named(bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Spoiled(OnnxInputs):
         value = np.nan

@@ -16,6 +16,7 @@ from tests.support.checkpoints import leftovers, options
 pytest.importorskip("triton")
 
 
+@pytest.mark.thorough
 def test_a_bundle_holds_its_kernels(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that its images need, of the architectures that were asked for, and no others."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiler

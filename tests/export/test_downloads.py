@@ -203,6 +203,7 @@ def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
         assert f"{Path(row.path).name} ({row.page})" in said
 
 
+@pytest.mark.thorough
 def test_a_dry_run_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     said = say(["build", "--model", "fe2e", "--dry-run"], hub, tmp_path)
     assert "to download: 4 of 4 files" in said

@@ -39,8 +39,10 @@ def build(checkpoint: Path, output: Path, **options: Any) -> Path:
 # rewrites, and to diffusers' modules in the variants whose graphs differ most.
 ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in NAMES]
 MARKS: dict[str, tuple[pytest.MarkDecorator, ...]] = {
-    **dict.fromkeys(("sd2-like", "odd-latent", "three-tokens"), (pytest.mark.thorough,)),
-    **dict.fromkeys(("four-levels", "two-token-layers", "sd1-like", "no-latent-convolutions"), (pytest.mark.slow,)),
+    **dict.fromkeys(("sd2-like", "odd-latent"), (pytest.mark.thorough,)),
+    **dict.fromkeys(
+        ("three-tokens", "four-levels", "two-token-layers", "sd1-like", "no-latent-convolutions"), (pytest.mark.slow,)
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from tests.support.shared import Build
 
 BOUND = 1e-5  # relative L2 norm
 ALONE = [pytest.param("lora", (name,), marks=pytest.mark.slow) for name in NAMES]
-CASES = [("lora", ()), ("base", ()), ("lora", NAMES), *ALONE]
+CASES = [("lora", ()), pytest.param("base", (), marks=pytest.mark.thorough), ("lora", NAMES), *ALONE]
 
 
 @pytest.mark.parametrize(("weights", "without"), CASES, ids=str)

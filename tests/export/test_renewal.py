@@ -201,6 +201,7 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle: Path) -> None:
     assert leftovers(bundle.parent) == []
 
 
+@pytest.mark.thorough
 def test_kernels_that_are_missing_need_triton_but_no_torch(bundle: Path, tmp_path: Path) -> None:
     before = contents(bundle)
     arguments = ("engines", bundle, "--gpu-arch", 120, "--builder", "tensorrt_rtx", "--weights", "input")

@@ -96,7 +96,9 @@ def interrupted(process: subprocess.Popen[str], number: signal.Signals) -> str:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_build_goes_on_without_its_checkpoint(
     number: signal.Signals, small: Path, one_go: Path, tmp_path: Path, graphs_once: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_repository_is_downloaded_at_a_pinned_commit(hub, graphs_once, tmp_pat
     assert sources["dit"].sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
+@pytest.mark.thorough
 def test_an_unknown_repository_is_one_clear_line(hub, graphs_once, tmp_path):
     result, output = build_from_hub(hub[0], graphs_once, tmp_path, "acme/nothing")
     assert result.returncode == 1

@@ -38,14 +38,16 @@ def compile_into(folder: Path, *architectures: str, **environment: str) -> list[
     return msgspec.json.decode((folder / "contracts.json").read_bytes(), type=list[LaunchContract])
 
 
-@pytest.mark.thorough
-def test_every_kernel_for_two_architectures(tmp_path: Path) -> None:
-    contracts = compile_into(tmp_path, "75", "90")
-    assert len({(contract.name, contract.architecture) for contract in contracts}) == len(contracts)
-    for architecture in (75, 90):
-        names = [contract.name for contract in contracts if contract.architecture == architecture]
-        assert {name.partition(".")[0] for name in names} == set(operations()) - {"sampling"}
-        assert any("fp8" in name for name in names) == (architecture >= 89)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(75, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.thorough)]
+)
+def test_every_kernel(architecture: int, tmp_path: Path) -> None:
+    contracts = compile_into(tmp_path, str(architecture))
+    names = [contract.name for contract in contracts]
+    assert len(set(names)) == len(names)
+    assert {contract.architecture for contract in contracts} == {architecture}
+    assert {name.partition(".")[0] for name in names} == set(operations()) - {"sampling"}
+    assert any("fp8" in name for name in names) == (architecture >= 89)
     for contract in contracts:
         cubin = (tmp_path / f"{contract.name}.sm_{contract.architecture}.cubin").read_bytes()
         assert contract.digest == hashlib.sha256(cubin).hexdigest()

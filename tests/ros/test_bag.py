@@ -169,6 +169,7 @@ def test_a_bag_of_broken_images_leaves_nothing(bundle: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.thorough
 def test_depth_of_one_camera_is_steady(tmp_path: Path) -> None:
     """The same picture twice, a reading of a range finder beside the first alone: metres in both."""
     hall = np.asarray(Pillow.open(ROOT / "densegeo" / "photographs" / "hall.jpg").convert("RGB").resize((192, 144)))

@@ -46,6 +46,7 @@ def test_a_float32_bundle_is_not_lowered(built: dict[str, Path]) -> None:
     assert all(check.bound <= 1e-5 for check in verdict.served), verdict
 
 
+@pytest.mark.thorough
 def test_a_bf16_bundle_is_within_its_bound(built: dict[str, Path]) -> None:
     verdict = verify(built["bf16"], "openvino", "cpu")
     assert verdict.good, verdict

@@ -207,7 +207,7 @@ def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> Maps[np.ndar
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("fit", ["stretch", pytest.param("pad", marks=pytest.mark.thorough)])
 def test_whole_images_give_what_the_stages_give(built: dict[str, Path], device: str, fit: str) -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 90), (200, 120), (17, 16))]
@@ -267,6 +267,7 @@ def test_host_backends_say_that_they_return_host_arrays(built: dict[str, Path]) 
         estimator.tensors(np.zeros((60, 90, 3), np.uint8))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", DEVICES)
 def test_images_run_together_give_what_they_give_alone(built: dict[str, Path], device: str) -> None:
     rng = np.random.default_rng(3)

@@ -50,7 +50,7 @@ def test_attention_is_the_same_with_gradients(biased: bool) -> None:
     torch.testing.assert_close(trained.detach(), plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("muon", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_run_that_was_cut_off_ends_where_an_uninterrupted_one_does(tmp_path: Path, muon: bool) -> None:
     data = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     schedule = Schedule(steps=8, batch=4, rate=0.1, warmup=2, every=3)
