@@ -12,23 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densegeo import cli
 from densegeo.errors import ImageError
 from densegeo.films import FilmFrame, FilmWriter, in_order, newest, opened, sampled, span_of
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
 from tests.support.film_files import http_camera, pictures, write_film
+from tests.support.infer import run
 from tests.support.rtsp import rtsp_camera
 
 pytest.importorskip("av")
 pytestmark = pytest.mark.integration
 TIMES = [0.0, 0.1, 0.15, 0.4, 0.5, 1.0]  # uneven, as telephones record
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def read(path: Path) -> list[FilmFrame]:

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from densegeo import cli
 from densegeo.training.render import view
+from tests.support.infer import run
 
 pytestmark = pytest.mark.integration
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

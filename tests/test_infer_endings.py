@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densegeo import cli
+from tests.support.infer import run
 
 pytestmark = pytest.mark.integration
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture

@@ -16,19 +16,13 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from densegeo import cli
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import FileDigest, read_manifest, sha256_file, write_manifest
+from tests.support.infer import run
 
 pytestmark = pytest.mark.integration
 WHITE = 2**14 - 1
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def journal(folder: Path) -> dict[str, dict[str, Any]]:
