@@ -33,7 +33,7 @@ CONVOLUTION, UPSAMPLING, ATTENTION, LAYOUT, OTHER = KINDS = (
 )
 # What belongs to which kind: the first pattern that is found in an operator's type.
 _KINDS: tuple[tuple[str, str], ...] = (
-    ("Conv|conv2d|conv_transpose2d", CONVOLUTION),
+    ("(?i)conv", CONVOLUTION),
     ("MatMul|Softmax|Transpose|scaled_dot_product", ATTENTION),
     ("Reorder|contiguous|clone|::to$|Pad$|::pad$", LAYOUT),
     ("Upsample|Resize|Interpolate|Slice|Split|Concat|Gather|upsample|stack|chunk|slice", UPSAMPLING),

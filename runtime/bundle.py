@@ -46,7 +46,7 @@ class Graph(Record, frozen=True):
     outputs: list[TensorSpec]
     nodes: int
     parameters: int  # elements of the floating-point initialisers
-    flops: int  # per run; multiply-add = 2; MatMul, Gemm and Conv
+    flops: int  # per run; multiply-add = 2; MatMul, Gemm, Conv, ConvTranspose
 
 
 def bucket_name(size: Size, batch: int = 1) -> str:

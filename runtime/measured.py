@@ -57,7 +57,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     what: str
     bucket: str
-    flops: int  # of an image's three graphs: other rewrites, or another architecture, are other work
+    work: str  # what the networks compute: other rewrites, or another architecture, are other work
     backend: str
     device: str
     machine: str
@@ -75,9 +75,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend, self.device
 
     @property
-    def variant(self) -> list[str | int]:
+    def variant(self) -> list[str]:
         """What there is one record of."""
-        return [self.model, self.what, self.bucket, self.flops, self.backend, self.device, self.machine]
+        return [self.model, self.what, self.bucket, self.work, self.backend, self.device, self.machine]
 
 
 def measured(
@@ -89,7 +89,7 @@ def measured(
         model=manifest.model,
         what=_precision_in_words(manifest),
         bucket=bucket.name,
-        flops=_flops(bucket),
+        work=_work(manifest, bucket),
         backend=backend,
         device=device,
         machine=state.machine(),
@@ -113,11 +113,11 @@ def _precision_in_words(manifest: Manifest) -> str:
 def fastest_first(manifest: Manifest) -> list[str]:
     """Backends that ran such a bundle at its first size on this machine, by their medians; those to be believed."""
     (bucket, *_), what = manifest.buckets, _precision_in_words(manifest)
-    same_work = manifest.model, what, bucket.name, _flops(bucket)
+    same_work = manifest.model, what, bucket.name, _work(manifest, bucket)
     alike = [
         record
         for record in _records()
-        if (record.model, record.what, record.bucket, record.flops) == same_work and not record.conditions.doubts
+        if (record.model, record.what, record.bucket, record.work) == same_work and not record.conditions.doubts
     ]
     return list(dict.fromkeys(record.backend for record in sorted(alike, key=lambda record: record.p50)))
 
@@ -159,7 +159,7 @@ def advice(manifest: Manifest, doubted: Collection[Measured] = ()) -> list[str]:
         alike = [
             record
             for record in records
-            if (record.model, record.bucket, record.flops) == (manifest.model, bucket.name, _flops(bucket))
+            if (record.model, record.bucket, record.work) == (manifest.model, bucket.name, _work(manifest, bucket))
         ]
         for place in sorted({record.place for record in alike}):
             if (manifest.model, bucket.name, *place) in unsaid:
@@ -195,8 +195,12 @@ def _printed(value: float) -> str:
     return f"{_ms(value):g}"
 
 
-def _flops(bucket: Bucket) -> int:
-    return sum(getattr(bucket, stage).flops for stage in STAGES)
+def _work(manifest: Manifest, bucket: Bucket) -> str:
+    """A digest. Precisions and backends write the same work as graphs of slightly different operations, which count
+    where nothing else tells.
+    """
+    graphs = [getattr(bucket, stage).flops for stage in STAGES]
+    return hashlib.sha256(msgspec.json.encode([manifest.networks or graphs, manifest.rewrites])).hexdigest()[:16]
 
 
 def _records() -> Iterator[Measured]:

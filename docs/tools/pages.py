@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 
+import autoencoder
 import claims
 import measurements
 import rows
@@ -26,6 +27,8 @@ PARTS: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "h100": measurements.h100,
         "fiffdepth-builds": measurements.fiffdepth_builds,
         "fiffdepth-speed": measurements.fiffdepth_speed,
+        "autoencoder-kinds": autoencoder.kinds,
+        "autoencoder-convolutions": autoencoder.convolutions,
         "accuracy": measurements.accuracy,
         "runs": measurements.runs,
     },
@@ -37,7 +40,12 @@ PARTS: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "quantization": measurements.quantization,
         "fullsize": measurements.fullsize,
     },
-    "rewrites.md": {"rewrites": measurements.rewrites, "comparisons": measurements.comparisons},
+    "rewrites.md": {
+        "rewrites": measurements.rewrites,
+        "forms": autoencoder.forms,
+        "count": autoencoder.count,
+        "comparisons": measurements.comparisons,
+    },
     "tensorrt.md": {"engines": measurements.engines},
     "verification.md": {"claims": claims.every},
 }

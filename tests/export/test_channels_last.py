@@ -29,6 +29,7 @@ from densegeo.models.vae import VAE, Decoder, Norm, PhaseUpsample, Upsample, tra
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("graphs_once")  # torch's table of translations is read once
 SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 openvino = pytest.importorskip("openvino")
 

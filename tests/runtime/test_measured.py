@@ -12,7 +12,7 @@ from densegeo.benchmarks.latency import device_name
 from densegeo.export.reporting import recommend
 from densegeo.precision import QUANTIZED
 from densegeo.runtime import backends, measured, state, verified
-from densegeo.runtime.bundle import Manifest, Quantization, read_manifest
+from densegeo.runtime.bundle import Manifest, Networks, Quantization, read_manifest
 from densegeo.runtime.measured import BUSY, ENOUGH, SPREAD, Conditions, Measured, advice, forget, remember
 
 GPU = "NVIDIA H100"
@@ -179,7 +179,7 @@ def test_engines_that_are_gone_are_forgotten(manifest: Manifest) -> None:
     [
         {"model": "other"},
         {"bucket": "128x96"},
-        {"flops": 1},
+        {"work": "other"},
         {"backend": "torch"},
         {"device": "NVIDIA L4"},
         {"machine": "elsewhere|"},
@@ -193,6 +193,24 @@ def test_other_work_and_other_machines_say_nothing(manifest: Manifest, change: d
     assert advice(manifest) == []
     remember(eight)
     assert len(advice(manifest)) == 1
+
+
+def test_another_form_of_the_graphs_is_the_same_work(manifest: Manifest) -> None:
+    """A backend's own form of upsampling has other operations; a network without a rewrite is another network."""
+    network = Networks("fe2e", {"depth": 1}, {"ch": 32}, "prompt.safetensors")
+    manifest = msgspec.structs.replace(manifest, networks=network)
+    (bucket,) = manifest.buckets
+    decoder = msgspec.structs.replace(bucket.decoder, flops=bucket.decoder.flops + 1)
+    other_form = msgspec.structs.replace(manifest, buckets=[msgspec.structs.replace(bucket, decoder=decoder)])
+    remember(record(manifest, "bf16", 40.0))
+    remember(record(other_form, "fp8", 20.0))
+    assert len(advice(manifest)) == 1
+    for change in (
+        {"rewrites": ["trim"]},
+        {"networks": Networks("fe2e", {"depth": 2}, {"ch": 32}, "prompt.safetensors")},
+    ):
+        remember(record(other_form, "fp8", 20.0))
+        assert advice(msgspec.structs.replace(manifest, **change)) == []
 
 
 def test_a_newer_run_takes_the_place_of_an_older_one(manifest: Manifest) -> None:
