@@ -104,7 +104,7 @@ def test_norms_by_channel_lose_nothing(
     assert np.linalg.norm(found - wanted.numpy()) <= 1e-6 * wanted.norm()
 
 
-@pytest.mark.integration
+@pytest.mark.thorough
 def test_openvino_turns_no_layout_around_for_them(tmp_path: Path) -> None:
     """Why they exist. A layout is turned where the picture enters and leaves, and for attention."""
     latent, plain = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2)), decoder(phases=True)
