@@ -88,9 +88,7 @@ def built(folder: Path, target: PlannedEngine, options: EngineOptions, progress:
 
 
 def scaled_after(log: BuildLog) -> int:
-    """8-bit convolutions whose sums go out as float32, for a layer of its own that scales them: bias, the scale of each
-    row and what is added otherwise join the product.
-    """
+    """8-bit convolutions whose sums go out as float32, for a layer of its own that scales them."""
     eight = [layer for layer in log.layers if layer.role == "convolution" and "Int8" in layer.dtype]
     return sum(tensor.dtype == "Float" for layer in eight for tensor in layer.outputs)
 

@@ -123,16 +123,21 @@ def _quantized_convolution(
     stride: Sequence[int],
     pads: Sequence[int],
 ) -> Any:
-    """An 8-bit convolution in the form that TensorRT and OpenVINO fuse: an activation with one scale, a weight with one
-    a row, a floating bias. The factor joins what is before it.
+    """An 8-bit convolution in the form that TensorRT and OpenVINO fuse: an activation with one scale, a weight with the
+    scale 1; then a scale a row and the bias, in floating point. The factor joins what is before it.
+
+    TensorRT has no 8-bit convolution with a scale a row: as such it would write the picture in float32, for a layer of
+    its own to scale. This way its convolution writes the base's type, and what scales reads half as much.
     """
     left, right, top, bottom = pads
     if input_factor is not None:
         x = op.Mul(x, input_factor)
-    rounded = _in_8_bits(x, input_scale, weight.dtype)
-    widened = op.DequantizeLinear(weight, weight_scale, axis=0)
-    operands = [rounded, widened] if bias is None else [rounded, widened, bias]
-    return op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right])
+    one = op.CastLike(op.Constant(value_float=1.0), weight_scale)
+    operands = _in_8_bits(x, input_scale, weight.dtype), op.DequantizeLinear(weight, one)
+    product = op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right])
+    by_channel = op.Constant(value_ints=[-1, 1, 1])
+    scaled = op.Mul(product, op.Reshape(weight_scale, by_channel))
+    return scaled if bias is None else op.Add(scaled, op.Reshape(bias, by_channel))
 
 
 def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:

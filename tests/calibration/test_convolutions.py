@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
+from safetensors import safe_open
 from torch import nn
 
 from densegeo.calibration.plan import load_plan, plan_file
@@ -95,8 +97,8 @@ def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
 
 @pytest.mark.thorough
 def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> None:
-    """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with one a row, floating bias), and nothing in between; two of
-    them, with the same weight and one bias, where a convolution is in two products.
+    """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with 1), and nothing in between; then a scale a row and the bias;
+    two of them, with the same weight and one bias, where a convolution is in two products.
     """
     plan, manifest = load_plan(doubled, "int8"), read_manifest(made)
     (bucket,) = manifest.buckets
@@ -105,26 +107,43 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> N
         model = onnx.load(made / getattr(bucket, stage).file, load_external_data=False)
         shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
         makers = {output: node for node in model.graph.node for output in node.output}
+        takers = defaultdict[str, list[onnx.NodeProto]](list)
+        for node in model.graph.node:
+            for name in node.input:
+                takers[name].append(node)
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in (node for node in model.graph.node if node.op_type == "Conv"):
-            rest = len(node.input) == 2
-            every += 0 if rest else node_flops(node, shapes)
             if node.input[1] in stored:
+                every += node_flops(node, shapes)
                 continue
-            eight += 0 if rest else node_flops(node, shapes)
             weight, back = makers[node.input[1]], makers[node.input[0]]
             forth = makers[back.input[0]]
+            rest = forth.input[1].endswith(".rest_scale")
+            every += 0 if rest else node_flops(node, shapes)
+            eight += 0 if rest else node_flops(node, shapes)
             assert (weight.op_type, back.op_type, forth.op_type) == (*["DequantizeLinear"] * 2, "QuantizeLinear")
             assert stored[weight.input[0]].data_type == TensorProto.INT8
-            assert [*stored[weight.input[1]].dims] == [stored[weight.input[0]].dims[0]]
+            assert numpy_helper.to_array(stored[weight.input[1]]) == 1
             assert [*stored[forth.input[1]].dims] == []
             assert forth.input[1] == back.input[1]
             name = prefix + weight.input[0].removesuffix(".weight")
-            assert rest or stored[node.input[2]].data_type == TensorProto.FLOAT
+            (after,) = takers[node.output[0]]
+            assert len(node.input) == 2
+            assert after.op_type == "Mul"
+            (last,) = takers[after.output[0]]
+            (location,) = (entry.value for entry in stored[weight.input[0]].external_data if entry.key == "location")
+            with safe_open(made / location, "np") as weights:
+                rows, bias = (
+                    weights.get_tensor(weight.input[0].removesuffix("weight") + part)[:, None, None]
+                    for part in ("weight_scale", "bias")
+                )
+            assert np.array_equal(numpy_helper.to_array(stored[after.input[1]]), rows)
+            assert last.op_type == "Add"
+            assert rest or np.array_equal(numpy_helper.to_array(stored[last.input[1]]), bias)
             even = makers[forth.input[0]]
             if name in TWICE:
                 rests += [name] * rest
-                assert forth.input[1].endswith(".rest_scale" if rest else ".input_scale")
+                assert rest or forth.input[1].endswith(".input_scale")
                 assert (even.op_type == "Sub") == rest
                 found.add(name)
                 continue
