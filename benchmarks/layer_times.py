@@ -103,9 +103,6 @@ class Timer(Protocol):
         """Of all runs so far; it cannot run any more."""
 
 
-Forms = dict[str, bool]  # what `export_graph` is told: channels_last
-
-
 def graph_of(network: nn.Module, example: Tensor, folder: Path, **forms: bool) -> Path:
     """Its graph in a folder, written unless it is there."""
     path, weights = folder / "graph.onnx", folder / "weights.safetensors"
