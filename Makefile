@@ -14,7 +14,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 help:
 	@echo "make demo            run fe2e-tiny on three photographs (installs what runs on a CPU, and no torch)"
 	@echo "make test-unit       the quick tests (a minute)"
-	@echo "make test            the test suite (five to nine minutes on two cores)"
+	@echo "make test            the test suite (five minutes on two quiet cores)"
 	@echo "make test-thorough   the same and further variants of it, as CI runs them (fifteen to twenty-five minutes)"
 	@echo "make test-slow       the tests that take minutes each"
 	@echo "make ros-test        the tests of the ROS 2 node (two minutes, and 360 MB once for an environment with rclpy)"

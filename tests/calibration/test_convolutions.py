@@ -38,7 +38,7 @@ from tests.support.calibration import TWICE, run, stage_error
 from tests.support.checkpoints import options
 from tests.support.shared import Once
 
-pytestmark = pytest.mark.usefixtures("graphs_once")
+pytestmark = [pytest.mark.usefixtures("graphs_once"), pytest.mark.thorough]
 KEPT = {
     "encoder.conv_in",
     "encoder.conv_out",
@@ -95,7 +95,6 @@ def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
     assert load_plan(convolved, "int8").operations == {name: work[name] for name in pipeline.layers(nn.Conv2d)}
 
 
-@pytest.mark.thorough
 def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> None:
     """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with 1), and nothing in between; then a scale a row and the bias;
     two of them, with the same weight and one bias, where a convolution is in two products.
@@ -161,7 +160,6 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> N
     assert set(manifest.quantization.convolutions) == found
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("vnni", [False, True])
 def test_bundles_run_as_they_were_emulated(made: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
     """With VNNI in 8 bits; a processor without would cut sums off, and so runs them in float32."""
@@ -228,7 +226,6 @@ def test_what_is_said_of_them(made: Path) -> None:
     assert amount_quantized(0.5, 3, 0.5).startswith("50.0% of the linears' parameters, 3 attentions and 50.0%")
 
 
-@pytest.mark.thorough
 def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
     free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
     assert free.error is not None
@@ -265,7 +262,6 @@ def test_contradictions_are_refused(
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.thorough
 def test_convolutions_alone_with_bf16_beside_them(small_checkpoint: Path, convolved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(convolved, tmp_path / "copy")
     plan = load_plan(folder, "int8")
@@ -293,7 +289,6 @@ def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: P
         run(bundle, images, folder, kind="fp8", weight_bits=7)
 
 
-@pytest.mark.thorough
 def test_both_ways_of_looking_agree(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
     run(bundle, images / "0[0-7].png", tmp_path, kind="int8", convolutions=True, smooth=None)
     ours, theirs = Statistics.load(convolved / FILE), Statistics.load(tmp_path / FILE)

@@ -28,12 +28,12 @@ def test_the_time_left_is_that_of_the_work_done(monkeypatch: pytest.MonkeyPatch)
         bar.advance(1)  # too little to say anything by: 3 h
         assert said.getvalue() == ""
         bar.advance(99)
-        assert bar.left == pytest.approx(99)
+        assert bar.seconds_left == pytest.approx(99)
         now += 1
         bar.advance(100)
-        assert bar.left == pytest.approx(48)
+        assert bar.seconds_left == pytest.approx(48)
         bar.advance(700)
-        assert bar.left == pytest.approx(12 / 9)
+        assert bar.seconds_left == pytest.approx(12 / 9)
     assert said.getvalue().splitlines() == ["rewriting: about 2 min left"]  # once, where no bar can be drawn
 
 

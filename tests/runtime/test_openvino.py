@@ -53,6 +53,7 @@ def test_a_bf16_bundle_is_within_its_bound(built: dict[str, Path]) -> None:
     assert all(check.bound < 0.1 for check in verdict.served), verdict
 
 
+@pytest.mark.thorough
 def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], backend="openvino") as estimator:
         bucket = estimator.manifest.buckets[0]

@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from densegeo.serving.server import EXIT_INTERRUPTED
 from densegeo.signals import EXIT_HUNG
 from tests.support.doubles import Gate, fake_estimator
 from tests.support.grey_requests import HEADER, infer, level_in, other_version, pixels, request
-from tests.support.serving import Opens, Served, metrics, served, started
+from tests.support.serving import Opens, Served, metrics, served, started, until
 
 
 def held(gate: Gate, **options: Any) -> Opens:
@@ -34,13 +33,6 @@ def held(gate: Gate, **options: Any) -> Opens:
     return lambda directory: fake_estimator(
         directory, lambda bucket, stage, value: stage == "encoder" and gate(value), **options
     )
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def test_a_full_queue_and_a_missed_deadline(toy_bundle: Path) -> None:

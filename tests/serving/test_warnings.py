@@ -16,7 +16,7 @@ from PIL import Image
 
 from densegeo.serving.front import WARNINGS_HEADER
 from densegeo.serving.logs import FIELDS, WARNINGS
-from tests.support.serving import Served
+from tests.support.serving import Served, until
 
 FAR = {"near": "3000", "far": "4000"}
 MILLIMETRES = "looks like millimetres"
@@ -47,7 +47,12 @@ def test_json_has_a_field_and_all_have_a_header(
             assert bool(more) == (kind == "image/png")  # there the log warns too: 65.5 m are all that 16 bits hold
             if kind == "application/json":
                 assert answer.json()["warnings"] == [said]
-    lines = [getattr(record, FIELDS) for record in caplog.records if record.message == "request"]
+
+        def requests() -> list[dict[str, Any]]:
+            return [getattr(record, FIELDS) for record in caplog.records if record.getMessage() == "request"]
+
+        until(lambda: len(requests()) == 3, "a line a request, each written after its answer")
+    lines = requests()
     assert [MILLIMETRES in line["warnings"][0] for line in lines] == [True] * 3
     assert MILLIMETRES not in capfd.readouterr().err
 

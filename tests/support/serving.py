@@ -122,3 +122,10 @@ def metrics(url: str, **headers: str) -> dict[str, float]:
     text = httpx.get(f"{url}/metrics", headers=headers).raise_for_status().text
     rows = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in rows}
+
+
+def until(true: Callable[[], object], what: str, seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
