@@ -146,6 +146,7 @@ def test_a_download_goes_on_in_another_process(hub: Hub, tmp_path: Path) -> None
     assert not list((tmp_path / "hf").rglob("*.densegeo"))
 
 
+@pytest.mark.thorough
 def test_a_slow_line_that_breaks_off(hub: Hub, tmp_path: Path) -> None:
     """It is waited for, shown, and asked for again; only the Hub sees the token."""
     file = tmp_path / "big"

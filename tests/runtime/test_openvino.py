@@ -75,6 +75,7 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
     assert precisions("FullyConnected") == {"bf16" if has_bf16 else "f32"}
 
 
+@pytest.mark.thorough
 def test_auto_runs_a_bf16_bundle_on_a_cpu(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], device="cpu") as estimator:
         assert (estimator.backend, estimator.device) == ("openvino", "cpu")
