@@ -124,6 +124,7 @@ def test_sides_that_are_no_multiple_of_8(tmp_path: Path) -> None:
         assert estimator(np.zeros((90, 140, 3), np.uint8)).prediction.shape == (90, 140)
 
 
+@pytest.mark.thorough
 def test_geometry_without_normals(fiffdepth_bundle: Build, tmp_path: Path) -> None:
     bundle = fiffdepth_bundle(CASES[0])
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)

@@ -174,7 +174,7 @@ def test_a_renamed_pickle_and_a_broken_link(state: State, tmp_path: Path) -> Non
 def test_nan_is_named_when_it_is_read(
     value: float, words: str, dtype: torch.dtype, state: State, tmp_path: Path
 ) -> None:
-    damaged = {key: tensor.to(dtype) for key, tensor in state.items()}
+    damaged = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
     damaged["1.weight"][4, 1, 2, 0] = value
     index = sharded(tmp_path, damaged)
     wanted = rf"model-0000\d-of-00003\.safetensors: 1\.weight holds 1 {words} of 90 values, the first at \[4, 1, 2, 0\]"
