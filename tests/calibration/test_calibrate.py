@@ -39,6 +39,32 @@ QUIET = Console(quiet=True)
 ATTENTIONS = {"double_blocks.0.attention", "single_blocks.0.attention"}
 
 
+def test_bad_images_are_refused_or_counted(
+    bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, few, broken = (tmp_path / name for name in ("empty", "few", "broken"))
+    empty.mkdir()
+    with pytest.raises(typer.BadParameter, match="matches no image"):
+        run(bundle, empty, tmp_path / "out")
+    few.mkdir()
+    shutil.copy(images / "00.png", few)
+    with pytest.raises(QuantizationError, match=f"1 image is too few .* at least {MINIMUM}"):
+        run(bundle, few, tmp_path / "out")
+    shutil.copytree(images, broken)
+    (broken / "05.png").write_bytes(b"no picture")
+    run(bundle, broken, tmp_path / "out")
+    assert "1 images could not be read" in capsys.readouterr().out
+    assert len(Statistics.load(tmp_path / "out" / FILE).counted) == 11
+    for name in ("01", "02", "03"):
+        (broken / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(QuantizationError, match=r"3 of 12 images cannot be read, the last one: .*03"):
+        run(bundle, broken, tmp_path / "again")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / FILE).write_bytes(b"\x00" * 20)
+    with pytest.raises(QuantizationError, match="is no file of `densegeo calibrate`"):
+        run(bundle, images, tmp_path / "bad")
+
+
 def test_every_linear_of_the_blocks_is_planned(calibrated: Path, bundle: Path) -> None:
     plan = load_plan(calibrated, "fp8")
     with safe_open(bundle / "denoiser.safetensors", framework="numpy") as file:
@@ -313,32 +339,6 @@ def test_contradictions_are_refused(
         run(bundle, images, tmp_path, method="luck")
     with pytest.raises(ConfigError, match="above 0"):
         run(bundle, images, tmp_path, max_depth_error=0.0)
-
-
-def test_bad_images_are_refused_or_counted(
-    bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    empty, few, broken = (tmp_path / name for name in ("empty", "few", "broken"))
-    empty.mkdir()
-    with pytest.raises(typer.BadParameter, match="matches no image"):
-        run(bundle, empty, tmp_path / "out")
-    few.mkdir()
-    shutil.copy(images / "00.png", few)
-    with pytest.raises(QuantizationError, match=f"1 image is too few .* at least {MINIMUM}"):
-        run(bundle, few, tmp_path / "out")
-    shutil.copytree(images, broken)
-    (broken / "05.png").write_bytes(b"no picture")
-    run(bundle, broken, tmp_path / "out")
-    assert "1 images could not be read" in capsys.readouterr().out
-    assert len(Statistics.load(tmp_path / "out" / FILE).counted) == 11
-    for name in ("01", "02", "03"):
-        (broken / f"{name}.png").write_bytes(b"no picture")
-    with pytest.raises(QuantizationError, match=r"3 of 12 images cannot be read, the last one: .*03"):
-        run(bundle, broken, tmp_path / "again")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / FILE).write_bytes(b"\x00" * 20)
-    with pytest.raises(QuantizationError, match="is no file of `densegeo calibrate`"):
-        run(bundle, images, tmp_path / "bad")
 
 
 @pytest.mark.thorough
