@@ -75,6 +75,7 @@ def test_every_size_is_within_the_bundles_bound(built: dict[str, Path], precisio
     assert verdict.good, verdict
 
 
+@pytest.mark.thorough
 def test_auto_runs_a_bf16_bundle_without_a_gpu(built: dict[str, Path]) -> None:
     with Estimator(built["bf16"], device="cpu") as estimator:
         assert estimator.backend != "onnxruntime"
