@@ -21,6 +21,7 @@ from densegeo.runtime import verified
 from densegeo.runtime.bundle import MANIFEST, read_manifest
 from densegeo.runtime.measured import ENOUGH, Conditions, Measured, advice, remember
 from densegeo.runtime.ready import find_bundle
+from tests.support.command_line import run
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration
@@ -35,14 +36,6 @@ def bundle(toy_bundle: Path) -> Path:
 def copy(bundle: Path, tmp_path: Path) -> Path:
     """A bundle that a test may damage."""
     return make_toy_bundle(tmp_path / "bundle", references=1.0)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    code = stop.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
 
 
 def run_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

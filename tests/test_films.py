@@ -16,8 +16,8 @@ from densegeo.errors import ImageError
 from densegeo.films import FilmFrame, FilmWriter, in_order, newest, opened, sampled, span_of
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
+from tests.support.command_line import run
 from tests.support.film_files import http_camera, pictures, write_film
-from tests.support.infer import run
 from tests.support.rtsp import rtsp_camera
 
 pytest.importorskip("av")

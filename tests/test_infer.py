@@ -21,7 +21,8 @@ from densegeo.inference import Making
 from densegeo.progress import progress
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
-from tests.support.infer import journal, put, put_photos, run, snapshot, summary
+from tests.support.command_line import run
+from tests.support.infer import journal, put, put_photos, snapshot, summary
 from tests.support.toy_bundle import make_toy_bundle
 
 pytestmark = pytest.mark.integration

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from densegeo.training.render import view
-from tests.support.infer import run
+from tests.support.command_line import run
 
 pytestmark = pytest.mark.integration
 

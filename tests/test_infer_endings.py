@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.infer import run
+from tests.support.command_line import run
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,8 @@ from densegeo.formats import IMAGE_SUFFIXES
 from densegeo.inputs import find_inputs, read_list, unique_names
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
-from tests.support.infer import put, put_photos, run, snapshot, summary
+from tests.support.command_line import run
+from tests.support.infer import put, put_photos, snapshot, summary
 
 pytestmark = pytest.mark.integration
 

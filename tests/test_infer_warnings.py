@@ -19,7 +19,7 @@ from PIL import Image
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import FileDigest, read_manifest, sha256_file, write_manifest
-from tests.support.infer import run
+from tests.support.command_line import run
 
 pytestmark = pytest.mark.integration
 WHITE = 2**14 - 1

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from densegeo import cli
 from densegeo.records import JOURNAL
 
 SAVED = {
@@ -22,14 +21,6 @@ SAVED = {
     ".heic": "HEIF",
     ".heif": "HEIF",
 }
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    code = stop.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
 
 
 def summary(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
