@@ -160,7 +160,14 @@ def _anonymous(pid: int) -> int:
 
 
 def calibrate(
-    bundle: Path, folder: Path, precision: str, side: int, output: Path, *, attention: bool = False
+    bundle: Path,
+    folder: Path,
+    precision: str,
+    side: int,
+    output: Path,
+    *,
+    attention: bool = False,
+    convolutions: bool = False,
 ) -> Measured:
     """`densegeo calibrate` on `IMAGES` seeded pictures, block by block, into `output`."""
     images = folder / "images"
@@ -170,6 +177,7 @@ def calibrate(
     command = [sys.executable, "-m", "densegeo", "calibrate", str(bundle), "--images", str(images)]
     command += ["--format", precision, "--backend", "torch", "--device", "cpu", "--stream"]
     command += ["--output", str(output), *(["--attention"] if attention else [])]
+    command += ["--convolutions"] if convolutions else []
     return measure(command, folder / f"calibrate-{precision}.log")
 
 

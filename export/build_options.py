@@ -13,7 +13,7 @@ from densegeo.export.cubins import check_architectures
 from densegeo.export.engine_builder import EngineOptions, target_groups
 from densegeo.models import rewrites
 from densegeo.models.presets import PRESETS, preset
-from densegeo.precision import PRECISIONS, precision_row
+from densegeo.precision import precision_row
 from densegeo.runtime.bundle import Choice
 from densegeo.size import Size
 
@@ -80,7 +80,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def channels_last(self) -> bool:
         """Whether graphs are written for convolutions that have a pixel's channels adjacent; see `export_graph`."""
-        return backend_row(self.backend).channels_last and PRECISIONS[self.base].exact
+        return backend_row(self.backend).channels_last
 
     @property
     def groups(self) -> int:

@@ -21,6 +21,7 @@ from densegeo.precision import PRECISIONS
 from densegeo.processor import saturates_int8
 from densegeo.runtime.backends.graphs import GraphBackend
 from densegeo.runtime.backends.openvino_cache import CompiledModels
+from densegeo.runtime.backends.openvino_graphs import widen_affines
 from densegeo.runtime.backends.sharing import ALONE, Sharing
 from densegeo.runtime.bundle import Graph, Manifest
 
@@ -63,6 +64,7 @@ class OpenVinoBackend(GraphBackend):
                 "runs in 8 bits here.",
                 directory,
             )
+        self._quantized_bf16 = manifest.quantization is not None and manifest.base == "bf16"
         _require_cpu(device)
         try:
             self._openvino = import_openvino()
@@ -84,7 +86,10 @@ class OpenVinoBackend(GraphBackend):
 
     def _load(self, path: Path) -> Any:
         def read() -> Any:
-            steps = self._openvino.preprocess.PrePostProcessor(self._core.read_model(path))
+            model = self._core.read_model(path)
+            if self._quantized_bf16:
+                widen_affines(self._openvino, model)
+            steps = self._openvino.preprocess.PrePostProcessor(model)
             # numpy has no bf16: such outputs would come back as arrays of another type
             steps.input(0).tensor().set_element_type(self._openvino.Type.f32)
             steps.output(0).tensor().set_element_type(self._openvino.Type.f32)

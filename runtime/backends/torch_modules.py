@@ -97,7 +97,9 @@ class TorchBackend:
         self._networks: dict[Size, DeviceNetwork] = {}
         self._failed: dict[Size, BackendError] = {}  # why a size is not there
         self._fused_vae = fuse_pictures(self._pipeline.vae)
-        if self.device == "cpu" and precision_row(manifest.base).exact:  # benchmarks/autoencoder_layers.py: a tenth
+        # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time, in bf16 a sixth of the decoder's. Of fp16
+        # CPUs have convolutions and no transposed ones, which then take 40 times as long.
+        if self.device == "cpu" and manifest.base != "fp16":
             for upsample in transpose_upsampling(self._pipeline.vae.decoder):
                 upsample.make_ready()
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1

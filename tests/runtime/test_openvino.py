@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -19,6 +20,7 @@ from densegeo.errors import BackendError, BundleError, ConfigError
 from densegeo.runtime import Estimator
 from densegeo.runtime import backends as table
 from densegeo.runtime.backends import open_backend, openvino_cpu
+from densegeo.runtime.backends.openvino_graphs import widen_affines
 from densegeo.runtime.bundle import Bucket, read_manifest
 from densegeo.runtime.verify import verify
 
@@ -36,6 +38,66 @@ def seeded(bucket: Bucket, seed: int = 0) -> np.ndarray:
 def test_the_toy_bundle_gives_its_stored_outputs(toy_bundle: Path) -> None:
     checks = verify(toy_bundle, "openvino").served
     assert all(check.error < 1e-6 for check in checks), checks
+
+
+def test_8_bit_products_over_bf16_load(tmp_path: Path) -> None:
+    """Scales and shifts before and after an 8-bit convolution, in bf16: on a CPU that has bf16 OpenVINO refuses them as
+    they are. Those of constants are widened, others stay.
+    """
+    rng = np.random.default_rng(5)
+    scale, shift = (
+        rng.uniform(0.5, 2, (1, 4, 1, 1)).astype(np.float32),
+        rng.normal(0, 1, (1, 4, 1, 1)).astype(np.float32),
+    )
+    weight = rng.integers(-127, 127, (8, 4, 3, 3), dtype=np.int8)
+    rows, bias = (
+        rng.uniform(1e-3, 1e-2, (1, 8, 1, 1)).astype(np.float32),
+        rng.normal(0, 1, (1, 8, 1, 1)).astype(np.float32),
+    )
+    step = np.float32(1 / 16)
+    constants = {"scale": scale, "shift": shift, "rows": rows, "bias": bias}
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["x"], ["x16"], to=TensorProto.BFLOAT16),
+        *(node("Cast", [name], [f"{name}16"], to=TensorProto.BFLOAT16) for name in constants),
+        node("Mul", ["x16", "scale16"], ["scaled"]),
+        node("Add", ["scaled", "shift16"], ["shifted"]),
+        node("Relu", ["shifted"], ["positive"]),
+        node("QuantizeLinear", ["positive", "step", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "step", "zero"], ["dq"]),
+        node("DequantizeLinear", ["weight", "one", "zero"], ["dw"]),
+        node("Conv", ["dq", "dw"], ["products"], pads=[1, 1, 1, 1]),
+        node("Mul", ["products", "rows16"], ["in_rows"]),
+        node("Add", ["in_rows", "bias16"], ["convolved"]),
+        node("Sigmoid", ["convolved"], ["gate"]),
+        node("Mul", ["convolved", "gate"], ["gated"]),
+        node("Add", ["gated", "convolved"], ["sum"]),  # of no constants
+        node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
+    ]
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    stored += [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(np.int8(0), "zero")]
+    for name, value in (("step", step), ("one", 1.0)):
+        stored.append(onnx.numpy_helper.from_array(np.asarray(value, ml_dtypes.bfloat16), name))
+    spec = helper.make_tensor_value_info
+    inputs, outputs = [spec("x", TensorProto.FLOAT, [1, 4, 6, 5])], [spec("y", TensorProto.FLOAT, [1, 8, 6, 5])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "affines", inputs, outputs, stored), opset_imports=[helper.make_opsetid("", 22)]
+    )
+    onnx.save(model, tmp_path / "affines.onnx")
+
+    x = rng.normal(0, 2, (1, 4, 6, 5)).astype(np.float32)
+    q = np.clip(np.round(np.maximum(x * scale + shift, 0) / step), -128, 127) * step
+    padded = np.pad(q, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded[0], (3, 3), (1, 2))  # channels, rows, columns, 3, 3
+    convolved = np.einsum("cyxij,ocij->oyx", windows, weight.astype(np.float32))[None] * rows + bias
+    wanted = convolved / (1 + np.exp(-convolved)) + convolved
+
+    openvino = openvino_cpu.import_openvino()
+    core = openvino.Core()
+    read = core.read_model(tmp_path / "affines.onnx")
+    assert widen_affines(openvino, read) == 2
+    found = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({0: x})[0]
+    assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
 
 
 @pytest.mark.slow
