@@ -61,6 +61,8 @@ def race(
     reference = diffusers_pipeline(checkpoint, torch.float32)(image)
     if reference.std() <= 0.05:
         raise WrongError(f"the picture is saturated: its standard deviation is {reference.std():.3f}")
+    bundles = [build(folder, checkpoint, precision, size)]  # before anything else takes memory
+    bundles += [build_int8(folder, checkpoint, size)] if int8 else []
     contenders: dict[str, Run] = {
         name: diffusers_pipeline(checkpoint, dtype, **options) for name, options in DIFFUSERS.items()
     }
@@ -68,8 +70,6 @@ def race(
     work = dict.fromkeys(contenders, flops(lambda: contenders["diffusers as loaded"](image)))
     bound = EXACT if dtype == torch.float32 else TWICE * plain
     bounds = dict.fromkeys(contenders, bound)
-    bundles = [build(folder, checkpoint, precision, size)]
-    bundles += [build_int8(folder, checkpoint, size)] if int8 else []
     for bundle in bundles:
         manifest = read_manifest(bundle)
         for row in BACKENDS:
