@@ -272,6 +272,14 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         BundleError: The directory is no bundle, or the manifest is malformed or names a file outside.
         SchemaVersionError: It was written by another schema version.
+
+    Example:
+        >>> from densegeo.runtime.ready import find_bundle
+        >>> directory = find_bundle("fe2e-tiny")
+        >>> manifest = read_manifest(directory)
+        >>> manifest.model, manifest.precision
+        ('fe2e-tiny', 'fp32')
+        >>> check_files(directory, manifest)  # raises where a file is not the manifest's
     """
     require_bundle(directory)
     path = directory / MANIFEST

@@ -56,6 +56,11 @@ class Calibration:
         sources: What the line rests on.
         variance: Of the scale, of the shift, and their covariance; NaN where the numbers were given.
         metric: Whether depth is in metres; otherwise its unit is unknown, and the shift makes the median depth 1.
+
+    Example:
+        >>> found = Calibration("log_affine", scale=2.0, shift=0.5, variance=(0.04, 0.01, 0.0))
+        >>> found.covariance.tolist(), found.metric
+        ([[0.04, 0.0], [0.0, 0.01]], True)
     """
 
     kind: DepthKind

@@ -86,6 +86,17 @@ class Stream:
 
     Raises:
         ConfigError: For a depth that is no number above 0.
+
+    Example:
+        >>> from densegeo import Estimator
+        >>> with Estimator("fe2e-tiny") as estimator, estimator.stream(latest=False) as stream:
+        ...     for stamp in (0.0, 0.1):
+        ...         number = stream.put("photo.jpg", stamp=stamp)
+        ...     stream.close(drain=True)
+        ...     for frame in stream:
+        ...         print(frame.frame_id, frame.stamp, frame.geometry.normals.shape)
+        0 0.0 (384, 512, 3)
+        1 0.1 (384, 512, 3)
     """
 
     def __init__(

@@ -125,6 +125,18 @@ class ScaleTracker:
 
     Without evidence of metres results are "up_to_scale", in one unit for as long as frames show one scene.
     resets: how often a scene change, or evidence that went on to disagree, made it start anew.
+
+    Example:
+        >>> import numpy as np
+        >>> from densegeo.size import Size
+        >>> ramp = np.linspace(0, 1, 64 * 48, dtype=np.float32).reshape(48, 64)
+        >>> frame = Geometry(ramp, "log_affine", None, np.ones((48, 64), bool), Size(64, 48))
+        >>> anchors = [(5.0, 5.0), (32.0, 24.0), (60.0, 45.0)], [1.2, 2.0, 3.5]  # pixels, and their depth in metres
+        >>> tracker = ScaleTracker()
+        >>> tracker.update(frame, (50.0, 50.0, 31.5, 23.5), anchors=anchors).depth_kind
+        'metric'
+        >>> tracker.update(frame).depth_kind  # later frames need no anchors
+        'metric'
     """
 
     def __init__(self) -> None:

@@ -137,7 +137,13 @@ def test_the_toy_model_is_the_one_that_is_tested() -> None:
     assert (row.name, where.model) == ("unet-normals", "unet-normals")
 
 
-@pytest.mark.parametrize("module", [pytest.param("estimator", marks=pytest.mark.thorough), "geometry", "camera"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("estimator", "stream")),
+        *("geometry", "camera", "metric", "tracker", "bundle"),
+    ],
+)
 def test_examples_in_docstrings(photograph: Path, module: str) -> None:
     found = doctest.testmod(import_module(f"densegeo.runtime.{module}"))
     assert found.attempted > 1
