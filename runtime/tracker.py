@@ -181,11 +181,13 @@ class ScaleTracker:
 
         Raises:
             CalibrationError: Nothing is known of the line yet, also when normals alone were to tell and do not.
-            ConfigError: For what is no result.
+            ConfigError: For what is no result, and for a motion without intrinsics.
         """
         if not isinstance(geometry, Geometry):
             raise ConfigError(f"geometry must be a result of an estimator, a Geometry, not {shown(geometry)}.")
         motion = None if motion is None else checked_motion(motion)
+        if motion is not None and intrinsics is None:
+            raise ConfigError("motion moves points, which needs a camera: give intrinsics too, or leave motion out.")
         camera = None if intrinsics is None else geometry.camera(intrinsics)
         measurements = SceneMeasurements(anchors, camera_height, up, size, method)
         predicted = self._predicted(geometry, intrinsics, motion)

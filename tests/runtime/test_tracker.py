@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from densegeo.errors import CalibrationError
+from densegeo.errors import CalibrationError, ConfigError
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.tracker import ScaleTracker, align
 from densegeo.size import Size
@@ -174,3 +174,15 @@ def test_reset_forgets_metres() -> None:
     assert tracker.update(geometry, K, anchors=reading(depth)).depth_kind == "metric"
     tracker.reset()
     assert tracker.update(later, K).depth_kind == "up_to_scale"
+
+
+def test_a_motion_without_a_camera_is_refused() -> None:
+    """It cannot be used, and to begin anew would lose the metres without a word."""
+    ramp = np.linspace(0, 1, 64 * 48, dtype=np.float32).reshape(48, 64)
+    frame = Geometry(ramp, "log_affine", None, np.ones((48, 64), bool), Size(64, 48))
+    tracker = ScaleTracker()
+    tracker.update(frame, anchors=([(5.0, 5.0), (32.0, 24.0), (60.0, 45.0)], [1.2, 2.0, 3.5]))
+    with pytest.raises(ConfigError, match="give intrinsics too"):
+        tracker.update(frame, motion=np.eye(4))
+    assert tracker.resets == 0
+    assert tracker.update(frame).depth_kind == "metric"
