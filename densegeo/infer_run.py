@@ -137,8 +137,8 @@ def _todo(items: list[Input], results: Results, job: Run, tally: Tally) -> list[
         if foreign := [item for item, state in states.items() if state == "foreign"]:
             raise typer.BadParameter(
                 f"{len(foreign)} of {len(items)} results in {job.output} were made of other images, by another "
-                f"bundle or with other options (the first: {foreign[0].name}). Replace them with --overwrite, or "
-                "choose another folder.",
+                "bundle, with other options or in formats that would be lost now "
+                f"(the first: {foreign[0].name}). Replace them with --overwrite, or choose another folder.",
                 param_hint="--skip-existing",
             )
         complete = [item for item, state in states.items() if state == "whole"]
@@ -148,10 +148,11 @@ def _todo(items: list[Input], results: Results, job: Run, tally: Tally) -> list[
                 tally.skipped["frames that were refused when their films were done"] = refused
         return [item for item, state in states.items() if state != "whole"]
     if existing := [item for item in items if results.existing(item)]:
+        folder, _ = results.where(existing[0])
         raise typer.BadParameter(
             f"{len(existing)} of {len(items)} results are in {job.output} already (the first: "
-            f"{results.existing(existing[0])[0]}). Keep them with --skip-existing, replace them with --overwrite, or "
-            "choose another folder.",
+            f"{folder.relative_to(job.output) / results.existing(existing[0])[0]}). Keep them with --skip-existing, "
+            "replace them with --overwrite, or choose another folder.",
             param_hint="--output",
         )
     return items

@@ -85,8 +85,10 @@ class Results:
             same_maker = same_maker and record["options"] == self.maker["options"]
             if not same_maker or not (same_source or record["path"] == item.path):
                 return "foreign"
-            formats = set(self.maker["formats"]) <= set(record["formats"])
-            return "whole" if same_source and formats and self._complete(item) else "stale"
+            asked, there = set(self.maker["formats"]), set(record["formats"])
+            if same_source and not (asked <= there or there <= asked):
+                return "foreign"  # done again, it would lose the formats that are not asked for now
+            return "whole" if same_source and asked <= there and self._complete(item) else "stale"
         except (OSError, ValueError, KeyError, TypeError):  # not made by this command
             return "foreign"
 

@@ -105,6 +105,22 @@ def test_what_fails_is_counted_and_the_rest_goes_on(
     assert summary(capsys)["done"] == 1
 
 
+def test_formats_that_are_there_are_not_lost(
+    toy_bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "infer", toy_bundle, photos, "-o", tmp_path / "out", "--format"
+    assert run(*arguments, "npz") == 0
+    before = snapshot(tmp_path / "out")
+    assert run(*arguments, "png", "--skip-existing") == 2
+    assert "in formats that would be lost now" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert snapshot(tmp_path / "out") == before
+    assert run(*arguments, "png,npz", "--skip-existing") == 0
+    after = snapshot(tmp_path / "out")
+    assert before.keys() < after.keys()
+    assert run(*arguments, "npz", "--skip-existing") == 0  # a part of what is there is enough
+    assert snapshot(tmp_path / "out").keys() == after.keys()
+
+
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))  # writes beyond fail, as on a full disk
