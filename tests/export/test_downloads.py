@@ -111,7 +111,7 @@ def test_one_line_from_nothing_to_a_bundle(hub: Hub, tmp_path: Path) -> None:
     assert manifest.choice is not None
     assert manifest.choice.what in said
     assert {source.role: source.path for source in manifest.sources}["dit"] == FILES[0].origin
-    with Estimator(output, "onnxruntime", "cpu") as estimator:
+    with Estimator(output, device="cpu") as estimator:
         assert np.isfinite(estimator(np.zeros((32, 48, 3), np.uint8)).prediction).all()
     hub.requests.clear()
     again = say([*line, "--any-digest"], hub, tmp_path)
