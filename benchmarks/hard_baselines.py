@@ -53,7 +53,7 @@ PRECISIONS = ("fp32", "bf16")
 def race(
     folder: Path, checkpoint: Path, precision: str, size: int, runs: int, ceiling_size: int, *, int8: bool = False
 ) -> dict[str, Any]:
-    """All contenders of one precision, and an int8 bundle over floats of that precision where it is asked for.
+    """All contenders of one precision, and an int8 bundle over bf16 where it is asked for.
 
     Raises WrongError before anything is timed.
     """
@@ -189,7 +189,9 @@ def main(
         int, typer.Option(min=1, max=2, help="2: half the autoencoder's features, a fifth of the U-Net's.")
     ] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
-    int8: Annotated[bool, typer.Option("--int8", help="Also race a bundle of int8 linears and convolutions.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also race a bundle of int8 linears and convolutions over bf16.")
+    ] = False,
     ceiling_size: Annotated[int, typer.Option(help="Side of the matrices that find the ceiling.")] = 4096,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:

@@ -20,15 +20,14 @@ def widen_affines(openvino: Any, model: Any) -> int:
     for add in model.get_ordered_ops():
         if add.get_type_name() != "Add" or add.get_output_element_type(0) != openvino.Type.bf16:
             continue
-        scaled, shift = add.input_value(0), add.input_value(1)
+        scaled, shift = add.input_values()
         multiply = scaled.get_node()
-        if multiply.get_type_name() != "Multiply" or not (
-            _is_constant(multiply.input_value(1)) and _is_constant(shift)
-        ):
+        if multiply.get_type_name() != "Multiply":
             continue
-        x, scale, shift = (
-            operators.convert(value, "f32") for value in (multiply.input_value(0), multiply.input_value(1), shift)
-        )
+        x, scale = multiply.input_values()
+        if not (_is_constant(scale) and _is_constant(shift)):
+            continue
+        x, scale, shift = (operators.convert(value, "f32") for value in (x, scale, shift))
         affine = operators.convert(operators.add(operators.multiply(x, scale), shift), "bf16")
         affine.set_friendly_name(add.get_friendly_name())
         add.output(0).replace(affine.output(0))
