@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -155,6 +155,17 @@ def make_autoencoder(state: dict[str, Tensor], config: VAEConfig) -> nn.Module:
     return autoencoder.eval().requires_grad_(False)
 
 
+class _Constant(nn.Module):
+    """Stands for a connector that ran beforehand."""
+
+    def __init__(self, text: Tensor, pooled: Tensor) -> None:
+        super().__init__()
+        self.text, self.pooled = text, pooled
+
+    def forward(self, embeds: Tensor, mask: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text.expand(embeds.shape[0], -1, -1), self.pooled.expand(embeds.shape[0], -1)
+
+
 @dataclass
 class Baseline:
     """The authors' pipeline, eager; call the three stages in order."""
@@ -170,6 +181,11 @@ class Baseline:
     @property
     def dtype(self) -> torch.dtype:
         return self.embeds.dtype
+
+    @torch.no_grad()
+    def connected(self) -> Baseline:
+        """The same, but the connector, whose outputs no image changes, has run beforehand."""
+        return replace(self, connector=_Constant(*self.connector(self.embeds, self.mask, self.timestep)))
 
     @torch.no_grad()
     def encode(self, rgb: Tensor) -> Tensor:

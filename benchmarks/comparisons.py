@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densegeo.benchmarks.baseline import Baseline, make_baseline
 from densegeo.benchmarks.timing import flops, interleaved, speedup, summary
@@ -154,22 +154,9 @@ def whole(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     return _timed("whole pipeline", slow, fast, 2.5, calls, recorded, runs, counted)
 
 
-class _Constant(nn.Module):
-    """Stands for a connector that ran beforehand."""
-
-    def __init__(self, text: Tensor, pooled: Tensor) -> None:
-        super().__init__()
-        self.text, self.pooled = text, pooled
-
-    def forward(self, embeds: Tensor, mask: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        return self.text, self.pooled
-
-
 def hard(c: Contenders, low: str, compile_: Compile, runs: int) -> Comparison:
     """Compiled against compiled, batch 1 against batch 1, and the connector's work is spared to the baseline too."""
-    theirs = copy.copy(c.authors)
-    with torch.no_grad():
-        theirs.connector = _Constant(*c.authors.connector(theirs.embeds, theirs.mask, theirs.timestep))
+    theirs = c.authors.connected()
     theirs.batch = 1
     eager_flux = theirs.flux
     theirs.flux = compile_(eager_flux)

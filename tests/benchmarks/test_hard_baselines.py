@@ -9,8 +9,10 @@ import pytest
 pytest.importorskip("torch")
 
 from densegeo.benchmarks import hard_baselines
+from densegeo.benchmarks.hard_baselines import Race
 from densegeo.errors import ConfigError
 from densegeo.export.machine import Machine
+from densegeo.size import Size
 
 
 @pytest.mark.parametrize(
@@ -22,12 +24,12 @@ def test_what_would_say_nothing_is_refused(
 ) -> None:
     monkeypatch.setattr(hard_baselines, "this_machine", lambda: Machine(cpu_bf16=False))
     with pytest.raises(ConfigError, match=message):
-        hard_baselines.run(tmp_path / "made", [precision], 64, 2, 1, 64, None)
+        hard_baselines.run(Race("fiffdepth", tmp_path / "made", Size(64, 64), 2, 1, 64), [precision], None)
     assert not (tmp_path / "made").exists()
 
 
 def test_the_table_says_against_whom() -> None:
-    row = {"median_ms": 2.0, "speedup": {"median": 1.5}, "of_ceiling": 0.5, "error": 1e-6}
+    row = {"median_ms": 2.0, "speedup": {"median": 1.5}, "of_ceiling": 0.5, "error": 1e-6, "output": "prediction"}
     found = {
         "precision": "fp32",
         "ceiling_gflops": 80.0,
@@ -41,5 +43,5 @@ def test_the_table_says_against_whom() -> None:
         "2 ms",
         "1.50",
         "50%",
-        "1.0e-06",
+        "1.0e-06 (prediction)",
     ]
