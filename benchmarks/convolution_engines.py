@@ -1,8 +1,8 @@
 """TensorRT engines with 8-bit convolutions at full width: `python benchmarks/convolution_engines.py`. Needs no GPU.
 
-Random weights in the widths of FE2E's autoencoder and of FiffDepth's autoencoder and U-Net, bf16 and int8, for each
-architecture and for all together. What the builder chose is read from its log: the type of every convolution, and which
-layers do nothing but convert numbers on their way to or from one.
+Random weights in the widths of FE2E's autoencoder and of FiffDepth's autoencoder and U-Net, bf16, fp8 and int8, for
+each architecture that has the precision, and together for all that one engine can serve. What the builder chose is read
+from its log: the type of every convolution, and which layers do nothing but convert numbers on the way to or from one.
 """
 
 from __future__ import annotations
@@ -24,22 +24,34 @@ from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.setups import MID, SD2_UNET, SD2_VAE
 from densegeo.benchmarks.synthetic import random_fiffdepth
 from densegeo.cli import guarded
+from densegeo.errors import ConfigError
 from densegeo.export.engine_builder import EngineOptions, PlannedEngine, build_engine, planned_engines
 from densegeo.export.graph_stats import describe
 from densegeo.export.graphs import bucket_examples
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.models import fe2e, fiffdepth, rewrites
 from densegeo.models.casting import DTYPES, cast
-from densegeo.models.quantized import FORMATS, LayerPlan, convolution_fits, quantize_block
+from densegeo.models.layer_plans import LayerPlan, quantize_block
+from densegeo.models.quantized import FORMATS, convolution_fits
 from densegeo.models.rewrites import Pipeline, stage_of
+from densegeo.precision import CALIBRATED, PRECISIONS
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, FileDigest, Graph, sha256_file
 from densegeo.runtime.engine_log import BuildLog, Layer, parse_log, read_log
 from densegeo.size import Size
 
 SIDE = 256
-KIND, BASE = "int8", "bf16"
+BASE = "bf16"
+PRECISION_NAMES = (BASE, *CALIBRATED)
 RANGE = 4.0  # of every input: what a builder makes does not depend on it
-TARGETS: tuple[tuple[int, ...], ...] = ((80,), (86,), (89,), (120,), (80, 86, 89, 120))
+ARCHITECTURES = (80, 86, 89, 120)
+IN_8_BITS = ("FP8", "Int8")  # as the builder's log has them
+
+
+def targets(precision: str) -> list[tuple[int, ...]]:
+    """The architectures that have it, each, and all of them where one engine serves several."""
+    row = PRECISIONS[precision]
+    able = tuple(number for number in ARCHITECTURES if number >= row.first_architecture)
+    return [*((number,) for number in able), *([] if row.engine_each else [able])]
 
 
 def middle_fe2e() -> Pipeline:
@@ -56,14 +68,12 @@ def full_fiffdepth() -> Pipeline:
 MODELS: dict[str, Callable[[], Pipeline]] = {"fe2e": middle_fe2e, "fiffdepth": full_fiffdepth}
 
 
-def planned(pipeline: Pipeline) -> dict[str, LayerPlan]:
-    """Every convolution that may become 8-bit."""
-    every = pipeline.layers(nn.Conv2d)
-    return {
-        name: LayerPlan(RANGE, torch.linspace(0.5, 2.0, layer.in_channels))
-        for name, layer in every.items()
-        if convolution_fits(name, layer)
-    }
+def planned(pipeline: Pipeline, precision: str) -> dict[str, LayerPlan]:
+    """Every convolution that may become 8-bit; their channels evened out where that is the default."""
+    every = {name: layer for name, layer in pipeline.layers(nn.Conv2d).items() if convolution_fits(name, layer)}
+    if not PRECISIONS[precision].integer:
+        return dict.fromkeys(every, LayerPlan(RANGE))
+    return {name: LayerPlan(RANGE, torch.linspace(0.5, 2.0, layer.in_channels)) for name, layer in every.items()}
 
 
 @torch.no_grad()
@@ -89,8 +99,13 @@ def built(folder: Path, target: PlannedEngine, options: EngineOptions, progress:
 
 def scaled_after(log: BuildLog) -> int:
     """8-bit convolutions whose sums go out as float32, for a layer of its own that scales them."""
-    eight = [layer for layer in log.layers if layer.role == "convolution" and "Int8" in layer.dtype]
-    return sum(tensor.dtype == "Float" for layer in eight for tensor in layer.outputs)
+    return sum(tensor.dtype == "Float" for layer in in_8_bits(log) for tensor in layer.outputs)
+
+
+def in_8_bits(log: BuildLog) -> list[Layer]:
+    """The convolutions with 8-bit operands."""
+    every = [layer for layer in log.layers if layer.role == "convolution"]
+    return [layer for layer in every if any(name in layer.dtype for name in IN_8_BITS)]
 
 
 def conversions(log: BuildLog) -> list[str]:
@@ -132,19 +147,23 @@ def row(folder: Path, model: str, precision: str, engine: Engine, count: int) ->
     }
 
 
-def engines_of(model: str, precisions: list[str], folder: Path, console: Console) -> Iterator[dict[str, Any]]:
+def engines_of(
+    model: str, precisions: list[str], stages: list[str], folder: Path, console: Console
+) -> Iterator[dict[str, Any]]:
     """A row for each engine of a model."""
     options, exact = EngineOptions(library="tensorrt_rtx", weights="constant").validated(), MODELS[model]()
     for precision in precisions:
-        pipeline, plans = copy.deepcopy(exact), planned(exact) if precision == KIND else {}
-        for name, part in pipeline.parts():
-            quantize_block(part, name, plans, FORMATS[KIND], DTYPES[BASE])
+        pipeline, plans = copy.deepcopy(exact), dict[str, LayerPlan]()
+        if precision != BASE:
+            plans = planned(exact, precision)
+            for name, part in pipeline.parts():
+                quantize_block(part, name, plans, FORMATS[precision], DTYPES[BASE])
         place = folder / model / precision
         place.mkdir(parents=True)
         bucket, files = write_graphs(cast(pipeline, BASE), place)
         counts = Counter(map(stage_of, plans))
-        with_convolutions = {stage_of(name) for name in exact.layers(nn.Conv2d)}
-        for group in TARGETS:
+        with_convolutions = {stage_of(name) for name in exact.layers(nn.Conv2d)}.intersection(stages)
+        for group in targets(precision):
             for target in planned_engines([bucket], precision, group, options, files):
                 if target.engine.stage in with_convolutions:
                     console.print(
@@ -176,11 +195,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def run(models: list[str], precisions: list[str], json_file: Path | None) -> None:
+def run(models: list[str], precisions: list[str], stages: list[str], json_file: Path | None) -> None:
+    for what, names, known in (
+        ("model", models, MODELS),
+        ("precision", precisions, PRECISION_NAMES),
+        ("stage", stages, STAGES),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(f"there is no {what} {unknown[0]!r} here; there are {', '.join(known)}")
     machine, console, rows = environment(("torch", "onnx", "tensorrt-rtx-cu13")), Console(width=160), []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            for row in engines_of(model, precisions, Path(folder), console):
+            for row in engines_of(model, precisions, stages, Path(folder), console):
                 rows.append(row)
                 if json_file is not None:
                     write_json(json_file, {**machine, "size": [SIDE, SIDE], "engines": rows})
@@ -189,11 +215,15 @@ def run(models: list[str], precisions: list[str], json_file: Path | None) -> Non
 
 def main(
     models: Annotated[Optional[list[str]], typer.Argument(help=f"Of {', '.join(MODELS)}; all by default.")] = None,  # noqa: UP045
-    precision: Annotated[Optional[list[str]], typer.Option(help=f"{BASE} or {KIND}; both by default.")] = None,  # noqa: UP045
+    precision: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help=f"{', '.join(PRECISION_NAMES)}; all by default."),
+    ] = None,
+    stage: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(STAGES)}; all by default.")] = None,  # noqa: UP045
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
-    """Build engines of full-width convolutions in bf16 and int8, and say what the builder made of them."""
-    guarded(lambda: run(models or list(MODELS), precision or [BASE, KIND], json_file))
+    """Build engines of full-width convolutions in bf16, fp8 and int8, and say what the builder made of them."""
+    guarded(lambda: run(models or list(MODELS), precision or list(PRECISION_NAMES), stage or list(STAGES), json_file))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from densegeo.benchmarks.synthetic import random_image, random_pipeline, random_
 from densegeo.benchmarks.timing import flops
 from densegeo.models import casting, chain, fe2e, rewrites
 from densegeo.models.chain import relative_error
+from densegeo.models.layer_plans import LayerPlan, quantize_block
 from densegeo.models.layers import Attention
-from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.transformer import Transformer
 from densegeo.models.vae import VAE

@@ -1,13 +1,13 @@
 """What 8 bits cost: `python benchmarks/quantization.py` calibrates fe2e-tiny and scores every precision side by side.
 
 Calibration images are synthetic views of a split of their own, which neither training nor scoring sees. The rows:
-float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, int8 with the
-convolutions of encoder and decoder too (all that may; within a budget of a degree, the others in two products; and with
-weights of 7 bits),
-and for contrast naive fp8, which quantizes all linears, first and last layers included, over the whole range seen.
-8-bit graphs run on ONNX Runtime, with convolutions on OpenVINO, their floats in float32. Bundles as a GPU gets them,
-their floats in bf16, run emulated in torch, where the processor has bf16: on others a view takes half a minute, and
-these rows are left out.
+float32, bf16, fp8 and int8 as `densegeo calibrate` plans them, fp8 with the products of attention too, fp8 and int8
+with the convolutions of encoder and decoder too (all that may; int8 also within a budget of a degree, the others in two
+products, and with weights of 7 bits), and for contrast naive fp8, which quantizes all linears, first and last layers
+included, over the whole range seen.
+8-bit graphs run on ONNX Runtime, with int8 convolutions on OpenVINO and with fp8 ones in torch, their floats in
+float32. Bundles as a GPU gets them, their floats in bf16, run in torch, where the processor has bf16: on others a view
+takes half a minute, and these rows are left out.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp8": ("fp8", "fp32", "planned", "onnxruntime"),
     "fp8-bf16": ("fp8", "", "planned", "torch"),
     "fp8-attention": ("fp8", "fp32", "attention", "onnxruntime"),
+    "fp8-convolutions": ("fp8", "fp32", "fp8-convolutions", "torch"),
     "int8": ("int8", "fp32", "planned", "onnxruntime"),
     "int8-convolutions": ("int8", "fp32", "convolutions", "openvino"),
     "int8-convolutions-budget": ("int8", "fp32", "budget", "openvino"),
@@ -113,6 +114,8 @@ def make_plans(bundle: Path, images: Path, folder: Path, planned: set[tuple[str,
             plan(bundle, images, folder / "planned", kind)
     if ("attention", "fp8") in planned:
         plan(bundle, images, folder / "attention", "fp8", attention=True)
+    if ("fp8-convolutions", "fp8") in planned:
+        plan(bundle, images, folder / "fp8-convolutions", "fp8", convolutions=True)
     if ("naive", "fp8") in planned:
         plan(bundle, images, folder / "naive", "fp8", "max", everything=True)
     if planned.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):

@@ -15,7 +15,7 @@ from torch import nn
 from densegeo.calibration.layer_inputs import LayerInputs
 from densegeo.calibration.statistics import Identity, Statistics, smoothing_factors
 from densegeo.errors import ImageError, QuantizationError
-from densegeo.models.quantized import smoothable
+from densegeo.models.layer_plans import smoothable
 from densegeo.models.rewrites import Pipeline, stage_of
 from densegeo.models.vae import AttnBlock
 from densegeo.runtime.bundle import STAGES, Bucket, Manifest, sha256_file

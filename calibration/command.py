@@ -8,11 +8,8 @@ from typing import Annotated, Any, Optional
 
 import msgspec
 import typer
-from rich.bar import Bar
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 from densegeo.arguments import find_bundle, known_device
@@ -33,6 +30,7 @@ from densegeo.calibration.plan import (
     plan_file,
     within_budget,
 )
+from densegeo.calibration.report import print_plan
 from densegeo.calibration.resume import SensitivityFile
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.calibration.work import multiply_adds
@@ -49,9 +47,12 @@ from densegeo.runtime.ready import beside
 
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 JUDGED = 4  # images on which errors are measured
-EVEN = 0.5  # SmoothQuant's exponent of convolutions, whose channels differ more than linears' do
+EVEN = (
+    0.5  # SmoothQuant's exponent of convolutions in evenly spaced numbers, whose channels differ more than linears' do
+)
 _ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
-_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.convolutions)
+_FAST_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.fast_convolutions)
+_EVENLY_SPACED = " and ".join(row.name for row in PRECISIONS.values() if row.calibrated and row.integer)
 
 
 def calibrate(
@@ -77,7 +78,7 @@ def calibrate(
             min=0.0,
             max=1.0,
             help="SmoothQuant's exponent, which evens out the channels of what enters a layer; 0 for none. Default: "
-            f"{EVEN} with --convolutions, else 0.",
+            f"{EVEN} with --convolutions of {_EVENLY_SPACED}, else 0.",
         ),
     ] = None,
     max_depth_error: Annotated[
@@ -95,7 +96,9 @@ def calibrate(
     convolutions: Annotated[
         bool,
         typer.Option(
-            "--convolutions", help=f"Plan the convolutions of all networks too, autoencoder first ({_CONVOLUTIONS})."
+            "--convolutions",
+            help="Plan the convolutions of all networks too, autoencoder first. Those known to be faster than floating "
+            f"point's somewhere: {_FAST_CONVOLUTIONS}.",
         ),
     ] = False,
     twice: Annotated[
@@ -103,7 +106,8 @@ def calibrate(
         typer.Option(
             "--twice",
             help="Convolutions that do not fit into the budget become two 8-bit products, of the rounded input and of "
-            "what rounding left, instead of staying in floating point: nearly exact, for twice the work.",
+            "what rounding left, instead of staying in floating point: nearly exact, for twice the work "
+            f"({_EVENLY_SPACED}).",
         ),
     ] = False,
     weight_bits: Annotated[
@@ -138,14 +142,12 @@ def calibrate(
     every convolution but the first and last ones, shortcuts and thin ones. Run it again to go on after an interruption,
     or to make another format's plan from the same statistics.
     """
-    _require_plannable(kind, method, base, attention=attention, convolutions=convolutions, weight_bits=weight_bits)
+    _require_plannable(kind, method, base, attention=attention, weight_bits=weight_bits)
     budget = Budget(max_depth_error, max_normal_error)
     _require_runnable(backend, device, budget, stream=stream)
-    if twice and (not convolutions or budget == Budget()):
-        raise ConfigError(
-            "--twice is for --convolutions within a budget: give --max-depth-error or --max-normal-error too"
-        )
-    smoothing_exponent = smooth if smooth is not None else EVEN if convolutions else 0.0
+    if twice:
+        _require_two_products(kind, budget, convolutions=convolutions)
+    smoothing_exponent = smooth if smooth is not None else EVEN * (convolutions and PRECISIONS[kind].integer)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
@@ -209,9 +211,7 @@ def calibrate(
     )
 
 
-def _require_plannable(
-    kind: str, method: str, base: str, *, attention: bool, convolutions: bool, weight_bits: int
-) -> None:
+def _require_plannable(kind: str, method: str, base: str, *, attention: bool, weight_bits: int) -> None:
     """Raises ConfigError for what no plan can hold."""
     if kind not in CALIBRATED:
         raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
@@ -221,14 +221,20 @@ def _require_plannable(
         raise ConfigError(
             f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
         )
-    if convolutions and not PRECISIONS[kind].convolutions:
-        raise ConfigError(
-            f"--convolutions is for {_CONVOLUTIONS}: no kernel of {kind} is known that is faster than floating point's"
-        )
     if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
         raise ConfigError(f"--weight-bits is for int8: {kind} has one number of bits")
     if base and base not in PRECISIONS[kind].bases:
         raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
+
+
+def _require_two_products(kind: str, budget: Budget, *, convolutions: bool) -> None:
+    """Raises ConfigError where no convolution can be in two products."""
+    if not PRECISIONS[kind].integer:
+        raise ConfigError(f"--twice is for {_EVENLY_SPACED}: the steps of {kind} are of many sizes, so its rests too")
+    if not convolutions or budget == Budget():
+        raise ConfigError(
+            "--twice is for --convolutions within a budget: give --max-depth-error or --max-normal-error too"
+        )
 
 
 def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool) -> None:
@@ -365,30 +371,3 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
     if not pictures:
         raise ConfigError("no image has the shape of the bundle's first size: add some that have")
     return pictures
-
-
-def print_plan(plan: QuantizationPlan, console: Console) -> None:
-    """Each layer's own error as a table with bars, worst first, and what the plan amounts to."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    rows = sorted(plan.sensitivity, key=lambda row: -row.error.first)
-    kinds = [kind for kind in ("depth", "normals") if rows and getattr(rows[0].error, kind) is not None]
-    for name in ("MACs an image", *(column for kind in kinds for column in (kind, ""))):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("to", no_wrap=True)
-    worst = {kind: max(getattr(row.error, kind) for row in rows) or 1.0 for kind in kinds}
-    number_format = {"depth": "{:.5f}", "normals": "{:.3f}°"}
-    for row in rows:
-        cells: list[str | Bar] = []
-        for kind in kinds:
-            value = getattr(row.error, kind)
-            cells += [number_format[kind].format(value), Bar(worst[kind], 0, value, width=5)]
-        table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.becomes(row.layer))
-    if plan.sensitivity:
-        console.print(table)
-    for name, why in plan.left.items():
-        console.print(f"[yellow]{escape(name)} stays as it is: {why}[/]", soft_wrap=True)
-    console.print(f"{plan.amount} become {plan.format} (ranges by {plan.method})")
-    if plan.error is not None:
-        own = f", of which {plan.base} alone {plan.base_error.words}" if plan.base_error is not None else ""
-        console.print(f"all together at most: {plan.error.words}{own}", soft_wrap=True)

@@ -24,16 +24,8 @@ from densegeo.errors import QuantizationError
 from densegeo.models import chain
 from densegeo.models.casting import cast
 from densegeo.models.denoiser import AnyDenoiser
-from densegeo.models.quantized import (
-    FORMATS,
-    AttentionPlan,
-    Format,
-    LayerPlan,
-    Plans,
-    quantize,
-    quantize_block,
-    with_weight_bits,
-)
+from densegeo.models.layer_plans import LayerPlan, Plans, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan, Format, quantize, with_weight_bits
 from densegeo.models.rewrites import Pipeline, stage_of
 from densegeo.outputs import Maps
 from densegeo.precision import PRECISIONS

@@ -32,7 +32,7 @@ class Precision:
     weight_only: bool = False  # activations stay in the base, and need no ranges
     qmax: float = 0.0
     attention: bool = False  # fine enough for attention's probabilities too
-    convolutions: bool = False  # builders have kernels of it that are faster than the base's
+    fast_convolutions: bool = False  # convolutions in it were measured to be faster than the base's, somewhere
     engine_each: bool = False  # an engine for several architectures is slower than one for each (DESIGN section 7)
     overflows: bool = False  # a network's sums can pass its largest number
 
@@ -125,7 +125,7 @@ PRECISIONS = {
             safetensors="I8",
             granularity="row",
             qmax=127.0,  # without -128: symmetric
-            convolutions=True,
+            fast_convolutions=True,
         ),
     )
 }

@@ -15,7 +15,7 @@ from densegeo.calibration.plan import QuantizationPlan, load_plan, nothing_plann
 from densegeo.calibration.statistics import FILE, Identity, Statistics
 from densegeo.errors import ConfigError, QuantizationError
 from densegeo.models.casting import DTYPES
-from densegeo.models.quantized import LayerPlan, Plans, quantize_block
+from densegeo.models.layer_plans import LayerPlan, Plans, quantize_block
 from densegeo.models.rewrites import Pipeline, Rewrite
 from densegeo.precision import CALIBRATED, PRECISIONS, QUANTIZED
 from densegeo.runtime.bundle import Quantization, Source

@@ -1,9 +1,9 @@
-"""Linears in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale, products in float32;
-convolutions in int8 likewise; and attention in fp8: queries, keys, values and probabilities with one scale each.
+"""Linears and convolutions in 8 bits: E4M3 (fp8) or int8 weights with a scale a row, activations with one scale,
+products in float32; and attention in fp8: queries, keys, values and probabilities with one scale each.
 
-Both sides stand here: `quantize_block` is what happens offline to a float32 network; `quantized_linear`,
-`quantized_convolution` and `quantized_attention` are what a device computes, and what the exporter turns into Q and DQ
-around products.
+`prepare` of a layer is what happens offline to a float32 one; `quantized_linear`, `quantized_convolution` and
+`quantized_attention` are what a device computes, and what the exporter turns into Q and DQ around products.
+`models.layer_plans` puts these layers into networks.
 
 NVIDIA's ModelOpt quantizes modules of this kind too. It is not used: it works on a model that is whole in memory, while
 ours are folded, quantized and written one block at a time, and it does not know which folded norms here can take up a
@@ -13,16 +13,13 @@ migrated scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densegeo.models.layers import Attention, FoldedBranch, FoldedModulation
-from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
-from densegeo.models.vae import Downsample
 from densegeo.precision import PRECISIONS
 
 # Convolutions that keep their precision, as NVIDIA's ModelOpt leaves them in U-Nets: those at the ends, shortcuts, and
@@ -235,9 +232,9 @@ class QuantizedConvolution(QuantizedLayer):
         """input_amax: the largest magnitude of the input that is kept. dtype: of scales and bias.
 
         smooth: (C,), what the input is divided by, before that range, and the weight's columns are multiplied by.
-        twice: in two products, of the rounded input and of the rest; then smooth is None.
+        twice: in two products, of the rounded input and of the rest; then smooth is None and the format whole numbers.
         """
-        assert smooth is None or not twice
+        assert not twice or (smooth is None and not kind.dtype.is_floating_point)
         assert (layer.groups, layer.dilation) == (1, (1, 1))
         assert not isinstance(layer.padding, str)
         quantized = cls(layer.weight.shape, kind, dtype, layer.weight.device)
@@ -259,15 +256,28 @@ class QuantizedConvolution(QuantizedLayer):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self._product(x, self.input_scale, self.bias)
-        if self.rest_scale is None:
-            return first
-        rest = x - (x / self.input_scale).round() * self.input_scale
-        return first + self._product(rest, self.rest_scale, None)
+        return summed(x, self.input_scale, self.rest_scale, self.bias, self._product)
 
     def _product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.weight, self.weight_scale
         return quantized_convolution(x, *weight, scale, self.input_factor, bias, self.stride, self.pads)
+
+
+def summed(
+    x: Tensor,
+    scale: Tensor,
+    rest_scale: Tensor | None,
+    bias: Tensor,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """A convolution of x by its product, or by two where the rest of the rounding has a scale too.
+
+    product: of an input (N, C, H, W), the input's scale () and the bias, or None -> (N, O, h, w).
+    """
+    first = product(x, scale, bias)
+    if rest_scale is None:
+        return first
+    return first + product(x - (x / scale).round() * scale, rest_scale, None)
 
 
 def convolution_fits(name: str, layer: nn.Conv2d) -> bool:
@@ -307,6 +317,14 @@ def _in_8_bits(x: Tensor, scale: Tensor) -> Tensor:
     return quantize(x, scale, ATTENTION.dtype).float() * scale.float()
 
 
+class AttentionPlan(NamedTuple):
+    """The largest magnitudes that are kept of an attention's queries, keys and values."""
+
+    q: float
+    k: float
+    v: float
+
+
 class QuantizedAttention(nn.Module):
     """What an attention becomes in fp8. q_scale, k_scale, v_scale ()."""
 
@@ -323,86 +341,3 @@ class QuantizedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
         out = quantized_attention(q, k, v, key_bias, self.q_scale, self.k_scale, self.v_scale)
         return out.transpose(1, 2).flatten(2)
-
-
-class LayerPlan(NamedTuple):
-    """How one linear or convolution is quantized.
-
-    smooth: (K,) what its input is divided by and its columns multiplied by, or None. twice: of a convolution, see
-    `QuantizedConvolution`.
-    """
-
-    input_amax: float
-    smooth: Tensor | None = None
-    twice: bool = False
-
-
-class AttentionPlan(NamedTuple):
-    """The largest magnitudes that are kept of an attention's queries, keys and values."""
-
-    q: float
-    k: float
-    v: float
-
-
-Plans = Mapping[str, LayerPlan | AttentionPlan]  # by a module's name in `Pipeline.parts`
-
-
-def smoothable(block: nn.Module) -> Iterator[tuple[FoldedBranch, tuple[str, ...]]]:
-    """A block's folded norms, each with the names of the linears that alone take its result."""
-    if isinstance(block, DoubleBlock):
-        for stream in ("img", "txt"):
-            modulation = getattr(block, f"{stream}_mod")
-            if isinstance(modulation, FoldedModulation):
-                attention, mlp = modulation(None)
-                if hasattr(getattr(block, f"{stream}_attn"), "qkv"):
-                    yield attention, (f"{stream}_attn.qkv",)
-                yield mlp, (f"{stream}_mlp.0",)
-    elif isinstance(block, SingleBlock | TrimmedSingleBlock) and isinstance(block.modulation, FoldedModulation):
-        (branch,) = block.modulation(None)
-        yield branch, ("linear1",) if isinstance(block, SingleBlock) else ("key_value", "query_mlp")
-
-
-def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dtype: torch.dtype) -> None:
-    """Replace the layers of a float32 block that have a plan, in place; smoothing comes first.
-
-    block, prefix: of `Pipeline.parts`. plans: by full name, `prefix` included ("double_blocks.0.img_attn.qkv"). kind:
-    of linears and convolutions; attention is fp8. Smoothing goes into the block's norms.
-    """
-    start = f"{prefix}." if prefix else ""
-    for norm, names in smoothable(block):
-        layer_plans = [plans.get(start + name) for name in names]
-        factors = [plan.smooth for plan in layer_plans if isinstance(plan, LayerPlan)]
-        if factors and factors[0] is not None and not norm.weight.is_meta:
-            _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
-    for name, module in list(block.named_modules()):
-        plan = plans.get(start + name)
-        replacement: nn.Module | None = None
-        if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
-            replacement = QuantizedLinear.prepare(module, plan.input_amax, kind, dtype)
-        elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
-            replacement = QuantizedConvolution.prepare(
-                module, plan.input_amax, kind, dtype, plan.smooth, twice=plan.twice
-            )
-        elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
-            replacement = QuantizedAttention(plan, dtype, next(block.parameters()).device)
-        if replacement is not None:
-            before, _, child = name.rpartition(".")
-            parent = block.get_submodule(before)
-            if isinstance(parent, Downsample) and isinstance(replacement, QuantizedConvolution):
-                # Quantized before it is padded: engine builders take the zeros into the product.
-                parent.pads, replacement.pads = False, parent.PADS
-            setattr(parent, child, replacement)
-
-
-@torch.no_grad()
-def _smooth(norm: FoldedBranch, linears: list[nn.Module], factors: Tensor) -> None:
-    """Divide a norm's result by `factors` and multiply the linears' columns by them: the same function.
-
-    SmoothQuant (arXiv 2211.10438): hard-to-quantize channels of an activation move into the weights.
-    """
-    norm.weight.data = norm.weight / factors
-    norm.bias.data = norm.bias / factors
-    for linear in linears:
-        assert isinstance(linear, nn.Linear)
-        linear.weight.data = linear.weight * factors

@@ -219,7 +219,7 @@ WRONG = {
     "sm_42": ("engines", "--gpu-arch", 42, "--builder", "tensorrt_rtx"),
     "no format 'fp3'": ("calibrate", "--images", "x.png", "--format", "fp3"),
     "--attention is for": ("calibrate", "--images", "x.png", "--format", "int8", "--attention"),
-    "--convolutions is for": ("calibrate", "--images", "x.png", "--convolutions"),
+    "--twice is for int8": ("calibrate", "--images", "x.png", "--convolutions", "--twice", "--max-normal-error", 1),
     "must be above 0": ("calibrate", "--images", "x.png", "--max-depth-error", 0),
     "--stream needs": ("calibrate", "--images", "x.png", "--stream"),
     "a budget needs errors": ("calibrate", "--images", "x.png", "--max-depth-error", 1, *TORCH_STREAM),

@@ -28,9 +28,10 @@ from densegeo.models.casting import DTYPES
 from densegeo.models.config import VAEConfig
 from densegeo.models.denoiser import AnyDenoiser, Denoiser
 from densegeo.models.families import FAMILIES
+from densegeo.models.layer_plans import LayerPlan, Plans, quantize_block
 from densegeo.models.loading import load_rewritten
 from densegeo.models.prompt import load_prompt
-from densegeo.models.quantized import FORMATS, AttentionPlan, LayerPlan, Plans, quantize_block
+from densegeo.models.quantized import FORMATS, AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import transpose_upsampling
 from densegeo.outputs import Maps

@@ -43,16 +43,22 @@ def attentive(once: Once, bundle: Path, images: Path) -> Path:
 @pytest.fixture(scope="session")
 def convolved(once: Once, bundle: Path, images: Path) -> Path:
     """Statistics of linears and convolutions, channels evened out, and an int8 plan; errors measured on one image."""
+    return once("convolved", lambda folder: _plan_convolutions(bundle, images, folder, "int8"))
+
+
+@pytest.fixture(scope="session")
+def convolved_fp8(once: Once, bundle: Path, images: Path) -> Path:
+    """The same to an fp8 plan, whose channels are left as they are."""
+    return once("convolved-fp8", lambda folder: _plan_convolutions(bundle, images, folder, "fp8"))
+
+
+def _plan_convolutions(bundle: Path, images: Path, folder: Path, kind: str) -> None:
     from densegeo.calibration import command
     from tests.support.calibration import run
 
-    def make(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(command, "JUDGED", 1)
-            eight = images / "0[0-7].png"
-            run(bundle, eight, folder, kind="int8", convolutions=True, backend="torch", smooth=None)
-
-    return once("convolved", make)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "JUDGED", 1)
+        run(bundle, images / "0[0-7].png", folder, kind=kind, convolutions=True, backend="torch", smooth=None)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from densegeo.benchmarks.convolution_engines import conversions, scaled_after
+from densegeo.benchmarks.convolution_engines import conversions, in_8_bits, scaled_after
 from densegeo.calibration.plan import load_plan
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
@@ -95,20 +95,48 @@ def test_convolutions_are_8_bit(small_checkpoint: Path, doubled: Path, tmp_path:
     for engine in (engine for engine in read_manifest(made).engines if engine.stage != "denoiser"):
         log = parse_log(read_log(made / engine.log))
         planned = sum(stage_of(name) == engine.stage for name in (*plan.convolutions, *plan.twice))
-        eight = [layer for layer in log.layers if layer.role == "convolution" and "Int8" in layer.dtype]
-        assert len(eight) == planned
+        assert len(in_8_bits(log)) == planned
         assert len(conversions(log)) <= 4  # of q, k, v and proj_out
         assert scaled_after(log) == 0
 
 
-def test_fp8_is_refused_where_there_is_none(small_checkpoint: Path, calibrated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", [89, pytest.param(120, marks=pytest.mark.slow)])
+def test_convolutions_are_fp8(small_checkpoint: Path, convolved_fp8: Path, tmp_path: Path, architecture: int) -> None:
+    """None writes float32, and rounding joins the layer before, but around attention."""
+    made = build_bundle(
+        options(
+            small_checkpoint,
+            tmp_path / "made",
+            precision="fp8",
+            calibration=convolved_fp8,
+            backend="tensorrt",
+            architectures=(architecture,),
+            engines=EngineOptions(library="tensorrt_rtx", weights="constant"),
+        )
+    )
+    plan = load_plan(convolved_fp8, "fp8")
+    engines = [engine for engine in read_manifest(made).engines if engine.stage != "denoiser"]
+    assert [engine.architectures for engine in engines] == [[f"sm_{architecture}"]] * 2
+    for engine in engines:
+        log = parse_log(read_log(made / engine.log))
+        eight = in_8_bits(log)
+        assert len(eight) == sum(stage_of(name) == engine.stage for name in plan.convolutions)
+        assert all("FP8" in layer.dtype for layer in eight)
+        assert len(conversions(log)) <= 4  # of q, k, v and proj_out
+        assert scaled_after(log) == 0
+
+
+@pytest.mark.parametrize("plan", ["calibrated", "convolved_fp8"])
+def test_fp8_is_refused_where_there_is_none(
+    small_checkpoint: Path, plan: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     with pytest.raises(ConfigError, match=r"no fp8 before sm_89, so no engine for sm_80, sm_86.*int8"):
         build_bundle(
             options(
                 small_checkpoint,
                 tmp_path / "made",
                 precision="fp8",
-                calibration=calibrated,
+                calibration=request.getfixturevalue(plan),
                 backend="tensorrt",
                 architectures=(80, 86, 89),
                 engines=EngineOptions(library="tensorrt_rtx"),

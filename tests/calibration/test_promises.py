@@ -19,7 +19,8 @@ from densegeo.export.build import build_bundle
 from densegeo.inputs import find_images
 from densegeo.models import chain
 from densegeo.models.casting import cast
-from densegeo.models.quantized import FORMATS, quantize_block
+from densegeo.models.layer_plans import quantize_block
+from densegeo.models.quantized import FORMATS
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.bundle import read_manifest
 from densegeo.size import Size

@@ -24,7 +24,8 @@ from densegeo.export.graph_stats import describe  # noqa: E402
 from densegeo.export.keys import stage_keys  # noqa: E402
 from densegeo.export.onnx_graph import export_graph, write_weights  # noqa: E402
 from densegeo.models.config import VAEConfig  # noqa: E402
-from densegeo.models.quantized import FORMATS, LayerPlan, quantize_block  # noqa: E402
+from densegeo.models.layer_plans import LayerPlan, quantize_block  # noqa: E402
+from densegeo.models.quantized import FORMATS  # noqa: E402
 from densegeo.models.vae import VAE, Decoder, Norm, PhaseUpsample, Upsample, transpose_upsampling  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402

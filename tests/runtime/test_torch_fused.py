@@ -14,16 +14,11 @@ from torch import Tensor, nn  # noqa: E402
 from densegeo.models import fe2e, rewrites  # noqa: E402
 from densegeo.models.casting import DTYPES, cast  # noqa: E402
 from densegeo.models.chain import relative_error  # noqa: E402
+from densegeo.models.layer_plans import LayerPlan, Plans, quantize_block  # noqa: E402
 from densegeo.models.layers import Attention  # noqa: E402
 from densegeo.models.loading import Files, load_pipeline  # noqa: E402
 from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
-from densegeo.models.quantized import (  # noqa: E402
-    FORMATS,
-    AttentionPlan,
-    LayerPlan,
-    Plans,
-    quantize_block,
-)
+from densegeo.models.quantized import FORMATS, AttentionPlan  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.runtime.backends import torch_capture, torch_fused  # noqa: E402
 from densegeo.runtime.backends.torch_attention import FusedAttention  # noqa: E402
