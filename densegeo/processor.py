@@ -41,8 +41,13 @@ def _colon_fields(path: str) -> dict[str, str]:
     return fields
 
 
+def is_x86() -> bool:
+    """Whether it is a 64-bit x86."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def saturates_int8() -> bool:
     """Whether this processor adds products of 8-bit numbers in 16 bits, as x86 without VNNI does: two of 255 * 127 are
     cut off there. Where the system names no features, an x86 is taken for such a one.
     """
-    return platform.machine().lower() in ("x86_64", "amd64") and {*_INT8_SUMS}.isdisjoint(cpu()[1])
+    return is_x86() and {*_INT8_SUMS}.isdisjoint(cpu()[1])

@@ -79,12 +79,11 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def keys_values(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, heads, T, size) each."""
-        prompt = prompt.to(self.to_k.weight.dtype)
+        """(1, heads, T, size) each, of the prompt's type."""
         return heads_first(self.to_k(prompt), self.heads), heads_first(self.to_v(prompt), self.heads)
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
-        k, v = (part.expand(x.shape[0], -1, -1, -1) for part in self.keys_values(prompt))
+        k, v = (part.expand(x.shape[0], -1, -1, -1) for part in self.keys_values(prompt.to(x.dtype)))
         return self.to_out(attention(heads_first(self.to_q(x), self.heads), k, v))
 
 
@@ -100,7 +99,7 @@ class ConstantCrossAttention(nn.Module):
         self.heads = block.heads
         self.to_q: nn.Linear = block.to_q
         self.to_out: nn.Sequential = block.to_out
-        for name, tensor in zip(("keys", "values"), block.keys_values(prompt), strict=True):
+        for name, tensor in zip(("keys", "values"), block.keys_values(prompt.to(block.to_k.weight.dtype)), strict=True):
             self.register_buffer(name, tensor.detach().contiguous())
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:

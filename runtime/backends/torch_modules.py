@@ -41,6 +41,7 @@ from densegeo.runtime.backends.sharing import ALONE, Sharing, networks_need, req
 from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, Recorder, settings
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse
+from densegeo.runtime.backends.torch_int8 import use_int8_products
 from densegeo.runtime.backends.torch_pictures import fuse_pictures
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
@@ -97,6 +98,9 @@ class TorchBackend:
         self._ring = Ring(self.device, sharing.priority)
         self._networks: dict[Size, DeviceNetwork] = {}
         self._failed: dict[Size, BackendError] = {}  # why a size is not there
+        if not self.takes_frames:
+            for network in (self._pipeline.denoiser, self._pipeline.vae):
+                use_int8_products(network)
         self._fused_vae = fuse_pictures(self._pipeline.vae)
         # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time, in bf16 a sixth of the decoder's. Of fp16
         # CPUs have convolutions and no transposed ones, which then take 40 times as long.

@@ -26,9 +26,10 @@ from densegeo.export.graph_stats import node_flops, static_shapes
 from densegeo.models.chain import relative_error
 from densegeo.models.quantized import FEWEST_CHANNELS, QuantizedConvolution, QuantizedLinear
 from densegeo.models.rewrites import stage_of
-from densegeo.processor import saturates_int8
+from densegeo.processor import is_x86, saturates_int8
 from densegeo.runtime import Estimator
-from densegeo.runtime.backends import openvino_cpu
+from densegeo.runtime.backends import openvino_cpu, torch_int8, torch_modules
+from densegeo.runtime.backends.torch_int8 import Int8Convolution
 from densegeo.runtime.backends.torch_modules import load_networks
 from densegeo.runtime.backends.torch_pictures import fuse_pictures
 from densegeo.runtime.bundle import STAGES, amount_quantized, read_manifest
@@ -193,7 +194,15 @@ def executed(estimator: Estimator, stage: str) -> set[str]:
     return {*eight} or {*kinds}
 
 
-def test_torch_runs_what_it_emulated(made: Path) -> None:
+@pytest.mark.parametrize("vnni", [False, True])
+def test_torch_runs_what_it_emulated(made: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
+    """In 8 bits on a processor with VNNI, emulated on one without."""
+    if vnni and saturates_int8():
+        pytest.skip("this processor has none")
+    monkeypatch.setattr(torch_int8, "saturates_int8", lambda: not vnni)
+    backend = torch_modules.open_backend(made, read_manifest(made), "cpu")
+    kinds = {type(module) for module in backend._pipeline.vae.modules()}
+    assert (Int8Convolution in kinds) == (QuantizedConvolution not in kinds) == (vnni and is_x86())
     verdict = verify(made, "torch", "cpu")
     assert verdict.good, verdict
     for stage in ("encoder", "decoder"):
