@@ -52,7 +52,7 @@ BUNDLES: dict[str, tuple[str, str, str, str]] = {
     "fp8": ("fp8", "fp32", "planned", "onnxruntime"),
     "fp8-bf16": ("fp8", "", "planned", "torch"),
     "fp8-attention": ("fp8", "fp32", "attention", "onnxruntime"),
-    "fp8-convolutions": ("fp8", "fp32", "fp8-convolutions", "torch"),
+    "fp8-convolutions": ("fp8", "fp32", "uneven", "torch"),
     "int8": ("int8", "fp32", "planned", "onnxruntime"),
     "int8-convolutions": ("int8", "fp32", "convolutions", "openvino"),
     "int8-convolutions-budget": ("int8", "fp32", "budget", "openvino"),
@@ -114,8 +114,8 @@ def make_plans(bundle: Path, images: Path, folder: Path, planned: set[tuple[str,
             plan(bundle, images, folder / "planned", kind)
     if ("attention", "fp8") in planned:
         plan(bundle, images, folder / "attention", "fp8", attention=True)
-    if ("fp8-convolutions", "fp8") in planned:
-        plan(bundle, images, folder / "fp8-convolutions", "fp8", convolutions=True)
+    if ("uneven", "fp8") in planned:
+        plan(bundle, images, folder / "uneven", "fp8", convolutions=True)
     if ("naive", "fp8") in planned:
         plan(bundle, images, folder / "naive", "fp8", "max", everything=True)
     if planned.isdisjoint((name, "int8") for name in ("convolutions", "budget", "7-bit")):
