@@ -53,8 +53,12 @@ def comparisons() -> list[str]:
 
 
 def quantization() -> list[str]:
-    names = "quantization_cpu_zen4", "quantization_convolutions_cpu_zen3"
-    planned, convolved = map(record, names)
+    names = (
+        "quantization_cpu_zen4",
+        "quantization_convolutions_cpu_zen3",
+        "quantization_fp8_convolutions_cpu_zen5",
+    )
+    planned, *convolved = map(record, names)
     titles = {
         "fp32": "fp32",
         "bf16": "bf16",
@@ -63,11 +67,14 @@ def quantization() -> list[str]:
         "fp8-attention": "fp8 over fp32, planned, with attention",
         "int8": "int8 over fp32, planned",
         "fp8-naive": "fp8, naive: all linears, over the whole range seen",
+        "fp8-convolutions": "fp8 over fp32, with all convolutions that may",
         "int8-convolutions": "int8 over fp32, with all convolutions that may",
         "int8-convolutions-budget": "int8 over fp32, with convolutions, `--max-normal-error 1 --twice`",
     }
     lines = []
-    for found, row in [(planned, row) for row in planned["rows"]] + [(convolved, row) for row in convolved["rows"][1:]]:
+    rows = [(planned, row) for row in planned["rows"]]
+    rows += [(other, row) for other in convolved for row in other["rows"][1:]]
+    for found, row in rows:
         name = row["predictor"]
         change, share = found["changes"].get(name), found["shares"].get(name)
         pictured, doubled = (found.get(key, {}).get(name) for key in ("convolution_shares", "twice_shares"))
