@@ -70,6 +70,18 @@ class SceneMeasurements:
         return any(value is not None for value in metric_values) or (self.prior is not None and self.prior.metric)
 
 
+def require_one_way(line: tuple[object, object], ends: tuple[object, object], measurements: SceneMeasurements) -> None:
+    """Raises CalibrationError unless exactly one is given: scale and shift, near and far, or measurements."""
+    ways = sum(any(number is not None for number in pair) for pair in (line, ends)) + measurements.any
+    if not ways and measurements.up is not None:
+        raise CalibrationError("up only says where the floor is: give camera_height, in metres over it, too.")
+    if ways != 1:
+        raise CalibrationError(
+            "Give exactly one of: scale and shift; near and far; measurements (anchors=(uv, metres), camera_height, "
+            "size, prior)."
+        )
+
+
 def normals_evidence(geometry: Geometry, camera: Camera) -> Evidence:
     """Of the scale. Raises CalibrationError with the reason where normals do not tell, MissingOutputError without."""
     prediction = geometry.require_prediction("depth")

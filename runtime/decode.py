@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.outputs import NORMAL_FLOOR, Clamp, Decode, Matrix
+from densegeo.argument_checks import shown
+from densegeo.errors import ConfigError
+from densegeo.outputs import FRAMES, NORMAL_FLOOR, Clamp, Decode, Frame, Matrix
 from densegeo.size import Size
 
 Float = NDArray[np.float32]
@@ -71,3 +73,10 @@ def turned(normals: Float, matrix: Matrix) -> Float:
     diagonal = np.diag(rows)
     result: Float = normals * diagonal if np.array_equal(rows, np.diag(diagonal)) else normals @ rows.T
     return result
+
+
+def axes_of(frame: Frame) -> Matrix:
+    """A row of `FRAMES`. Raises ConfigError for a name that is none."""
+    if not isinstance(frame, str) or frame not in FRAMES:
+        raise ConfigError(f"There is no frame {shown(frame)}; choose {', '.join(FRAMES)}.")
+    return FRAMES[frame]

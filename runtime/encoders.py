@@ -21,8 +21,9 @@ from densegeo.argument_checks import one_of, require_flags, shown
 from densegeo.errors import ConfigError
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
 from densegeo.runtime.camera import CameraLike
-from densegeo.runtime.geometry import MILLIMETRES_MAX, Geometry
+from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.meshes import glb_part, ply_part
+from densegeo.runtime.millimetres import MILLIMETRES_MAX
 from densegeo.runtime.pictures import depth_picture, grey_picture, normals_picture, photograph
 from densegeo.runtime.png import write_png
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from densegeo.argument_checks import path_of, require_flags, shown
+from densegeo.argument_checks import path_of, require_flags
 from densegeo.errors import CalibrationError, CalibrationWarning, ConfigError, MissingOutputError, NotMetricError
-from densegeo.outputs import FRAMES, DepthKind, Frame, Matrix
+from densegeo.outputs import DepthKind, Frame
 from densegeo.runtime.camera import Camera, CameraLike
-from densegeo.runtime.decode import turned
+from densegeo.runtime.decode import axes_of, turned
 from densegeo.runtime.edges import flying_pixels
-from densegeo.runtime.metric import SPACES, Calibration, from_parameters, from_range, metric_depth, require_calibration
+from densegeo.runtime.metric import (
+    Calibration,
+    from_parameters,
+    from_range,
+    metric_depth,
+    require_calibration,
+    valid_in,
+)
+from densegeo.runtime.millimetres import to_millimetres
 from densegeo.size import Size
 
 if TYPE_CHECKING:
@@ -29,9 +36,6 @@ if TYPE_CHECKING:
     from densegeo.runtime.anchors import Method
 
 Float = NDArray[np.float32]
-MILLIMETRES_MAX = 65535  # of 16 bits, REP 118
-
-log = logging.getLogger("densegeo")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -155,22 +159,13 @@ class Geometry:
             CalibrationError: These do not determine a positive scale, or the result is metric already.
             MissingOutputError: The model has normals alone.
         """
-        from densegeo.runtime.calibrate import SceneMeasurements, in_metres
+        from densegeo.runtime.calibrate import SceneMeasurements, in_metres, require_one_way
 
         kind, prediction = self.space, self.require_prediction("depth")
         if prior is not None:
             require_calibration("prior", prior, kind)
         measurements = SceneMeasurements(anchors, camera_height, up, size, method, prior)
-        pairs = {"scale": (scale, shift), "near": (near, far)}
-        ways = [name for name, (first, second) in pairs.items() if first is not None or second is not None]
-        ways += ["measurements"] if measurements.any else []
-        if not ways and up is not None:
-            raise CalibrationError("up only says where the floor is: give camera_height, in metres over it, too.")
-        if len(ways) != 1:
-            raise CalibrationError(
-                "Give exactly one of: scale and shift; near and far; measurements (anchors=(uv, metres), "
-                "camera_height, size, prior)."
-            )
+        require_one_way((scale, shift), (near, far), measurements)
         if measurements.any:
             calibration = in_metres(self, None if intrinsics is None else self.camera(intrinsics), measurements)
         elif scale is not None and shift is not None:
@@ -205,14 +200,7 @@ class Geometry:
             MissingOutputError: The model has normals alone.
         """
         require_calibration("calibration", calibration, self.space)
-        valid = self.valid & np.isfinite(metric_depth(self.require_prediction("depth"), calibration))
-        if newly_invalid := int(self.valid.sum()) - int(valid.sum()):
-            line = f"{SPACES[calibration.kind].text}, with scale {calibration.scale:.4g}, shift {calibration.shift:.4g}"
-            words = f"no depth, or one that is not positive or beyond float32, by {line}."
-            if not valid.any():
-                raise CalibrationError(f"Every pixel has {words} Check the numbers' units and signs.")
-            share = f"{newly_invalid} of {int(self.valid.sum())} pixels have"
-            warnings.warn(f"{share} {words} They are invalid now.", CalibrationWarning, stacklevel=3)
+        valid = valid_in(calibration, self.require_prediction("depth"), self.valid)
         kind: DepthKind = "metric" if calibration.metric else "up_to_scale"
         return replace(self, depth_kind=kind, valid=valid, calibration=calibration)
 
@@ -308,18 +296,7 @@ class Geometry:
             MissingOutputError: The model has normals alone.
         """
         self.require_depth("depth in millimetres", metres=True)
-        thousandths = np.round(np.nan_to_num(self.depth.astype(np.float64), nan=0.0) * 1000)
-        beyond = thousandths > MILLIMETRES_MAX
-        if count := int(beyond.sum()):
-            log.warning(
-                "%s: %.3g %% of the pixels lie beyond %s m, more than 16 bits of millimetres hold: they are 0. "
-                "npy, npz and exr keep them.",
-                self.model or "depth",
-                100 * count / beyond.size,
-                MILLIMETRES_MAX / 1000,
-            )
-        thousandths[beyond] = 0
-        return thousandths.astype(np.uint16)
+        return to_millimetres(self.depth, self.model or "depth")
 
     def encode(
         self,
@@ -428,27 +405,13 @@ class Geometry:
 
     def __str__(self) -> str:
         """Three lines: what it is of, its depth, its normals."""
-        height, width = self.valid.shape
-        source = "" if self.source_size == (width, height) else f" of an image of {Size(*self.source_size)}"
-        title = f"Geometry {width}x{height}{source}" + (f" by {self.model}" if self.model else "")
-        normals = "none" if self.normals is None else "unit vectors, opencv frame (x right, y down, z forward)"
-        return f"{title}\n  depth:   {self._depth_in_words()}\n  normals: {normals}"
+        from densegeo.runtime.description import describe
+
+        return describe(self)
 
     def __repr__(self) -> str:
         height, width = self.valid.shape
         return f"<Geometry {width}x{height} depth_kind={self.depth_kind!r} normals={self.normals is not None}>"
-
-    def _depth_in_words(self) -> str:
-        if self.prediction is None:
-            return "none"
-        values = (self.depth if self.has_depth else self.prediction)[self.valid]
-        share = f"{100 * values.size / max(1, self.valid.size):.4g} % valid"
-        span = f"{values.min():.4g} to {values.max():.4g}" if values.size else "nothing"
-        if self.depth_kind == "metric":
-            return f"metric, {span} m, {share}"
-        if self.depth_kind == "up_to_scale":
-            return f"up to scale, {span}, unit unknown, {share}; to_metric(...) makes metres"
-        return f"{self.depth_kind}, prediction {span}, {share}; to_metric(...) makes metres"
 
     @property
     def has_depth(self) -> bool:
@@ -501,10 +464,3 @@ class Geometry:
                 "to_metric(scale=..., shift=...), or, without measurements, to_scale(intrinsics)."
             )
         return prediction
-
-
-def axes_of(frame: Frame) -> Matrix:
-    """Of `FRAMES`; ConfigError for a name that is none."""
-    if not isinstance(frame, str) or frame not in FRAMES:
-        raise ConfigError(f"There is no frame {shown(frame)}; choose {', '.join(FRAMES)}.")
-    return FRAMES[frame]

@@ -164,6 +164,22 @@ def metric_depth(prediction: NDArray[np.float32], calibration: Calibration) -> N
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
 
 
+def valid_in(calibration: Calibration, prediction: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(H, W) which valid pixels have a depth by this line. A CalibrationWarning says how many have none.
+
+    Raises CalibrationError when no pixel is left.
+    """
+    remaining = valid & np.isfinite(metric_depth(prediction, calibration))
+    if newly_invalid := int(valid.sum()) - int(remaining.sum()):
+        line = f"{SPACES[calibration.kind].text}, with scale {calibration.scale:.4g}, shift {calibration.shift:.4g}"
+        no_depth = f"no depth, or one that is not positive or beyond float32, by {line}."
+        if not remaining.any():
+            raise CalibrationError(f"Every pixel has {no_depth} Check the numbers' units and signs.")
+        share = f"{newly_invalid} of {int(valid.sum())} pixels have"
+        warnings.warn(f"{share} {no_depth} They are invalid now.", CalibrationWarning, stacklevel=4)
+    return remaining
+
+
 def from_parameters(kind: DepthKind, scale: float, shift: float) -> Calibration:
     """Given numbers. Raises CalibrationError unless both are finite and scale is positive."""
     scale, shift = number("scale", scale), number("shift", shift)

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from densegeo.argument_checks import number_of, require_flags, shown, whole_of
 from densegeo.errors import CalibrationError, ConfigError, DeadlineError, ImageError, ShutdownError
-from densegeo.runtime.camera import Camera, CameraLike
+from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Process
+from densegeo.runtime.observations import Observations, ObservedScale, checked_observations, take_over
 from densegeo.runtime.request_metrics import Metrics
-from densegeo.runtime.tracker import ScaleTracker, checked_motion
 
 log = logging.getLogger("densegeo")
-_STANDING = ("intrinsics", "camera_height")  # what holds for later frames too
 _POLL = 0.1  # seconds
 
 
@@ -61,7 +59,7 @@ class _Frame:
     stamp: object
     image: object
     future: Future[Geometry] | None  # None: not submitted yet
-    observations: dict[str, Any]  # what `ScaleTracker.update` takes
+    observations: Observations
 
 
 class Stream:
@@ -113,9 +111,7 @@ class Stream:
         self._closed = False
         self._consumer = threading.Lock()  # one result at a time, in order; guards what follows
         self._submitted: _Frame | None = None  # submitted, and not delivered yet
-        self._tracker = ScaleTracker()
-        self._standing: dict[str, Any] = {}  # what holds until something else is given
-        self._lost: Any = None  # the motion up to a frame that failed
+        self._scale = ObservedScale()
 
     @property
     def dropped(self) -> int:
@@ -159,20 +155,12 @@ class Stream:
             BackendError: In a process that was forked since.
         """
         self._process.require()
-        options = {"intrinsics": intrinsics, "camera_height": camera_height, "anchors": anchors, "up": up}
-        observations = {name: value for name, value in options.items() if value is not None}
-        _check_types(**observations)
-        observations["motion"] = None if motion is None else checked_motion(motion)
-        if intrinsics is not None:
-            observations["intrinsics"] = Camera.of(intrinsics)
+        observations = checked_observations(intrinsics, anchors, up, camera_height, motion)
         if self._latest:
             with self._changed:
                 frame = self._number(image, stamp, frame_id, observations)
-                for passed in self._frames:  # what held from it on still does
-                    observations["motion"] = _after(passed.observations["motion"], observations["motion"])
-                    frame.observations.update(
-                        {k: v for k, v in passed.observations.items() if k in _STANDING and k not in observations}
-                    )
+                for unread in self._frames:
+                    take_over(unread.observations, observations)
                 self._drop_all()
                 self._frames.append(frame)
                 self._changed.notify()
@@ -301,13 +289,10 @@ class Stream:
             frame, self._submitted = self._submitted, None
             assert frame.future is not None
             try:
-                return self._tracked(frame, frame.future.result())
+                geometry, refusal = self._scale.apply(frame.future.result(), frame.observations)
+                return FrameResult(frame.frame_id, frame.stamp, geometry, refusal)
             except Exception as error:
-                self._lost = (
-                    _after(self._lost, frame.observations["motion"])
-                    if self._lost is not None
-                    else frame.observations["motion"]
-                )
+                self._scale.skip(frame.observations)
                 return FrameResult(frame.frame_id, frame.stamp, error)
         finally:
             self._consumer.release()
@@ -333,21 +318,6 @@ class Stream:
         seconds_left = None if end is None else max(0.0, end - time.monotonic())
         return bool(wait([self._submitted.future], seconds_left).done)
 
-    def _tracked(self, frame: _Frame, geometry: Geometry) -> FrameResult:
-        """With depth, where anything was said of the camera or the scene."""
-        observations = dict(frame.observations)
-        self._standing.update({name: observations[name] for name in _STANDING if name in observations})
-        if self._lost is not None:
-            observations["motion"], self._lost = _after(self._lost, observations["motion"]), None
-        if geometry.prediction is None or not (self._standing or "anchors" in observations):
-            return FrameResult(frame.frame_id, frame.stamp, geometry)
-        try:
-            return FrameResult(
-                frame.frame_id, frame.stamp, self._tracker.update(geometry, **(self._standing | observations))
-            )
-        except CalibrationError as error:
-            return FrameResult(frame.frame_id, frame.stamp, geometry, error)
-
     def __enter__(self) -> Stream:
         return self
 
@@ -365,7 +335,7 @@ class Stream:
             failed.set_exception(error)
             return failed
 
-    def _number(self, image: object, stamp: object, frame_id: object, observations: dict[str, Any]) -> _Frame:
+    def _number(self, image: object, stamp: object, frame_id: object, observations: Observations) -> _Frame:
         """A frame with its id; the lock is held."""
         self._require_open()
         number, self._count = self._count, self._count + 1
@@ -383,31 +353,3 @@ class Stream:
     def _require_open(self) -> None:
         if self._closed:
             raise ShutdownError("This stream is closed. Make a new one with Estimator.stream().")
-
-
-def _check_types(intrinsics: object = None, camera_height: object = None, anchors: Any = None, up: Any = None) -> None:
-    """Raises ConfigError for what no frame can have; what a frame says against one is its refusal."""
-    height = number_of(camera_height)
-    if camera_height is not None and (height is None or not 0 < height < math.inf):
-        raise ConfigError(f"camera_height must be metres above 0, not {shown(camera_height)}.")
-    if up is not None and _shape(up) != (3,):
-        raise ConfigError(f"up must be three numbers, against gravity in the camera's frame, not {shown(up)}.")
-    if anchors is not None:
-        uv, metres = map(_shape, anchors) if isinstance(anchors, (tuple, list)) and len(anchors) == 2 else (None, None)
-        if uv is None or metres is None or len(uv) != 2 or uv[1] != 2 or metres != uv[:1]:
-            raise ConfigError(
-                f"anchors must be a pair (uv, metres) of numbers, uv (N, 2) and metres (N,), not {shown(anchors)}."
-            )
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of numbers; None for anything else."""
-    try:
-        return np.asarray(value, dtype=np.float64).shape
-    except (TypeError, ValueError):
-        return None
-
-
-def _after(first: Any, second: Any) -> Any:
-    """Both motions, one after the other; None, unknown, when either is."""
-    return None if first is None or second is None else second @ first
