@@ -20,25 +20,23 @@ from numpy.typing import NDArray
 
 from densegeo.argument_checks import number_of, one_of, require_flags, shown, whole_of
 from densegeo.colors import Color
-from densegeo.errors import BackendError, BundleError, CalibrationError, ConfigError, MissingOutputError
-from densegeo.kernels.resize_depth.arguments import Metres
+from densegeo.errors import BackendError, BundleError, ConfigError
 from densegeo.runtime.backends import Backend, FrameBackend, open_backend
 from densegeo.runtime.backends.sharing import Sharing
 from densegeo.runtime.batcher import BatchOptions
 from densegeo.runtime.bundle import MANIFEST, Manifest, check_files, read_manifest
+from densegeo.runtime.device_maps import clipped_line, maps_on_device
 from densegeo.runtime.geometry import Geometry
 from densegeo.runtime.guard import Original, Process, keep_in_children
-from densegeo.runtime.host_chain import Chain, assemble_whole
-from densegeo.runtime.images import MAX_PIXELS, device_size
+from densegeo.runtime.host_chain import replay
+from densegeo.runtime.images import MAX_PIXELS
 from densegeo.runtime.levels import Range
-from densegeo.runtime.metric import from_parameters, number
 from densegeo.runtime.queue_service import Service
 from densegeo.runtime.ready import FOLDER, find_bundle
 from densegeo.runtime.request_metrics import Metrics
-from densegeo.runtime.resample import choose_bucket, place
 from densegeo.runtime.runner import Runner
 from densegeo.runtime.stream import Stream
-from densegeo.runtime.ways import AuthorsWay, DeviceWay, HostWay, Way
+from densegeo.runtime.ways import ways_through
 
 Float = NDArray[np.float32]
 
@@ -206,18 +204,14 @@ class Estimator:
         keep_in_children(backend)
         self._fit, self._authors = fit, preprocessing == "authors"
         own_size = resolution == "network"
-        host: Way = (
-            AuthorsWay(backend, manifest, own_size) if self._authors else HostWay(backend, manifest, fit, own_size)
-        )
-        ways, together = [host], min(options.max_batch, host.together)
         self._frames: FrameBackend | None = None
         if isinstance(backend, FrameBackend) and backend.takes_frames:
             self._frames = backend
-            self._frames.warm_up(min(options.max_batch, self._frames.frames_at_once))
-            together = min(options.max_batch, self._frames.frames_at_once)
+            backend.warm_up(min(options.max_batch, backend.frames_at_once))
             options = dataclasses.replace(options, workers=2)
-            if not self._authors and not own_size:
-                ways.insert(0, DeviceWay(self._frames, manifest, fit))
+        ways = ways_through(backend, self._frames, manifest, fit, authors=self._authors, own_size=own_size)
+        limit = ways[-1].together if self._frames is None else self._frames.frames_at_once
+        together = min(options.max_batch, limit)
         self._runner = Runner(manifest, ways, self.metrics, together, max_pixels, truncated=truncated)
         self._service = Service(self._runner, dataclasses.replace(options, together=together), self._require)
 
@@ -345,11 +339,8 @@ class Estimator:
                 f'{self.backend} with preprocessing="{rule}" returns host arrays. '
                 'Use backend="torch" and preprocessing="densegeo".'
             )
-        calibrated = (scale, shift, near, far) != (None, None, None, None)
-        metres = self._metres(scale, shift, near, far) if calibrated else None
-        size = device_size(image, color)
-        bucket = choose_bucket(self.manifest.buckets, size)
-        maps = self._backend.keep(bucket, image, place(bucket.size, size, self._fit), color, metres)
+        metres = clipped_line(self.manifest, scale, shift, near, far)
+        maps = maps_on_device(self._backend, self.manifest, image, color, self._fit, metres)
         return maps.prediction, maps.normals
 
     def batch(
@@ -381,15 +372,7 @@ class Estimator:
         are any, "normals" (B, H, W, 3; unit, OpenCV frame). Raises BackendError, ConfigError.
         """
         self._require()
-        shape = tuple(getattr(rgb, "shape", ()))
-        for bucket in self.manifest.buckets:
-            if shape == (bucket.batch, 3, bucket.height, bucket.width):
-                break
-        else:
-            raise ConfigError(f"This bundle has no bucket for an input of shape {shape}.")
-        activations = Chain(self._backend, self.manifest.decode, bucket)(rgb)
-        outputs = {"encoder": activations.latent, "denoiser": activations.output, "decoder": activations.decoded}
-        return outputs | assemble_whole(activations.decoded, bucket, self.manifest.decode)
+        return replay(self._backend, self.manifest, rgb)
 
     @property
     def backend(self) -> str:
@@ -427,19 +410,6 @@ class Estimator:
         """
         if self._process.is_here and self._service.close(drain):
             self._backend.close()
-
-    def _metres(self, scale: float | None, shift: float | None, near: float | None, far: float | None) -> Metres:
-        kind = self.manifest.decode.depth_kind
-        if kind is None:
-            raise MissingOutputError(f"There is no depth in metres: {self.manifest.model} predicts normals alone.")
-        if scale is None or shift is None:
-            raise CalibrationError("Depth in metres needs both scale and shift; near and far only clip it.")
-        line = from_parameters(kind, scale, shift)
-        lowest = number("near", 0.0 if near is None else near)
-        highest = number("far", math.inf if far is None else far)
-        if not 0 <= lowest < highest:
-            raise CalibrationError(f"near and far must be metres with 0 <= near < far, not {near} and {far}.")
-        return Metres(kind, line.scale, line.shift, lowest, highest)
 
     def _require(self) -> None:
         """Raise BackendError after a fork, BundleError when the bundle was replaced."""

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.errors import BackendError
+from densegeo.errors import BackendError, ConfigError
 from densegeo.outputs import Decode, Maps, Output, into_opencv
-from densegeo.runtime.bundle import Bucket, Stage
+from densegeo.runtime.bundle import Bucket, Manifest, Stage
 from densegeo.runtime.decode import clamped_normals, depth_prediction, latents_of, make_unit, turned
 from densegeo.runtime.resample import Placement, cropped, plain_strips, restore, whole
 
@@ -82,6 +82,19 @@ def assemble_whole(decoded: Float, bucket: Bucket, decode: Decode) -> dict[str, 
     place = whole(bucket.size)
     maps_of_images = [assemble(decoded[i :: bucket.batch], place, decode).named() for i in range(bucket.batch)]
     return {name: np.stack([maps[name] for maps in maps_of_images]) for name in decode.names}
+
+
+def replay(backend: Runs, manifest: Manifest, rgb: Float) -> dict[str, Float]:
+    """What `Estimator.replay` gives. Raises BackendError, and ConfigError where no bucket takes this shape."""
+    shape = tuple(getattr(rgb, "shape", ()))
+    for bucket in manifest.buckets:
+        if shape == (bucket.batch, 3, bucket.height, bucket.width):
+            break
+    else:
+        raise ConfigError(f"This bundle has no bucket for an input of shape {shape}.")
+    activations = Chain(backend, manifest.decode, bucket)(rgb)
+    outputs = {"encoder": activations.latent, "denoiser": activations.output, "decoder": activations.decoded}
+    return outputs | assemble_whole(activations.decoded, bucket, manifest.decode)
 
 
 def _restored(picture: Float, row: Output, placement: Placement) -> Float:

@@ -147,3 +147,17 @@ class DeviceWay:
         for job in jobs:
             job.timings.end_stage("device")
         return results
+
+
+def ways_through(
+    backend: Backend, frames: FrameBackend | None, manifest: Manifest, fit: str, *, authors: bool, own_size: bool
+) -> list[Way]:
+    """The ways of an estimator, the preferred first; the last, by way of the host, takes every image.
+
+    frames: the backend, where whole images may go to its device. authors: resized by the authors' rules, and own_size:
+    results as large as the image was in the network. Both are the host's alone.
+    """
+    if authors:
+        return [AuthorsWay(backend, manifest, own_size)]
+    host = HostWay(backend, manifest, fit, own_size)
+    return [host] if frames is None or own_size else [DeviceWay(frames, manifest, fit), host]
