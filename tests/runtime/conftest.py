@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from densegeo.runtime.batcher import Batcher, BatchOptions
 from densegeo.runtime.request_metrics import Metrics
 from tests.support.doubles import Gate
 from tests.support.shared import BUILT_SIZES
+
+if TYPE_CHECKING:
+    from densegeo.models.loading import Files
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,15 @@ def built(small_bundle: Callable[..., Path]) -> Built:
     """float32 at two sizes."""
     pytest.importorskip("torch")
     return Built(small_bundle)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The checkpoint of `tests.support.fused_networks`."""
+    pytest.importorskip("torch")
+    from tests.support.fused_networks import write_checkpoint_files
+
+    return write_checkpoint_files(tmp_path_factory.mktemp("networks"))
 
 
 @pytest.fixture

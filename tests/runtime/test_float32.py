@@ -6,8 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -15,6 +13,7 @@ from densegeo.errors import BackendError
 from densegeo.runtime.backends import ort as ort_module
 from densegeo.runtime.backends.ort import CPU, CUDA, OrtBackend
 from densegeo.runtime.bundle import read_manifest
+from tests.support.doubles import OnnxRuntimeDouble
 
 
 @pytest.mark.integration
@@ -38,29 +37,6 @@ print(before, config.get_flag(trt.BuilderFlag.TF32), options["tf32"])
     assert done.stdout.strip() == "True False 0", done.stderr  # in the options it is part of the fingerprint
 
 
-class Sessions:
-    """ONNX Runtime with the CUDA provider, without any session: what it is asked for, in order."""
-
-    def __init__(self, *, preloads: bool = True) -> None:
-        self.calls: list[Any] = []
-        self.SessionOptions = lambda: SimpleNamespace(add_session_config_entry=lambda *entry: None)
-        if preloads:
-            self.preload_dlls = self._preload
-
-    def get_available_providers(self) -> list[str]:
-        return [CUDA, CPU]
-
-    def _preload(self) -> None:
-        self.calls.append("preload")
-        print("Failed to load libcudnn")
-
-    def InferenceSession(
-        self, path: str, options: Any, providers: list[str], provider_options: list[Any], **more: int
-    ) -> Any:
-        self.calls.append((providers, provider_options))
-        return SimpleNamespace(get_providers=lambda: providers)
-
-
 @pytest.mark.parametrize("preloads", [True, False])
 def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
     new_bundle: Callable[..., Path],
@@ -68,7 +44,7 @@ def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
     capsys: pytest.CaptureFixture[str],
     preloads: bool,
 ) -> None:
-    sessions, bundle = Sessions(preloads=preloads), new_bundle()
+    sessions, bundle = OnnxRuntimeDouble(preloads=preloads), new_bundle()
     monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     OrtBackend(bundle, read_manifest(bundle), "cuda:1")
     options = {
@@ -90,7 +66,7 @@ def test_onnxruntime_on_a_gpu_loads_its_libraries_and_has_no_tf32(
 def test_onnxruntime_refuses_bf16_with_the_reason(
     new_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    sessions, bundle = Sessions(), new_bundle(precision="bf16")
+    sessions, bundle = OnnxRuntimeDouble(), new_bundle(precision="bf16")
     monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     monkeypatch.setattr(ort_module, "has_cuda_driver", lambda: True)
     with pytest.raises(

@@ -19,7 +19,7 @@ from densegeo.runtime.backends import ort as ort_module
 from densegeo.runtime.backends.ort import OrtBackend, session_limits
 from densegeo.runtime.backends.sharing import Need, Sharing, networks_need, require_room
 from densegeo.runtime.bundle import FileDigest, read_manifest
-from tests.runtime.test_float32 import Sessions
+from tests.support.doubles import OnnxRuntimeDouble
 
 NewBundle = Callable[..., Path]
 NEED = Need(1000, {"64x48": 100, "32x16": 50, "64x48_b2": 200}, {"64x48": 30, "32x16": 10, "64x48_b2": 60})
@@ -71,7 +71,7 @@ def with_weights(new_bundle: NewBundle) -> tuple[Path, Any]:
 
 def test_onnxruntime_holds_the_limit_session_by_session(new_bundle: NewBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, manifest = with_weights(new_bundle)
-    sessions = Sessions()
+    sessions = OnnxRuntimeDouble()
     monkeypatch.setattr(ort_module, "import_onnxruntime", lambda: sessions)
     limit = 20_000_000_000
     OrtBackend(bundle, manifest, "cuda", sharing=Sharing(0, limit))

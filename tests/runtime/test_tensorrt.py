@@ -18,7 +18,7 @@ from densegeo.errors import BackendError
 from densegeo.kernels.contract import Argument, Axis, LaunchContract
 from densegeo.kernels.resize_depth.arguments import Metres
 from densegeo.outputs import SPACES, Decode, Output
-from densegeo.runtime.backends import open_backend
+from densegeo.runtime.backends import open_backend, tensorrt_engines
 from densegeo.runtime.backends.cuda_input import Pixels
 from densegeo.runtime.backends.cuda_kernels import Kernels, pack
 from densegeo.runtime.backends.tensorrt_kernels import launched, resize_depth_name
@@ -232,13 +232,21 @@ def test_auto_takes_no_backend_that_was_not_verified_here(
     row = next(row for row in BACKENDS if row.name == "tensorrt")
     monkeypatch.setattr("densegeo.runtime.backends.BACKENDS", (row,))
     monkeypatch.setattr(type(row), "available", lambda self: True)
-    with pytest.raises(BackendError, match=r"not verified on this machine; `densegeo verify .* --backend tensorrt`"):
+    with pytest.raises(BackendError, match=r"tensorrt: the bundle has no engines; `densegeo engines"):
         open_backend("auto", bundle, manifest, "auto")
+    with_engines = msgspec.structs.replace(manifest, engines=(Namespace(),))
+    with pytest.raises(BackendError, match=r"not verified on this machine; `densegeo verify .* --backend tensorrt`"):
+        open_backend("auto", bundle, with_engines, "auto")
     remember(bundle, "tensorrt", "cuda:0")
     assert is_verified(bundle, "tensorrt")
     assert not is_verified(bundle, "onnxruntime")
-    with pytest.raises(BackendError, match="no TensorRT engines"):  # now it is tried
-        open_backend("auto", bundle, manifest, "auto")
+
+    def refuse(device: str) -> None:
+        raise BackendError("it was tried")
+
+    monkeypatch.setattr(tensorrt_engines, "open_device", refuse)
+    with pytest.raises(BackendError, match="it was tried"):
+        open_backend("auto", bundle, with_engines, "auto")
     (bundle / "manifest.json").write_bytes((bundle / "manifest.json").read_bytes() + b"\n")
     assert not is_verified(bundle, "tensorrt")  # another bundle by now
     remember(bundle, "tensorrt", "cuda:0")

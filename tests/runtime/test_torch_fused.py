@@ -4,53 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-from densegeo.models import fe2e, rewrites  # noqa: E402
-from densegeo.models.casting import DTYPES, cast  # noqa: E402
 from densegeo.models.chain import relative_error  # noqa: E402
-from densegeo.models.layer_plans import LayerPlan, Plans, quantize_block  # noqa: E402
-from densegeo.models.layers import Attention  # noqa: E402
-from densegeo.models.loading import Files, load_pipeline  # noqa: E402
-from densegeo.models.presets import AUTHORS_FILES, write_random_checkpoint  # noqa: E402
-from densegeo.models.quantized import FORMATS, AttentionPlan  # noqa: E402
-from densegeo.models.rewrites import Pipeline  # noqa: E402
+from densegeo.models.loading import Files  # noqa: E402
+from densegeo.models.quantized import FORMATS  # noqa: E402
 from densegeo.runtime.backends import torch_capture, torch_fused  # noqa: E402
 from densegeo.runtime.backends.torch_attention import FusedAttention  # noqa: E402
 from densegeo.runtime.backends.torch_fused import FusedTransformer, can_fuse, fuse  # noqa: E402
 from densegeo.runtime.backends.torch_linear import FusedLinear  # noqa: E402
 from densegeo.runtime.backends.torch_pictures import fuse_pictures  # noqa: E402
-from densegeo.size import Size  # noqa: E402
-from tests.support.checkpoints import SMALL, SMALL_VAE  # noqa: E402
+from tests.support.fused_networks import HEIGHT, WIDTH, latent, pipeline, quantized  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
-CONFIG = msgspec.structs.replace(SMALL, depth=2, depth_single_blocks=3)
-WIDTH, HEIGHT = 64, 48
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("fused")
-    write_random_checkpoint(folder, CONFIG, SMALL_VAE, text_tokens=9, valid_tokens=3, seed=2)
-    (folder / "config.json").write_text('{"axes_dim": [2, 8, 6]}')
-    paths = {role: folder / AUTHORS_FILES[role][0] for role in ("dit", "vae", "prompt")}
-    return Files.of("fe2e", **paths, config=folder / "config.json")
-
-
-def pipeline(files: Files, without: tuple[str, ...], precision: str = "fp32") -> Pipeline:
-    loaded = load_pipeline(files, Size(WIDTH, HEIGHT))
-    return cast(rewrites.apply(loaded, rewrites.select(fe2e.REWRITES, without)), precision)
-
-
-def latent() -> Tensor:
-    return torch.randn(1, 16, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -64,9 +36,9 @@ def run(module: nn.Module, given: Tensor, device: str) -> Tensor:
 @pytest.mark.parametrize(
     "without", [(), ("padding",), ("constants",), ("trim",), ("connector",), ("constants", "trim")]
 )
-def test_the_fused_transformer_is_the_same_function(files: Files, without: tuple[str, ...], device: str) -> None:
-    exact = run(pipeline(files, without).denoiser, latent(), "cpu")
-    model = pipeline(files, without).denoiser
+def test_the_fused_transformer_is_the_same_function(checkpoint: Files, without: tuple[str, ...], device: str) -> None:
+    exact = run(pipeline(checkpoint, without).denoiser, latent(), "cpu")
+    model = pipeline(checkpoint, without).denoiser
     assert can_fuse(model)
     fused = FusedTransformer(model.to(device))
     assert (fused.counts is None) == ("padding" in without)
@@ -74,24 +46,11 @@ def test_the_fused_transformer_is_the_same_function(files: Files, without: tuple
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_low_precision_is_no_worse_than_the_plain_modules(files: Files, device: str) -> None:
-    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
-    plain = run(pipeline(files, (), "bf16").denoiser, latent(), device)
-    fused = run(FusedTransformer(pipeline(files, (), "bf16").denoiser.to(device)), latent(), device)
+def test_low_precision_is_no_worse_than_the_plain_modules(checkpoint: Files, device: str) -> None:
+    exact = run(pipeline(checkpoint, ()).denoiser, latent(), "cpu")
+    plain = run(pipeline(checkpoint, (), "bf16").denoiser, latent(), device)
+    fused = run(FusedTransformer(pipeline(checkpoint, (), "bf16").denoiser.to(device)), latent(), device)
     assert relative_error(fused, exact) <= 2 * relative_error(plain, exact)
-
-
-def quantized(
-    files: Files, kind: str, without: tuple[str, ...], base: str = "fp32", *, attention: bool = False
-) -> Pipeline:
-    """Every linear of the blocks in 8 bits, or every attention."""
-    loaded = pipeline(files, without)
-    wanted, plan = (Attention, AttentionPlan(8.0, 8.0, 4.0)) if attention else (nn.Linear, LayerPlan(20.0))
-    names = [name for name, module in loaded.denoiser.named_modules() if isinstance(module, wanted)]
-    plans: Plans = {name: plan for name in names if loaded.denoiser.quantizable(name)}
-    for name, block in loaded.denoiser.blocks():
-        quantize_block(block, name, plans, FORMATS[kind], DTYPES[base])
-    return cast(loaded, base)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -99,14 +58,14 @@ def quantized(
 @pytest.mark.parametrize("kind", list(FORMATS))
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 def test_kernels_write_what_quantized_linears_take(
-    files: Files, kind: str, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Files, kind: str, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit inputs come from the kernel before; only linears that share theirs quantize for themselves."""
     if device != "cpu" and (kind, base) == ("fp8", "fp32"):
         pytest.skip("the hardware's fp8 products give bf16")
-    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
-    plain = run(quantized(files, kind, without, base).denoiser, latent(), device)
-    model = FusedTransformer(quantized(files, kind, without, base).denoiser.to(device))
+    exact = run(pipeline(checkpoint, ()).denoiser, latent(), "cpu")
+    plain = run(quantized(checkpoint, kind, without, base).denoiser, latent(), device)
+    model = FusedTransformer(quantized(checkpoint, kind, without, base).denoiser.to(device))
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, FusedLinear)}
     names = {id(module): name for name, module in linears.items()}
     wide: set[str] = set()
@@ -131,12 +90,12 @@ def test_kernels_write_what_quantized_linears_take(
 @pytest.mark.parametrize("without", [(), ("padding",), ("constants", "trim")])
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 def test_kernels_write_what_fp8_attention_takes(
-    files: Files, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Files, without: tuple[str, ...], base: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only blocks that rotate their queries for themselves, the first and the last, have them rounded afterwards."""
-    exact = run(pipeline(files, ()).denoiser, latent(), "cpu")
-    plain = run(quantized(files, "fp8", without, base, attention=True).denoiser, latent(), device)
-    fused = FusedTransformer(quantized(files, "fp8", without, base, attention=True).denoiser.to(device))
+    exact = run(pipeline(checkpoint, ()).denoiser, latent(), "cpu")
+    plain = run(quantized(checkpoint, "fp8", without, base, attention=True).denoiser, latent(), device)
+    fused = FusedTransformer(quantized(checkpoint, "fp8", without, base, attention=True).denoiser.to(device))
     wide, rounded = [], FusedAttention.rounded
 
     def watched(self: FusedAttention, x: Tensor, part: int) -> Tensor:
@@ -154,11 +113,11 @@ def test_kernels_write_what_fp8_attention_takes(
 
 @pytest.mark.parametrize("without", [(), ("padding",)])
 def test_fp8_attention_runs_only_where_it_is_faster(
-    files: Files, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Files, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the network attends as if none had been planned."""
-    model = quantized(files, "fp8", without, "bf16", attention=True).denoiser
-    floating = FusedTransformer(pipeline(files, without, "bf16").denoiser, "bias")
+    model = quantized(checkpoint, "fp8", without, "bf16", attention=True).denoiser
+    floating = FusedTransformer(pipeline(checkpoint, without, "bf16").denoiser, "bias")
     measured: list[dict[str, Tensor]] = []
 
     def decide(what: str, ways: dict[str, Callable[[], Tensor]], exact: object, device: torch.device) -> str:
@@ -180,17 +139,17 @@ def test_fp8_attention_runs_only_where_it_is_faster(
 
 
 @pytest.mark.parametrize("without", [("modulation",), ("guidance",)])
-def test_what_cannot_be_fused_is_known(files: Files, without: tuple[str, ...]) -> None:
-    assert not can_fuse(pipeline(files, without).denoiser)
+def test_what_cannot_be_fused_is_known(checkpoint: Files, without: tuple[str, ...]) -> None:
+    assert not can_fuse(pipeline(checkpoint, without).denoiser)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
-def test_the_fused_autoencoder_is_the_same_function(files: Files, device: str, precision: str, stage: str) -> None:
+def test_the_fused_autoencoder_is_the_same_function(checkpoint: Files, device: str, precision: str, stage: str) -> None:
     given = latent() if stage == "decoder" else torch.rand(1, 3, HEIGHT, WIDTH) * 2 - 1
-    exact = run(getattr(pipeline(files, ()).vae, stage), given, "cpu")
-    vae = pipeline(files, (), precision).vae
+    exact = run(getattr(pipeline(checkpoint, ()).vae, stage), given, "cpu")
+    vae = pipeline(checkpoint, (), precision).vae
     plain = relative_error(run(getattr(vae, stage), given, "cpu"), exact)
     fused = fuse_pictures(vae)
     shared = dict(vae.named_parameters())

@@ -27,7 +27,7 @@ from densegeo.runtime.backends.torch_choice import decide  # noqa: E402
 from densegeo.runtime.backends.torch_fused import FusedTransformer, choose_accumulation  # noqa: E402
 from densegeo.runtime.backends.torch_linear import FusedLinear  # noqa: E402
 from densegeo.runtime.backends.torch_pictures import WIDE, FusedUpsample, fuse_pictures, products  # noqa: E402
-from tests.runtime.test_torch_fused import HEIGHT, WIDTH, files, latent, pipeline, quantized  # noqa: E402, F401
+from tests.support.fused_networks import HEIGHT, WIDTH, latent, pipeline, quantized  # noqa: E402
 
 pytestmark = pytest.mark.integration
 KERNELS = ("reference.py", "strategies.py")  # stand in for kernels here: what they do inside does not count
@@ -89,8 +89,8 @@ def conversions(seen: list[tuple[str, tuple[Any, ...], Any]]) -> list[str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
-def test_no_picture_changes_its_layout(files: Any, stage: str, precision: str) -> None:  # noqa: F811
-    vae = fuse_pictures(pipeline(files, (), precision).vae)
+def test_no_picture_changes_its_layout(checkpoint: Any, stage: str, precision: str) -> None:
+    vae = fuse_pictures(pipeline(checkpoint, (), precision).vae)
     picture = torch.rand(1, 3, HEIGHT, WIDTH).contiguous(memory_format=torch.channels_last)
     given = picture if stage == "encoder" else latent()
     with torch.no_grad(), Operations() as operations:
@@ -100,9 +100,9 @@ def test_no_picture_changes_its_layout(files: Any, stage: str, precision: str) -
     assert conversions(operations.seen) == []
 
 
-def test_what_counts_conversions_sees_them(files: Any) -> None:  # noqa: F811
+def test_what_counts_conversions_sees_them(checkpoint: Any) -> None:
     """With the plain upsampling in place, whose phases are put together in the other order."""
-    vae = fuse_pictures(pipeline(files, ()).vae)
+    vae = fuse_pictures(pipeline(checkpoint, ()).vae)
     for module in list(vae.decoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, FusedUpsample):
@@ -143,9 +143,9 @@ def test_a_quantized_linear_is_one_product_and_at_most_one_pass(kind: str, base:
     assert torch.equal(out, made)
 
 
-def test_streams_are_joined_without_concatenation(files: Any) -> None:  # noqa: F811
+def test_streams_are_joined_without_concatenation(checkpoint: Any) -> None:
     """Both streams' queries, keys and values are written into the joint sequence; single blocks join nothing."""
-    fused = FusedTransformer(pipeline(files, ("constants",), "bf16").denoiser)
+    fused = FusedTransformer(pipeline(checkpoint, ("constants",), "bf16").denoiser)
     with torch.no_grad(), Operations() as operations:
         fused(latent())
     assert operations.counts["cat.default"] == 3  # the canvas; tokens and their norms, once, before the single blocks
@@ -164,11 +164,11 @@ def test_wide_attention_by_products(dtype: Any, pixels: int, part: int) -> None:
     assert off <= max(2 * plain, 1e-5 * exact.norm())
 
 
-def test_every_way_of_wide_attention_gives_the_decoder(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    vae = fuse_pictures(pipeline(files, ()).vae)
-    exact = pipeline(files, ()).vae.decoder(latent())
+def test_every_way_of_wide_attention_gives_the_decoder(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = fuse_pictures(pipeline(checkpoint, ()).vae)
+    exact = pipeline(checkpoint, ()).vae.decoder(latent())
     blocks = [module for module in vae.decoder.modules() if isinstance(module, torch_pictures.FusedAttnBlock)]
-    assert len(blocks) == sum(isinstance(m, AttnBlock) for m in pipeline(files, ()).vae.decoder.modules()) == 1
+    assert len(blocks) == sum(isinstance(m, AttnBlock) for m in pipeline(checkpoint, ()).vae.decoder.modules()) == 1
     for name in WIDE:
         monkeypatch.setattr(torch_pictures, "choose_wide", lambda q, k, v: pytest.fail("it was chosen already"))
         with torch.inference_mode():
@@ -250,9 +250,9 @@ def test_a_strategy_of_attention_is_chosen_among_good_ones(counts: list[int], mo
 
 
 @pytest.mark.parametrize("winner", ["exact sums", "fast sums"])
-def test_fast_sums_are_decided_for_all_products(files: Any, winner: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_fast_sums_are_decided_for_all_products(checkpoint: Any, winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways are the product that runs, within the plain one's bound; what is chosen holds for every linear."""
-    fused = FusedTransformer(quantized(files, "fp8", (), "bf16").denoiser)
+    fused = FusedTransformer(quantized(checkpoint, "fp8", (), "bf16").denoiser)
     flags: list[bool] = []
 
     def decided(what: str, ways: Any, exact: Any, device: Any, part: slice) -> str:

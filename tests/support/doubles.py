@@ -1,10 +1,11 @@
-"""Stand-ins for a backend, and nothing of what is tested with them."""
+"""Stand-ins for a backend and its library, and nothing of what is tested with them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from densegeo.runtime import Estimator
 from densegeo.runtime import estimator as estimator_module
+from densegeo.runtime.backends.ort import CPU, CUDA
 from densegeo.runtime.bundle import Bucket, Stage
 
 Hook = Callable[[Bucket, Stage, float], object]
@@ -74,3 +76,26 @@ class Gate:
 
     def open(self, times: int = 1000) -> None:
         self._opened.release(times)
+
+
+class OnnxRuntimeDouble:
+    """ONNX Runtime with the CUDA provider, without any session: what it is asked for, in order."""
+
+    def __init__(self, *, preloads: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.SessionOptions = lambda: SimpleNamespace(add_session_config_entry=lambda *entry: None)
+        if preloads:
+            self.preload_dlls = self._preload
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def _preload(self) -> None:
+        self.calls.append("preload")
+        print("Failed to load libcudnn")
+
+    def InferenceSession(
+        self, path: str, options: Any, providers: list[str], provider_options: list[Any], **more: int
+    ) -> Any:
+        self.calls.append((providers, provider_options))
+        return SimpleNamespace(get_providers=lambda: providers)
