@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from densegeo.extras import install_hint
+
 EVERY_S = 0.05  # between samples; NVML's own averages are over 25 to 1000 ms
 # Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h, nvmlClocksEventReasons), and what they say to people.
 SLOWED = {0x08: "slowed by the hardware", 0x20: "hot", 0x40: "hot, by the hardware", 0x80: "power brake"}
@@ -57,7 +59,7 @@ class GpuMonitor:
         try:
             nvml: Any = import_module("pynvml")
         except ImportError:
-            self.note = 'power, clocks and throttling are not known: pip install "densegeo[nvml]"'
+            self.note = f"power, clocks and throttling are not known: {install_hint('nvml')}"
             return
         try:
             nvml.nvmlInit()

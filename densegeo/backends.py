@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from densegeo.architectures import RTX_TARGETS
+from densegeo.extras import install_command, install_hint
 from densegeo.precision import FLOATS, PRECISIONS
 
 
@@ -108,7 +109,7 @@ BACKENDS = (
         runs="engines",
         modules=("cuda.core",),
         distributions=tuple(row.distributions for row in ENGINE_LIBRARIES.values()),
-        install='pip install "densegeo[tensorrt-rtx]" (or "densegeo[gpu]" and tensorrt)',
+        install=f"{install_hint('tensorrt-rtx')} (or {install_command('gpu', beside='tensorrt')})",
         devices=("cuda",),
         verified_only=True,
         untried="densegeo's engines were never executed",
@@ -121,7 +122,7 @@ BACKENDS = (
         runs="graphs",
         modules=("onnxruntime", "tensorrt"),
         distributions=(_ORT, ENGINE_LIBRARIES["tensorrt"].distributions),
-        install='pip install "densegeo[gpu]" tensorrt (in place of "densegeo[cpu]")',
+        install=f"{install_hint('gpu', beside='tensorrt')} (in place of the extra cpu)",
         devices=("cuda",),
         providers={"cuda": "TensorrtExecutionProvider"},
         precisions=FLOATS,
@@ -135,7 +136,7 @@ BACKENDS = (
         runs="graphs",
         modules=("onnxruntime",),
         distributions=(_ORT,),
-        install='pip install "densegeo[cpu]" (or "densegeo[gpu]" for CUDA; never both)',
+        install=f"{install_hint('cpu')} (or the extra gpu for CUDA; never both)",
         providers={"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"},
         # The CPU provider has no bf16, and the CUDA one lacks it in operators of our graphs (InstanceNormalization,
         # QuantizeLinear: docs/OperatorKernels.md of ONNX Runtime).
@@ -152,7 +153,7 @@ BACKENDS = (
         runs="graphs",
         modules=("openvino",),
         distributions=(("openvino",),),
-        install='pip install "densegeo[openvino]"',
+        install=install_hint("openvino"),
         devices=("cpu",),
         # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time in float32, 7 % of the decoder's in bf16
         channels_last=True,
@@ -165,7 +166,7 @@ BACKENDS = (
         runs="networks",
         modules=("torch",),
         distributions=(("torch",),),
-        install='pip install "densegeo[torch]"',
+        install=install_hint("torch"),
         shows_layers=True,
     ),
 )

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from densegeo.arguments import Backend, Bundle, Device, find_bundle, known_backends, writable_file
 from densegeo.backends import BACKENDS, NAMES
 from densegeo.errors import ConfigError, DensegeoError, ImageError
+from densegeo.extras import install_hint
 from densegeo.infer_command import infer
 from densegeo.precision import CALIBRATED
 from densegeo.signals import Terminated, terminable
@@ -59,7 +60,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated, 129 hung up."""
     guarded(lambda: app(args=None if arguments is None else list(arguments)))
     sys.exit(0)
 
@@ -81,11 +82,11 @@ def guarded(call: Callable[[], object]) -> None:
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library in _EXPORT_LIBRARIES:
-            _fail(f'Building needs {library}, which is not installed: pip install "densegeo[export]"')
+            _fail(f"Building needs {library}, which is not installed: {install_hint('export')}")
         if library in _SERVE_LIBRARIES:
-            _fail(f'Serving needs {library}, which is not installed: pip install "densegeo[serve]"')
+            _fail(f"Serving needs {library}, which is not installed: {install_hint('serve')}")
         if library in _BAG_LIBRARIES:
-            _fail(f'Bags need {library}, which is not installed: pip install "densegeo[bags]"')
+            _fail(f"Bags need {library}, which is not installed: {install_hint('bags')}")
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise

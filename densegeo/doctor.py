@@ -17,6 +17,7 @@ import msgspec
 
 from densegeo.architectures import ARCHITECTURES
 from densegeo.backends import BACKENDS, ENGINES, BackendRow
+from densegeo.extras import install_command
 from densegeo.findings import Finding
 from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.processor import cpu, memory
@@ -272,7 +273,7 @@ def _extras() -> list[Offered]:
     for extra in EXTRAS:
         have = {name: number for name in extra.distributions if (number := version(name)) is not None}
         lacks = [name for name in extra.distributions if name not in have]
-        install = f'pip install "densegeo[{extra.name}]"' if lacks else ""
+        install = install_command(extra.name) if lacks else ""
         if extra.name == "cpu" and version("onnxruntime-gpu") is not None:
             install = ""
         if extra.name == "gpu" and lacks and version("onnxruntime") is not None:
@@ -322,7 +323,7 @@ def print_report(report: Report) -> None:
     if report.broken:
         console.print(f"[bold red]broken[/] {escape(report.broken)}\n", soft_wrap=True)
     console.print(machine, "", backends, sep="\n")
-    extras = Table("extra", "for", "here", "install with", show_edge=False)
+    extras = Table("extra", "for", "here", "install with, in densegeo's checkout", show_edge=False)
     for extra in report.extras:
         part = f"[yellow]without {', '.join(extra.lacks)}[/]" if extra.have else "no"
         state = part if extra.lacks else "[green]yes[/]"

@@ -29,6 +29,7 @@ from densegeo.inputs import Input, is_live
 from densegeo.records import Results, source_record
 from densegeo.runtime import Estimator, Geometry
 from densegeo.runtime.pictures import Span
+from densegeo.runtime.writers import require_short_names
 from densegeo.signals import ending_on_signal
 
 log = logging.getLogger("densegeo")
@@ -99,6 +100,7 @@ class _Film:
         self._estimator, self._item, self._making, self._results = estimator, item, making, results
         self._tally, self._options, self._warnings = tally, options, warnings
         self._folder, self._stem = results.where(item)
+        require_short_names(self._folder, (f"{self._stem}_{file}" for file in (SIDE_BY_SIDE, SIDECAR)))
         self._source = source_record(item.path, results.maker)
         self._live = is_live(item.path)
         self._span: Span | None = None if self._live else self._sampled_span()

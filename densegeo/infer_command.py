@@ -87,7 +87,8 @@ def infer(
 ) -> None:
     """Depth and normals of images, films and cameras, saved to a folder that mirrors the images' folders.
 
-    Ends with 0 when all was done, 1 when something failed, 2 for wrong options, 130 after Ctrl-C and 143 after SIGTERM.
+    Ends with 0 when all was done, 1 when something failed, 2 for wrong options, 130 after Ctrl-C, 143
+    after SIGTERM, and 129 when the terminal went away (SIGHUP).
     """
     from densegeo.infer_run import Run, run
     from densegeo.inference import Making

@@ -12,6 +12,7 @@ import typer
 
 from densegeo.backends import installed
 from densegeo.errors import ConfigError
+from densegeo.extras import install_hint
 from densegeo.formats import FILM_EXTRA, FILM_MODULE, RESULTS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def inputs_of(arguments: list[str], list_file: str | None, output: Path, making:
     except ImageError as error:
         raise typer.BadParameter(str(error), param_hint="INPUTS") from error
     if any(item.film for item in found_inputs.inputs) and not installed(FILM_MODULE):
-        hint = f'Films and cameras need {FILM_MODULE}: pip install "densegeo[{FILM_EXTRA}]".'
+        hint = f"Films and cameras need {FILM_MODULE}: {install_hint(FILM_EXTRA)}."
         raise typer.BadParameter(hint, param_hint="INPUTS")
     if all(item.film for item in found_inputs.inputs) and (making.value_range or making.truncated):
         option = "--value-range" if making.value_range else "--truncated"
@@ -100,7 +101,7 @@ def require_ray(address: str, device: str, cpus: int, process: str, *modules: st
     """
     for module in ("ray", *modules):
         if not installed(module):
-            raise typer.BadParameter(f'Ray needs {module}: pip install "densegeo[ray]".', param_hint="--ray")
+            raise typer.BadParameter(f"Ray needs {module}: {install_hint('ray')}.", param_hint="--ray")
     from densegeo.fleet.ray_cluster import require_here, require_reachable
 
     if not address.strip():
@@ -125,7 +126,7 @@ def formats_of(text: str) -> tuple[str, ...]:
             )
         row = RESULTS[name]
         if row.module and not installed(row.module):
-            hint = f'{name} needs {row.module}: pip install "densegeo[{row.extra}]".'
+            hint = f"{name} needs {row.module}: {install_hint(row.extra)}."
             raise typer.BadParameter(hint, param_hint="--format")
     return names
 

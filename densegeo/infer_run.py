@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from densegeo.errors import DensegeoError
 from densegeo.formats import SIDECAR
 from densegeo.infer_options import in_options, require_outputs
 from densegeo.inference import Making, Tally, run_images
@@ -69,7 +70,7 @@ def run(job: Run, making: Making, found_inputs: FoundInputs) -> int:
 
 
 def _work(job: Run, making: Making, results: Results, todo: list[Input], tally: Tally, console: Console) -> int:
-    started, code = time.monotonic(), 0
+    started, code, begun = time.monotonic(), 0, True
     try:
         with terminable(), tally.notices.collected():
             if todo and job.ray is not None:
@@ -80,9 +81,13 @@ def _work(job: Run, making: Making, results: Results, todo: list[Input], tally: 
         tally.stopped_by, code = end.name, end.status
     except KeyboardInterrupt:
         tally.stopped_by, code = "Ctrl-C", 130
+    except DensegeoError:
+        begun = bool(tally.done or tally.failures)  # the error says why
+        raise
     finally:
         tally.seconds = time.monotonic() - started
-        _summary(job, tally, todo, console)
+        if begun:
+            _summary(job, tally, todo, console)
     return code or (1 if tally.failures else 0)
 
 
@@ -228,7 +233,9 @@ def _say(console: Console, colour: str, word: str, text: str) -> None:
 
 
 def _of(source: str, text: str) -> str:
-    return f"{source}: {text}" if source else text
+    """The text after its source, which many errors of files begin with anyway."""
+    named = not source or text.startswith((f"{source} ", f"{source}:"))
+    return text if named else f"{source}: {text}"
 
 
 def _as_text(path: str) -> str:

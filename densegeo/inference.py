@@ -19,6 +19,7 @@ from densegeo.notices import Notices, warn_if_empty
 from densegeo.records import Results, source_record
 from densegeo.runtime import Camera, Estimator, Geometry
 from densegeo.runtime.images import load_image
+from densegeo.runtime.writers import require_short_names
 from densegeo.signals import ending_on_signal
 
 # What would hit every further image alike: the run ends.
@@ -201,6 +202,9 @@ def save_one(
     stem: str,
 ) -> list[Path]:
     """One image's results, saved into a folder; their files. maker: as of `Results`. Raises DensegeoError, OSError."""
+    formats = (*making.formats, "json")
+    if stem:
+        require_short_names(folder, (f"{stem}_{file}" for name in formats for file in RESULTS[name].files))
     content = remote.read(item.path) if remote.is_remote(item.path) else None
     image = item.path if content is None else content
     frame = load_image(image, value_range=making.value_range, truncated=making.truncated)
@@ -209,7 +213,7 @@ def save_one(
     geometry = estimator.submit(frame).result() if together else estimator(frame)
     return making.calibrated(geometry).save(
         folder,
-        (*making.formats, "json"),
+        formats,
         stem=stem,
         intrinsics=making.camera(geometry),
         image=frame,

@@ -14,6 +14,7 @@ from pathlib import Path
 from densegeo import remote
 from densegeo.backends import installed
 from densegeo.errors import ImageError
+from densegeo.extras import install_hint
 from densegeo.formats import FILM_SUFFIXES, IMAGE_SUFFIXES, RESULT_ENDINGS, SIDECAR
 
 _HEADER = 4096  # bytes of a PNG file in which densegeo's own text stands
@@ -222,7 +223,7 @@ def _against_name(path: str) -> str | None:
     if row is None:
         return f"{suffix or 'without suffix'} (no images)"
     if row.module and not installed(row.module):
-        return f'{suffix} (pip install "densegeo[{row.extra}]" reads them)'
+        return f"{suffix} ({install_hint(row.extra)} to read them)"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from densegeo.errors import ImageError
+from densegeo.extras import install_hint
 
 # Addresses of cameras and films; every other scheme is storage.
 _STREAMS = frozenset({"http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp"})
@@ -41,7 +42,7 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ModuleNotFoundError as error:
-        raise ImageError(f'{url} is in storage, which needs fsspec: pip install "densegeo[ray]".') from error
+        raise ImageError(f"{url} is in storage, which needs fsspec: {install_hint('ray')}.") from error
     try:
         opened: tuple[Any, str] = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # the library of this kind of storage

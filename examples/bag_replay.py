@@ -1,6 +1,6 @@
 """A bag at its own pace, as a robot would have seen it: which images the network had time for.
 
-python examples/bag_replay.py BAG /camera/image_raw        # pip install "densegeo[bags]"; no ROS
+python examples/bag_replay.py BAG /camera/image_raw        # needs the extra bags; no ROS
 """
 
 import sys

@@ -12,6 +12,7 @@ from densegeo.architectures import OLDEST, names
 from densegeo.backends import BACKENDS, ENGINE_LIBRARIES, ENGINES, NAMES, NETWORKS, BackendRow, backend_row
 from densegeo.errors import ConfigError
 from densegeo.export.machine import GIB, Machine
+from densegeo.extras import install_hint
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.bundle import Choice
 
@@ -77,7 +78,7 @@ def _backend(request: BuildRequest, machine: Machine) -> tuple[BackendRow, str]:
     if request.architectures:
         if not builders:
             raise ConfigError(
-                f'engines for {names(request.architectures)} need TensorRT: pip install "densegeo[tensorrt-rtx]" (or '
+                f"engines for {names(request.architectures)} need TensorRT: {install_hint('tensorrt-rtx')} (or "
                 "tensorrt on a machine with that GPU); --backend onnxruntime puts our kernels for it beside the graphs "
                 "alone"
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from densegeo.errors import CheckpointError
 from densegeo.export import digests
+from densegeo.extras import install_hint
 from densegeo.files import atomic_write, cache_directory
 from densegeo.models.checkpoint import load_weights
 from densegeo.models.containers import require_readable
@@ -102,7 +103,7 @@ def _embedding(directory: Path, weights: Path) -> Tensor:
     except ImportError:
         raise CheckpointError(
             f"the empty prompt's embedding must be computed with {directory / 'text_encoder'}, which needs "
-            "transformers: pip install densegeo[text-encoder], or give --prompt FILE"
+            f"transformers: {install_hint('text-encoder')}, or give --prompt FILE"
         ) from None
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(directory / "tokenizer"), local_files_only=True)

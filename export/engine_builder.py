@@ -30,6 +30,7 @@ from densegeo.errors import ConfigError, EngineError, ResourceError
 from densegeo.export.engine_worker import Result, Spec
 from densegeo.export.graph_inputs import with_weight_inputs
 from densegeo.export.machine import GIB, available_memory
+from densegeo.extras import install_hint
 from densegeo.files import cache_directory
 from densegeo.precision import PRECISIONS
 from densegeo.runtime.bundle import STAGES, Bucket, Engine, FileDigest, Manifest
@@ -87,7 +88,7 @@ def find_library(name: str) -> str:
             return library
     raise EngineError(
         f"{' or '.join(candidates)} is not installed: pip install tensorrt (data-centre GPUs, Jetson), or "
-        'pip install "densegeo[tensorrt-rtx]" (Ampere and later; builds without a GPU too)'
+        f"{install_hint('tensorrt-rtx')} (Ampere and later; builds without a GPU too)"
     )
 
 

@@ -14,6 +14,7 @@ import densegeo
 from densegeo.errors import ConfigError
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.engine_builder import library_version
+from densegeo.extras import install_hint
 from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
@@ -40,7 +41,7 @@ def onnxruntime_version() -> str:
     except ImportError as error:
         raise ConfigError(
             f"A build runs its graphs in ONNX Runtime, which cannot be imported ({error}): "
-            'pip install "densegeo[cpu]", or "densegeo[gpu]" (one of the two: they overwrite each other).'
+            f"{install_hint('cpu')}, or the extra gpu (one of the two: they overwrite each other)."
         ) from error
     return str(onnxruntime.__version__)
 

@@ -24,6 +24,7 @@ from densegeo.export.display import Display
 from densegeo.export.engine_builder import EngineOptions, PlannedEngine, build_engines, planned_engines
 from densegeo.export.machine import GIB
 from densegeo.export.staging import locked
+from densegeo.extras import install_hint
 from densegeo.files import atomic_write
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime import measured
@@ -155,7 +156,7 @@ class _Renewal:
                 number = lacking[0]
                 raise KernelError(
                     f"{self.bundle} has no GPU kernels for sm_{number}, which go with its engines, and they cannot be "
-                    f'made here: {error}\nInstall Triton (pip install "densegeo[kernels]"), or run `densegeo engines '
+                    f"made here: {error}\nInstall Triton ({install_hint('kernels')}), or run `densegeo engines "
                     f"BUNDLE --gpu-arch {number} --kernels-only` where Triton is, and copy the bundle here."
                 ) from error
 

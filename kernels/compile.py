@@ -22,6 +22,7 @@ import msgspec
 
 from densegeo.architectures import ARCHITECTURES
 from densegeo.errors import KernelError
+from densegeo.extras import install_hint
 from densegeo.kernels.contract import Argument, LaunchContract
 from densegeo.kernels.table import Variant, variants
 
@@ -224,8 +225,8 @@ def _require_compiler(*, torch: bool = False) -> None:
         if torch:
             import_module("torch")
     except ImportError as error:
-        extras = "kernels,export" if torch else "kernels"
-        raise KernelError(f"{error.name} is not installed: pip install 'densegeo[{extras}]'.") from error
+        extras = ("kernels", "export") if torch else ("kernels",)
+        raise KernelError(f"{error.name} is not installed: {install_hint(*extras)}.") from error
 
 
 if __name__ == "__main__":

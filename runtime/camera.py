@@ -158,7 +158,7 @@ class Camera:
 
     @classmethod
     def read(cls, path: str | Path, rectified: bool = False) -> Camera:
-        """From a file: ROS' camera_info YAML (needs `densegeo[camera]`), or the same as JSON.
+        """From a file: ROS' camera_info YAML (needs the extra `camera`), or the same as JSON.
 
         Args:
             path: The file.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from densegeo.argument_checks import number_of, shown
 from densegeo.errors import ConfigError
+from densegeo.extras import install_hint
 from densegeo.runtime.lens import LENSES, Lens
 
 _MATRICES = {"k": ("k", "K", "camera_matrix"), "p": ("p", "P", "projection_matrix")}
@@ -56,7 +57,7 @@ def load(path: Path) -> Mapping[str, Any]:
         decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.yaml.decode
         content: object = decode(data)
     except ImportError as error:
-        raise ConfigError('Reading YAML needs PyYAML. Install it: pip install "densegeo[camera]".') from error
+        raise ConfigError(f"Reading YAML needs PyYAML. Install it: {install_hint('camera')}.") from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"The camera file {path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, Mapping):

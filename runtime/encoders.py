@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from densegeo.argument_checks import one_of, require_flags, shown
 from densegeo.errors import ConfigError
+from densegeo.extras import install_hint
 from densegeo.formats import RESULTS, SIDECAR, ResultFormat
 from densegeo.runtime.camera import CameraLike
 from densegeo.runtime.geometry import Geometry
@@ -133,7 +134,7 @@ def _row(name: str, geometry: Geometry, extras: Extras) -> ResultFormat:
         try:
             import_module(row.module)
         except ImportError as error:
-            raise ConfigError(f"{name} needs {row.module}. Install it: pip install densegeo[{row.extra}].") from error
+            raise ConfigError(f"{name} needs {row.module}. Install it: {install_hint(row.extra)}.") from error
     return row
 
 

@@ -355,7 +355,7 @@ class Geometry:
             directory: Where.
             formats: Of `densegeo.formats.RESULTS`: "npy" (arrays and geometry.json), "npz", "json", "png" (colour depth
                 and normals), "grey8", "grey16" (depth of any kind), "png16" (millimetres, 0 invalid; metric only),
-                "ply" (points) and "glb" (a mesh; both need depth and intrinsics), "exr" (needs `densegeo[exr]`).
+                "ply" (points) and "glb" (a mesh; both need depth and intrinsics), "exr" (needs the extra `exr`).
             stem: Prefix of the names.
             intrinsics: As in `points`, for ply and glb.
             image: The one that this result is of, for the colours of ply and glb.

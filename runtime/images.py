@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from densegeo.colors import COLORS, Color, ColorRow, color_row
 from densegeo.errors import ConfigError, ImageError, ImageFormatError, ImageTooLargeError
+from densegeo.extras import install_hint
 from densegeo.formats import IMAGES
 from densegeo.runtime.levels import Range, check_range, to_unit, warn_of_small_range
 from densegeo.runtime.ycbcr import from_ycbcr
@@ -230,9 +231,7 @@ def _register_heif(name: str) -> None:
     try:
         import_module(row.module).register_heif_opener()
     except ImportError:
-        raise ImageError(
-            f'{name} is a HEIC image. Install what reads it: pip install "densegeo[{row.extra}]".'
-        ) from None
+        raise ImageError(f"{name} is a HEIC image. Install what reads it: {install_hint(row.extra)}.") from None
 
 
 def _from_pil(image: Image.Image, name: str, read: _Reading) -> Frame:

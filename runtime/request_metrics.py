@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from densegeo.errors import ConfigError
+from densegeo.extras import install_hint
 
 # accepted = completed + failed + expired + cancelled + those still waiting or running.
 COUNTERS: Mapping[str, str] = {
@@ -177,5 +178,5 @@ def _prometheus() -> Any:
     try:
         import prometheus_client.core
     except ImportError:
-        raise ConfigError("Prometheus' format needs prometheus-client: pip install densegeo[metrics].") from None
+        raise ConfigError(f"Prometheus' format needs prometheus-client: {install_hint('metrics')}.") from None
     return prometheus_client

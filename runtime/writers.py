@@ -52,8 +52,26 @@ def save(geometry: Geometry, directory: Path, formats: Sequence[str], stem: str,
     for name in names:
         for file, part in parts(geometry, name, extras).items():
             planned[directory / (f"{stem}_{file}" if stem else file)] = part
+    require_short_names(directory, (path.name for path in planned))
     _write_together(directory, planned)
     return [*planned]
+
+
+def require_short_names(directory: Path, names: Iterable[str]) -> None:
+    """Raises ResourceError, before anything is computed, for a name that is longer than the directory's file system
+    takes. The directory may be missing.
+    """
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if os.path.isdir(folder))
+    try:
+        limit = os.pathconf(existing, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # a system, or a file system, that does not say
+        return
+    for name in names:
+        if (length := len(os.fsencode(name))) > limit:
+            raise ResourceError(
+                f"The results cannot be written to {directory}: the name {shown(name)} is too long, {length} bytes of "
+                f"{limit} that it may have; {_ADVICE[errno.ENAMETOOLONG]}."
+            )
 
 
 def _sidecar_last(names: Iterable[Path]) -> list[Path]:

@@ -159,7 +159,7 @@ def test_a_build_without_onnxruntime_says_so_first(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     options = BuildOptions(model="fe2e", output=tmp_path / "bundle")
-    with pytest.raises(ConfigError, match=r"densegeo\[cpu\].*densegeo\[gpu\]"):
+    with pytest.raises(ConfigError, match=r"\[cpu\].*the extra gpu"):
         build_bundle(options)
 
 

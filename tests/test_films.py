@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from densegeo.errors import ImageError
+from densegeo.extras import install_hint
 from densegeo.films import FilmFrame, FilmWriter, in_order, newest, opened, sampled, span_of
 from densegeo.records import JOURNAL
 from densegeo.runtime import Estimator
@@ -120,7 +121,8 @@ def test_films_without_the_extra(
 ) -> None:
     monkeypatch.setattr("densegeo.infer_options.installed", lambda module: module != "av")
     assert run("infer", toy_bundle, film, "-o", film.parent / "out") == 2
-    assert "densegeo[video]" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert install_hint("video") in error
 
 
 def test_a_camera_that_breaks_off_keeps_what_it_gave(

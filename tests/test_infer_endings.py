@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from densegeo.runtime import Estimator
+from densegeo.runtime.backends import has_cuda_driver
 from tests.support.command_line import run
+from tests.support.infer import put, summary
 
 pytestmark = pytest.mark.integration
 
@@ -58,7 +62,7 @@ def done_already(photos: Path, bundle: Path) -> list[object]:
 ENDINGS: dict[str, tuple[Callable[[Path, Path], list[object]], int, str]] = {
     "done": (lambda photos, bundle: [bundle, photos], 0, "2 of 2 images done"),
     "some failed": (broken_image, 1, "2 of 3 images done"),
-    "a bundle that is damaged": (damaged_bundle, 1, "0 of 2 images done"),
+    "a bundle that is damaged": (damaged_bundle, 1, "encoder_64x48.onnx"),
     "a bundle of another version": (other_schema, 1, "schema version 1"),
     "a backend that cannot run here": (lambda photos, bundle: [bundle, photos, "--device", "cuda:7"], 1, "error:"),
     "no bundle": (lambda photos, bundle: ["nobundle", photos], 2, "nobundle is not a densegeo bundle"),
@@ -86,8 +90,44 @@ def test_exit_codes(ending: str, toy_bundle: Path, photos: Path, capsys: pytest.
     assert run("infer", *arguments, "-o", out) == code
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in error
+    assert ("images done" in error) == ending.startswith(("done", "some failed"))  # a summary only of what was begun
     if code == 2:
         assert sorted(out.rglob("*")) == before  # nothing was run
+
+
+@pytest.mark.skipif(has_cuda_driver(), reason="there is a driver")
+def test_a_gpu_that_is_not_here(toy_bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error says so, and advises nothing about engines that the bundle does not have."""
+    assert run("infer", toy_bundle, photos, "-o", photos.parent / "out", "--device", "cuda") == 1
+    error = capsys.readouterr().err
+    assert "no NVIDIA driver is here" in error
+    assert 'Use the device "cpu"' in error
+    assert "tensorrt" not in error
+
+
+def test_a_failure_names_its_source_once(toy_bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = photos / "broken.png"
+    broken.write_bytes(b"no image")
+    assert run("infer", toy_bundle, photos, "-o", photos.parent / "out") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed")]
+    assert line.startswith(f"failed {broken} is not an image")
+    assert line.count(str(broken)) == 1
+
+
+def test_a_name_too_long_for_its_results_is_refused_before_the_networks_run(
+    toy_bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in photos.iterdir():
+        path.unlink()
+    put(photos / f"{'n' * 246}.png")
+
+    def run_networks(*_: object, **__: object) -> None:
+        raise AssertionError("the networks ran")
+
+    monkeypatch.setattr(Estimator, "__call__", run_networks)
+    assert run("infer", toy_bundle, photos, "-o", photos.parent / "out", "--json") == 1
+    (failure,) = summary(capsys)["failed"]
+    assert re.search(r"is too long, \d+ bytes of 255.*shorter name", failure["error"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

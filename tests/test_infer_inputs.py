@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from densegeo.errors import ImageError
+from densegeo.extras import install_hint
 from densegeo.formats import IMAGE_SUFFIXES
 from densegeo.inputs import find_inputs, read_list, unique_names
 from densegeo.records import JOURNAL
@@ -47,8 +49,8 @@ def test_heic_without_its_extra(toy_bundle: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     found = find_inputs([str(tmp_path / "in")], tmp_path / "out")
     assert [item.name for item in found.inputs] == ["b"]
-    assert found.skipped == {'.heic (pip install "densegeo[heic]" reads them)': 1}
-    with Estimator(toy_bundle) as estimator, pytest.raises(ImageError, match=r"densegeo\[heic\]"):
+    assert found.skipped == {f".heic ({install_hint('heic')} to read them)": 1}
+    with Estimator(toy_bundle) as estimator, pytest.raises(ImageError, match=re.escape(install_hint("heic"))):
         estimator(path)
 
 

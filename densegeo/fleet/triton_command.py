@@ -60,7 +60,7 @@ def export_triton(
 ) -> None:
     """Put a bundle into a model repository of Triton Inference Server, as its newest version.
 
-    Triton's Python needs densegeo too (pip install "densegeo[gpu]", or another backend's extra).
+    Triton's Python needs densegeo too, with the extra of a backend.
     """
     try:
         model = model_name(bundle) if name is None else given_name(name)

@@ -96,7 +96,7 @@ def open_backend(
     the GPU comes before all on the CPU; where there is no driver, what `densegeo bench` found fastest here for such a
     bundle comes first, unless `densegeo verify` failed with it. Raises ConfigError for an unknown name and for
     `sharing` where no GPU is used, BackendError when it is not installed or cannot run this bundle ("auto": when none
-    can; the message names every reason).
+    can; the message names every reason) or where `device` is a GPU and NVIDIA's driver is missing.
     """
     require_text("backend", name, '"auto" or "onnxruntime"')
     require_text("device", device, '"auto", "cpu" or "cuda:0"')
@@ -105,6 +105,11 @@ def open_backend(
     if not rows:
         raise ConfigError(f"There is no backend {name!r}; choose auto, {', '.join(row.name for row in BACKENDS)}.")
     driver = has_cuda_driver()
+    if device.partition(":")[0] == "cuda" and not driver and any("cuda" in row.devices for row in rows):
+        raise BackendError(
+            f"The device {device!r} needs an NVIDIA GPU, and no NVIDIA driver is here (libcuda.so.1 cannot be loaded). "
+            'Use the device "cpu", or "auto", which takes what there is; `densegeo doctor` says what that is.'
+        )
     beside_gpu = device == "auto" and driver
     timed = fastest_first(manifest) if name == "auto" and not driver else []
     timed = [backend for backend in timed if not has_failed(directory, backend)]
@@ -114,7 +119,7 @@ def open_backend(
         attempts = [(row, kind) for kind in ("cuda", "cpu") for row in rows if kind in row.devices]
     reasons: dict[str, None] = {}  # in order, each once
     for row, place in attempts:
-        reason = _against(row, directory, name)
+        reason = _against(row, directory, manifest, name)
         if reason is None:
             try:
                 module, _, function = row.opens.partition(":")
@@ -149,10 +154,12 @@ def open_backend(
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
 
 
-def _against(row: BackendRow, directory: Path, name: str) -> str | None:
+def _against(row: BackendRow, directory: Path, manifest: Manifest, name: str) -> str | None:
     """Why the row is not even tried where `name` was asked for, or None."""
     if not row.available():
         return f"not installed; {row.install}"
+    if name == "auto" and row.runs == "engines" and not manifest.engines:
+        return f"the bundle has no engines; `densegeo engines {directory}` makes some"
     if name == "auto" and row.verified_only and not is_verified(directory, row.name):
         return f"not verified on this machine; `densegeo verify {directory} --backend {row.name}`"
     return None

@@ -141,7 +141,7 @@ def import_openvino() -> Any:
 def _require_cpu(device: str) -> None:
     if device.partition(":")[0] == "cuda":
         raise BackendError(
-            f'The {_ROW.name} backend runs on CPUs only. Use backend="onnxruntime" (pip install densegeo[gpu]) for '
+            f'The {_ROW.name} backend runs on CPUs only. Use backend="onnxruntime" with the extra gpu for '
             f'device={device!r}, or device="cpu".'
         )
     if device not in ("auto", "cpu"):

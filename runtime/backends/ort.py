@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from densegeo.backends import BACKENDS, BackendRow, backend_row, without_convolutions
 from densegeo.errors import BackendError
+from densegeo.extras import install_hint
 from densegeo.onnx_runtime import import_onnxruntime
 from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime.backends import has_cuda_driver, parse_device
@@ -218,8 +219,8 @@ def choose_provider(row: BackendRow, device: str, available: Sequence[str]) -> t
     if needs_cuda and provider not in available:
         other = "" if row.gpu_only else ', or use device="cpu"'
         raise BackendError(
-            f"This ONNX Runtime has no {PROVIDERS[provider].title} provider. Install it with "
-            f"`pip install densegeo[gpu]` in place of [cpu]{other}."
+            f"This ONNX Runtime has no {PROVIDERS[provider].title} provider. Install it, in place of the extra cpu: "
+            f"{install_hint('gpu')}{other}."
         )
     if row.gpu_only and not has_cuda_driver():
         raise BackendError(
@@ -231,7 +232,7 @@ def choose_provider(row: BackendRow, device: str, available: Sequence[str]) -> t
 
 
 def _load_libraries(ort: Any) -> None:
-    """CUDA's and cuDNN's libraries from the packages that densegeo[gpu] brings: the system does not look there.
+    """CUDA's and cuDNN's libraries from the packages that the extra gpu brings: the system does not look there.
 
     ONNX Runtime before 1.21 has the system's alone.
     """
@@ -307,7 +308,7 @@ PROVIDERS = {
         "CUDA",
         _cuda_options,
         prepare=_load_libraries,
-        needs="the CUDA or cuDNN libraries are missing, which densegeo[gpu] brings",
+        needs="the CUDA or cuDNN libraries are missing, which the extra gpu brings",
         limit="gpu_mem_limit",
     ),
     TENSORRT: Provider(

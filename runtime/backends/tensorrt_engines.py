@@ -11,6 +11,7 @@ from typing import Any
 
 from densegeo.backends import ENGINES
 from densegeo.errors import BackendError, EngineError
+from densegeo.extras import install_hint
 from densegeo.runtime.backends.cuda_frames import CudaFrames
 from densegeo.runtime.backends.cuda_memory import architecture_of, open_device
 from densegeo.runtime.backends.cuda_weights import ALIGNMENT, upload_weights
@@ -51,8 +52,8 @@ def load_library(manifest: Manifest, architecture: int) -> tuple[str, Any]:
         except ImportError:
             continue
     raise EngineError(
-        f"these engines need {' or '.join(names)}, which is not installed: pip install "
-        + ('"densegeo[tensorrt-rtx]"' if "tensorrt_rtx" in names else "tensorrt")
+        f"these engines need {' or '.join(names)}, which is not installed: "
+        + (install_hint("tensorrt-rtx") if "tensorrt_rtx" in names else "pip install tensorrt")
     )
 
 

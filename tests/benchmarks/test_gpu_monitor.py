@@ -13,6 +13,7 @@ import pytest
 from densegeo.benchmarks.gpu_monitor import GpuMonitor, GpuReadings
 from densegeo.benchmarks.latency_report import gpu_in_words
 from densegeo.benchmarks.other_load import OtherLoad
+from densegeo.extras import install_hint
 from tests.support.project import ROOT
 
 pynvml = pytest.importorskip("pynvml")
@@ -48,7 +49,7 @@ def test_without_the_library_it_is_said_how_to_get_it(monkeypatch: pytest.Monkey
     with GpuMonitor("cuda") as monitor:
         pass
     assert monitor.readings is None
-    assert 'pip install "densegeo[nvml]"' in monitor.note
+    assert install_hint("nvml") in monitor.note
 
 
 def test_a_cpu_has_no_nvml_and_needs_no_note() -> None:

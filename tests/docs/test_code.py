@@ -106,13 +106,13 @@ def test_the_toy_backend_runs_a_bundle(toy_bundle: Path, monkeypatch: pytest.Mon
     made = types.ModuleType("densegeo.runtime.backends.onnx_reference")
     exec(compile(module, "onnx_reference.py", "exec"), made.__dict__)
     monkeypatch.setitem(sys.modules, made.__name__, made)
-    added = eval(row, {"BackendRow": backends.BackendRow})
+    added = eval(row, vars(backends))
     monkeypatch.setattr(opening, "BACKENDS", (*backends.BACKENDS, added))
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     with Estimator(toy_bundle, "reference") as ours, Estimator(toy_bundle, "onnxruntime", "cpu") as theirs:
-        found, wanted = ours(image), theirs(image)
-    np.testing.assert_allclose(found.prediction, wanted.prediction, atol=1e-6)
-    np.testing.assert_allclose(found.normals, wanted.normals, atol=1e-5)
+        result, expected = ours(image), theirs(image)
+    np.testing.assert_allclose(result.prediction, expected.prediction, atol=1e-6)
+    np.testing.assert_allclose(result.normals, expected.normals, atol=1e-5)
 
 
 def test_the_toy_model_is_the_one_that_is_tested() -> None:

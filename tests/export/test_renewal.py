@@ -16,6 +16,7 @@ from densegeo.errors import ConfigError, DigestError, EngineError, KernelError, 
 from densegeo.export import engine_builder, engines_command, renewal
 from densegeo.export.engine_builder import EngineOptions
 from densegeo.export.renewal import renew
+from densegeo.extras import install_hint
 from densegeo.runtime import measured, ready, state
 from densegeo.runtime.bundle import (
     STAGES,
@@ -208,7 +209,7 @@ def test_kernels_that_are_missing_need_triton_but_no_torch(bundle: Path, tmp_pat
     code, _, err = run_without(tmp_path, (*BUILD_SIDE, "triton"), *arguments)
     assert code == 1
     assert "no GPU kernels for sm_120" in err
-    assert 'pip install "densegeo[kernels]"' in err
+    assert install_hint("kernels") in err
     assert contents(bundle) == before
     code, _, err = run_without(tmp_path, BUILD_SIDE, "engines", bundle, "--gpu-arch", 120, "--kernels-only")
     assert code == 0, err

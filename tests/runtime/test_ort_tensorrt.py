@@ -124,7 +124,7 @@ def test_a_broken_tensorrt(library: Library, new_bundle: NewBundle, monkeypatch:
     ("device", "available", "driver", "message"),
     [
         ("cpu", [TENSORRT, CPU], True, r"runs on NVIDIA GPUs only. Use backend=\"onnxruntime\""),
-        ("auto", [CUDA, CPU], True, r"no TensorRT provider.*densegeo\[gpu\]` in place of \[cpu\]\."),
+        ("auto", [CUDA, CPU], True, r"no TensorRT provider.*in place of the extra cpu: pip install \"\.\[gpu\]\""),
         ("cuda:0", [CPU], True, "no TensorRT provider"),
         ("auto", [TENSORRT, CPU], False, "no NVIDIA driver here"),
     ],
@@ -179,7 +179,7 @@ def test_what_is_not_installed_is_named(bundle: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(backends, "BACKENDS", (ROW,))
     monkeypatch.setattr(BackendRow, "available", lambda row: False)
     for name in (NAME, "auto"):
-        with pytest.raises(BackendError, match=rf"{NAME}: not installed; pip install \"densegeo\[gpu\]\" tensorrt"):
+        with pytest.raises(BackendError, match=rf"{NAME}: not installed; pip install \"\.\[gpu\]\" tensorrt"):
             open_backend(name, bundle, read_manifest(bundle), "auto")
 
 

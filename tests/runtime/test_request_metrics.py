@@ -166,5 +166,5 @@ def test_without_prometheus_everything_but_its_format_works(monkeypatch: pytest.
     metrics.count("accepted")
     assert metrics.snapshot().counters["accepted"] == 1
     for export in (metrics.exposition, metrics.collector):
-        with pytest.raises(ConfigError, match=r"densegeo\[metrics\]"):
+        with pytest.raises(ConfigError, match=r"\.\[metrics\]"):
             export()
