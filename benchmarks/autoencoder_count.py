@@ -35,8 +35,8 @@ class Work:
         return max(self.flops / FLOPS, WIDTH * self.elements / BYTES_A_SECOND)
 
 
-def convolution(taken: int, weight: int, made: int, flops: int) -> Work:
-    return Work(flops, taken + weight + made)
+def convolution(inputs: int, weights: int, outputs: int, flops: int) -> Work:
+    return Work(flops, inputs + weights + outputs)
 
 
 def upsampling(form: str, channels: int, height: int, width: int, batch: int = 1) -> list[Work]:
@@ -54,38 +54,40 @@ def upsampling(form: str, channels: int, height: int, width: int, batch: int = 1
 
 def work_of(network: nn.Module, example: Tensor, form: str) -> Iterator[Work]:
     """Of every launch of `network(example)`, whose upsampling is plain and counted in a form. example: on meta."""
-    found: list[Work] = []
+    launches: list[Work] = []
 
-    def seen(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        x = given[0]
+    def note_launch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0]
         if isinstance(module, Upsample):
             batch, channels, height, width = x.shape
-            found.extend(upsampling(form, channels, height, width, batch))
+            launches.extend(upsampling(form, channels, height, width, batch))
         elif isinstance(module, Norm):
-            found.append(Work(0, 2 * x.numel() + made.numel()))
+            launches.append(Work(0, 2 * x.numel() + output.numel()))
         elif isinstance(module, AttnBlock):
             batch, channels, height, width = x.shape
-            found.append(Work(4 * batch * (height * width) ** 2 * channels, 4 * x.numel()))
+            launches.append(Work(4 * batch * (height * width) ** 2 * channels, 4 * x.numel()))
         elif isinstance(module, nn.Conv2d):
             weight = module.weight
-            found.append(convolution(x.numel(), weight.numel(), made.numel(), 2 * made.numel() * weight[0].numel()))
+            launches.append(
+                convolution(x.numel(), weight.numel(), output.numel(), 2 * output.numel() * weight[0].numel())
+            )
 
     inside = {id(module.conv) for module in network.modules() if isinstance(module, Upsample)}
     for module in network.modules():
         if isinstance(module, Upsample | Norm | AttnBlock | nn.Conv2d) and id(module) not in inside:
-            module.register_forward_hook(seen)
+            module.register_forward_hook(note_launch)
     with torch.no_grad():
         network(example)
-    yield from found
+    yield from launches
 
 
 def _row(part: str, form: str, work: list[Work]) -> dict[str, Any]:
     return {
         "part": part,
         "form": form,
-        "tflop": sum(one.flops for one in work) / 1e12,
-        "gb": WIDTH * sum(one.elements for one in work) / 1e9,
-        "floor_ms": 1e3 * sum(one.floor for one in work),
+        "tflop": sum(launch.flops for launch in work) / 1e12,
+        "gb": WIDTH * sum(launch.elements for launch in work) / 1e9,
+        "floor_ms": 1e3 * sum(launch.floor for launch in work),
     }
 
 

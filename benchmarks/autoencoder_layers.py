@@ -110,8 +110,8 @@ def measured_layers(backend: str, size: int, runs: int, folder: Path, smoke: boo
         for convolution in every[stage]:
             name = f"alone-{stage}-{convolution.name}"
             if convolution.shape not in timers:
-                given = torch.randn(convolution.inputs, generator=torch.Generator().manual_seed(4))
-                timers[convolution.shape] = TIMERS[backend](copy.deepcopy(convolution.module), given, place / name)
+                picture = torch.randn(convolution.inputs, generator=torch.Generator().manual_seed(4))
+                timers[convolution.shape] = TIMERS[backend](copy.deepcopy(convolution.module), picture, place / name)
         timers[stage] = TIMERS[backend](copy.deepcopy(network), example, place / stage)
     walls: dict[Any, list[float]] = {key: [] for key in timers}
     for _ in range(runs + 1):
@@ -144,8 +144,8 @@ def measured_layers(backend: str, size: int, runs: int, folder: Path, smoke: boo
 
 def _convolved(rows: list[Timed]) -> list[float]:
     """Seconds of every convolution, in the order in which they run."""
-    found = {row.index: statistics.median(row.seconds) for row in rows if row.kind == CONVOLUTION}
-    return [found[index] for index in range(len(found))]
+    seconds = {row.index: statistics.median(row.seconds) for row in rows if row.kind == CONVOLUTION}
+    return [seconds[index] for index in range(len(seconds))]
 
 
 def _row(convolution: Convolution, inside: float, alone: float) -> dict[str, Any]:
@@ -163,14 +163,14 @@ def _row(convolution: Convolution, inside: float, alone: float) -> dict[str, Any
 def raced(calls: dict[str, Timer], exact: Callable[[], Any], runs: int) -> dict[str, dict[str, Any]]:
     """Whole runs, interleaved; wrong numbers get no time. The first call is what the others are compared with."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    wanted, errors = exact(), dict[str, float]()
+    reference, errors = exact(), dict[str, float]()
     for turn in range(runs + 1):
         for name, timer in calls.items():
             seconds = timer.run()
             if turn:
                 times[name].append(seconds)
                 continue
-            errors[name] = relative_error(timer.output, wanted)  # type: ignore[attr-defined]
+            errors[name] = relative_error(timer.output, reference)  # type: ignore[attr-defined]
             if not errors[name] <= EXACT:
                 raise DensegeoError(f"{name} differs by {errors[name]:.1e}; the bound is {EXACT:.0e}")
     first = times[next(iter(times))]
@@ -182,18 +182,18 @@ def raced(calls: dict[str, Timer], exact: Callable[[], Any], runs: int) -> dict[
 
 def decoders(backend: str, vae: VAE, example: Tensor, folder: Path) -> dict[str, Callable[[], Timer]]:
     """Name of a form -> what makes its timer on these latents (N, z, h, w)."""
-    made: dict[str, Callable[[], Timer]] = {}
+    timers: dict[str, Callable[[], Timer]] = {}
     for form in ("plain", "phases", "transposed"):
         network = with_upsampling(vae.decoder, form)
         if backend == "torch":
-            made[form] = partial(TIMERS[backend], network, example, folder)
+            timers[form] = partial(TIMERS[backend], network, example, folder)
             continue
         kind: Any = OrtTimer if backend == "onnxruntime" else OpenVinoTimer
         for channels_last in (False, True):
             name = form + ", norms by channel" * channels_last
             place = folder / "-".join([*name.replace(",", "").split(), *map(str, example.shape)])
-            made[name] = partial(_on_graph, kind, network, example, place, channels_last)
-    return made
+            timers[name] = partial(_on_graph, kind, network, example, place, channels_last)
+    return timers
 
 
 def _on_graph(kind: Any, network: nn.Module, example: Tensor, place: Path, channels_last: bool) -> Timer:
@@ -254,17 +254,19 @@ def layers_command(
 
     def run() -> None:
         _checked(backend, size)
-        found = measured_layers(backend, size, runs, folder, smoke)
-        _finish(found, json_file, *(layer_table(found, stage) for stage in found["stages"]))
+        result = measured_layers(backend, size, runs, folder, smoke)
+        _finish(result, json_file, *(layer_table(result, stage) for stage in result["stages"]))
 
     guarded(run)
 
 
-def layer_table(found: dict[str, Any], stage: str) -> Table:
+def layer_table(result: dict[str, Any], stage: str) -> Table:
     """One line a convolution, one a kind of the rest."""
-    rows = found["stages"][stage]
+    rows = result["stages"][stage]
     total = sum(rows["kinds_ms"].values())
-    title = f"{stage} on {found['backend']}, {rows['median_ms']:.0f} ms; ceiling {found['ceiling_gflops']:.0f} GFLOP/s"
+    title = (
+        f"{stage} on {result['backend']}, {rows['median_ms']:.0f} ms; ceiling {result['ceiling_gflops']:.0f} GFLOP/s"
+    )
     table = Table("", "from", "to", "kernel", "GFLOP", "ms", "share", "GFLOP/s", "alone", title=title)
     for row in rows["convolutions"]:
         places = ("x".join(map(str, row[key])) for key in ("inputs", "outputs", "kernel"))
@@ -286,10 +288,10 @@ def race_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _race(what: str, backend: str, size: int, runs: int, json_file: Path | None, calls: Any, exact: Any) -> None:
+def _race(benchmark: str, backend: str, size: int, runs: int, json_file: Path | None, calls: Any, exact: Any) -> None:
     rows = raced(calls, exact, runs)
-    found = {"what": what, "backend": backend, "size": [size, size], "rounds": runs, "rows": rows}
-    _finish(found, json_file, race_table(f"decoder on {backend}, {size}x{size}", rows))
+    result = {"what": benchmark, "backend": backend, "size": [size, size], "rounds": runs, "rows": rows}
+    _finish(result, json_file, race_table(f"decoder on {backend}, {size}x{size}", rows))
 
 
 def _exact(vae: VAE, example: Tensor) -> Any:
@@ -369,16 +371,16 @@ def count_command(json_file: Json = None) -> None:
     """Operations and bytes of FE2E's autoencoder at 1024x768 in bf16, form by form; nothing is run."""
 
     def run() -> None:
-        found = {"what": "count", **counted(FULL.vae, *FULL.size)}
-        _finish(found, json_file, count_table(found))
+        result = {"what": "count", **counted(FULL.vae, *FULL.size)}
+        _finish(result, json_file, count_table(result))
 
     guarded(run)
 
 
-def count_table(found: dict[str, Any]) -> Table:
-    title = f"bf16, {found['size'][0]}x{found['size'][1]}; floor: at {found['gpu']}'s peaks, layer by layer"
+def count_table(result: dict[str, Any]) -> Table:
+    title = f"bf16, {result['size'][0]}x{result['size'][1]}; floor: at {result['gpu']}'s peaks, layer by layer"
     table = Table("", "form", "TFLOP", "GB", "floor", title=title)
-    for row in found["rows"]:
+    for row in result["rows"]:
         table.add_row(row["part"], row["form"], f"{row['tflop']:.3f}", f"{row['gb']:.2f}", f"{row['floor_ms']:.2f} ms")
     return table
 

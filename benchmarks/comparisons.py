@@ -93,11 +93,11 @@ def contenders(plain: Pipeline, vae: VAEConfig, rgb: Tensor, low: str, without: 
     return Contenders(folded, fast, exact, authors, plain_low, rgb, latent, velocity, decoded)
 
 
-def _check_low(ours: dict[str, float], plain: dict[str, float], what: str) -> None:
+def _check_low(ours: dict[str, float], plain: dict[str, float], network: str) -> None:
     for name, error in ours.items():
         if not error <= LOW_FACTOR * plain[name]:
             raise Wrong(
-                f"{what}: {name} is off by {error:.2e}, plain eager low precision by {plain[name]:.2e}; "
+                f"{network}: {name} is off by {error:.2e}, plain eager low precision by {plain[name]:.2e}; "
                 f"at most {LOW_FACTOR:g} times that is allowed"
             )
 

@@ -79,7 +79,7 @@ class Check:
 
     def run(self, steps: dict[str, Step]) -> bool:
         """Run the steps in order, write the file after each, and return whether all went well."""
-        good = True
+        all_well = True
         for name, step in steps.items():
             started = time.monotonic()
             if self.seconds_left() < 30:
@@ -92,12 +92,12 @@ class Check:
                     entry = {"failed": f"{type(error).__name__}: {error}"}
             entry["seconds"] = round(time.monotonic() - started, 1)
             gpu_models.free(self.device)
-            good &= "failed" not in entry
+            all_well &= "failed" not in entry
             self.result["steps"][name] = entry
             write_json(self.output, self.result)
             verdict = "failed" if "failed" in entry else "skipped" if "skipped" in entry else "done"
             print(f"{name}: {verdict} in {entry['seconds']} s", flush=True)
-        return good
+        return all_well
 
 
 def tests(check: Check) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def rows(check: Check) -> dict[str, Any]:
     measured_rows = gpu_rows.measure(check.device, small=check.small, runs=check.runs(10))
     frames = gpu_frames.measure(check.bundle, check.device, check.runs(10))
     manifest = read_manifest(check.bundle)
-    what, floor = f"an image of {manifest.model} at {manifest.buckets[0].size}", gpu_frames.floor_ms(manifest)
-    print(gpu_rows.table(measured_rows), gpu_rows.table(frames, what, floor), sep="\n\n", flush=True)
+    title, floor = f"an image of {manifest.model} at {manifest.buckets[0].size}", gpu_frames.floor_ms(manifest)
+    print(gpu_rows.table(measured_rows), gpu_rows.table(frames, title, floor), sep="\n\n", flush=True)
     wrong = [f"{name}: {row['failed']}" for name, row in (measured_rows | frames).items() if "failed" in row]
     entry = {"floor_ms": gpu_rows.FLOOR_MS, "rows": measured_rows, "frames_floor_ms": floor, "frames": frames}
     return entry | ({"failed": "; ".join(wrong)} if wrong else {})
@@ -366,9 +366,9 @@ def main() -> int:
         return 2
     budget = options.budget or (QUICK_S if options.quick else BUDGET_S)
     check = Check(options.output, options.device, options.bundle, budget, small=options.small, quick=options.quick)
-    good = check.run({name: STEPS[name] for name in options.steps or (QUICK if options.quick else STEPS)})
+    all_well = check.run({name: STEPS[name] for name in options.steps or (QUICK if options.quick else STEPS)})
     print(f"wrote {options.output}")
-    return 0 if good else 1
+    return 0 if all_well else 1
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def _linears(sizes: Sizes, device: str) -> Iterator[Row]:
             fused, fast = FusedLinear(linear), FusedLinear(linear)
             fast.fast, once = True, functools.partial(fused, eight)
             exact = functools.partial(F.linear, x, plain.weight, plain.bias)
-            what = "weights in 8 bits" if kind == "int8" else "scales made once"
+            change = "weights in 8 bits" if kind == "int8" else "scales made once"
             name = f"{kind} {inside} to {outside}"
-            yield Row(f"{name}: {what}", sizes.singles, functools.partial(linear, eight), once, exact)
+            yield Row(f"{name}: {change}", sizes.singles, functools.partial(linear, eight), once, exact)
             if kind == "fp8":
                 yield Row(f"{name}: fast sums", sizes.singles, once, functools.partial(fast, eight), exact)
 
@@ -260,12 +260,12 @@ def _timed(row: Row, device: str, runs: int) -> dict[str, Any]:
     return {"before_ms": before, "after_ms": after, "saved_of_floor": (before - after) / FLOOR_MS}
 
 
-def table(timings: dict[str, Any], what: str = "an image of FE2E at 864x576", floor: float = FLOOR_MS) -> str:
+def table(timings: dict[str, Any], title: str = "an image of FE2E at 864x576", floor: float = FLOOR_MS) -> str:
     """The rows as text, the most saved first; those without a time last, with the reason. floor: ms."""
     timed = {name: row for name, row in timings.items() if "before_ms" in row}
     order = sorted(timed, key=lambda name: timed[name]["after_ms"] - timed[name]["before_ms"])
-    width = max(map(len, (what, *timings)))
-    lines = [f"{what:<{width}}  before ms  after ms  saved of the floor ({floor:.3g} ms)"]
+    width = max(map(len, (title, *timings)))
+    lines = [f"{title:<{width}}  before ms  after ms  saved of the floor ({floor:.3g} ms)"]
     for name in order:
         row = timed[name]
         lines.append(f"{name:<{width}}  {row['before_ms']:9.2f} {row['after_ms']:9.2f}  {row['saved_of_floor']:+8.1%}")

@@ -63,8 +63,8 @@ def _load_fe2e(checkpoint: Path, size: Size, how: Diffusers) -> Run:
     """Batch 1, the connector's outputs precomputed."""
     files, _ = resolve(SourceOptions(checkpoint=str(checkpoint)), FE2E)
     pipeline = load_pipeline(files, size)
-    made = make_baseline(pipeline, pipeline.vae.config, dtype=how.dtype, vae_dtype=how.dtype, batch=1)
-    baseline, decode, layout = made.connected(), pipeline.decode, torch.contiguous_format
+    modules = make_baseline(pipeline, pipeline.vae.config, dtype=how.dtype, vae_dtype=how.dtype, batch=1)
+    baseline, decode, layout = modules.connected(), pipeline.decode, torch.contiguous_format
     if how.channels_last:
         layout = torch.channels_last
         baseline.autoencoder.to(memory_format=layout)

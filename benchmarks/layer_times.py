@@ -59,18 +59,18 @@ class Convolution:
 
 def convolutions(network: nn.Module, example: Tensor) -> list[Convolution]:
     """Every convolution that `network(example)` runs. example: on the meta device, as nothing is computed."""
-    found: list[Convolution] = []
+    all_convolutions: list[Convolution] = []
 
-    def seen(name: str, module: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
+    def note(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.kernel() if isinstance(module, TransposedUpsample) else module.weight
-        pixels = given[0] if isinstance(module, TransposedUpsample) else made
+        pixels = inputs[0] if isinstance(module, TransposedUpsample) else output
         flops = 2 * pixels.numel() * weight[0].numel()
-        found.append(
-            Convolution(name, module, tuple(given[0].shape), tuple(made.shape), tuple(weight.shape[2:]), flops)
+        all_convolutions.append(
+            Convolution(name, module, tuple(inputs[0].shape), tuple(output.shape), tuple(weight.shape[2:]), flops)
         )
 
     handles = [
-        module.register_forward_hook(lambda module, given, made, name=name: seen(name, module, given, made))
+        module.register_forward_hook(lambda module, inputs, output, name=name: note(name, module, inputs, output))
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | TransposedUpsample)
     ]
@@ -81,7 +81,7 @@ def convolutions(network: nn.Module, example: Tensor) -> list[Convolution]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return all_convolutions
 
 
 @dataclass(frozen=True)

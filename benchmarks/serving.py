@@ -187,14 +187,16 @@ async def measure(bundle: str, seconds: float, say: Callable[[str], None]) -> di
             calls += await asyncio.to_thread(call_ms, estimator, pixels)
             service = statistics.median(calls) / 1e3
             say(f"one call: {1e3 * service:.1f} ms")
-            most = statistics.median(rates["submit"])
+            saturated_rate = statistics.median(rates["submit"])
             runs = []
             for kind in ("fixed", "poisson"):
                 for part in PARTS:
-                    due = arrivals(part * most, seconds, kind)
+                    due = arrivals(part * saturated_rate, seconds, kind)
                     for target, ask in targets.items():
                         result = row(await open_loop(ask, due), service)
-                        runs.append({"target": target, "arrivals": kind, "part": part, "rate": part * most} | result)
+                        runs.append(
+                            {"target": target, "arrivals": kind, "part": part, "rate": part * saturated_rate} | result
+                        )
                         say(f"{target:7} {kind:8} {part:4.2f}: {result['latency_ms']} failed {result['failed']}")
             groups = together(port)
             served.close()
@@ -247,7 +249,7 @@ def main() -> None:
         return
     result = asyncio.run(measure(options.bundle, options.seconds, lambda text: print(text, file=sys.stderr)))
     figures = verdict(result)
-    good = figures["throughput"] >= BOUNDS["throughput"] and all(
+    within_bounds = figures["throughput"] >= BOUNDS["throughput"] and all(
         figures[name] <= BOUNDS[name] for name in ("fixed_p99_to_call", "poisson_to_queue")
     )
     machine = environment(("onnxruntime", "starlette", "uvicorn", "h11", "numpy"))
@@ -256,8 +258,8 @@ def main() -> None:
         write_json(options.json, record)
     if options.plot:
         draw(result, options.plot)
-    print(json.dumps({"figures": figures, "bounds": BOUNDS, "good": good}))
-    sys.exit(0 if good else 1)
+    print(json.dumps({"figures": figures, "bounds": BOUNDS, "good": within_bounds}))
+    sys.exit(0 if within_bounds else 1)
 
 
 if __name__ == "__main__":

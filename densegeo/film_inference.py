@@ -37,10 +37,10 @@ log = logging.getLogger("densegeo")
 
 @dataclass(frozen=True)
 class FilmOptions:
-    """frames: whether every frame's results are saved too. most: frames to take, or None for all."""
+    """frames: whether every frame's results are saved too. max_frames: those to take, or None for all."""
 
     frames: bool = False
-    most: int | None = None
+    max_frames: int | None = None
     workers: int = 3
 
 
@@ -127,7 +127,7 @@ class _Film:
             FilmWriter(self._folder / f"{self._stem}_{SIDE_BY_SIDE}") as film,
             closing(newest(frames) if self._live else frames) as all_frames,
         ):
-            chosen_frames = _until(islice(all_frames, self._options.most), stops, self._live)
+            chosen_frames = _until(islice(all_frames, self._options.max_frames), stops, self._live)
             workers = 1 if self._live else self._options.workers
             try:
                 for frame, picture in in_order(chosen_frames, lambda frame: self._picture(frame, results), workers):
@@ -142,7 +142,7 @@ class _Film:
                 if not self._live or not count:
                     raise
                 return count, error  # what a camera gave until then is kept
-            if self._live and not stops and count + self._refused < (self._options.most or math.inf):
+            if self._live and not stops and count + self._refused < (self._options.max_frames or math.inf):
                 log.warning("The stream ended by itself after %d frames.", count)
             if not count:
                 raise ImageError(f"None of its {self._refused} frames gave a result. The first: {why}")

@@ -190,8 +190,8 @@ def _summary(job: Run, tally: Tally, todo: list[Input], console: Console) -> Non
         films = any(item.film for item in todo)
         stopped = f"stopped by {tally.stopped_by}: " if tally.stopped_by else ""
         speed = f", {tally.done / tally.seconds:.3g} a second" if tally.done and tally.seconds else ""
-        what = "images, films and cameras" if films else "images"
-        line = f"{stopped}{tally.done} of {len(todo)} {what} done{speed}, results in {job.output}"
+        kinds = "images, films and cameras" if films else "images"
+        line = f"{stopped}{tally.done} of {len(todo)} {kinds} done{speed}, results in {job.output}"
         console.print(escape(line), soft_wrap=True, highlight=False)
         if tally.skipped:
             console.print(f"left out: {escape(in_words(tally.skipped))}", soft_wrap=True, highlight=False)

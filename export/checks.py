@@ -236,18 +236,18 @@ def graph_outputs(directory: Path, bucket: Bucket, decode: Decode, references: O
 
 
 def check_bucket(
-    bucket: Bucket, outputs: Outputs, references: Outputs, bounds: dict[str, float], what: str
+    bucket: Bucket, outputs: Outputs, references: Outputs, bounds: dict[str, float], reference: str
 ) -> list[Check]:
     """Compare outputs with references; raises ExportError naming every output beyond its bound."""
     checks = [
-        Check(bucket.name, output, what, relative_error(outputs[output], references[output]), bounds[output])
+        Check(bucket.name, output, reference, relative_error(outputs[output], references[output]), bounds[output])
         for output in references
         if output != "rgb"
     ]
     if failed := [check for check in checks if not within(check)]:
         listed = "; ".join(f"{c.output}: {c.error:.2e} > {c.bound:.2e}" for c in failed)
         raise ExportError(
-            f"the exported graphs at {bucket.name} miss their bound against {what} (relative L2): {listed}. "
+            f"the exported graphs at {bucket.name} miss their bound against {reference} (relative L2): {listed}. "
             "Nothing was written. Build with --precision fp32, or report this with the command line."
         )
     return checks

@@ -89,5 +89,5 @@ def _check(
     widen = base not in CHECKED_ON.precisions
     references = alternating(pictures, bucket.batch)
     outputs = checks.graph_outputs(directory, bucket, decode, references, widen=widen)
-    what = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")
-    return checks.check_bucket(bucket, outputs, references, bounds, what)
+    reference = "PyTorch float32, rewrites off" + (" (graph widened to float32)" if widen else "")
+    return checks.check_bucket(bucket, outputs, references, bounds, reference)

@@ -145,7 +145,7 @@ class Repository:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(file: str) -> Iterator[None]:
     """Whatever the network and its libraries raise meanwhile becomes one sentence with what to do."""
     try:
         yield
@@ -154,7 +154,7 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:  # libraries raise many kinds, of each version others
         message = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"cannot download {what}: {message}. Check the name and the network, set HF_TOKEN where the "
+            f"cannot download {file}: {message}. Check the name and the network, set HF_TOKEN where the "
             "repository asks for permission, or download the files by hand and pass --checkpoint DIR"
         ) from error
 

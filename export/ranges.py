@@ -36,8 +36,8 @@ class RangeRecorder(TorchFunctionMode):
             self._note(out, "")
         return out
 
-    def _note(self, value: Tensor, what: str) -> None:
-        name = (self._stack[-1] if self._stack else "") + what
+    def _note(self, value: Tensor, suffix: str) -> None:
+        name = (self._stack[-1] if self._stack else "") + suffix
         self.largest[name] = max(self.largest.get(name, 0.0), float(value.abs().amax()))
 
     @contextmanager

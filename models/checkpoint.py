@@ -49,7 +49,7 @@ class KeyReport:
         groups = [("missing", self.missing), ("wrong shape", self.misshapen), ("wrong dtype", self.wrong_dtype)]
         if not allow_unexpected:
             groups.append(("unexpected", self.unexpected))
-        lines = [f"{len(keys)} {what}: " + "; ".join(keys) for what, keys in groups if keys]
+        lines = [f"{len(keys)} {trouble}: " + "; ".join(keys) for trouble, keys in groups if keys]
         return [*lines, self.hint] if lines and self.hint else lines
 
 

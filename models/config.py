@@ -102,11 +102,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _combine(read: dict[str, Any], stated: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
+def _combine(read: dict[str, Any], stated: Mapping[str, Any], defaults: dict[str, Any], model: str) -> dict[str, Any]:
     """Merge what shapes say with what a file says; a contradiction is an error."""
     for key, value in read.items():
         if key in stated and stated[key] != value:
-            raise ConfigError(f"the configuration says {key} = {stated[key]}, but the {what}'s tensors have {value}")
+            raise ConfigError(f"the configuration says {key} = {stated[key]}, but the {model}'s tensors have {value}")
     return read | {key: stated.get(key, value) for key, value in defaults.items()}
 
 
@@ -116,9 +116,9 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max(indices, default=-1) + 1
 
 
-def _dim(shapes: Shapes, key: str, axis: int, what: str) -> int:
+def _dim(shapes: Shapes, key: str, axis: int, model: str) -> int:
     if key not in shapes or len(shapes[key]) <= axis:
-        raise CheckpointError(f"this is no {what}: it lacks {key!r}; {layout(shapes)}")
+        raise CheckpointError(f"this is no {model}: it lacks {key!r}; {layout(shapes)}")
     return shapes[key][axis]
 
 
@@ -130,23 +130,23 @@ def transformer_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) 
     Raises CheckpointError for another model's tensors, ConfigError for contradictions and impossible sizes.
     """
     stated = stated or {}
-    what = "Step1X-Edit transformer"
-    hidden = _dim(shapes, "img_in.weight", 0, what)
-    head = _dim(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 0, what)
-    connector = _dim(shapes, "connector.S.input_embedder.weight", 0, what)
+    model = "Step1X-Edit transformer"
+    hidden = _dim(shapes, "img_in.weight", 0, model)
+    head = _dim(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 0, model)
+    connector = _dim(shapes, "connector.S.input_embedder.weight", 0, model)
     read = {
         "hidden_size": hidden,
         "num_heads": hidden // head,
         "depth": _count(shapes, r"double_blocks\.(\d+)\."),
         "depth_single_blocks": _count(shapes, r"single_blocks\.(\d+)\."),
-        "context_in_dim": _dim(shapes, "txt_in.weight", 1, what),
-        "vec_in_dim": _dim(shapes, "vector_in.in_layer.weight", 1, what),
-        "prompt_dim": _dim(shapes, "connector.S.input_embedder.weight", 1, what),
+        "context_in_dim": _dim(shapes, "txt_in.weight", 1, model),
+        "vec_in_dim": _dim(shapes, "vector_in.in_layer.weight", 1, model),
+        "prompt_dim": _dim(shapes, "connector.S.input_embedder.weight", 1, model),
         "connector_hidden": connector,
         "connector_depth": _count(shapes, r"connector\.S\.individual_token_refiner\.blocks\.(\d+)\."),
-        "mlp_hidden": _dim(shapes, "double_blocks.0.img_mlp.0.weight", 0, what),
-        "connector_mlp_hidden": _dim(shapes, "connector.S.individual_token_refiner.blocks.0.mlp.fc1.weight", 0, what),
-        "in_channels": _dim(shapes, "img_in.weight", 1, what),
+        "mlp_hidden": _dim(shapes, "double_blocks.0.img_mlp.0.weight", 0, model),
+        "connector_mlp_hidden": _dim(shapes, "connector.S.individual_token_refiner.blocks.0.mlp.fc1.weight", 0, model),
+        "in_channels": _dim(shapes, "img_in.weight", 1, model),
     }
     if hidden % head:
         raise ConfigError(f"hidden size {hidden} is no multiple of the head size {head}")
@@ -165,7 +165,7 @@ def transformer_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) 
             "theta": 10000.0,
             "connector_heads": connector // 128,
         },
-        what,
+        model,
     )
     values["axes_dim"] = tuple(values["axes_dim"])
     if sum(values["axes_dim"]) != head or any(axis % 2 for axis in values["axes_dim"]):
@@ -177,19 +177,19 @@ def transformer_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) 
 
 def vae_config(shapes: Shapes, stated: Mapping[str, Any] | None = None) -> VAEConfig:
     """Read the autoencoder's architecture from its tensors' shapes; `stated` is the configuration's `vae` object."""
-    what = "Flux autoencoder"
-    ch = _dim(shapes, "encoder.conv_in.weight", 0, what)
+    model = "Flux autoencoder"
+    ch = _dim(shapes, "encoder.conv_in.weight", 0, model)
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-    widths = [_dim(shapes, f"encoder.down.{level}.block.0.conv2.weight", 0, what) for level in range(levels)]
+    widths = [_dim(shapes, f"encoder.down.{level}.block.0.conv2.weight", 0, model) for level in range(levels)]
     if any(width % ch for width in widths) or ch % 32:
-        raise ConfigError(f"the {what}'s widths {widths} must be multiples of its base width {ch}, and that of 32")
+        raise ConfigError(f"the {model}'s widths {widths} must be multiples of its base width {ch}, and that of 32")
     read = {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
         "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        "z_channels": _dim(shapes, "decoder.conv_in.weight", 1, what),
+        "z_channels": _dim(shapes, "decoder.conv_in.weight", 1, model),
     }
     stated = dict(stated or {})
     if "ch_mult" in stated:
         stated["ch_mult"] = tuple(stated["ch_mult"])
-    return VAEConfig(**_combine(read, stated, {"scale_factor": 0.3611, "shift_factor": 0.1159}, what))
+    return VAEConfig(**_combine(read, stated, {"scale_factor": 0.3611, "shift_factor": 0.1159}, model))

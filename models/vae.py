@@ -264,11 +264,11 @@ class VAE(nn.Module):
 
 def transpose_upsampling(decoder: Decoder) -> list[TransposedUpsample]:
     """Make phases that are in floating point transposed convolutions, in place; returns these."""
-    made = []
+    replacements = []
     for level in decoder.up:
         assert isinstance(level, Level)
         phases = getattr(level, "upsample", None)
         if type(phases) is PhaseUpsample and isinstance(phases.conv, nn.Conv2d):
             level.upsample = TransposedUpsample(phases)
-            made.append(level.upsample)
-    return made
+            replacements.append(level.upsample)
+    return replacements

@@ -183,14 +183,14 @@ def resized(points: Float64, before: Size, after: Size) -> Float64:
     return np.asarray((points + 0.5) * ratio - 0.5)
 
 
-def check_inside(size: Size, points: Float64, what: str = "anchors") -> None:
+def check_inside(size: Size, points: Float64, name: str = "anchors") -> None:
     """Raises CalibrationError for pixels (N, 2) outside the image."""
     width, height = size
     outside = (points < -0.5).any(axis=1) | (points[:, 0] > width - 0.5) | (points[:, 1] > height - 0.5)
     if outside.any():
         u, v = points[outside][0]
         raise CalibrationError(
-            f"{int(outside.sum())} {what} lie outside the {width}x{height} image, the first at ({u:g}, {v:g}). "
+            f"{int(outside.sum())} {name} lie outside the {width}x{height} image, the first at ({u:g}, {v:g}). "
             "uv is (column, row) in pixels of the source image."
         )
 

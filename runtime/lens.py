@@ -64,8 +64,8 @@ def undistort(x: Float64, y: Float64, lens: Lens, coefficients: tuple[float, ...
             du, dv = _newton(u, v, x, y, lens, coefficients)
             u, v = u + du, v + dv
         back_x, back_y = distort(u, v, lens, coefficients)
-        good = (np.hypot(back_x - x, back_y - y) < _CLOSE) & (np.hypot(u, v) < np.tan(_ANGLES[end - 1]))
-    return np.where(good, u, np.nan), np.where(good, v, np.nan)
+        converged = (np.hypot(back_x - x, back_y - y) < _CLOSE) & (np.hypot(u, v) < np.tan(_ANGLES[end - 1]))
+    return np.where(converged, u, np.nan), np.where(converged, v, np.nan)
 
 
 def _radial_only(coefficients: tuple[float, ...]) -> tuple[float, ...]:

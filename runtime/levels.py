@@ -22,10 +22,10 @@ def check_range(value_range: object) -> None:
         return
     try:
         low, high = (number_of(value) for value in value_range)  # type: ignore[attr-defined]
-        good = low is not None and high is not None and bool(np.isfinite([low, high]).all()) and low < high
+        is_range = low is not None and high is not None and bool(np.isfinite([low, high]).all()) and low < high
     except (TypeError, ValueError):
-        good = False
-    if not good:
+        is_range = False
+    if not is_range:
         raise ConfigError(
             "value_range must be the values of black and of white, such as (0, 4095) for an image of 12 bits, not "
             f"{shown(value_range)}."

@@ -52,10 +52,10 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Latency of one variant of a model at one size. what: its precision, and what more is 8-bit; device: its name."""
+    """Latency of one variant of a model at one size. precision: with what more is 8-bit; device: its name."""
 
     model: str
-    what: str
+    precision: str = msgspec.field(name="what")  # as in records of earlier versions
     bucket: str
     work: str  # what the networks compute: other rewrites, or another architecture, are other work
     backend: str
@@ -68,7 +68,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def eight_bit(self) -> bool:
-        return self.what.startswith(QUANTIZED)
+        return self.precision.startswith(QUANTIZED)
 
     @property
     def place(self) -> tuple[str, str]:
@@ -77,7 +77,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def variant(self) -> list[str]:
         """What there is one record of."""
-        return [self.model, self.what, self.bucket, self.work, self.backend, self.device, self.machine]
+        return [self.model, self.precision, self.bucket, self.work, self.backend, self.device, self.machine]
 
 
 def measured(
@@ -87,7 +87,7 @@ def measured(
     engines = [engine.fingerprint for engine in manifest.engines if engine.bucket == bucket.name]
     return Measured(
         model=manifest.model,
-        what=_precision_in_words(manifest),
+        precision=_precision_in_words(manifest),
         bucket=bucket.name,
         work=_work(manifest, bucket),
         backend=backend,
@@ -112,12 +112,12 @@ def _precision_in_words(manifest: Manifest) -> str:
 
 def fastest_first(manifest: Manifest) -> list[str]:
     """Backends that ran such a bundle at its first size on this machine, by their medians; those to be believed."""
-    (bucket, *_), what = manifest.buckets, _precision_in_words(manifest)
-    same_work = manifest.model, what, bucket.name, _work(manifest, bucket)
+    (bucket, *_), precision = manifest.buckets, _precision_in_words(manifest)
+    same_work = manifest.model, precision, bucket.name, _work(manifest, bucket)
     alike = [
         record
         for record in _records()
-        if (record.model, record.what, record.bucket, record.work) == same_work and not record.conditions.doubts
+        if (record.model, record.precision, record.bucket, record.work) == same_work and not record.conditions.doubts
     ]
     return list(dict.fromkeys(record.backend for record in sorted(alike, key=lambda record: record.p50)))
 
@@ -176,14 +176,16 @@ def _advise(size: str, eight: Measured, floating: Measured) -> str:
     """8 bits where median and tail are both shorter as they are printed, for they cost some accuracy; and why."""
     shorter = [_ms(getattr(eight, name)) < _ms(getattr(floating, name)) for name in ("p50", "p90")]
     best = eight if all(shorter) else floating
-    times = ", ".join(f"{row.what} took {_printed(row.p50)} ms (p90 {_printed(row.p90)})" for row in (eight, floating))
+    times = ", ".join(
+        f"{row.precision} took {_printed(row.p50)} ms (p90 {_printed(row.p90)})" for row in (eight, floating)
+    )
     why = "both were verified there"
     if any(shorter) and not all(shorter):
         shorter_one, longer_one = ("median", "p90") if shorter[0] else ("p90", "median")
-        why += f"; the {shorter_one} of {eight.what} is shorter, its {longer_one} is not, and it is less accurate"
+        why += f"; the {shorter_one} of {eight.precision} is shorter, its {longer_one} is not, and it is less accurate"
     elif not any(shorter):
-        why += f"; {eight.what} is no faster, and less accurate"
-    return f"{best.what} is recommended at {size} on {best.device} ({best.backend}): {times}; {why}"
+        why += f"; {eight.precision} is no faster, and less accurate"
+    return f"{best.precision} is recommended at {size} on {best.device} ({best.backend}): {times}; {why}"
 
 
 def _ms(value: float) -> float:

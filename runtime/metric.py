@@ -200,11 +200,11 @@ def number(name: str, value: object) -> float:
     return converted
 
 
-def doubt_metres(what: str, metres: float, stacklevel: int) -> None:
+def doubt_metres(name: str, metres: float, stacklevel: int) -> None:
     """A CalibrationWarning for what is so large that it is rather millimetres."""
     if metres > _FAR:
         warnings.warn(
-            f"{what}: {metres:.4g} m, which looks like millimetres. Divide by 1000.",
+            f"{name}: {metres:.4g} m, which looks like millimetres. Divide by 1000.",
             CalibrationWarning,
             stacklevel=stacklevel + 1,
         )

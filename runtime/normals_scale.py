@@ -148,8 +148,8 @@ def _around(plane: NDArray[np.bool_], reach: int) -> Float:
         (np.maximum(i - reach, 0), np.minimum(i + reach + 1, len(i))) for i in map(np.arange, plane.shape)
     )
     count = (below - top)[:, None] * (right - left)
-    found = sums[below][:, right] - sums[top][:, right] - sums[below][:, left] + sums[top][:, left]
-    return np.asarray(found / count, dtype=np.float32)
+    totals = sums[below][:, right] - sums[top][:, right] - sums[below][:, left] + sums[top][:, left]
+    return np.asarray(totals / count, dtype=np.float32)
 
 
 def _every(plane: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
@@ -205,9 +205,13 @@ def _along_rows(grid: _Grid) -> list[_Part]:
     n, ray = 0.5 * (grid.n[:, 1:] + grid.n[:, :-1]), 0.5 * (grid.rays[:, 1:] + grid.rays[:, :-1])
     step = grid.rays[:, 1:] - grid.rays[:, :-1]
     turn, dp = np.einsum("ijk,ijk->ij", n, ray), grid.p[:, 1:] - grid.p[:, :-1]
-    good = grid.usable[:, 1:] & grid.usable[:, :-1] & (turn < -_GRAZING)
+    continuous = grid.usable[:, 1:] & grid.usable[:, :-1] & (turn < -_GRAZING)
     values = [turn * dp, np.einsum("ijk,ijk->ij", n, step), turn, dp, np.einsum("ijk,ijk->ij", ray, ray)]
-    values += [np.einsum("ijk,ijk->ij", ray, step), np.einsum("ijk,ijk->ij", step, step), (~good).astype(np.float32)]
+    values += [
+        np.einsum("ijk,ijk->ij", ray, step),
+        np.einsum("ijk,ijk->ij", step, step),
+        (~continuous).astype(np.float32),
+    ]
     # float64: the sums' differences are small beside the sums
     sums = np.zeros((len(values), dp.shape[0], dp.shape[1] + 1))
     np.cumsum(np.stack(values), axis=2, dtype=np.float64, out=sums[:, :, 1:])
@@ -223,25 +227,25 @@ def _of_lag(sums: NDArray[np.float64], lag: int) -> _Part:
     along, across = max(1, lag // 3), _across(lag)
     part = sums[:, ::across]
     ends = (part[:, :, lag:] - part[:, :, :-lag])[:, :, ::along]
-    good = ends[7] < 0.5
-    a, b, turn, dp, ray2, cross, step2 = (plane[good].astype(np.float32) for plane in ends[:7])
+    unbroken = ends[7] < 0.5
+    a, b, turn, dp, ray2, cross, step2 = (plane[unbroken].astype(np.float32) for plane in ends[:7])
     turn, ray2 = turn / lag, ray2 / lag
     # how much of the noise of normals, and of that of predictions, is left over a path
     direct, smooth = min(1.0, _CORRELATED / lag), min(1.0, (lag / _CORRELATED) ** 2)
     t2 = direct * dp * dp * ray2 + 2 * _RATIO**2 * smooth * turn * turn
     count = np.full(a.shape, along * across, dtype=np.float32)
-    return lag, _Paths(a, b, direct * lag * step2 + 1e-9, 2 * direct * dp * cross, t2, count), good
+    return lag, _Paths(a, b, direct * lag * step2 + 1e-9, 2 * direct * dp * cross, t2, count), unbroken
 
 
 def _correlation(parts: list[_Part], s: float, noise2: float) -> float:
     """Of residuals `_APART` grid pixels apart across the paths, those beyond three standard deviations clipped."""
     products = squares = 0.0
     limit = 3 * float(np.sqrt(noise2))
-    for _, paths, good in (part for part in parts if part[0] == _TOGETHER_LAG):
-        raster = np.zeros(good.shape, dtype=np.float32)
-        raster[good] = np.clip((s * paths.a + paths.b) / np.sqrt(paths.variance(s)), -limit, limit)
+    for _, paths, unbroken in (part for part in parts if part[0] == _TOGETHER_LAG):
+        raster = np.zeros(unbroken.shape, dtype=np.float32)
+        raster[unbroken] = np.clip((s * paths.a + paths.b) / np.sqrt(paths.variance(s)), -limit, limit)
         apart = _APART // _across(_TOGETHER_LAG)
-        first, second = raster[:-apart] * good[apart:], raster[apart:] * good[:-apart]
+        first, second = raster[:-apart] * unbroken[apart:], raster[apart:] * unbroken[:-apart]
         products += float((first * second).sum())
         squares += 0.5 * float((first * first).sum() + (second * second).sum())
     return products / squares if squares > 0 else _UNKNOWN_CORRELATION

@@ -51,18 +51,18 @@ def grey_picture(geometry: Geometry, bits: int) -> tuple[NDArray[Any], dict[str,
     Value v in 1..max stands for far + (v - 1) / (max - 1) * (near - far). Raises MissingOutputError.
     """
     values, valid = farness(geometry)
-    most = 2**bits - 1
+    white = 2**bits - 1
     valid_values = values[valid]
     near, far = (float(valid_values.min()), float(valid_values.max())) if valid_values.size else (0.0, 0.0)
-    steps = (most - 1) / (near - far) if near != far else 0.0
+    steps = (white - 1) / (near - far) if near != far else 0.0
     with np.errstate(invalid="ignore"):
         scaled = np.round((values - np.float32(far)) * np.float32(steps)) + 1
-    picture = np.where(valid, np.clip(scaled, 1, most), 0).astype(np.uint8 if bits == 8 else np.uint16)
+    picture = np.where(valid, np.clip(scaled, 1, white), 0).astype(np.uint8 if bits == 8 else np.uint16)
     sign = -1 if geometry.depth_kind == "disparity_affine" else 1
     logarithms = {"metric": "ln(depth in metres)", "up_to_scale": "ln(depth), unit unknown"}
     of = logarithms.get(geometry.depth_kind or "", f"prediction, {geometry.depth_kind}")
     meaning = {
-        "densegeo.grey": f"near is bright; 0 is invalid, 1 is far, {most} is near, and between them it is linear",
+        "densegeo.grey": f"near is bright; 0 is invalid, 1 is far, {white} is near, and between them it is linear",
         "densegeo.grey_quantity": of,
         "densegeo.grey_far": repr(sign * far),
         "densegeo.grey_near": repr(sign * near),

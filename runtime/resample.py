@@ -177,8 +177,8 @@ def authors_bucket(buckets: Sequence[Bucket], image: Size) -> Bucket:
 
 def authors_size(image: Size) -> Size:
     """What the released evaluation stretches an image to; beyond its table the size is kept."""
-    for most, size in AUTHORS_SIZES:
-        if image.width <= most.width and image.height <= most.height:
+    for limits, size in AUTHORS_SIZES:
+        if image.width <= limits.width and image.height <= limits.height:
             return size
     return image
 
@@ -188,7 +188,7 @@ def place(bucket: Size, image: Size, fit: str) -> Placement:
     inner = bucket
     if fit == "pad":
         scale = min(bucket.width / image.width, bucket.height / image.height)
-        sides = (min(most, max(1, round(side * scale))) for most, side in zip(bucket, image, strict=True))
+        sides = (min(limit, max(1, round(side * scale))) for limit, side in zip(bucket, image, strict=True))
         inner = Size(*sides)
     left, top = (bucket.width - inner.width) // 2, (bucket.height - inner.height) // 2
     return Placement((left, top, *inner), image)

@@ -144,14 +144,14 @@ def serve(estimator: Estimator, tensors: dict[str, Array], path: Path) -> list[C
         references = [{name: picture[f"{IMAGE}{name}"] for name in outputs} for picture in pictures]
 
         def compare(
-            what: str, results: Sequence[Geometry], size: str = str(bucket.size), references: Any = references
+            way: str, results: Sequence[Geometry], size: str = str(bucket.size), references: Any = references
         ) -> None:
             for name in outputs:
                 pairs = zip(results, references, strict=False)
                 error = float(
                     np.max([relative_error(getattr(result, name), reference[name]) for result, reference in pairs])
                 )
-                checks.append(Check(size, name, f"stored float32: {what}", error, _bound(estimator.manifest, name)))
+                checks.append(Check(size, name, f"stored float32: {way}", error, _bound(estimator.manifest, name)))
 
         compare("estimator(image)", [estimator(image) for image in images])
         for index in range(len(images), estimator.images_together):

@@ -9,18 +9,18 @@ import typer
 
 from densegeo.infer_options import require_ray
 
-WHAT = "replica"  # what Ray calls one of a server's processes
+REPLICA = "replica"  # what Ray calls one of a server's processes
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """address: "local" for a Ray of this process's own, "auto", or the address of a cluster. least, most: processes,
-    as many as keep `target` requests a process under way. cpus: of each.
+    """address: "local" for a Ray of this process's own, "auto", or the address of a cluster. min_replicas,
+    max_replicas: processes, as many as keep `target` requests a process under way. cpus: of each.
     """
 
     address: str
-    least: int = 1
-    most: int = 1
+    min_replicas: int = 1
+    max_replicas: int = 1
     target: float = 4.0
     cpus: int = 1
 
@@ -43,14 +43,14 @@ def replicas_of(
             if value is not None:
                 raise typer.BadParameter("goes with --ray.", param_hint=option)
         return None
-    least = min_replicas or 1
-    most = max_replicas or least
+    smallest = min_replicas or 1
+    largest = max_replicas or smallest
     target = 4.0 if target_requests is None else target_requests
-    if most < least:
-        raise typer.BadParameter(f"must be {least} or more, as many as --min-replicas.", param_hint="--max-replicas")
+    if largest < smallest:
+        raise typer.BadParameter(f"must be {smallest} or more, as many as --min-replicas.", param_hint="--max-replicas")
     if not 0 < target < math.inf:
         raise typer.BadParameter(f"must be above 0, not {target:g}.", param_hint="--target-requests")
     if port == 0:
         raise typer.BadParameter("must be named with --ray: every node listens on the same one.", param_hint="--port")
-    require_ray(ray, device, replica_cpus or 1, WHAT, "fastapi", "aiohttp")
-    return Replicas(ray, least, most, target, replica_cpus or 1)
+    require_ray(ray, device, replica_cpus or 1, REPLICA, "fastapi", "aiohttp")
+    return Replicas(ray, smallest, largest, target, replica_cpus or 1)

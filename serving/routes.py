@@ -252,8 +252,8 @@ class Handlers:
         length = request.headers.get(HEADER_LENGTH)
         coding = _coding(request.headers.get("accept-encoding"))
         with model.lease() as estimator:
-            decode, most, version = estimator.manifest.decode, estimator.max_queue, version_of(estimator)
-            inference = await self._service.run(lambda: v2.read_inference(body, length, decode, most))
+            decode, max_images, version = estimator.manifest.decode, estimator.max_queue, version_of(estimator)
+            inference = await self._service.run(lambda: v2.read_inference(body, length, decode, max_images))
             self._note(request, model, images=len(inference.images), id=inference.id[:128])
             deadline = Deadline(inference.deadline_ms, request.state.arrived)
             geometries = await self._service.estimate(estimator, inference.images, deadline)

@@ -91,10 +91,10 @@ class Inference:
     deadline_ms: float | None
 
 
-def read_inference(body: bytes, header_length: str | None, decode: Decode, most: int) -> Inference:
+def read_inference(body: bytes, header_length: str | None, decode: Decode, max_images: int) -> Inference:
     """A request's body and its Inference-Header-Content-Length -> what was asked of a model of these outputs.
 
-    most: images a batch may have. Raises RequestError, NotMetricError.
+    max_images: images a batch may have. Raises RequestError, NotMetricError.
     """
     header, binary = _split(body, header_length)
     try:
@@ -105,7 +105,7 @@ def read_inference(body: bytes, header_length: str | None, decode: Decode, most:
     metres = read_metres({name: value for name, value in parameters.items() if name in METRES})
     outputs = _outputs(request, parameters, decode, metres)
     metres.rehearse(decode)
-    pixels = _pixels(request.inputs, binary, most)
+    pixels = _pixels(request.inputs, binary, max_images)
     batched = pixels.ndim == 4
     images = list(pixels) if batched else [pixels]
     return Inference(request.id, images, batched, metres, outputs, _deadline(parameters))
@@ -222,7 +222,7 @@ def _deadline(parameters: dict[str, Any]) -> float | None:
     return value / 1e3 if value else None
 
 
-def _pixels(inputs: list[TensorIn], binary: memoryview, most: int) -> NDArray[np.uint8]:
+def _pixels(inputs: list[TensorIn], binary: memoryview, max_images: int) -> NDArray[np.uint8]:
     if [tensor.name for tensor in inputs] != [INPUT]:
         names = ", ".join(repr(tensor.name[:60]) for tensor in inputs[:4]) or "none"
         raise RequestError(f"A request has one input, {INPUT!r}; this one has {names}.")
@@ -235,8 +235,10 @@ def _pixels(inputs: list[TensorIn], binary: memoryview, most: int) -> NDArray[np
             f"The input {INPUT} has shape {list(shape[:8])}; it must be [height, width, 3], or "
             "[batch, height, width, 3]."
         )
-    if len(shape) == 4 and shape[0] > most:
-        raise RequestError(f"The batch has {shape[0]} images, and at most {most} may wait here. Send fewer at once.")
+    if len(shape) == 4 and shape[0] > max_images:
+        raise RequestError(
+            f"The batch has {shape[0]} images, and at most {max_images} may wait here. Send fewer at once."
+        )
     size = tensor.parameters.get("binary_data_size")
     if any(name.startswith("shared_memory") for name in tensor.parameters):
         raise RequestError("Shared memory is not supported: send the pixels in the body.")

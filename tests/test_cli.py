@@ -116,15 +116,15 @@ def test_bench_is_remembered(bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     assert run("bench", bundle, "--runs", 3) == 0
     (path,) = (tmp_path / "densegeo" / "measured").iterdir()
     first = msgspec.json.decode(path.read_bytes(), type=Measured)
-    assert (first.model, first.what, first.bucket, first.backend) == ("toy", "fp32", "64x48", "onnxruntime")
+    assert (first.model, first.precision, first.bucket, first.backend) == ("toy", "fp32", "64x48", "onnxruntime")
     assert 0 < first.p50 <= first.p90
     manifest = read_manifest(bundle)
     assert any("3 runs are few" in doubt for doubt in first.conditions.doubts)
     good = Conditions(runs=ENOUGH, variation=0.01)
-    remember(msgspec.structs.replace(first, what="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2))
+    remember(msgspec.structs.replace(first, precision="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2))
     assert advice(manifest) == []
     remember(msgspec.structs.replace(first, conditions=good))
-    eight = msgspec.structs.replace(first, what="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2)
+    eight = msgspec.structs.replace(first, precision="fp8 with attention", p50=first.p50 / 2, p90=first.p90 / 2)
     remember(msgspec.structs.replace(eight, conditions=good))
     (line,) = advice(manifest)
     assert line.startswith(f"fp8 with attention is recommended at 64x48 on {first.device} (onnxruntime): ")

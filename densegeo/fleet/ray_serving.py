@@ -22,7 +22,7 @@ from densegeo.fleet.ray_replica import APPLICATION, DEPLOYMENT, Deployed, Replic
 from densegeo.serving.command import ServeJob, job_of
 from densegeo.serving.logs import FIELDS
 from densegeo.serving.models import open_models, require_own
-from densegeo.serving.replicas import WHAT, Replicas
+from densegeo.serving.replicas import REPLICA, Replicas
 from densegeo.serving.server import EXIT_INTERRUPTED, listen
 from densegeo.signals import Terminated, ending_on_signal
 
@@ -50,9 +50,12 @@ def run_on_ray(job: ServeJob) -> int:
         require_own(model.directory)
     # One more than there are to be takes part while a bundle is replaced.
     ended: list[KeyboardInterrupt] = []
-    with connected(replicas.address, (replicas.most + 1) * replicas.cpus) as ray, ending_on_signal(ended.append):
-        needs, fit = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
-        if replicas.least > fit:
+    with (
+        connected(replicas.address, (replicas.max_replicas + 1) * replicas.cpus) as ray,
+        ending_on_signal(ended.append),
+    ):
+        needs, fit = share(resources(ray), str(job.estimator["device"]), replicas.cpus, REPLICA)
+        if replicas.min_replicas > fit:
             raise ConfigError(f"{fit} replicas fit into this cluster: say a smaller --min-replicas, or add nodes.")
         fleet = _Fleet(ray, job, replicas, ended)
         deployed = Deployed(secrets.token_hex(8), _for_replicas(job), needs)
@@ -241,7 +244,7 @@ def application(deployed: Deployed) -> Any:
     job, replicas = deployed.job, deployed.job.replicas
     assert replicas is not None
     options, estimator = job.options, job.estimator
-    scaling = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+    scaling = {"min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas}
     decorated: Any = serve.ingress()(Replica)
     deployment: Any = serve.deployment(
         decorated,
@@ -278,7 +281,7 @@ def build(args: Mapping[str, str]) -> Any:
     assert replicas is not None
     import ray
 
-    needs, _ = share(resources(ray), str(job.estimator["device"]), replicas.cpus, WHAT)
+    needs, _ = share(resources(ray), str(job.estimator["device"]), replicas.cpus, REPLICA)
     return application(Deployed("config file", _for_replicas(job), needs))
 
 

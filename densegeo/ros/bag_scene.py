@@ -97,9 +97,9 @@ class Scene:
         return context
 
     def _add_ranges(self, context: ImageContext, header: Any) -> ImageContext:
-        ranges, most = self._ranges, self._sensors.anchors_max_age
-        if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > most:
-            return context.without(f"no ranges lie within {most:g} s before the image")
+        ranges, max_age = self._ranges, self._sensors.anchors_max_age
+        if ranges is None or abs(_seconds(ranges.header) - _seconds(header)) > max_age:
+            return context.without(f"no ranges lie within {max_age:g} s before the image")
         into = self._between(self._sensors.anchors_topic, ranges.header.frame_id, header.frame_id)
         try:
             return context._replace(points=into(read_points(ranges)))

@@ -20,10 +20,12 @@ FLASH_ARCHITECTURE = (8, 0)  # first compute capability of torch's flash kernel
 
 @dataclass(frozen=True)
 class Strategy:
-    """run: (q, k, v, counts, out) -> (B, H, Tq, S), a view of `out` (B, Tq, H * S) if there is one. good: when."""
+    """run: (q, k, v, counts, out) -> (B, H, Tq, S), a view of `out` (B, Tq, H * S) if there is one. suits: when to
+    take it.
+    """
 
     run: Callable[[Tensor, Tensor, Tensor, Counts, Tensor | None], Tensor]
-    good: str
+    suits: str
 
 
 def bias(q: Tensor, k: Tensor, v: Tensor, counts: Counts, out: Tensor | None = None) -> Tensor:

@@ -50,8 +50,8 @@ class FrameBackend(Backend, Protocol):
     records: bool  # whether the networks are replayed from a recording
     frames_at_once: int  # how many it can run together; more than that gain nothing or do not fit
 
-    def warm_up(self, most: int) -> None:
-        """Load, allocate, compile and record what groups of up to `most` images need, so that no request does.
+    def warm_up(self, largest_group: int) -> None:
+        """Load, allocate, compile and record what groups of up to `largest_group` images need, so that no request does.
 
         What does not fit is left out, with a line in the log, and `frames_at_once` is what fits. Raises BackendError.
         """

@@ -73,7 +73,7 @@ class CudaFrames(ABC):
     def _release(self) -> None:
         """Memory of a subclass, when no call is in flight."""
 
-    def warm_up(self, most: int) -> None:  # noqa: B027
+    def warm_up(self, largest_group: int) -> None:  # noqa: B027
         """See `FrameBackend`: opening did all of it, since the bundle says how many images its networks take."""
 
     def run(self, bucket: Bucket, stage: Stage, array: NDArray[Any]) -> NDArray[np.float32]:

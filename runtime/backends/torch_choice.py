@@ -22,39 +22,39 @@ log = logging.getLogger("densegeo")
 Ways = Mapping[str, Callable[[], Tensor]]
 
 
-def decide(what: str, ways: Ways, exact: Callable[[], Tensor], device: torch.device, part: slice = slice(None)) -> str:
+def decide(work: str, ways: Ways, exact: Callable[[], Tensor], device: torch.device, part: slice = slice(None)) -> str:
     """The name of the fastest way among those whose results are good. The first one is the plain one.
 
-    what: names the work, shapes and types included; with the device's name and the libraries' versions it is what the
+    work: names the work, shapes and types included; with the device's name and the libraries' versions it is what the
     choice is remembered by. exact: the result in float64, or its `part` along the first axis.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = kept_at(FOLDER, what, *ways, name, torch.__version__)
+    path = kept_at(FOLDER, work, *ways, name, torch.__version__)
     if (remembered := (read_kept(path) or b"").decode(errors="replace")) in ways:
-        log.info("%s: %s, as timed before on this device", what, remembered)
+        log.info("%s: %s, as timed before on this device", work, remembered)
         return remembered
-    good = _good(what, ways, exact(), part)
-    chosen = fastest(good, device) if len(good) > 1 else next(iter(good))
-    log.info("%s: %s, of %s", what, chosen, ", ".join(good))
+    accurate = _accurate(work, ways, exact(), part)
+    chosen = fastest(accurate, device) if len(accurate) > 1 else next(iter(accurate))
+    log.info("%s: %s, of %s", work, chosen, ", ".join(accurate))
     keep(path, chosen.encode())
     return chosen
 
 
-def _good(what: str, ways: Ways, exact: Tensor, part: slice) -> dict[str, Callable[[], Tensor]]:
+def _accurate(work: str, ways: Ways, exact: Tensor, part: slice) -> dict[str, Callable[[], Tensor]]:
     """The ways that run here and whose error is in bounds."""
-    good: dict[str, Callable[[], Tensor]] = {}
+    accurate: dict[str, Callable[[], Tensor]] = {}
     bound = 0.0
     for name, way in ways.items():
         try:
             error = float((way()[part].double() - exact).norm() / exact.norm())
         except RuntimeError as reason:  # a library that has no such kernel here says so in its own words
-            if not good:
+            if not accurate:
                 raise  # the plain way
-            log.info("%s: %s does not run here: %s", what, name, str(reason).partition("\n")[0])
+            log.info("%s: %s does not run here: %s", work, name, str(reason).partition("\n")[0])
             continue
-        bound = bound if good else FACTOR * error
-        if good and not error <= bound:
-            log.warning("%s: %s is off by %.1e, and the bound is %.1e: not taken", what, name, error, bound)
+        bound = bound if accurate else FACTOR * error
+        if accurate and not error <= bound:
+            log.warning("%s: %s is off by %.1e, and the bound is %.1e: not taken", work, name, error, bound)
             continue
-        good[name] = way
-    return good
+        accurate[name] = way
+    return accurate

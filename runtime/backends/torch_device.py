@@ -41,12 +41,13 @@ class DeviceNetwork:
         self._replays: dict[int, Replay] = {}
         self._largest(1)
 
-    def warm_up(self, most: int) -> int:
-        """Pay for what first images cost: recordings of every size up to `most` images, the largest first, because the
-        smaller ones then fit into its memory; and the kernels around them. Returns how many images fit at once.
+    def warm_up(self, largest_group: int) -> int:
+        """Pay for what first images cost: recordings of every size up to `largest_group` images, the largest first,
+        because the smaller ones then fit into its memory; and the kernels around them. Returns how many images fit at
+        once.
         """
         with torch.inference_mode():
-            _, largest = self._largest(most)
+            _, largest = self._largest(largest_group)
             for power in range(largest.bit_length() - 2, 0, -1):
                 self._largest(1 << power)
         blank = torch.zeros(self._size.height, self._size.width, 3, dtype=torch.uint8, device=self._device)

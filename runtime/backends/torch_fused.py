@@ -250,9 +250,9 @@ def fuse_transformer(model: Transformer) -> FusedTransformer:
         return fused
     shape = (1, config.num_heads, tokens, config.head_size)
     q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(3))
-    what = f"over {tokens} tokens, {config.num_heads} heads of {config.head_size} in {like.dtype}"
+    work = f"over {tokens} tokens, {config.num_heads} heads of {config.head_size} in {like.dtype}"
     if fused.counts is not None:
-        fused.strategy = choose_strategy(f"attention with merged padding {fused.counts} {what}", q, k, v, fused.counts)
+        fused.strategy = choose_strategy(f"attention with merged padding {fused.counts} {work}", q, k, v, fused.counts)
     if fused.in_fp8:
         eight = next(iter(fused.in_fp8.values()))
         eight_q, eight_k = eight.rounded(q, 0), eight.rounded(k, 1)  # in a network the kernel before writes them
@@ -260,12 +260,12 @@ def fuse_transformer(model: Transformer) -> FusedTransformer:
             "fp8": lambda: eight(eight_q, eight_k, v),
             "plain": lambda: attention(q, k, v, fused.counts, fused.strategy).transpose(1, 2).flatten(2),
         }
-        if decide(f"planned fp8 attention {what}", ways, ways["fp8"], like.device) == "plain":
+        if decide(f"planned fp8 attention {work}", ways, ways["fp8"], like.device) == "plain":
             fused.in_fp8, fused.plainly = {}, True
     return fused
 
 
-def choose_strategy(what: str, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> str:
+def choose_strategy(work: str, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> str:
     """The name in `kernels.attention.strategies.STRATEGIES` that is the fastest for these on their device."""
     repeated = torch.tensor([*counts, *[1] * (k.shape[2] - len(counts))], device=q.device).double().log()
     few = q[:, :1, :64].double(), k[:, :1].double(), v[:, :1].double()
@@ -274,7 +274,7 @@ def choose_strategy(what: str, q: Tensor, k: Tensor, v: Tensor, counts: list[int
         for name in sorted(STRATEGIES, key=lambda name: name != "bias")  # the plain way first
     }
     return decide(
-        what, ways, lambda: F.scaled_dot_product_attention(*few, attn_mask=repeated[None]).transpose(0, 1), q.device
+        work, ways, lambda: F.scaled_dot_product_attention(*few, attn_mask=repeated[None]).transpose(0, 1), q.device
     )
 
 
@@ -297,10 +297,10 @@ def choose_accumulation(linears: list[FusedLinear], rows: int) -> None:
         result: Tensor = fused(quantized_rows)
         return result
 
-    what = f"fp8 products {rows} x {size} x {columns} into {largest.bias.dtype}"
+    work = f"fp8 products {rows} x {size} x {columns} into {largest.bias.dtype}"
     exact = lambda: wide[:64].double() @ weight.double().t()  # noqa: E731
     ways = {"exact sums": lambda: multiplied(fast=False), "fast sums": lambda: multiplied(fast=True)}
-    fast = decide(what, ways, exact, wide.device, slice(0, 64)) == "fast sums"
+    fast = decide(work, ways, exact, wide.device, slice(0, 64)) == "fast sums"
     for linear in able:
         linear.fast = fast
 

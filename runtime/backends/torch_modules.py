@@ -111,7 +111,7 @@ class TorchBackend:
         if self.takes_frames:
             self._network(first)
 
-    def warm_up(self, most: int) -> None:
+    def warm_up(self, largest_group: int) -> None:
         """See `FrameBackend`. The first size must work; another one that does not is left out, with a line in the log.
 
         Raises BackendError.
@@ -119,7 +119,7 @@ class TorchBackend:
         together = []
         for size, bucket in self._buckets.items():
             try:
-                together.append(self._prepared(bucket, most))
+                together.append(self._prepared(bucket, largest_group))
             except BackendError as error:
                 if not together:
                     raise
@@ -178,12 +178,12 @@ class TorchBackend:
             self._denoisers.clear()
             self._networks.clear()
 
-    def _prepared(self, bucket: Bucket, most: int) -> int:
+    def _prepared(self, bucket: Bucket, largest_group: int) -> int:
         """Everything of one size, recorded; how many of its images fit at once. Raises BackendError."""
         network = self._network(bucket)
         try:
             with self._ring.computing():
-                return network.warm_up(most)
+                return network.warm_up(largest_group)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise self._failure(bucket, error) from error
 

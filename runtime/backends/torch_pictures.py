@@ -119,9 +119,9 @@ WIDE = {"library": library, "products": products}
 def choose_wide(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The name in `WIDE` that is the fastest for these on their device."""
     few = q[:1, :, :64].double()
-    what = f"attention with {q.shape[-1]} features over {q.shape[2]} pixels, {len(q)} pictures in {q.dtype}"
+    work = f"attention with {q.shape[-1]} features over {q.shape[2]} pixels, {len(q)} pictures in {q.dtype}"
     return decide(
-        what,
+        work,
         {name: lambda way=way: way(q, k, v)[:1, :, :64] for name, way in WIDE.items()},  # type: ignore[misc]
         lambda: F.scaled_dot_product_attention(few, k[:1].double(), v[:1].double()),
         q.device,

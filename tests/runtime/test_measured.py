@@ -183,7 +183,7 @@ def test_engines_that_are_gone_are_forgotten(manifest: Manifest) -> None:
         {"backend": "torch"},
         {"device": "NVIDIA L4"},
         {"machine": "elsewhere|"},
-        {"what": "bf16"},
+        {"precision": "bf16"},
     ],
 )
 def test_other_work_and_other_machines_say_nothing(manifest: Manifest, change: dict[str, object]) -> None:
