@@ -56,11 +56,11 @@ FOREIGN = {"tensorrt", "pynvml", "opentelemetry", "triton_python_backend_utils"}
 def declared(extras: tuple[str, ...]) -> set[str]:
     """Distributions that densegeo with these extras asks for by name."""
     lists = project()
-    found, wanted = {normal(Requirement(text).name) for text in lists["dependencies"]}, list(extras)
-    while wanted:
-        for row in map(Requirement, lists["optional-dependencies"][wanted.pop()]):
+    found, expected = {normal(Requirement(text).name) for text in lists["dependencies"]}, list(extras)
+    while expected:
+        for row in map(Requirement, lists["optional-dependencies"][expected.pop()]):
             if row.name == "densegeo":
-                wanted += row.extras
+                expected += row.extras
             else:
                 found.add(normal(row.name))
     return found
@@ -98,8 +98,8 @@ def test_the_node_declares_what_it_imports() -> None:
 
 
 def test_the_nodes_tests_declare_what_they_import() -> None:
-    wanted = (ROOT / "ros2" / "test-requirements.in").read_text().splitlines()
-    names = {line for line in wanted if line and not line.startswith("#")}
+    expected = (ROOT / "ros2" / "test-requirements.in").read_text().splitlines()
+    names = {line for line in expected if line and not line.startswith("#")}
     of_rclpy = {"rcl_interfaces"}  # what rclpy itself needs
     for path in NODE_TESTS.glob("*.py"):
         for module in imported(ast.parse(path.read_text())):
@@ -112,8 +112,8 @@ def test_the_nodes_tests_declare_what_they_import() -> None:
 
 
 def test_the_tests_on_tritonserver_declare_what_they_import() -> None:
-    wanted = (ROOT / "tests" / "fleet" / "triton-requirements.in").read_text().splitlines()
-    names = {normal(Requirement(line).name) for line in wanted if line and not line.startswith("#")}
+    expected = (ROOT / "tests" / "fleet" / "triton-requirements.in").read_text().splitlines()
+    names = {normal(Requirement(line).name) for line in expected if line and not line.startswith("#")}
     for path in TRITON_TESTS:
         for module in imported(ast.parse(path.read_text())):
             first = module.partition(".")[0]

@@ -45,9 +45,9 @@ def test_a_film_in_a_film_out(toy_bundle: Path, film: Path, tmp_path: Path) -> N
         results = [estimator(frame.pixels) for frame in source]
         span = span_of([estimator(pixels) for pixels in sampled(str(film))])
         for frame, result, original in zip(made, results, source, strict=True):
-            wanted = np.asarray(result.visualize(original.pixels, span=span))
-            assert frame.pixels.shape == wanted.shape == (64, 3 * 96, 3)
-            error = np.abs(frame.pixels.astype(int) - wanted)
+            expected = np.asarray(result.visualize(original.pixels, span=span))
+            assert frame.pixels.shape == expected.shape == (64, 3 * 96, 3)
+            error = np.abs(frame.pixels.astype(int) - expected)
             assert error.mean() < 12  # what H.264 with half as many colour samples leaves of noise-like normals
             assert error[:, :96].mean() < 6
     assert sorted(path.name for path in (out / "walk").glob("*_normals.png")) == [

@@ -54,9 +54,9 @@ def test_a_range_for_all_images(toy_bundle: Path, raw: Path, tmp_path: Path) -> 
     assert run(*arguments, "--value-range", 0, WHITE) == 0
     with Estimator(toy_bundle) as estimator:
         for index in range(3):
-            wanted = estimator(raw / f"{index}.png", value_range=(0, WHITE)).prediction
-            np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{index}_prediction.npy"), wanted)
-            assert np.ptp(wanted) > 0.3  # and not nearly black
+            expected = estimator(raw / f"{index}.png", value_range=(0, WHITE)).prediction
+            np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{index}_prediction.npy"), expected)
+            assert np.ptp(expected) > 0.3  # and not nearly black
     assert run(*arguments, "--value-range", 0, WHITE, "--skip-existing") == 0
     assert run(*arguments, "--value-range", 0, 4095, "--skip-existing") == 2  # results with another option
     assert run(*arguments, "--skip-existing") == 2

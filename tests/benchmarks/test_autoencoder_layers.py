@@ -92,8 +92,8 @@ def test_every_convolution_is_timed(decoder: Decoder, backend: str, tmp_path: Pa
     for turn in (0, 1):  # counters are whole microseconds
         assert 0 < sum(row.seconds[turn] for row in rows) <= walls[1 + turn] + 1e-6 * len(rows)
     with torch.no_grad():
-        wanted = decoder(example).numpy()
-    assert np.linalg.norm(timer.output - wanted) <= 1e-5 * np.linalg.norm(wanted)
+        expected = decoder(example).numpy()
+    assert np.linalg.norm(timer.output - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_a_convolution_of_another_name_is_no_layer() -> None:

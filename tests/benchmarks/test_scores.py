@@ -67,10 +67,10 @@ def test_depth_equals_a_second_implementation(kind: DepthKind, seed: int) -> Non
     depth_range = (0.3, 40.0)
     found = align(prediction, truth, mask, kind, depth_range)
     p, z = prediction[mask].tolist(), truth[mask].tolist()
-    wanted = expected_depths(p, z, kind, *depth_range)
-    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    expected = expected_depths(p, z, kind, *depth_range)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
     scores = depth_scores(found, truth[mask].astype(np.float64))
-    np.testing.assert_allclose(astuple(scores), expected_scores(wanted, z), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(astuple(scores), expected_scores(expected, z), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -39,12 +39,12 @@ def cameras_bytes_are_read_as_they_lie(setup: Setup) -> None:
         ycbcr = COLORS[color].ycbcr
         assert ycbcr is not None
         with opened(setup) as estimator:
-            wanted = estimator(from_ycbcr(pixels, ycbcr)).prediction
+            expected = estimator(from_ycbcr(pixels, ycbcr)).prediction
             ways, other = [estimator(pixels, color).prediction], foreign()
             for image in (pixels, Image(other, pixels), InterfaceImage(Image(other, pixels), named=True)):
                 ways.append(Reading(other, estimator.tensors(image, color)[0]).wait())
         for found in ways:
-            assert relative_error(found, wanted) <= BOUND
+            assert relative_error(found, expected) <= BOUND
 
 
 @case

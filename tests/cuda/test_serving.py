@@ -117,10 +117,10 @@ def test_a_wrong_call_says_so(
 
 def test_the_lowest_versions_are_pyprojects() -> None:
     extra = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("tensorrt = "))
-    wanted = dict(re.findall(r"(cuda-\w+)>=([\d.]+)", extra))
+    expected = dict(re.findall(r"(cuda-\w+)>=([\d.]+)", extra))
     written = dict(re.findall(r"^(cuda-\w+)==([\d.]+)$", LOWEST.read_text(), re.MULTILINE))
-    assert set(written) == set(wanted)
-    for name, version in wanted.items():  # 0.6 is 0.6.0
+    assert set(written) == set(expected)
+    for name, version in expected.items():  # 0.6 is 0.6.0
         assert written[name] in (version, f"{version}.0")
 
 

@@ -89,5 +89,5 @@ def test_a_consumer_that_was_written_from_the_page() -> None:
     for name in images:
         found = consume(folder, stored[name])
         for output, bound in manifest["verification"]["bounds"].items():
-            wanted = stored[f"{name}_{output}"]
-            assert np.linalg.norm(found[output] - wanted) <= bound * np.linalg.norm(wanted), (name, output)
+            expected = stored[f"{name}_{output}"]
+            assert np.linalg.norm(found[output] - expected) <= bound * np.linalg.norm(expected), (name, output)

@@ -114,11 +114,11 @@ def test_a_batch_of_mixed_up_images_fails_verification(batched_bundle: Build) ->
         {name: tensors[f"64x48.{index}.{name}"] for name in ("rgb", "encoder", "denoiser", "decoder", "prediction")}
         for index in range(2)
     ]
-    wanted, mirrored = alternating(stored, 2), alternating(stored[::-1], 2)
-    assert wanted["decoder"].shape == (4, 3, 48, 64)
-    np.testing.assert_array_equal(wanted["decoder"][:2], np.stack([one["decoder"][0] for one in stored]))
-    for name in wanted:
-        assert relative_error(mirrored[name], wanted[name]) > 100 * BOUND, name
+    expected, mirrored = alternating(stored, 2), alternating(stored[::-1], 2)
+    assert expected["decoder"].shape == (4, 3, 48, 64)
+    np.testing.assert_array_equal(expected["decoder"][:2], np.stack([one["decoder"][0] for one in stored]))
+    for name in expected:
+        assert relative_error(mirrored[name], expected[name]) > 100 * BOUND, name
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,9 @@ def test_sides_that_are_no_multiple_of_8(tmp_path: Path) -> None:
         build(files, tmp_path / "bundle", sizes=(size,))
     bundle = build(files, tmp_path / "bundle", sizes=(size,), any_size=True)
     rgb = picture(size)
-    wanted = oracle(case, rgb)["depth"]
-    assert wanted.shape == (40, 64)
-    stretched = torch.nn.functional.interpolate(wanted[None, None], (45, 70), mode="bilinear")[0, 0].numpy()
+    expected = oracle(case, rgb)["depth"]
+    assert expected.shape == (40, 64)
+    stretched = torch.nn.functional.interpolate(expected[None, None], (45, 70), mode="bilinear")[0, 0].numpy()
     with Estimator(bundle) as estimator:
         assert relative_error(estimator.replay(rgb.numpy())["prediction"][0], stretched) <= BOUND
         assert estimator(np.zeros((90, 140, 3), np.uint8)).prediction.shape == (90, 140)
@@ -245,12 +245,12 @@ def test_the_empty_prompt_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
     encoder = transformers.CLIPTextModel(config).eval()
     encoder.save_pretrained(files / "text_encoder")
     with torch.no_grad():
-        wanted = encoder(torch.tensor([[0, 1]]))[0]
+        expected = encoder(torch.tensor([[0, 1]]))[0]
     bundle = build(files, tmp_path / "bundle", sizes=(case.size,))
     source = next(source for source in read_manifest(bundle).sources if source.role == "prompt")
     assert source.path.startswith("computed with ")
     (cached,) = (tmp_path / "cache" / "densegeo" / "prompt").iterdir()
-    torch.testing.assert_close(load_torch(cached)["empty_prompt"], wanted)
+    torch.testing.assert_close(load_torch(cached)["empty_prompt"], expected)
     stamp = cached.stat().st_mtime_ns
     build(files, tmp_path / "again", sizes=(case.size,))
     assert cached.stat().st_mtime_ns == stamp

@@ -59,18 +59,18 @@ def test_a_bundles_graph_is_what_onnx_makes_of_it(tmp_path: Path, stage: str) ->
     bundle = ready.find_bundle("fe2e-tiny")
     path = bundle / getattr(read_manifest(bundle).buckets[0], stage).file
     target = tmp_path / "changed.onnx"
-    wanted, names = by_onnx(path)
+    expected, names = by_onnx(path)
     assert with_weight_inputs(path, target) == names
-    assert onnx.load(target, load_external_data=False) == wanted
+    assert onnx.load(target, load_external_data=False) == expected
     assert bool(names) == (stage == "denoiser")
 
 
 def test_8_bit_weights_are_found_behind_their_scales(tmp_path: Path) -> None:
     path, target = quantized_graph(tmp_path / "quantized.onnx"), tmp_path / "changed.onnx"
-    wanted, names = by_onnx(path)
+    expected, names = by_onnx(path)
     assert with_weight_inputs(path, target) == names == ["weight", "other"]
     changed = onnx.load(target)
-    assert changed == wanted
+    assert changed == expected
     onnx.checker.check_model(changed, full_check=True)
 
 

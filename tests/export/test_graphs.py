@@ -196,7 +196,7 @@ def test_wide_heads_attend_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     block = AttnBlock(288, 32).eval()
     picture = torch.randn(1, 288, 6, 7)
     with torch.no_grad():
-        wanted = block(picture).numpy()
+        expected = block(picture).numpy()
     for limit, parts in ((1 << 25, 1), (360, 5), (42, 42)):
         monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", limit)
         weights, path = tmp_path / f"{parts}.safetensors", tmp_path / f"{parts}.onnx"
@@ -205,7 +205,7 @@ def test_wide_heads_attend_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
         assert found["Softmax"] == parts
         (ours,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": picture.numpy()})
-        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
     monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", 1)
     assert onnx_graph.query_chunks(4096, 4096, 256) == 1  # a head that kernels fuse
 

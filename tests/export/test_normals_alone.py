@@ -77,10 +77,10 @@ def diffusers_normals(image: np.ndarray) -> np.ndarray:
 def test_normals_are_those_of_diffusers(bundle: Path, image: np.ndarray, backend: str) -> None:
     with Estimator(bundle, backend, "cpu") as estimator:
         geometry = estimator(image)
-    wanted = diffusers_normals(image)
-    assert wanted.std() > 0.05
+    expected = diffusers_normals(image)
+    assert expected.std() > 0.05
     assert geometry.normals is not None
-    assert np.linalg.norm(geometry.normals - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    assert np.linalg.norm(geometry.normals - expected) <= 1e-5 * np.linalg.norm(expected)
     assert (geometry.prediction, geometry.depth_kind) == (None, None)
     assert geometry.valid.all()
 

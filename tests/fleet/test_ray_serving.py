@@ -88,8 +88,8 @@ class Load:
 
     def wait_for(self, more: int) -> None:
         """Until so many more requests have been answered."""
-        wanted, deadline = len(self.answers) + more, time.monotonic() + WITHIN_S
-        while len(self.answers) < wanted:
+        expected, deadline = len(self.answers) + more, time.monotonic() + WITHIN_S
+        while len(self.answers) < expected:
             assert time.monotonic() < deadline, Counter(answer.status for answer in self.answers)
             time.sleep(0.05)
 
@@ -153,8 +153,8 @@ def test_load_while_a_replica_dies_and_the_bundle_is_replaced(address: str, toys
     """A replica that is killed takes what it was answering with it, as Ray's documentation says, and nothing else; what
     is tried again is answered. Replacement, also one that fails, and the end lose nothing.
     """
-    port, wanted = free_port(), ("--min-replicas", str(REPLICAS))
-    with serve(toys["old"], address, port, *wanted) as first, Load(first.url) as load:
+    port, expected = free_port(), ("--min-replicas", str(REPLICAS))
+    with serve(toys["old"], address, port, *expected) as first, Load(first.url) as load:
         load.wait_for(100)
         assert {answer.version for answer in load.answers} == {version_of("0")}
         assert not load.lost()
@@ -170,7 +170,7 @@ def test_load_while_a_replica_dies_and_the_bundle_is_replaced(address: str, toys
         until_whole(REPLICAS)
 
         started_at, before = time.monotonic(), len(load.answers)
-        with serve(toys["new"], address, port, *wanted) as second:
+        with serve(toys["new"], address, port, *expected) as second:
             print(f"replaced within {time.monotonic() - started_at:.0f} s, under {len(load.answers) - before} requests")
             assert first.wait(60) == 0
             done = time.monotonic()
@@ -182,7 +182,7 @@ def test_load_while_a_replica_dies_and_the_bundle_is_replaced(address: str, toys
             }
             assert load.lost() == lost, "the replacement lost requests"
 
-            code, said = attempt(toys["damaged"], address, port, *wanted)
+            code, said = attempt(toys["damaged"], address, port, *expected)
             assert code == 1, said
             assert "denoiser" in said
             load.wait_for(100)

@@ -84,8 +84,8 @@ def ask(
     tensor = library.InferInput("image", list(images.shape), "UINT8")
     tensor.set_data_from_numpy(images)
     client = site.server.http if library is tritonclient.http else site.server.grpc
-    wanted = [library.InferRequestedOutput(name) for name in outputs]
-    result = client.infer(model, [tensor], outputs=wanted or None, **more)
+    expected = [library.InferRequestedOutput(name) for name in outputs]
+    result = client.infer(model, [tensor], outputs=expected or None, **more)
     found = {name: result.as_numpy(name) for name in ("prediction", "normals", "depth")}
     return {name: array for name, array in found.items() if array is not None}
 
@@ -109,10 +109,10 @@ def pictures(count: int, width: int = 64, height: int = 48, seed: int = 0) -> np
     return np.round(255 * np.stack(found)).astype(np.uint8)
 
 
-def require_equal(found: dict[str, np.ndarray], wanted: list[Geometry], *names: str) -> None:
+def require_equal(found: dict[str, np.ndarray], expected: list[Geometry], *names: str) -> None:
     assert set(found) == set(names), found.keys()
     for name in names:
-        ours = np.stack([getattr(geometry, name) for geometry in wanted])
+        ours = np.stack([getattr(geometry, name) for geometry in expected])
         assert found[name].dtype == np.float32
         assert found[name].shape == ours.shape
         assert ours.std() > 0.05, f"{name} says nothing"
@@ -133,10 +133,10 @@ def numbers_of_the_estimator(site: Site) -> None:
     site.load("tiny")
     images = pictures(2, 300, 200)
     with Estimator(site.bundle, device="cpu") as estimator:
-        wanted = [estimator(image) for image in images]
-    metric = [geometry.to_metric(**RANGE) for geometry in wanted]
-    require_equal(ask(site, "tiny", images, tritonclient.http), wanted, "prediction", "normals")
-    require_equal(ask(site, "tiny", images[:1], tritonclient.grpc, ("normals",)), wanted[:1], "normals")
+        expected = [estimator(image) for image in images]
+    metric = [geometry.to_metric(**RANGE) for geometry in expected]
+    require_equal(ask(site, "tiny", images, tritonclient.http), expected, "prediction", "normals")
+    require_equal(ask(site, "tiny", images[:1], tritonclient.grpc, ("normals",)), expected[:1], "normals")
     text = {name: str(value) for name, value in RANGE.items()}
     for library in CLIENTS:
         found = ask(site, "tiny", images[1:], library, parameters=text)

@@ -140,8 +140,8 @@ def test_queries_and_keys_go_into_a_joint_sequence(device: str) -> None:
     joint = [torch.full((2, 2, 9, 16), 7.0, device=device) for _ in range(2)]
     made = kernel.qk_norm_rope(qkv, *scales, *tables, 2, EPS, out=tuple(part[:, :, 3:8] for part in joint))
     exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, 2, EPS)
-    for part, tensor, wanted in zip(joint, made, exact, strict=True):
-        close(part[:, :, 3:8], wanted)
+    for part, tensor, expected in zip(joint, made, exact, strict=True):
+        close(part[:, :, 3:8], expected)
         assert tensor.data_ptr() == part[:, :, 3:8].data_ptr()
         assert bool((part[:, :, :3] == 7.0).all())
         assert bool((part[:, :, 8:] == 7.0).all())

@@ -146,10 +146,10 @@ def test_quantized_queries_and_keys(device: str, source: Any, target: Any) -> No
     actual = kernel.qk_norm_rope(qkv, *scales, *tables, 2, EPS, target, inverse)
     exact = reference.qk_norm_rope(qkv.double(), *scales, *tables, 2, EPS)
     rounded = reference.qk_norm_rope(qkv, *scales, *tables, 2, EPS, target, inverse)
-    for got, same, wanted, scale in zip(actual, rounded, exact, inverse, strict=True):
+    for got, same, expected, scale in zip(actual, rounded, exact, inverse, strict=True):
         assert got.dtype == same.dtype == target
         assert (got.view(torch.uint8) == same.view(torch.uint8)).float().mean() > 0.998
-        limited = (wanted * scale).clamp(-QUANTIZED[target], QUANTIZED[target])
+        limited = (expected * scale).clamp(-QUANTIZED[target], QUANTIZED[target])
         half_step = 0.5 if target == torch.int8 else torch.maximum(limited.abs() / 16, torch.tensor(2.0**-10))
         assert ((got.double() - limited).abs() <= half_step * (1 + 1e-4) + 1e-4).all()
 

@@ -169,8 +169,8 @@ def test_lora_scale(alpha: float | None, factor: float, weights: State, tmp_path
     load_weights(model, saved(tmp_path, weights), lora=path)
     loaded = model.state_dict()
     update = state[f"{LORA}.lora_up.weight"].double() @ state[f"{LORA}.lora_down.weight"].double()
-    wanted = weights[f"{QKV}.weight"].double() + factor * update
-    torch.testing.assert_close(loaded[f"{QKV}.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = weights[f"{QKV}.weight"].double() + factor * update
+    torch.testing.assert_close(loaded[f"{QKV}.weight"].double(), expected, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(loaded[key], weights[key]) for key in weights if key != f"{QKV}.weight")
 
 

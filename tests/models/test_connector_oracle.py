@@ -174,10 +174,10 @@ def test_merging_padding_is_exact_for_the_whole_transformer(name: str, on: tuple
     prompt = prompt_for(name)
     plain = random_pipeline(TRANSFORMER, VAE, prompt, Size(48, 32), seed=4)
     latent = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(5))
-    wanted = chain.denoise(plain, latent)
-    assert wanted.std() > 0.05
+    expected = chain.denoise(plain, latent)
+    assert expected.std() > 0.05
     merged = rewrites.apply(copy.deepcopy(plain), [rewrite for rewrite in fe2e.REWRITES if rewrite.name in on])
-    assert chain.relative_error(chain.denoise(merged, latent), wanted.double()) <= BOUND
+    assert chain.relative_error(chain.denoise(merged, latent), expected.double()) <= BOUND
     text, _ = merged.denoiser.conditioning()
     assert text.shape[1] == PROMPTS[name]
 

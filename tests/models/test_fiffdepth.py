@@ -50,8 +50,8 @@ def run(pipeline: Pipeline, rgb: Tensor) -> dict[str, Tensor]:
     return {"latent": latent, "depth_latent": output, "depth": maps.prediction}
 
 
-def errors(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    return {name: chain.relative_error(ours[name], wanted[name]) for name in wanted}
+def errors(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {name: chain.relative_error(ours[name], expected[name]) for name in expected}
 
 
 @pytest.mark.parametrize("off", OFF, ids="-".join)
@@ -72,12 +72,12 @@ def test_the_authors_numbers(each_golden: Path, off: tuple[str, ...]) -> None:
 )
 def test_agrees_with_diffusers(case: Case, tmp_path: Path) -> None:
     rgb = picture(case.size)
-    wanted = oracle(case, rgb)
-    assert wanted["depth"].std() > 0.05  # not saturated
+    expected = oracle(case, rgb)
+    assert expected["depth"].std() > 0.05  # not saturated
     directory = write(tmp_path, case)
     for off in OFF:
         loaded = load_pipeline(files(directory), Size(*case.size))
-        found = errors(run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), rgb), wanted)
+        found = errors(run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), rgb), expected)
         assert max(found.values()) <= BOUND, (off, found)
 
 

@@ -177,10 +177,12 @@ def test_nan_is_named_when_it_is_read(
     damaged = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
     damaged["1.weight"][4, 1, 2, 0] = value
     index = sharded(tmp_path, damaged)
-    wanted = rf"model-0000\d-of-00003\.safetensors: 1\.weight holds 1 {words} of 90 values, the first at \[4, 1, 2, 0\]"
-    with pytest.raises(CheckpointError, match=wanted):
+    expected = (
+        rf"model-0000\d-of-00003\.safetensors: 1\.weight holds 1 {words} of 90 values, the first at \[4, 1, 2, 0\]"
+    )
+    with pytest.raises(CheckpointError, match=expected):
         load_weights(network(), index)
-    with pytest.raises(CheckpointError, match=wanted):
+    with pytest.raises(CheckpointError, match=expected):
         BlockFile(index).fill(network(), "")
 
 

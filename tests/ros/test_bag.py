@@ -64,7 +64,7 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
     folder = write_bag(tmp_path / "in", camera_messages(), plugin)
     (file,) = (path for path in folder.iterdir() if path.suffix in (".mcap", ".db3"))
     with Estimator(bundle, device="cpu") as estimator:
-        wanted = [estimator(picture).to_metric(near=0.5, far=10.0) for picture in pictures(4)]
+        expected = [estimator(picture).to_metric(near=0.5, far=10.0) for picture in pictures(4)]
     for source in (folder, file):
         output = tmp_path / f"{source.name}.out.mcap"
         assert run(Options(bundle, source, output, metres=MetresOptions(0.5, 10.0))) == 0
@@ -74,7 +74,7 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
         for topic, messages in found.items():
             assert [message.header.stamp.sec for message in messages] == [1, 2, 3, 4], topic
             assert {message.header.frame_id for message in messages} == {"camera_optical"}
-        for number, geometry in enumerate(wanted):
+        for number, geometry in enumerate(expected):
             np.testing.assert_array_equal(array(found[f"{base}/depth"][number])[..., 0], geometry.depth)
             np.testing.assert_array_equal(array(found[f"{base}/normals"][number]), geometry.normals)
             cloud_ = found[f"{base}/points"][number]

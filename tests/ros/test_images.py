@@ -38,9 +38,9 @@ def random(shape: tuple[int, ...], bits: int, seed: int = 0) -> np.ndarray:
 def test_packed_pixels(order: str, bits: int, padding: int, big: bool) -> None:
     channels = 1 if order == "mono" else len(order)
     array = random((17, 19, channels), bits)
-    wanted = np.repeat(array, 3, axis=2) if order == "mono" else array[..., [order.index(c) for c in "rgb"]]
+    expected = np.repeat(array, 3, axis=2) if order == "mono" else array[..., [order.index(c) for c in "rgb"]]
     found = rgb_of(image(array[..., 0] if order == "mono" else array, f"{order}{bits}", padding=padding, big=big))
-    np.testing.assert_allclose(found, wanted / (2.0**bits - 1), atol=1e-6)
+    np.testing.assert_allclose(found, expected / (2.0**bits - 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("big", [False, True])

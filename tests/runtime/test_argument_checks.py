@@ -286,13 +286,13 @@ def test_the_tables_have_every_public_method() -> None:
                 continue
             if name == "__init__" and kind is not Estimator:  # made by an estimator, or of plain fields
                 continue
-            wanted = {
+            expected = {
                 argument.name
                 for argument in inspect.signature(member).parameters.values()
                 if argument.name not in ("self", "cls") and not isinstance(argument.default, bool)
             }
             known = {*table.get(name, {}), *(argument for method, argument in ANYTHING if method == name)}
-            assert wanted <= known, f"{kind.__name__}.{name}"
+            assert expected <= known, f"{kind.__name__}.{name}"
 
 
 @pytest.mark.parametrize(

@@ -145,12 +145,12 @@ def test_plumb_bob_is_the_formula_of_opencv() -> None:
     x, y = 0.31, -0.22
     r2 = x * x + y * y
     radial = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
-    wanted = (
+    expected = (
         410 * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + 321.5,
         405 * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + 238.25,
     )
     camera = Camera(410, 405, 321.5, 238.25, None, "plumb_bob", (k1, k2, p1, p2, k3))
-    np.testing.assert_allclose(camera.project([[2 * x, 2 * y, 2]])[0], wanted)
+    np.testing.assert_allclose(camera.project([[2 * x, 2 * y, 2]])[0], expected)
 
 
 def test_pixels_without_a_ray_in_front_are_nan() -> None:

@@ -74,8 +74,8 @@ def test_every_way_of_an_estimator_takes_them(bundle: Path) -> None:
         pixels = camera_bytes(color, 70, 50, seed=5)
         rgb = from_ycbcr(pixels, COLORS[color].ycbcr)  # type: ignore[arg-type]
         with Estimator(bundle, device="cpu", fit="pad") as estimator:
-            wanted = estimator(rgb)
-            assert wanted.source_size == (70, 50)
+            expected = estimator(rgb)
+            assert expected.source_size == (70, 50)
             future = estimator.submit(pixels, color)  # type: ignore[arg-type]
             with estimator.stream(color=color) as stream:  # type: ignore[arg-type]
                 stream.put(pixels)
@@ -85,7 +85,7 @@ def test_every_way_of_an_estimator_takes_them(bundle: Path) -> None:
             (listed,) = estimator.batch([pixels], color)  # type: ignore[arg-type]
             for found in (called, listed, future.result(), streamed.geometry):
                 assert found.source_size == (70, 50)
-                np.testing.assert_allclose(found.prediction, wanted.prediction, atol=1e-5)
+                np.testing.assert_allclose(found.prediction, expected.prediction, atol=1e-5)
         with Estimator(bundle, device="cpu", preprocessing="authors", check_digests=False) as estimator:
             small = camera_bytes(color, 70, 50, seed=5)
             with pytest.raises(Exception, match="1024x768"):  # the size of theirs that this bundle lacks

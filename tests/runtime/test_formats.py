@@ -102,8 +102,8 @@ def test_grey_can_be_read_back(kind: str, bits: int) -> None:
     assert (values[result.valid].min(), values[result.valid].max()) == (1, 2**bits - 1)
     far, near = float(text["densegeo.grey_far"]), float(text["densegeo.grey_near"])
     back = far + (values - 1) / (2**bits - 2) * (near - far)
-    wanted = np.log(result.depth) if kind == "metric" else result.prediction
-    np.testing.assert_allclose(back[result.valid], wanted[result.valid], atol=1.01 * abs(near - far) / 2**bits)
+    expected = np.log(result.depth) if kind == "metric" else result.prediction
+    np.testing.assert_allclose(back[result.valid], expected[result.valid], atol=1.01 * abs(near - far) / 2**bits)
     assert (far < near) == (kind == "disparity_affine")
     nearest = (-1, -1) if kind == "disparity_affine" else (0, 0)
     assert values[nearest] == values.max()
@@ -159,8 +159,8 @@ def test_glb_is_a_textured_mesh(metric: Geometry, photo: np.ndarray) -> None:
     trimesh = pytest.importorskip("trimesh")
     scene = trimesh.load(io.BytesIO(metric.encode("glb", intrinsics=K, image=photo)), file_type="glb", process=False)
     (mesh,) = scene.geometry.values()
-    wanted = metric.points_in("opengl", K)[metric.valid]
-    np.testing.assert_allclose(mesh.vertices, wanted, rtol=1e-6)  # a slope without steps: every valid pixel
+    expected = metric.points_in("opengl", K)[metric.valid]
+    np.testing.assert_allclose(mesh.vertices, expected, rtol=1e-6)  # a slope without steps: every valid pixel
     assert len(mesh.faces) == 2 * ((HEIGHT - 1) * (WIDTH - 1) - 4)  # four squares touch the invalid pixel
     np.testing.assert_allclose(mesh.vertex_normals, metric.normals_in("opengl")[metric.valid], atol=1e-5)
     assert (mesh.face_normals[:, 2] > 0).all()  # the front faces the camera
@@ -195,9 +195,9 @@ def test_opencv_reads_exr(
         paths = result.save(tmp_path, ["exr"], dtype=dtype)
         assert [path.stem for path in paths] == list(names)
         for path, name in zip(paths, names, strict=True):
-            read, wanted = cv2.imread(str(path), cv2.IMREAD_UNCHANGED), getattr(result, name)
+            read, expected = cv2.imread(str(path), cv2.IMREAD_UNCHANGED), getattr(result, name)
             read = read[..., ::-1] if name == "normals" else read
-            np.testing.assert_allclose(read, wanted, atol=tolerance, rtol=tolerance)
+            np.testing.assert_allclose(read, expected, atol=tolerance, rtol=tolerance)
             with exr.File(str(path)) as file:
                 assert file.header()["densegeo.depth_kind"] == result.depth_kind
 

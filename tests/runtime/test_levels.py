@@ -119,7 +119,7 @@ def test_an_estimator_hands_the_range_on(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 4096, (60, 70), dtype=np.uint16)
     same = (np.minimum(image / 4095.0, 1)).astype(np.float32)
     with Estimator(make_toy_bundle(tmp_path / "toy"), "onnxruntime") as estimator:
-        wanted = estimator(same).prediction
+        expected = estimator(same).prediction
         of_12 = {"value_range": (0, 4095)}
         found = [
             estimator(image, **of_12),
@@ -130,15 +130,15 @@ def test_an_estimator_hands_the_range_on(tmp_path: Path) -> None:
             stream.put(image)
             found.append(next(stream).geometry)
         for geometry in found:
-            np.testing.assert_allclose(geometry.prediction, wanted, atol=1e-6)
+            np.testing.assert_allclose(geometry.prediction, expected, atol=1e-6)
 
 
 def test_open_files(tmp_path: Path) -> None:
     array = np.round(UNIT * 255).astype(np.uint8)
-    data, wanted = png(array), load_image(array).pixels
+    data, expected = png(array), load_image(array).pixels
     (tmp_path / "image.png").write_bytes(data)
     with open(tmp_path / "image.png", "rb") as file:
-        assert np.array_equal(load_image(file).pixels, wanted)
+        assert np.array_equal(load_image(file).pixels, expected)
         with pytest.raises(ImageError, match=r"image\.png has nothing left to read.*seek\(0\)"):
             load_image(file)
     with pytest.raises(ImageError, match=r"image\.png cannot be read: .*closed"):
@@ -148,8 +148,8 @@ def test_open_files(tmp_path: Path) -> None:
     with tempfile.SpooledTemporaryFile() as spooled:  # as web frameworks hold uploads
         spooled.write(data)
         spooled.seek(0)
-        assert np.array_equal(load_image(spooled).pixels, wanted)
-    assert np.array_equal(load_image(memoryview(data)).pixels, wanted)
+        assert np.array_equal(load_image(spooled).pixels, expected)
+    assert np.array_equal(load_image(memoryview(data)).pixels, expected)
 
 
 @pytest.mark.parametrize("cut", [2, 1, 40, 400])

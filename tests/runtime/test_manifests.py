@@ -77,9 +77,9 @@ def test_another_versions_bundle_says_what_rebuilds_it(
             manifest["options"] = options
 
     bundle = edited(new_bundle(), older)
-    wanted = command or "densegeo build --model fe2e --size 64x48 --size 48x64 --authors-sizes --output"
+    expected = command or "densegeo build --model fe2e --size 64x48 --size 48x64 --authors-sizes --output"
     with pytest.raises(
-        SchemaVersionError, match=f"reads version {SCHEMA_VERSION}.*Rebuild it: {wanted} .*{bundle.name}"
+        SchemaVersionError, match=f"reads version {SCHEMA_VERSION}.*Rebuild it: {expected} .*{bundle.name}"
     ):
         read_manifest(bundle)
     with pytest.raises(SchemaVersionError, match="Install the densegeo that built it"):

@@ -90,14 +90,14 @@ def test_8_bit_products_over_bf16_load(tmp_path: Path) -> None:
     padded = np.pad(q, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded[0], (3, 3), (1, 2))  # channels, rows, columns, 3, 3
     convolved = np.einsum("cyxij,ocij->oyx", windows, weight.astype(np.float32))[None] * rows + bias
-    wanted = convolved / (1 + np.exp(-convolved)) + convolved
+    expected = convolved / (1 + np.exp(-convolved)) + convolved
 
     openvino = openvino_cpu.import_openvino()
     core = openvino.Core()
     read = core.read_model(tmp_path / "affines.onnx")
     assert widen_affines(openvino, read) == 2
     found = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({0: x})[0]
-    assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
+    assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
@@ -270,10 +270,10 @@ def test_a_fresh_process_needs_no_torch_and_reports_to_nobody(bundle: Path) -> N
 
 def test_calls_that_share_the_threads(toy_bundle: Path, picture: np.ndarray) -> None:
     with Estimator(toy_bundle, "openvino") as one, Estimator(toy_bundle, "openvino", calls_at_once=2) as two:
-        wanted = one(picture).prediction
+        expected = one(picture).prediction
         for estimator, streams in ((one, 1), (two, 2)):
             loaded = [*estimator._backend._graphs.values()]  # type: ignore[attr-defined]
             assert {graph.model.get_property("NUM_STREAMS") for graph in loaded} == {streams}
         with ThreadPoolExecutor(3) as pool:
             for geometry in pool.map(two, [picture] * 6):
-                np.testing.assert_allclose(geometry.prediction, wanted, atol=1e-6)
+                np.testing.assert_allclose(geometry.prediction, expected, atol=1e-6)

@@ -130,10 +130,10 @@ def test_large_bundles_are_not_kept(
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, bundle: Path, picture: np.ndarray, cache: Path) -> None:
-    wanted = predicted(bundle, picture)
+    expected = predicted(bundle, picture)
     (tmp_path / "cache").rename(tmp_path / "moved")
     (tmp_path / "cache").write_text("a file")
-    np.testing.assert_array_equal(predicted(bundle, picture), wanted)
+    np.testing.assert_array_equal(predicted(bundle, picture), expected)
 
 
 def test_the_oldest_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,8 @@ def test_tall_images_are_shrunk_as_torch_does(kind: type, source: tuple[int, int
     unit = pixels.astype(np.float64) / (255 if kind is np.uint8 else 1)
     for channel in range(3):
         plane = np.ascontiguousarray(unit[..., channel])
-        wanted = 2 * torch_resize(plane, size.width, size.height, antialias=True) - 1
-        np.testing.assert_allclose(rgb[0, channel], wanted, atol=BOUND, rtol=0)
+        expected = 2 * torch_resize(plane, size.width, size.height, antialias=True) - 1
+        np.testing.assert_allclose(rgb[0, channel], expected, atol=BOUND, rtol=0)
 
 
 def test_nearest_aspect_ratio() -> None:

@@ -64,8 +64,8 @@ def test_stored_weights_give_back_the_pipeline(
     with torch.no_grad():
         for (module, twin), shape in zip(pairs, ((1, 3, 32, 48), (1, 16, 4, 6), (2, 16, 4, 6)), strict=True):
             given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            wanted = module(given)  # equal but for where the tensors lie in memory, which decides on vector code
-            assert (twin(given) - wanted).norm() <= (1e-6 if precision == "fp32" else 1e-2) * wanted.norm()
+            expected = module(given)  # equal but for where the tensors lie in memory, which decides on vector code
+            assert (twin(given) - expected).norm() <= (1e-6 if precision == "fp32" else 1e-2) * expected.norm()
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)])

@@ -99,9 +99,9 @@ def by_stages(estimator: Estimator, image: np.ndarray, fit: str) -> Maps[np.ndar
     rgb = preprocess(torch.from_numpy(image), (bucket.width, bucket.height), box=placement.box)
     backend = estimator._backend
     decoded = backend._network(bucket).recorded(1)(rgb.to(backend.device)).cpu().numpy()
-    wanted = Chain(backend, estimator.manifest.decode, bucket)(rgb.numpy()).decoded
+    expected = Chain(backend, estimator.manifest.decode, bucket)(rgb.numpy()).decoded
     bound = 1e-5 if backend.device == "cpu" else 1e-2  # a GPU's products may be TF32
-    assert np.linalg.norm(decoded - wanted) <= bound * np.linalg.norm(wanted)
+    assert np.linalg.norm(decoded - expected) <= bound * np.linalg.norm(expected)
     return assemble(decoded, placement, estimator.manifest.decode)
 
 

@@ -116,14 +116,14 @@ def test_what_counts_conversions_sees_them(checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "wanted"),
+    ("kind", "base", "expected"),
     [
         ("fp8", torch.bfloat16, {"_scaled_mm.out": 1}),
         ("fp8", torch.float32, {"_scaled_mm.default": 1, "addcmul.out": 1}),
         ("int8", torch.bfloat16, {"_int_mm.default": 1, "addcmul.out": 1}),
     ],
 )
-def test_a_quantized_linear_is_one_product_and_at_most_one_pass(kind: str, base: Any, wanted: dict[str, int]) -> None:
+def test_a_quantized_linear_is_one_product_and_at_most_one_pass(kind: str, base: Any, expected: dict[str, int]) -> None:
     """No scale is expanded and no weight is widened at a call."""
     torch.manual_seed(0)
     x, plain = torch.randn(1, 24, 64), nn.Linear(64, 48)
@@ -136,7 +136,7 @@ def test_a_quantized_linear_is_one_product_and_at_most_one_pass(kind: str, base:
             made = fused(eight)
         out = torch.empty(1, 24, 48, dtype=base)
         fused.into(eight, out)
-    assert operations.counts == wanted
+    assert operations.counts == expected
     exact = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
     emulated = (linear(eight).double() - exact).norm()
     assert (made.double() - exact).norm() <= 1.01 * emulated
@@ -238,8 +238,8 @@ def test_a_strategy_of_attention_is_chosen_among_good_ones(counts: list[int], mo
     errors: dict[str, float] = {}
 
     def decided(what: str, ways: Any, exact: Any, device: Any) -> str:
-        wanted = exact()
-        errors.update({name: float((way().double() - wanted).norm() / wanted.norm()) for name, way in ways.items()})
+        expected = exact()
+        errors.update({name: float((way().double() - expected).norm() / expected.norm()) for name, way in ways.items()})
         return "merge"
 
     monkeypatch.setattr(torch_fused, "decide", decided)
@@ -256,10 +256,10 @@ def test_fast_sums_are_decided_for_all_products(checkpoint: Any, winner: str, mo
     flags: list[bool] = []
 
     def decided(what: str, ways: Any, exact: Any, device: Any, part: slice) -> str:
-        wanted = exact()
+        expected = exact()
         errors = []
         for way in ways.values():
-            errors.append(float((way()[part].double() - wanted).norm() / wanted.norm()))
+            errors.append(float((way()[part].double() - expected).norm() / expected.norm()))
         assert 1e-3 < errors[0] < 0.1
         assert errors[1] <= 2 * errors[0]
         return winner

@@ -60,19 +60,19 @@ def test_every_answer_is_what_encode_gives(
     given = encoded(picture)
     got = post(server, given, answer.media_type, **METRIC, **CAMERA)
     assert (got.status_code, got.headers["content-type"]) == (200, answer.media_type), got.text
-    wanted = result.to_metric(near=1.0, far=4.0).encode(answer.format, intrinsics=(50, 50, 30, 22), image=given)
+    expected = result.to_metric(near=1.0, far=4.0).encode(answer.format, intrinsics=(50, 50, 30, 22), image=given)
     if answer.format == "json":  # times differ
-        mine, theirs = json.loads(got.content), json.loads(wanted)
+        mine, theirs = json.loads(got.content), json.loads(expected)
         assert mine.pop("warnings") == []
         assert set(mine) == set(theirs)
         assert mine["calibration"] == theirs["calibration"]
     elif answer.format == "npz":
-        with np.load(io.BytesIO(got.content)) as mine, np.load(io.BytesIO(wanted)) as theirs:
+        with np.load(io.BytesIO(got.content)) as mine, np.load(io.BytesIO(expected)) as theirs:
             assert set(mine) == set(theirs) >= {"depth"}
             for name in ("depth", "normals", "prediction", "valid"):
                 np.testing.assert_array_equal(mine[name], theirs[name])
     else:
-        assert got.content == wanted
+        assert got.content == expected
 
 
 def test_outputs_are_chosen(server: Served, picture: np.ndarray) -> None:
@@ -174,8 +174,8 @@ def test_facts_that_intrinsics_help() -> None:
             geometry = estimator(given)
         answer = post(server, given, camera_height="1.6", up="[0.1, -0.97, -0.15]", **camera)
         with np.load(io.BytesIO(answer.content)) as arrays:
-            wanted = geometry.to_metric(lens, camera_height=1.6, up=(0.1, -0.97, -0.15))
-            np.testing.assert_array_equal(arrays["depth"], wanted.depth)
+            expected = geometry.to_metric(lens, camera_height=1.6, up=(0.1, -0.97, -0.15))
+            np.testing.assert_array_equal(arrays["depth"], expected.depth)
         cloud = post(server, given, "model/ply", **camera)
         assert cloud.content == geometry.to_scale(lens).encode("ply", intrinsics=lens, image=given)
         asked = triton.InferInput("image", [144, 192, 3], "UINT8")

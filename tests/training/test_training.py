@@ -136,15 +136,15 @@ def test_text_tokens_are_scaled_into_fp16() -> None:
         for parameter in transformer.connector.S.input_embedder.parameters():
             parameter *= 3e5
         latent = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(0))
-        wanted, large = transformer(latent), transformer.conditioning()[0].abs().max()
+        expected, large = transformer(latent), transformer.conditioning()[0].abs().max()
         assert large > 65504
         factor = publish.rescale_text(transformer)
         small = transformer.conditioning()[0].abs().max()
         tokens, _ = transformer.connector(transformer.prompt_embeds, transformer.prompt_mask, transformer.timestep)
         assert 2**13 < max(small, tokens.abs().max()) <= 2**14
         torch.testing.assert_close(small, factor * large)
-        assert wanted.std() > 0.05
-        assert (transformer(latent) - wanted).norm() <= 1e-3 * wanted.norm()
+        assert expected.std() > 0.05
+        assert (transformer(latent) - expected).norm() <= 1e-3 * expected.norm()
         assert publish.rescale_text(transformer) == 1.0
 
 
