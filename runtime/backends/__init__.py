@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -119,39 +119,55 @@ def open_backend(
         attempts = [(row, kind) for kind in ("cuda", "cpu") for row in rows if kind in row.devices]
     reasons: dict[str, None] = {}  # in order, each once
     for row, place in attempts:
-        reason = _against(row, directory, manifest, name)
-        if reason is None:
-            try:
-                module, _, function = row.opens.partition(":")
-                options = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
-                options |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
-                backend: Backend = getattr(import_module(module), function)(
-                    directory, manifest, place, sharing, **options
-                )
-            except BackendError as error:
-                if name != "auto":
-                    raise
-                reason = str(error)
-        if reason is not None:
+        if reason := _against(row, directory, manifest, name):
             reasons[f"{row.name}: {reason}"] = None
             continue
-        if sharing != ALONE and backend.device == "cpu":
-            backend.close()
-            raise ConfigError(
-                f"priority and memory_limit are for a GPU, and {row.name} runs on the CPU here: leave them out."
-            )
+        try:
+            backend = _opened(row, directory, manifest, place, threads, sharing, calls_at_once)
+        except BackendError as error:
+            if name != "auto":
+                raise
+            reasons[f"{row.name}: {error}"] = None
+            continue
         if beside_gpu and backend.device == "cpu":
-            log.warning(
-                "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is "
-                'missing, and device="cpu" that it is meant.%s',
-                directory,
-                row.name,
-                "".join(f"\n{reason}" for reason in reasons),
-            )
+            _warn_of_cpu(directory, row, reasons)
         if row.name in timed:
             log.info("%s runs with %s, the fastest that `densegeo bench` measured here", directory, row.name)
         return backend
     raise BackendError("\n".join(["No backend can run this bundle here.", *reasons]))
+
+
+def _opened(
+    row: BackendRow,
+    directory: Path,
+    manifest: Manifest,
+    device: str,
+    threads: int | None,
+    sharing: Sharing,
+    calls_at_once: int,
+) -> Backend:
+    """The row's backend. Raises BackendError where it cannot run, ConfigError for `sharing` on a CPU."""
+    module, _, function = row.opens.partition(":")
+    options = {} if threads is None or "cpu" not in row.devices else {"threads": threads}
+    options |= {"calls_at_once": calls_at_once} if row.shares_threads else {}
+    backend: Backend = getattr(import_module(module), function)(directory, manifest, device, sharing, **options)
+    if sharing != ALONE and backend.device == "cpu":
+        backend.close()
+        raise ConfigError(
+            f"priority and memory_limit are for a GPU, and {row.name} runs on the CPU here: leave them out."
+        )
+    return backend
+
+
+def _warn_of_cpu(directory: Path, row: BackendRow, reasons: Iterable[str]) -> None:
+    """reasons: why other backends do not run on the GPU that is here."""
+    log.warning(
+        "%s runs on the CPU with %s, although an NVIDIA driver is here. `densegeo doctor` says what is missing, and "
+        'device="cpu" that it is meant.%s',
+        directory,
+        row.name,
+        "".join(f"\n{reason}" for reason in reasons),
+    )
 
 
 def _against(row: BackendRow, directory: Path, manifest: Manifest, name: str) -> str | None:
