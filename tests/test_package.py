@@ -46,7 +46,7 @@ class Built(NamedTuple):
     source: Path  # the archive's content
     wheel: Path
     names: set[str]  # the wheel's files
-    facts: Message  # its metadata
+    metadata: Message
 
 
 def backend(folder: Path, call: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -69,8 +69,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (facts,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-        return Built(sdist, source, wheel, names, message_from_bytes(archive.read(facts)))
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        return Built(sdist, source, wheel, names, message_from_bytes(archive.read(metadata)))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_what_the_wheel_imports_is_in_it(built: Built) -> None:
 
 @pytest.mark.thorough
 def test_metadata_has_full_addresses(built: Built) -> None:
-    page = str(built.facts.get_payload())
+    page = str(built.metadata.get_payload())
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
@@ -141,10 +141,10 @@ def test_metadata_has_full_addresses(built: Built) -> None:
     assert picture in page
     for view, path in re.findall(rf"\({home}/(blob|raw)/v[^/]+/([^)#]+)[^)]*\)", page):
         assert (ROOT / path).exists(), f"README.md's {view} of {path}"
-    urls = dict(text.split(", ", 1) for text in built.facts.get_all("Project-URL") or [])
+    urls = dict(text.split(", ", 1) for text in built.metadata.get_all("Project-URL") or [])
     assert urls["Source"] == home
-    assert built.facts["Description-Content-Type"] == "text/markdown"
-    assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= set(built.facts.get_all("Classifier") or [])
+    assert built.metadata["Description-Content-Type"] == "text/markdown"
+    assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= set(built.metadata.get_all("Classifier") or [])
 
 
 @pytest.mark.thorough

@@ -205,16 +205,16 @@ class Checks:
         wrong += [check for check in stages if not within(check)]
         self._outcome.failures += [f"verify: {check}" for check in wrong]
 
-    def _compare(self, what: str, found: list[Geometry]) -> None:
-        for geometry, wanted in zip(found, self._expected()[: len(found)], strict=True):
+    def _compare(self, name: str, results: list[Geometry]) -> None:
+        for geometry, wanted in zip(results, self._expected()[: len(results)], strict=True):
             for array, want in zip(_maps(geometry), wanted, strict=True):
-                self._error(what, array, want)
+                self._error(name, array, want)
 
-    def _error(self, what: str, found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
-        error = relative_error(found, wanted)
+    def _error(self, name: str, result: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
+        error = relative_error(result, wanted)
         self._outcome.worst_error = max(self._outcome.worst_error, error)
         if not error <= BOUND:
-            self._outcome.failures.append(f"{what}: relative error {error:.2e}")
+            self._outcome.failures.append(f"{name}: relative error {error:.2e}")
 
 
 def _maps(geometry: Geometry) -> list[NDArray[np.float32]]:

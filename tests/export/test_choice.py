@@ -1,4 +1,4 @@
-"""What a build makes on which machine: a table of facts and wishes against backend, precision and what is said."""
+"""What a build makes on which machine: a table of machines and requests against backend, precision and what is said."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("facts", "asked", "backend", "precision", "architectures", "why"), TABLE)
+@pytest.mark.parametrize(("machine", "asked", "backend", "precision", "architectures", "why"), TABLE)
 def test_what_is_chosen(
-    facts: Machine, asked: BuildRequest, backend: str, precision: str, architectures: list[int], why: str
+    machine: Machine, asked: BuildRequest, backend: str, precision: str, architectures: list[int], why: str
 ) -> None:
-    made = choose(asked, facts, preset("fe2e"))
+    made = choose(asked, machine, preset("fe2e"))
     assert (made.backend, made.precision, made.architectures) == (backend, precision, architectures)
     assert why in made.why
     assert precision in made.what
@@ -103,7 +103,7 @@ def test_what_is_chosen(
 
 
 @pytest.mark.parametrize(
-    ("facts", "asked", "message"),
+    ("machine", "asked", "message"),
     [
         (machine(gpu(86), RTX), BuildRequest(precision="fp8"), "there is no fp8 before sm_89, so none for sm_86"),
         (machine(gpu(75), FULL), BuildRequest(precision="bf16"), "there is no bf16 before sm_80, so none for sm_75"),
@@ -132,12 +132,12 @@ def test_what_is_chosen(
         (machine(), BuildRequest(precision="fp4"), "there is no precision 'fp4'"),
     ],
 )
-def test_what_cannot_work_is_refused(facts: Machine, asked: BuildRequest, message: str | None) -> None:
+def test_what_cannot_work_is_refused(machine: Machine, asked: BuildRequest, message: str | None) -> None:
     if message is None:
-        choose(asked, facts, preset("fe2e"))
+        choose(asked, machine, preset("fe2e"))
         return
     with pytest.raises(ConfigError, match=message):
-        choose(asked, facts, preset("fe2e"))
+        choose(asked, machine, preset("fe2e"))
 
 
 def test_a_plan_decides_the_precision(tmp_path: Path) -> None:

@@ -134,13 +134,15 @@ Builder = Callable[..., Engine]
 def fake_builder(built: list[str], failing: dict[str, BaseException]) -> Builder:
     """Writes "engines" of a few bytes, and notes their stages; raises at the stages named."""
 
-    def build(directory: Path, graph: Path, wanted: Engine, options: object, group: object, progress: object) -> Engine:
-        (directory / wanted.log).write_bytes(b"log of " + wanted.fingerprint.encode())
-        if wanted.stage in failing:
-            raise failing[wanted.stage]
-        (directory / wanted.file).write_bytes(b"engine of " + wanted.fingerprint.encode())
-        built.append(wanted.stage)
-        return msgspec.structs.replace(wanted, seconds=1.0)
+    def build(
+        directory: Path, graph: Path, planned: Engine, options: object, group: object, progress: object
+    ) -> Engine:
+        (directory / planned.log).write_bytes(b"log of " + planned.fingerprint.encode())
+        if planned.stage in failing:
+            raise failing[planned.stage]
+        (directory / planned.file).write_bytes(b"engine of " + planned.fingerprint.encode())
+        built.append(planned.stage)
+        return msgspec.structs.replace(planned, seconds=1.0)
 
     return build
 
@@ -182,17 +184,17 @@ def built(failed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return stages_built
 
 
-def refuse(what: str) -> Callable[..., NoReturn]:
+def refuse(message: str) -> Callable[..., NoReturn]:
     def refused(*_: object, **__: object) -> NoReturn:
-        raise ExportError(what)
+        raise ExportError(message)
 
     return refused
 
 
-def build_aloud(wanted: BuildOptions) -> str:
+def build_aloud(build_options: BuildOptions) -> str:
     """What a build says where no terminal is."""
     said = io.StringIO()
-    build_bundle(wanted, Console(file=said, width=200))
+    build_bundle(build_options, Console(file=said, width=200))
     return said.getvalue()
 
 
@@ -280,8 +282,8 @@ def test_another_build_starts_anew(
 
 def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
     def keys(digest: str = "0" * 64, **changes: object) -> StageKeys:
-        wanted = options(tmp_path, tmp_path / "bundle", **changes)
-        return stage_keys(wanted, [Source("dit", "dit.safetensors", 1, digest)], "")
+        build_options = options(tmp_path, tmp_path / "bundle", **changes)
+        return stage_keys(build_options, [Source("dit", "dit.safetensors", 1, digest)], "")
 
     plain, two, four = keys(), keys(batches=(2,)), keys(batches=(4,))
     assert plain == keys()
@@ -298,7 +300,7 @@ def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "work_again"),
     [
         ("references.json", "the checkpoint was read"),
         ("weights.json", "the checkpoint was read"),
@@ -310,10 +312,10 @@ def test_each_stage_depends_on_what_it_uses(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_damaged_stages_count_for_nothing(
-    name: str, what: str, damage: str, small: Path, tmp_path: Path, built: list[str]
+    name: str, work_again: str, damage: str, small: Path, tmp_path: Path, built: list[str]
 ) -> None:
     damaged(tmp_path / STAGING / name, damage)
-    with pytest.raises(ExportError, match=what):
+    with pytest.raises(ExportError, match=work_again):
         build_bundle(with_engines(small, tmp_path / "bundle"))
     assert list(tmp_path.iterdir()) == []  # and an error that is not of engines leaves nothing
 

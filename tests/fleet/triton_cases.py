@@ -109,16 +109,16 @@ def pictures(count: int, width: int = 64, height: int = 48, seed: int = 0) -> np
     return np.round(255 * np.stack(found)).astype(np.uint8)
 
 
-def require_equal(found: dict[str, np.ndarray], expected: list[Geometry], *names: str) -> None:
-    assert set(found) == set(names), found.keys()
+def require_equal(result: dict[str, np.ndarray], expected: list[Geometry], *names: str) -> None:
+    assert set(result) == set(names), result.keys()
     for name in names:
         ours = np.stack([getattr(geometry, name) for geometry in expected])
-        assert found[name].dtype == np.float32
-        assert found[name].shape == ours.shape
+        assert result[name].dtype == np.float32
+        assert result[name].shape == ours.shape
         assert ours.std() > 0.05, f"{name} says nothing"
-        error = np.linalg.norm(np.nan_to_num(found[name] - ours)) / np.linalg.norm(np.nan_to_num(ours))
+        error = np.linalg.norm(np.nan_to_num(result[name] - ours)) / np.linalg.norm(np.nan_to_num(ours))
         assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
-        assert np.array_equal(np.isnan(found[name]), np.isnan(ours))
+        assert np.array_equal(np.isnan(result[name]), np.isnan(ours))
 
 
 def _until(met: Callable[[], object], seconds: float = 30.0) -> None:

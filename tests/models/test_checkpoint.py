@@ -241,7 +241,7 @@ def test_architecture_from_shapes(weights: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("stated", "words"),
     [
         ({"hidden_size": 128}, ["hidden_size = 128", "64"]),
         ({"depth": 2}, ["depth = 2", "1"]),
@@ -250,9 +250,9 @@ def test_architecture_from_shapes(weights: State) -> None:
         ({"connector_heads": 3}, ["3 connector heads", "128"]),
     ],
 )
-def test_contradictions(given: dict[str, Any], words: list[str], weights: State) -> None:
+def test_contradictions(stated: dict[str, Any], words: list[str], weights: State) -> None:
     with pytest.raises(ConfigError) as caught:
-        transformer_config(shapes(weights), given)
+        transformer_config(shapes(weights), stated)
     for word in words:
         assert word in str(caught.value)
 

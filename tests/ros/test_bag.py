@@ -270,7 +270,7 @@ def words(capsys: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "says"),
     [
         (["--near", "2", "--far", "1"], "0 < near < far"),
         (["--far", "1"], "give both or neither"),
@@ -284,9 +284,9 @@ def words(capsys: Any) -> str:
         (["--device", "tpu"], "'--device'"),
     ],
 )
-def test_wrong_options_end_with_2(bundle: Path, tmp_path: Path, capsys: Any, given: list[str], says: str) -> None:
+def test_wrong_options_end_with_2(bundle: Path, tmp_path: Path, capsys: Any, options: list[str], says: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["bag", str(bundle), str(tmp_path), str(tmp_path / "out.mcap"), *given])
+        main(["bag", str(bundle), str(tmp_path), str(tmp_path / "out.mcap"), *options])
     assert ended.value.code == 2
     assert says in words(capsys)
 

@@ -259,8 +259,8 @@ def one_fact_makes_metres(_: Path) -> None:
         client.send("image", image(hall, "rgb8", at=at))
         return [floats(client.results(t, n + 1)[-1])[..., 0] for t, n in zip(topics, before, strict=True)]
 
-    def depth(**facts: Any) -> np.ndarray:
-        return ScaleTracker().update(geometry, camera, **facts).depth
+    def depth(**observations: Any) -> np.ndarray:
+        return ScaleTracker().update(geometry, camera, **observations).depth
 
     with robot(asked) as (client, _):
         client.listen("depth", "depth_up_to_scale", "relative_depth")

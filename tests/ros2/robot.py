@@ -203,11 +203,11 @@ def keys(status: Any) -> dict[str, str]:
     return {pair.key: pair.value for pair in status.values}
 
 
-def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+def until(condition: Callable[[], bool], event: str, patience: float = PATIENCE) -> None:
     """Wait; AssertionError when it does not come about."""
     deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, f"in {patience:g} s: {what}"
+        assert time.monotonic() < deadline, f"in {patience:g} s: {event}"
         time.sleep(0.01)
 
 

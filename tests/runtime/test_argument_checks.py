@@ -207,11 +207,11 @@ def stream(act: Callable[[Stream, Any], object]) -> Callable[[Things, object], o
     return call
 
 
-def updated(things: Things, **facts: Any) -> Geometry:
+def updated(things: Things, **observations: Any) -> Geometry:
     """By a tracker that knows metres already, as it stands after a first frame."""
     tracker = ScaleTracker()
     tracker.update(things.geometry, anchors=ANCHORS)
-    return tracker.update(things.geometry, **facts)
+    return tracker.update(things.geometry, **observations)
 
 
 NUMBERS = (FIVE, NAN, ONE, ZEROS)

@@ -59,7 +59,7 @@ def message(**changes: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "intrinsics",
     [
         (410.0, 405.0, 321.5, 238.25),
         K,
@@ -71,8 +71,8 @@ def message(**changes: object) -> SimpleNamespace:
         {"K": K.ravel(), "P": np.zeros(12), "D": [0.0] * 5, "width": 640, "height": 480},
     ],
 )
-def test_every_spelling_is_the_same_camera(given: object) -> None:
-    camera = Camera.of(given)
+def test_every_spelling_is_the_same_camera(intrinsics: object) -> None:
+    camera = Camera.of(intrinsics)
     assert (camera.fx, camera.fy, camera.cx, camera.cy) == (410, 405, 321.5, 238.25)
     assert not any(camera.distortion)
 
@@ -177,7 +177,7 @@ def test_points_use_the_lens_and_follow_the_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("intrinsics", "why"),
     [
         ((0.8, 0.8, 0.5, 0.5), "normalised"),
         ((3000, 3000, 2000, 1500), "4001x3001"),
@@ -187,14 +187,14 @@ def test_points_use_the_lens_and_follow_the_size() -> None:
         ((2, 2, 32, 24), "field of view of 173 degrees"),
     ],
 )
-def test_intrinsics_of_another_image_are_doubted(given: tuple[float, ...], why: str) -> None:
+def test_intrinsics_of_another_image_are_doubted(intrinsics: tuple[float, ...], why: str) -> None:
     with pytest.warns(CalibrationWarning, match=why):
-        flat().points(given)
+        flat().points(intrinsics)
 
 
-@pytest.mark.parametrize("given", [(50, 50, 31.5, 23.5), (60, 45, 20, 30), (200, 200, 31.5, 23.5)])
-def test_plausible_intrinsics_are_not(given: tuple[float, ...], recwarn: pytest.WarningsRecorder) -> None:
-    flat().points(given)
+@pytest.mark.parametrize("intrinsics", [(50, 50, 31.5, 23.5), (60, 45, 20, 30), (200, 200, 31.5, 23.5)])
+def test_plausible_intrinsics_are_not(intrinsics: tuple[float, ...], recwarn: pytest.WarningsRecorder) -> None:
+    flat().points(intrinsics)
     assert not recwarn.list
 
 

@@ -91,7 +91,7 @@ def test_up_to_scale_has_shape_and_no_metres() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "source"),
+    ("measurements", "source"),
     [
         ({"anchors": ([[30, 70]], None)}, "1 anchor"),
         ({"camera_height": 1.4}, "the camera's height"),
@@ -100,16 +100,16 @@ def test_up_to_scale_has_shape_and_no_metres() -> None:
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_one_more_fact_gives_metres(facts: dict[str, object], source: str) -> None:
+def test_one_more_fact_gives_metres(measurements: dict[str, object], source: str) -> None:
     geometry, depth = room()
-    facts = dict(facts)
-    if "anchors" in facts:
-        facts["anchors"] = ([[30, 70]], [depth[70, 30]])
-    if "size" in facts:
+    measurements = dict(measurements)
+    if "anchors" in measurements:
+        measurements["anchors"] = ([[30, 70]], [depth[70, 30]])
+    if "size" in measurements:
         uv = np.array([[20, 80], [100, 40]])
         points = CAMERA.rays_at(uv) * depth[uv[:, 1], uv[:, 0]][:, None]
-        facts["size"] = (uv, float(np.linalg.norm(points[0] - points[1])))
-    found = geometry.to_metric(K, **facts)  # type: ignore[arg-type]
+        measurements["size"] = (uv, float(np.linalg.norm(points[0] - points[1])))
+    found = geometry.to_metric(K, **measurements)  # type: ignore[arg-type]
     assert found.depth_kind == "metric"
     np.testing.assert_allclose(found.depth, depth, rtol=0.03)
     assert found.calibration is not None
@@ -117,7 +117,7 @@ def test_one_more_fact_gives_metres(facts: dict[str, object], source: str) -> No
     uncertainty = found.calibration.uncertainty(found.prediction)
     assert ((uncertainty > 0) & (uncertainty < 0.6)).all()
     # and from the shape alone, too
-    again = geometry.to_scale(K).to_metric(K, **facts)  # type: ignore[arg-type]
+    again = geometry.to_scale(K).to_metric(K, **measurements)  # type: ignore[arg-type]
     np.testing.assert_allclose(again.depth, found.depth)
 
 
@@ -247,7 +247,7 @@ def test_anchors_in_millimetres_are_doubted() -> None:
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "measurements",
     [
         {"camera_height": 1400.0},
         {"size": ([[20, 80], [100, 40]], 2500.0)},
@@ -255,9 +255,9 @@ def test_anchors_in_millimetres_are_doubted() -> None:
         {"anchors": ([[30, 70]], [4200.0])},
     ],
 )
-def test_all_that_is_measured_is_doubted_in_millimetres(facts: dict[str, object]) -> None:
+def test_all_that_is_measured_is_doubted_in_millimetres(measurements: dict[str, object]) -> None:
     with pytest.warns(CalibrationWarning, match="millimetres") as caught:
-        BASE.to_metric(None if "near" in facts else K, **facts)  # type: ignore[arg-type]
+        BASE.to_metric(None if "near" in measurements else K, **measurements)  # type: ignore[arg-type]
     assert caught[0].filename == __file__
 
 
@@ -269,9 +269,9 @@ def test_pixels_are_those_of_the_source_image() -> None:
     camera = (K[0] * 4, K[1] * 2, (K[2] + 0.5) * 4 - 0.5, (K[3] + 0.5) * 2 - 0.5)
     at = np.array([[30, 70], [100, 80], [64, 90]])
     uv, metres = (at + 0.5) * (4, 2) - 0.5, depth[at[:, 1], at[:, 0]]
-    for facts in ({"anchors": (uv, metres)}, {"anchors": (uv[:1], metres[:1])}):
-        np.testing.assert_allclose(small.to_metric(camera, **facts).depth, depth, rtol=0.02)
-        np.testing.assert_allclose(ScaleTracker().update(small, camera, **facts).depth, depth, rtol=0.02)
+    for measurements in ({"anchors": (uv, metres)}, {"anchors": (uv[:1], metres[:1])}):
+        np.testing.assert_allclose(small.to_metric(camera, **measurements).depth, depth, rtol=0.02)
+        np.testing.assert_allclose(ScaleTracker().update(small, camera, **measurements).depth, depth, rtol=0.02)
     points = CAMERA.rays_at(at[:2]) * metres[:2, None]
     apart = float(np.linalg.norm(points[0] - points[1]))
     np.testing.assert_allclose(small.to_metric(camera, size=(uv[:2], apart)).depth, depth, rtol=0.02)

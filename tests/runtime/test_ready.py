@@ -68,11 +68,11 @@ def test_a_folder_of_its_name_wins(elsewhere: Path) -> None:
         Estimator(NAME, "onnxruntime", "cpu")
 
 
-@pytest.mark.parametrize("given", ["fe2e-tinny", "./fe2e-tiny", "", ".", "..", "fe2e-tiny/manifest.json"])
-def test_other_names_are_paths(given: str) -> None:
-    assert ready.find_bundle(given) == Path(given)
+@pytest.mark.parametrize("name", ["fe2e-tinny", "./fe2e-tiny", "", ".", "..", "fe2e-tiny/manifest.json"])
+def test_other_names_are_paths(name: str) -> None:
+    assert ready.find_bundle(name) == Path(name)
     with pytest.raises(BundleError, match="is not a densegeo bundle"):
-        Estimator(given, "onnxruntime", "cpu")
+        Estimator(name, "onnxruntime", "cpu")
 
 
 def test_nothing_is_written_into_the_installation(elsewhere: Path) -> None:

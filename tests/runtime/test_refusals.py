@@ -45,10 +45,10 @@ def test_bf16_is_refused_at_build_for_torch_before_ampere(
     from densegeo.models.presets import preset
 
     card = Gpu("a GPU", architecture, 80 << 30)
-    facts = Machine(gpu=card, libraries=frozenset({"torch"}), torch_cuda=True)
+    machine = Machine(gpu=card, libraries=frozenset({"torch"}), torch_cuda=True)
     asked = BuildRequest(backend="torch", precision=precision, base=base)
     if not refused:
-        assert choose(asked, facts, preset("fe2e-tiny")).backend == "torch"
+        assert choose(asked, machine, preset("fe2e-tiny")).backend == "torch"
         return
     with pytest.raises(ConfigError, match=refused):
-        choose(asked, facts, preset("fe2e-tiny"))
+        choose(asked, machine, preset("fe2e-tiny"))

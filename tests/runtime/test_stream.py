@@ -314,7 +314,7 @@ def test_frames_come_in_metres(estimator: Estimator, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("latest", [True, False])
-def test_facts_of_another_type_are_refused_at_once(estimator: Estimator, latest: bool) -> None:
+def test_observations_of_another_type_are_refused_at_once(estimator: Estimator, latest: bool) -> None:
     """And the stream goes on without the frame."""
     wrong: list[dict[str, object]] = [
         {"camera_height": [1.0, 2.0]},
@@ -328,7 +328,9 @@ def test_facts_of_another_type_are_refused_at_once(estimator: Estimator, latest:
         {"motion": "still"},
     ]
     with estimator.stream(latest=latest) as stream:
-        for facts in wrong:
-            with pytest.raises(ConfigError, match=next(iter(facts)) if "intrinsics" not in facts else "ntrinsics"):
-                stream.put(constant_image(0.5), **facts)  # type: ignore[arg-type]
+        for observations in wrong:
+            with pytest.raises(
+                ConfigError, match=next(iter(observations)) if "intrinsics" not in observations else "ntrinsics"
+            ):
+                stream.put(constant_image(0.5), **observations)  # type: ignore[arg-type]
         assert stream.put(constant_image(0.5), anchors=(np.empty((0, 2)), np.empty(0)), up=np.float32([0, -1, 0])) == 0

@@ -62,17 +62,17 @@ def test_a_recording_is_replayed_on_its_own_buffers() -> None:
 
 @pytest.mark.parametrize("recorder", [None, Tape()])
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("tensor", "match"),
     [
         (torch.zeros(2, 4), r"float32 \(2, 3\) on cpu and cannot take float32 \(2, 4\) on cpu"),
         (torch.zeros(2, 3, dtype=torch.float64), "cannot take float64"),
         (torch.zeros(2, 3, device="meta"), "on meta"),
     ],
 )
-def test_another_shape_or_type_is_refused(recorder: Tape | None, given: Tensor, match: str) -> None:
+def test_another_shape_or_type_is_refused(recorder: Tape | None, tensor: Tensor, match: str) -> None:
     replay = Replay("doubling", double, (torch.zeros(2, 3),), recorder)
     with pytest.raises(BackendError, match=match):
-        replay(given)
+        replay(tensor)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_strategy_of_attention_is_chosen_among_good_ones(counts: list[int], mo
     q, k, v = (torch.randn(2, 2, 70, 32) for _ in range(3))
     errors: dict[str, float] = {}
 
-    def decided(what: str, ways: Any, exact: Any, device: Any) -> str:
+    def decided(work: str, ways: Any, exact: Any, device: Any) -> str:
         expected = exact()
         errors.update({name: float((way().double() - expected).norm() / expected.norm()) for name, way in ways.items()})
         return "merge"
@@ -255,7 +255,7 @@ def test_fast_sums_are_decided_for_all_products(checkpoint: Any, winner: str, mo
     fused = FusedTransformer(quantized(checkpoint, "fp8", (), "bf16").denoiser)
     flags: list[bool] = []
 
-    def decided(what: str, ways: Any, exact: Any, device: Any, part: slice) -> str:
+    def decided(work: str, ways: Any, exact: Any, device: Any, part: slice) -> str:
         expected = exact()
         errors = []
         for way in ways.values():

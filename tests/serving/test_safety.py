@@ -306,7 +306,7 @@ def test_options_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "says"),
     [
         (["--port", "-1"], "'--port'"),
         (["--max-requests", "0"], "'--max-requests'"),
@@ -324,10 +324,10 @@ def test_options_are_checked() -> None:
     ],
 )
 def test_wrong_options_end_with_2(
-    given: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("densegeo.serving.command.start_logging", lambda: None)  # it would be this process's
     with pytest.raises(SystemExit) as ended:
-        main(["serve", "fe2e-tiny", *given])
+        main(["serve", "fe2e-tiny", *options])
     assert ended.value.code == 2
     assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())

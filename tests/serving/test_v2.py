@@ -130,7 +130,7 @@ def test_packed_bodies(
 
 
 @pytest.mark.parametrize(
-    ("given", "metric"),
+    ("measurements", "metric"),
     [
         ({"near": 1.0, "far": 5.0}, {"near": 1.0, "far": 5.0}),
         ({"scale": "2", "shift": 0.5}, {"scale": 2.0, "shift": 0.5}),
@@ -143,7 +143,7 @@ def test_packed_bodies(
 def test_metres(
     client: triton.InferenceServerClient,
     estimator: Estimator,
-    given: dict[str, Any],
+    measurements: dict[str, Any],
     metric: dict[str, Any],
 ) -> None:
     ramp = np.tile(np.linspace(0, 255, 61).astype(np.uint8)[None, :, None], (45, 1, 3))
@@ -151,13 +151,15 @@ def test_metres(
         columns, rows = np.array(metric["anchors"][0]).T
         metres = np.exp(1.5 * estimator(ramp).prediction[rows, columns].astype(float))
         metric = {"anchors": (metric["anchors"][0], metres)}
-        given = {"anchors": json.dumps([[int(u), int(v), m] for u, v, m in zip(columns, rows, metres, strict=True)])}
+        measurements = {
+            "anchors": json.dumps([[int(u), int(v), m] for u, v, m in zip(columns, rows, metres, strict=True)])
+        }
     for binary in (True, False):
         result = client.infer(
-            "bundle", asked(ramp), outputs=wanted("depth", "prediction", binary=binary), parameters=given
+            "bundle", asked(ramp), outputs=wanted("depth", "prediction", binary=binary), parameters=measurements
         )
         same(result, estimator(ramp).to_metric(**metric), "depth", "prediction")
-    assert client.infer("bundle", asked(ramp), parameters=given).as_numpy("depth") is not None
+    assert client.infer("bundle", asked(ramp), parameters=measurements).as_numpy("depth") is not None
 
 
 def test_invalid_depth_is_nan_in_bytes_and_null_in_json(server: Served) -> None:

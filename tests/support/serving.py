@@ -124,8 +124,8 @@ def metrics(url: str, **headers: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in rows}
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 15.0) -> None:
+def until(true: Callable[[], object], event: str, seconds: float = 15.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, event
         time.sleep(0.01)
