@@ -30,15 +30,18 @@ Observe = Callable[[str, Float32], None]
 
 
 class Images:
-    """Calibration images by a name that says what is in them. Raises QuantizationError when there are too few."""
+    """Calibration images, which count once however many files hold them. Raises QuantizationError when there are too few."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        if len(paths) < MINIMUM:
+        self.paths = list(paths)
+        count = len({_digest(path) or str(path) for path in paths})
+        copies = len(paths) - count
+        if count < MINIMUM:
+            repeated = f" ({copies} more files hold the same)" if copies else ""
             raise QuantizationError(
-                f"{len(paths)} image{'s are' if len(paths) != 1 else ' is'} too few to calibrate with: give at least "
+                f"{count} image{'s are' if count != 1 else ' is'} too few to calibrate with{repeated}: give at least "
                 f"{MINIMUM} different ones, better 64, of what the model will see"
             )
-        self.paths = list(paths)
         self.unreadable: list[Path] = []
 
     def __iter__(self) -> Iterator[Path]:
@@ -52,6 +55,14 @@ class Images:
             raise QuantizationError(
                 f"{len(self.unreadable)} of {len(self.paths)} images cannot be read, the last one: {error}"
             )
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes; "" where it cannot be read, which the error of reading it as an image says better."""
+    try:
+        return sha256_file(path)
+    except OSError:
+        return ""
 
 
 def rgb_of(path: Path, manifest: Manifest) -> tuple[Bucket, Float32]:
@@ -101,7 +112,7 @@ def collect(
 
     def observe_images(counted_images: list[str], observers: Sequence[Observe], description: str) -> None:
         for index, image in enumerate(track(list(images), description=description, console=console)):
-            name = sha256_file(image)
+            name = _digest(image)
             if name in counted_images:
                 continue
             try:

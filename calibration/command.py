@@ -34,7 +34,7 @@ from densegeo.calibration.report import print_plan
 from densegeo.calibration.resume import SensitivityFile
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.calibration.work import multiply_adds
-from densegeo.errors import ConfigError, ImageError
+from densegeo.errors import ConfigError, ImageError, QuantizationError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
 from densegeo.models.layers import Attention
@@ -46,10 +46,10 @@ from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 from densegeo.runtime.ready import beside
 
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
-JUDGED = 4  # images on which errors are measured
-EVEN = (
-    0.5  # SmoothQuant's exponent of convolutions in evenly spaced numbers, whose channels differ more than linears' do
-)
+JUDGED = 4  # images on which each layer's error alone is measured
+JUDGED_TOGETHER = 16  # and the planned ones' together, of which four views of fe2e-tiny told half (benchmarks/LOG.md)
+# SmoothQuant's exponent of convolutions in evenly spaced numbers, whose channels differ more than linears' do
+EVEN = 0.5
 _ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 _FAST_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.fast_convolutions)
 _EVENLY_SPACED = " and ".join(row.name for row in PRECISIONS.values() if row.calibrated and row.integer)
@@ -122,7 +122,9 @@ def calibrate(
     everything: Annotated[
         bool, typer.Option("--everything", help="Plan first, last and thin layers too, for comparison.")
     ] = False,
-    backend: Annotated[str, typer.Option(help=f"What runs the bundle: {_SEEN}.")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help=f"What runs the bundle: {_SEEN}. By default the first of these that can.")
+    ] = "",
     base: Annotated[
         str, typer.Option(help="What the build will leave the rest in, as its --base; its own error counts too.")
     ] = "",
@@ -144,19 +146,19 @@ def calibrate(
     """
     _require_plannable(kind, method, base, attention=attention, weight_bits=weight_bits)
     budget = Budget(max_depth_error, max_normal_error)
-    _require_runnable(backend, device, budget, stream=stream)
     if twice:
         _require_two_products(kind, budget, convolutions=convolutions)
     smoothing_exponent = smooth if smooth is not None else EVEN * (convolutions and PRECISIONS[kind].integer)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
+    backend = _choose(backend, manifest, device, budget, stream=stream)
     check_files(bundle, manifest, digests=True)
     folder = output or beside(bundle, "calibration")
     console = Console()
     try:
         calibration_images = Images(find_images(images))
-    except ImageError as error:
+    except (ImageError, QuantizationError) as error:
         raise typer.BadParameter(str(error), param_hint="--images") from error
     first_bucket = manifest.buckets[0]
     torch_device = choose_device(device) if backend == NETWORKS.name else "cpu"
@@ -237,10 +239,16 @@ def _require_two_products(kind: str, budget: Budget, *, convolutions: bool) -> N
         )
 
 
-def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool) -> None:
-    """Raises ConfigError for what could not be found out in this way, before hours go into finding it out."""
-    if not any(row.name == backend and row.shows_layers for row in BACKENDS):
-        raise ConfigError(f"{backend} does not show what enters its linears: use --backend {_SEEN}")
+def _choose(name: str, manifest: Manifest, device: str, budget: Budget, *, stream: bool) -> str:
+    """The backend that runs the bundle; name: the one asked for, or "".
+
+    Raises ConfigError for what could not be found out in this way, before hours go into finding it out.
+    """
+    if name and not any(row.name == name and row.shows_layers for row in BACKENDS):
+        raise ConfigError(f"{name} does not show what enters its linears: use --backend {_SEEN}")
+    able = [row.name for row in BACKENDS if row.shows_layers and manifest.base in row.precisions]
+    needs_networks = stream or device not in ("auto", "cpu")
+    backend = name or (NETWORKS.name if needs_networks else able[0])
     if backend != NETWORKS.name and device not in ("auto", "cpu"):
         raise ConfigError(f"--device {device} goes with --backend {NETWORKS.name}: {backend} counts on the CPU here")
     if stream and (backend, device) != (NETWORKS.name, "cpu"):
@@ -249,6 +257,9 @@ def _require_runnable(backend: str, device: str, budget: Budget, *, stream: bool
         raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     if stream and budget != Budget():
         raise ConfigError("a budget needs errors, which --stream does not measure")
+    if backend not in able:
+        raise ConfigError(f"{name} has no {manifest.base}, which the bundle is in: use --backend {' or '.join(able)}")
+    return backend
 
 
 def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> LayerInputs:
@@ -318,14 +329,16 @@ def make_plan(
     if not pictures:
         return plan
     doubled = in_two_products(plan.convolutions, statistics) if twice else {}
-    judge = Judge(pipeline, pictures, plan.numbers, plan.layers(statistics), doubled)
+    few, layers = pictures[:JUDGED], plan.layers(statistics)
+    alone = Judge(pipeline, few, plan.numbers, layers)
     names = [*plan.ranges, *plan.attentions, *plan.convolutions]
     sizes = {name: linears[name].weight.numel() for name in plan.ranges}
-    measured = SensitivityFile(sensitivity_file, plan, pictures)
+    measured = SensitivityFile(sensitivity_file, plan, few)
     sensitivity = [
-        measured.rows.get(name) or measured.keep(Sensitivity(name, work[name], judge.error([name]), sizes.get(name, 0)))
+        measured.rows.get(name) or measured.keep(Sensitivity(name, work[name], alone.error([name]), sizes.get(name, 0)))
         for name in track(names, description="one layer at a time", console=console)
     ]
+    judge = Judge(pipeline, pictures, plan.numbers, layers, doubled)
     base_error = judge.base_error(base)
     error = judge.error(names) + base_error
     plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=base_error)
@@ -360,7 +373,7 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
     pictures: list[Any] = []
     readable = [path for path in images if path not in images.unreadable]
     for path in readable:
-        if len(pictures) == JUDGED:
+        if len(pictures) == JUDGED_TOGETHER:
             break
         try:
             bucket, rgb = rgb_of(path, manifest)

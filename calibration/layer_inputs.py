@@ -150,11 +150,18 @@ def _linears(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
 
 
 def _convolutions(model: onnx.ModelProto, stage: Stage) -> Iterator[tuple[str, str]]:
-    """(convolution, its input's value); see `Pipeline.layers`."""
+    """(convolution, its input's value); see `Pipeline.layers`. The kernel of a transposed one is what is stored, in
+    another order.
+    """
     prefix = "" if stage == "denoiser" else f"{stage}."
+    makers = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[1].endswith(".weight"):
-            yield prefix + node.input[1].removesuffix(".weight"), node.input[0]
+        if node.op_type in ("Conv", "ConvTranspose"):
+            stored = node.input[1]
+            while stored in makers and makers[stored].input:
+                stored = makers[stored].input[0]
+            if stored.endswith(".weight"):
+                yield prefix + stored.removesuffix(".weight"), node.input[0]
 
 
 def _attentions(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:

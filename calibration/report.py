@@ -10,6 +10,8 @@ from rich.table import Table
 from densegeo.calibration.plan import QuantizationPlan
 from densegeo.precision import PRECISIONS
 
+WIDE = 100  # columns of a terminal from which on there is room for bars
+
 
 def print_plan(plan: QuantizationPlan, console: Console) -> None:
     """Each layer's own error as a table with bars, worst first, and what the plan amounts to."""
@@ -17,7 +19,8 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
     table.add_column("layer", no_wrap=True)
     rows = sorted(plan.sensitivity, key=lambda row: -row.error.first)
     kinds = [kind for kind in ("depth", "normals") if rows and getattr(rows[0].error, kind) is not None]
-    for name in ("MACs an image", *(column for kind in kinds for column in (kind, ""))):
+    bars = console.width >= WIDE
+    for name in ("MACs an image", *(column for kind in kinds for column in ((kind, "") if bars else (kind,)))):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("to", no_wrap=True)
     worst = {kind: max(getattr(row.error, kind) for row in rows) or 1.0 for kind in kinds}
@@ -26,7 +29,7 @@ def print_plan(plan: QuantizationPlan, console: Console) -> None:
         cells: list[str | Bar] = []
         for kind in kinds:
             value = getattr(row.error, kind)
-            cells += [number_format[kind].format(value), Bar(worst[kind], 0, value, width=5)]
+            cells += [number_format[kind].format(value), *([Bar(worst[kind], 0, value, width=5)] if bars else [])]
         table.add_row(escape(row.layer), f"{row.work:,}", *cells, plan.becomes(row.layer))
     if plan.sensitivity:
         console.print(table)

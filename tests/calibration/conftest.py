@@ -58,6 +58,7 @@ def _plan_convolutions(bundle: Path, images: Path, folder: Path, kind: str) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "JUDGED", 1)
+        patch.setattr(command, "JUDGED_TOGETHER", 1)
         run(bundle, images / "0[0-7].png", folder, kind=kind, convolutions=True, backend="torch", smooth=None)
 
 

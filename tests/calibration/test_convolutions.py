@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,12 @@ def test_weights_of_7_bits_need_no_vnni(bundle: Path, images: Path, convolved: P
         run(bundle, images, folder, kind="fp8", weight_bits=7)
 
 
-def test_both_ways_of_looking_agree(bundle: Path, images: Path, convolved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_both_ways_of_looking_agree(
+    small_bundle: Callable[..., Path], images: Path, convolved: Path, tmp_path: Path, backend: str
+) -> None:
+    """Graphs show what networks do, in both their forms: OpenVINO's upsample by transposed convolutions."""
+    bundle = small_bundle(backend=backend)
     run(bundle, images / "0[0-7].png", tmp_path, kind="int8", convolutions=True, smooth=None)
     ours, theirs = Statistics.load(convolved / FILE), Statistics.load(tmp_path / FILE)
     assert ours.histograms.keys() == theirs.histograms.keys()
