@@ -130,11 +130,28 @@ def _quantized_convolution(
     its own to scale. This way its convolution writes the base's type, and what scales reads half as much.
     """
     left, right, top, bottom = pads
+    operands = _operands(x, weight, weight_scale, input_scale, input_factor)
+    return _by_channel(op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right]), weight_scale, bias)
+
+
+def _quantized_upsampling(
+    x: Any, kernel: Any, weight_scale: Any, input_scale: Any, input_factor: Any, bias: Any
+) -> Any:
+    """An 8-bit transposed convolution in the same form, which OpenVINO fuses too."""
+    operands = _operands(x, kernel, weight_scale, input_scale, input_factor)
+    return _by_channel(op.ConvTranspose(*operands, strides=[2, 2], pads=[1, 1, 1, 1]), weight_scale, bias)
+
+
+def _operands(x: Any, weight: Any, weight_scale: Any, input_scale: Any, input_factor: Any) -> tuple[Any, Any]:
+    """A convolution's two, 8-bit; the weight with the scale 1."""
     if input_factor is not None:
         x = op.Mul(x, input_factor)
     one = op.CastLike(op.Constant(value_float=1.0), weight_scale)
-    operands = _in_8_bits(x, input_scale, weight.dtype), op.DequantizeLinear(weight, one)
-    product = op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right])
+    return _in_8_bits(x, input_scale, weight.dtype), op.DequantizeLinear(weight, one)
+
+
+def _by_channel(product: Any, weight_scale: Any, bias: Any) -> Any:
+    """product (N, O, H, W) times the rows' scales (O,), plus the bias (O,) if there is one."""
     by_channel = op.Constant(value_ints=[-1, 1, 1])
     scaled = op.Mul(product, op.Reshape(weight_scale, by_channel))
     return scaled if bias is None else op.Add(scaled, op.Reshape(bias, by_channel))
@@ -188,6 +205,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.densegeo.quantized_linear.default: _quantized_linear,
     torch.ops.densegeo.quantized_convolution.default: _quantized_convolution,
+    torch.ops.densegeo.quantized_upsampling.default: _quantized_upsampling,
     torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
 # Functions of aten that torch.onnx translates as they are. A graph of these and of ours needs no decomposition, which

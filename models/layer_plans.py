@@ -17,7 +17,7 @@ from densegeo.models.quantized import (
     QuantizedLinear,
 )
 from densegeo.models.transformer import DoubleBlock, SingleBlock, TrimmedSingleBlock
-from densegeo.models.vae import Downsample
+from densegeo.models.vae import Downsample, PhaseUpsample
 
 
 class LayerPlan(NamedTuple):
@@ -64,18 +64,19 @@ def quantize_block(block: nn.Module, prefix: str, plans: Plans, kind: Format, dt
             _smooth(norm, [block.get_submodule(name) for name in names], factors[0])
     for name, module in list(block.named_modules()):
         plan = plans.get(start + name)
+        before, _, child = name.rpartition(".")
+        parent = block.get_submodule(before)
         replacement: nn.Module | None = None
         if isinstance(plan, LayerPlan) and isinstance(module, nn.Linear):
             replacement = QuantizedLinear.prepare(module, plan.input_amax, kind, dtype)
         elif isinstance(plan, LayerPlan) and isinstance(module, nn.Conv2d):
+            phases = PhaseUpsample.PHASES if isinstance(parent, PhaseUpsample) else 1
             replacement = QuantizedConvolution.prepare(
-                module, plan.input_amax, kind, dtype, plan.smooth, twice=plan.twice
+                module, plan.input_amax, kind, dtype, plan.smooth, twice=plan.twice, phases=phases
             )
         elif isinstance(plan, AttentionPlan) and isinstance(module, Attention):
             replacement = QuantizedAttention(plan, dtype, next(block.parameters()).device)
         if replacement is not None:
-            before, _, child = name.rpartition(".")
-            parent = block.get_submodule(before)
             if isinstance(parent, Downsample) and isinstance(replacement, QuantizedConvolution):
                 # Quantized before it is padded: engine builders take the zeros into the product.
                 parent.pads, replacement.pads = False, parent.PADS

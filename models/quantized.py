@@ -130,15 +130,16 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("input_scale", torch.empty((), dtype=dtype, device=device))
         self.register_buffer("bias", torch.empty(shape[0], dtype=dtype, device=device))
 
-    def take(self, weight: Tensor, bias: Tensor | None, input_amax: float, kind: Format) -> None:
+    def take(self, weight: Tensor, bias: Tensor | None, input_amax: float, kind: Format, phases: int = 1) -> None:
         """Round a layer's float32 values; on the meta device there are none.
 
-        input_amax: the largest magnitude of the input that is kept.
+        input_amax: the largest magnitude of the input that is kept. phases: how many parts of equal length the rows
+        have, of which those at the same place share a scale.
         """
         if weight.is_meta:
             return
         weight = weight.detach().float()
-        amax = weight.flatten(1).abs().amax(dim=1)
+        amax = weight.flatten(1).abs().amax(dim=1).reshape(phases, -1).amax(dim=0).repeat(phases)
         amax = torch.where(amax > 0, amax, kind.weight_qmax)  # a row of zeros: any scale
         self.weight_scale.copy_(amax / kind.weight_qmax)
         self.weight.copy_(quantize(weight, self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1)), kind.dtype))
@@ -205,6 +206,38 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0], *sides)
 
 
+@torch.library.custom_op("densegeo::quantized_upsampling", mutates_args=())
+def quantized_upsampling(
+    x: Tensor,
+    kernel: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    input_factor: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (N, C, H, W) -> (N, O, 2 H, 2 W) of x's dtype: a transposed convolution of stride 2.
+
+    kernel (C, O, 4, 4) int8; the others are as `quantized_convolution` has them.
+    """
+    even = x if input_factor is None else x.float() * input_factor.float()
+    operand = quantize(even, input_scale, kernel.dtype).to(x.dtype)
+    product = F.conv_transpose2d(operand, kernel.to(x.dtype), stride=2, padding=1).float()
+    out = product * (weight_scale.float() * input_scale.float())[:, None, None]
+    return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
+
+
+@quantized_upsampling.register_fake
+def _(
+    x: Tensor,
+    kernel: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    input_factor: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], kernel.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+
+
 class QuantizedConvolution(QuantizedLayer):
     """What a convolution becomes. weight (O, C, kh, kw).
 
@@ -228,11 +261,13 @@ class QuantizedConvolution(QuantizedLayer):
         smooth: Tensor | None = None,
         *,
         twice: bool = False,
+        phases: int = 1,
     ) -> QuantizedConvolution:
         """input_amax: the largest magnitude of the input that is kept. dtype: of scales and bias.
 
         smooth: (C,), what the input is divided by, before that range, and the weight's columns are multiplied by.
         twice: in two products, of the rounded input and of the rest; then smooth is None and the format whole numbers.
+        phases: 4 of those of an upsampling, which its transposed form makes one kernel with one scale a feature.
         """
         assert not twice or (smooth is None and not kind.dtype.is_floating_point)
         assert (layer.groups, layer.dilation) == (1, (1, 1))
@@ -244,9 +279,9 @@ class QuantizedConvolution(QuantizedLayer):
         if smooth is not None and not layer.weight.is_meta:
             assert quantized.input_factor is not None
             quantized.input_factor.copy_(1 / smooth[:, None, None])
-            quantized.take(layer.weight / quantized.input_factor.float(), layer.bias, input_amax, kind)
+            quantized.take(layer.weight / quantized.input_factor.float(), layer.bias, input_amax, kind, phases)
         else:
-            quantized.take(layer.weight, layer.bias, input_amax, kind)
+            quantized.take(layer.weight, layer.bias, input_amax, kind, phases)
         quantized.register_buffer("rest_scale", torch.empty_like(quantized.input_scale) if twice else None)
         if quantized.rest_scale is not None and not layer.weight.is_meta:
             quantized.input_scale.fill_(2.0 ** math.ceil(math.log2(input_amax / kind.qmax)))
@@ -261,6 +296,18 @@ class QuantizedConvolution(QuantizedLayer):
     def _product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.weight, self.weight_scale
         return quantized_convolution(x, *weight, scale, self.input_factor, bias, self.stride, self.pads)
+
+    def upsampled(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """The transposed form of an upsampling's phases: x (N, C, H, W) -> (N, O, 2 H, 2 W).
+
+        kernel (C, O, 4, 4): this one's weight in another order.
+        """
+        weight_scale, bias = self.weight_scale[: kernel.shape[1]], self.bias[: kernel.shape[1]]
+
+        def product(operand: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+            return quantized_upsampling(operand, kernel, weight_scale, scale, self.input_factor, bias)
+
+        return summed(x, self.input_scale, self.rest_scale, bias, product)
 
 
 def summed(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegeo.models.config import VAEConfig
+from densegeo.models.quantized import QuantizedConvolution
 
 
 class Norm(nn.GroupNorm):
@@ -101,6 +102,9 @@ class PhaseUpsample(nn.Module):
     phase (py, px) of pixel (i, j) is the 2x2 window at (i + py - 1, j + px - 1).
     """
 
+    PHASES = 4
+    conv: nn.Conv2d | QuantizedConvolution
+
     def __init__(self, upsample: Upsample) -> None:
         super().__init__()
         weight, bias = upsample.conv.weight.detach(), upsample.conv.bias
@@ -145,6 +149,8 @@ class TransposedUpsample(PhaseUpsample):
     def forward(self, x: Tensor) -> Tensor:
         assert self.conv.bias is not None
         kernel = self.kernel() if self.ready is None else self.ready
+        if isinstance(self.conv, QuantizedConvolution):
+            return self.conv.upsampled(x, kernel)
         return F.conv_transpose2d(x, kernel, self.conv.bias[: kernel.shape[1]], stride=2, padding=1)
 
     def kernel(self) -> Tensor:
@@ -263,12 +269,20 @@ class VAE(nn.Module):
 
 
 def transpose_upsampling(decoder: Decoder) -> list[TransposedUpsample]:
-    """Make phases that are in floating point transposed convolutions, in place; returns these."""
-    replacements = []
+    """Make phases transposed convolutions, in place, but those in fp8; returns these."""
+    transposed = []
     for level in decoder.up:
         assert isinstance(level, Level)
         phases = getattr(level, "upsample", None)
-        if type(phases) is PhaseUpsample and isinstance(phases.conv, nn.Conv2d):
+        if type(phases) is PhaseUpsample and _transposable(phases.conv):
             level.upsample = TransposedUpsample(phases)
-            replacements.append(level.upsample)
-    return replacements
+            transposed.append(level.upsample)
+    return transposed
+
+
+def _transposable(phases: nn.Module) -> bool:
+    """Whether phases are in floating point, or in int8 with one scale a feature, as bundles before them had not."""
+    if not isinstance(phases, QuantizedConvolution):
+        return isinstance(phases, nn.Conv2d)
+    scales = phases.weight_scale.reshape(PhaseUpsample.PHASES, -1)
+    return phases.weight.dtype == torch.int8 and (scales.is_meta or bool((scales == scales[:1]).all()))

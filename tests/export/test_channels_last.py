@@ -82,11 +82,45 @@ def test_a_transposed_convolution_is_nearest_and_3x3(shape: tuple[int, ...]) -> 
     assert transpose_upsampling(holder) == []  # it is one already
 
 
-def test_phases_in_8_bits_stay_phases() -> None:
+UPSAMPLING = "decoder.up.1.upsample.conv"
+
+
+def int8_decoder(plan: LayerPlan, kind: str = "int8") -> Decoder:
     network = decoder(phases=True)
-    quantize_block(network, "decoder", {"decoder.up.1.upsample.conv": LayerPlan(4.0)}, FORMATS["int8"], torch.float32)
-    assert transpose_upsampling(network) == []
-    assert type(network.up[1].upsample) is PhaseUpsample
+    quantize_block(network, "decoder", {UPSAMPLING: plan}, FORMATS[kind], torch.float32)
+    return network
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("twice", [False, True])
+def test_int8_phases_transposed_are_the_same_and_one_int8_kernel_on_openvino(tmp_path: Path, *, twice: bool) -> None:
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    network = int8_decoder(LayerPlan(4.0, None if twice else torch.linspace(0.5, 2, 64), twice))
+    with torch.no_grad():
+        phases = network(latent)
+        transpose_upsampling(network)
+        assert torch.equal(network(latent), phases)
+    path = written(network, torch.zeros_like(latent), tmp_path, channels_last=True)
+    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = model({0: latent.numpy()})[0]
+    # A number that lies between two may be rounded to the other, as sums are in another order: half of 1 % of the
+    # picture moves then by a 254th, and what the network makes of it.
+    assert np.linalg.norm(found - phases.numpy()) <= 5e-3 * phases.norm()
+    layers = [layer.get_rt_info() for layer in model.get_runtime_model().get_ops()]
+    kernels = [
+        row["primitiveType"].astype(str) for row in layers if row["layerType"].astype(str) == "Deconvolution"
+    ]
+    assert len(kernels) == 1 + twice
+    assert all(kernel.upper().endswith("I8") for kernel in kernels)
+
+
+def test_phases_that_cannot_be_transposed_stay() -> None:
+    """Those in fp8, and those of bundles from before, which have a scale a row."""
+    fp8, old = int8_decoder(LayerPlan(4.0), "fp8"), int8_decoder(LayerPlan(4.0))
+    old.up[1].upsample.conv.weight_scale[0] *= 2
+    for network in (fp8, old):
+        assert transpose_upsampling(network) == []
+        assert type(network.up[1].upsample) is PhaseUpsample
 
 
 @pytest.mark.integration
