@@ -1,11 +1,11 @@
-"""Group norms in float32 graphs, which CPUs run, so that float32 loses nothing: aten.group_norm as ONNX operators."""
+"""Group norms in graphs that CPUs run: aten.group_norm as ONNX operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from onnxscript import opset20
+from onnxscript import ir, opset20
 
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
 
@@ -36,9 +36,15 @@ def by_channel(
     x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     """Sums of rows, of channels, of their groups: the picture keeps its shape, as another one would have its layout
-    turned around, there and back, where a pixel's channels are adjacent.
+    turned around, there and back, where a pixel's channels are adjacent. In float32, whatever x is in.
     """
-    batch, channels, height, width = (int(size) for size in x.shape)
+    shape = [int(size) for size in x.shape]
+    wide, scale, shift = (op.Cast(value, to=ir.DataType.FLOAT) for value in (x, weight, bias))
+    return op.CastLike(_normed_by_channel(shape, groups, wide, scale, shift, eps), x)
+
+
+def _normed_by_channel(shape: list[int], groups: int, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    batch, channels, height, width = shape
     each = channels // groups
     last, rows = (op.Constant(value_ints=[axis]) for axis in (3, 2))
     grouped, single = ([batch, groups, each, 1], [batch, channels, 1, 1])
@@ -56,5 +62,11 @@ def by_channel(
     return op.Add(op.Mul(centred, op.Div(op.Reshape(weight, affine), deviation)), op.Reshape(bias, affine))
 
 
-# By whether the convolutions around have a pixel's channels adjacent.
-GROUP_NORMS: dict[bool, Callable[..., Any]] = {False: in_rows, True: by_channel}
+def translation(*, exact: bool, channels_last: bool) -> Callable[..., Any] | None:
+    """How aten.group_norm is written; None: as the one operator that engine builders know.
+
+    exact: float32 is to lose nothing on a CPU. channels_last: the convolutions around have a pixel's channels adjacent.
+    """
+    if channels_last:
+        return by_channel
+    return in_rows if exact else None

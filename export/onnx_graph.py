@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -29,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from densegeo.export.group_norms import GROUP_NORMS
+from densegeo.export import group_norms, quantized_layers
+from densegeo.export.quantized_layers import in_8_bits
 from densegeo.models.quantized import ATTENTION  # registers its operators, too
 from densegeo.precision import PRECISIONS
 
@@ -104,72 +104,13 @@ def query_chunks(queries: int, keys: int, size: int) -> int:
     return 1 if size <= LARGEST_FUSED else -(-queries * keys // CHUNK_LOGITS)
 
 
-def _quantized_linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """An 8-bit linear in the form that TensorRT fuses: Gemm of a quantized input and a stored 8-bit weight."""
-    shape = [int(size) for size in x.shape]
-    flat = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
-    rounded = _in_8_bits(flat, input_scale, weight.dtype)
-    out = op.Gemm(rounded, op.DequantizeLinear(weight, weight_scale, axis=0), bias, transB=1)
-    return op.Reshape(out, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
-
-
-def _quantized_convolution(
-    x: Any,
-    weight: Any,
-    weight_scale: Any,
-    input_scale: Any,
-    input_factor: Any,
-    bias: Any,
-    stride: Sequence[int],
-    pads: Sequence[int],
-) -> Any:
-    """An 8-bit convolution in the form that TensorRT and OpenVINO fuse: an activation with one scale, a weight with the
-    scale 1; then a scale a row and the bias, in floating point. The factor joins what is before it.
-
-    TensorRT has no 8-bit convolution with a scale a row: as such it would write the picture in float32, for a layer of
-    its own to scale. This way its convolution writes the base's type, and what scales reads half as much.
-    """
-    left, right, top, bottom = pads
-    operands = _operands(x, weight, weight_scale, input_scale, input_factor)
-    return _by_channel(op.Conv(*operands, strides=[*stride], pads=[top, left, bottom, right]), weight_scale, bias)
-
-
-def _quantized_upsampling(
-    x: Any, kernel: Any, weight_scale: Any, input_scale: Any, input_factor: Any, bias: Any
-) -> Any:
-    """An 8-bit transposed convolution in the same form, which OpenVINO fuses too."""
-    operands = _operands(x, kernel, weight_scale, input_scale, input_factor)
-    return _by_channel(op.ConvTranspose(*operands, strides=[2, 2], pads=[1, 1, 1, 1]), weight_scale, bias)
-
-
-def _operands(x: Any, weight: Any, weight_scale: Any, input_scale: Any, input_factor: Any) -> tuple[Any, Any]:
-    """A convolution's two, 8-bit; the weight with the scale 1."""
-    if input_factor is not None:
-        x = op.Mul(x, input_factor)
-    one = op.CastLike(op.Constant(value_float=1.0), weight_scale)
-    return _in_8_bits(x, input_scale, weight.dtype), op.DequantizeLinear(weight, one)
-
-
-def _by_channel(product: Any, weight_scale: Any, bias: Any) -> Any:
-    """product (N, O, H, W) times the rows' scales (O,), plus the bias (O,) if there is one."""
-    by_channel = op.Constant(value_ints=[-1, 1, 1])
-    scaled = op.Mul(product, op.Reshape(weight_scale, by_channel))
-    return scaled if bias is None else op.Add(scaled, op.Reshape(bias, by_channel))
-
-
-def _in_8_bits(x: Any, scale: Any, dtype: ir.DataType = ir.DataType.FLOAT8E4M3FN) -> Any:
-    """Quantized and back: the pair of nodes by which builders know an 8-bit operand."""
-    zero = op.Constant(value=ir.tensor(np.zeros((), dtype.numpy())))
-    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
-
-
 def _quantized_attention(
     query: Any, key: Any, value: Any, key_bias: Any, q_scale: Any, k_scale: Any, v_scale: Any
 ) -> Any:
     """Attention in the form that TensorRT makes one fp8 kernel of: both products must have 8-bit operands."""
     unit = op.CastLike(op.Constant(value_float=1 / ATTENTION.qmax), query)  # of the probabilities
-    q, k, v = (_in_8_bits(x, scale) for x, scale in ((query, q_scale), (key, k_scale), (value, v_scale)))
-    return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: _in_8_bits(weights, unit))
+    q, k, v = (in_8_bits(x, scale) for x, scale in ((query, q_scale), (key, k_scale), (value, v_scale)))
+    return _softmax_attention(q, k, v, key_bias, _sizes(query, key), lambda weights: in_8_bits(weights, unit))
 
 
 def _cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
@@ -196,6 +137,7 @@ def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
     return op.Reshape(x, op.Constant(value_ints=[*shape[:axis], *sizes, *shape[axis + 1 :]]))
 
 
+GROUP_NORM: Callable[..., Any] = torch.ops.aten.group_norm.default
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.flatten.using_ints: _flatten,
     torch.ops.aten.unflatten.int: _unflatten,
@@ -203,9 +145,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.square.default: _square,
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.densegeo.quantized_linear.default: _quantized_linear,
-    torch.ops.densegeo.quantized_convolution.default: _quantized_convolution,
-    torch.ops.densegeo.quantized_upsampling.default: _quantized_upsampling,
+    **quantized_layers.TRANSLATIONS,
     torch.ops.densegeo.quantized_attention.default: _quantized_attention,
 }
 # Functions of aten that torch.onnx translates as they are. A graph of these and of ours needs no decomposition, which
@@ -335,6 +275,7 @@ def export_graph(
     operator that engine builders know; channels_last: write them for convolutions that have a pixel's channels
     adjacent. `weights` (see write_weights) must lie in the same directory as `path`.
     """
+    norm = group_norms.translation(exact=exact, channels_last=channels_last)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     without_values = _without_values(module, mode)
     with torch.no_grad(), _quiet(), mode:
@@ -344,8 +285,7 @@ def export_graph(
             opset_version=OPSET,
             input_names=[names[0]],
             output_names=[names[1]],
-            custom_translation_table=_TRANSLATIONS
-            | ({torch.ops.aten.group_norm.default: GROUP_NORMS[channels_last]} if exact else {}),
+            custom_translation_table=_TRANSLATIONS if norm is None else _TRANSLATIONS | {GROUP_NORM: norm},
             optimize=False,
             verbose=False,
         )

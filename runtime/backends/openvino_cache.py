@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from densegeo.runtime.backends.openvino_graphs import RECIPE
 from densegeo.runtime.bundle import STAGES, Manifest
 from densegeo.runtime.kept import keep, keep_within, kept_at, read_kept
 
@@ -29,7 +30,7 @@ class CompiledModels:
         self._weights = [name for stage in STAGES if (name := f"{stage}.safetensors") in manifest.files]
         properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         self._environment = [openvino.__version__, *(str(core.get_property("CPU", name)) for name in properties)]
-        self._environment += [f"{name}={value}" for name, value in sorted(options.items())]
+        self._environment += [f"recipe {RECIPE}", *(f"{name}={value}" for name, value in sorted(options.items()))]
 
     def load(self, graph: str, read: Callable[[], Any]) -> Any:
         """The compiled model of a graph file. read: makes the model that is compiled. Raises what OpenVINO raises."""
