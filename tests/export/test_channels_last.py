@@ -35,9 +35,7 @@ SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 openvino = pytest.importorskip("openvino")
 
 
-def written(
-    module: nn.Module, example: torch.Tensor, folder: Path, *, channels_last: bool, exact: bool = True
-) -> Path:
+def written(module: nn.Module, example: torch.Tensor, folder: Path, *, channels_last: bool, exact: bool = True) -> Path:
     weights, path = folder / f"{channels_last}.safetensors", folder / f"{channels_last}.onnx"
     write_weights(module, weights)
     export_graph(module, example, ("x", "y"), weights, path, exact=exact, channels_last=channels_last)
@@ -109,9 +107,7 @@ def test_int8_phases_transposed_are_the_same_and_one_int8_kernel_on_openvino(tmp
     # picture moves then by a 254th, and what the network makes of it.
     assert np.linalg.norm(found - phases.numpy()) <= 5e-3 * phases.norm()
     layers = [layer.get_rt_info() for layer in model.get_runtime_model().get_ops()]
-    kernels = [
-        row["primitiveType"].astype(str) for row in layers if row["layerType"].astype(str) == "Deconvolution"
-    ]
+    kernels = [row["primitiveType"].astype(str) for row in layers if row["layerType"].astype(str) == "Deconvolution"]
     assert len(kernels) == 1 + twice
     assert all(kernel.upper().endswith("I8") for kernel in kernels)
 
