@@ -35,6 +35,7 @@ from densegeo.export.build_options import BuildOptions
 from densegeo.export.machine import this_machine
 from densegeo.export.sources import SourceOptions
 from densegeo.models.casting import DTYPES
+from densegeo.processor import saturates_int8
 from densegeo.runtime import Estimator
 from densegeo.runtime.bundle import STAGES, read_manifest
 from densegeo.runtime.verify import relative_error
@@ -123,15 +124,15 @@ def diffusers_contenders(setup: Race, dtype: torch.dtype, reference: Outputs) ->
 
 
 def our_contenders(bundle: Path, precision: str, bounds: dict[str, float]) -> dict[str, Contender]:
-    """Every CPU backend that runs a bundle faster than it emulates it. bounds: of the race; of 8 bits its build's."""
+    """Every CPU backend that multiplies what a bundle has. bounds: of the race; of 8 bits its build's."""
     manifest, contenders = read_manifest(bundle), dict[str, Contender]()
     (bucket,) = manifest.buckets
     work = float(sum(getattr(bucket, stage).flops for stage in STAGES))
     for row in BACKENDS:
         if "cpu" not in row.devices or manifest.precision not in row.precisions:
             continue
-        if manifest.quantization is not None and not (row.runs == "graphs" and row.convolutions):
-            continue  # torch's networks emulate 8 bits
+        if manifest.quantization is not None and (saturates_int8() or not row.convolutions):
+            continue
         name = f"densegeo {row.name}" + (f" {manifest.precision}" if manifest.precision != precision else "")
         own = bounds if manifest.quantization is None else manifest.verification.bounds
         contenders[name] = Contender(_estimates(bundle, row.name), work, own)

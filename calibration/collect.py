@@ -30,7 +30,7 @@ Observe = Callable[[str, Float32], None]
 
 
 class Images:
-    """Calibration images; several files of the same bytes count as one. Raises QuantizationError when there are too few."""
+    """Calibration images; files of the same bytes count as one. Raises QuantizationError when there are too few."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
