@@ -120,6 +120,19 @@ def conversions(log: BuildLog) -> list[str]:
     ]
 
 
+def surrounded(log: BuildLog) -> list[str]:
+    """8-bit convolutions that take what a layer only converted, and whose own numbers one only converts."""
+    converting = [layer for layer in log.layers if _converts(layer)]
+    written = {tensor.name for layer in converting for tensor in layer.outputs}
+    read = {tensor.name for layer in converting for tensor in layer.inputs}
+    return [
+        layer.name
+        for layer in in_8_bits(log)
+        if written.intersection(tensor.name for tensor in layer.inputs)
+        and read.intersection(tensor.name for tensor in layer.outputs)
+    ]
+
+
 def _converts(layer: Layer) -> bool:
     if "reformat" in layer.kind.lower() or "reformat" in layer.name.lower():
         return True
@@ -139,6 +152,7 @@ def row(folder: Path, model: str, precision: str, engine: Engine, count: int) ->
         "convolutions": Counter(layer.dtype for layer in log.layers if layer.role == "convolution"),
         "layers": len(log.layers),
         "conversions": conversions(log),
+        "surrounded": surrounded(log),
         "scaled_after": scaled_after(log),
         "seconds": engine.seconds,
         "engine_bytes": (folder / engine.file).stat().st_size,
@@ -176,9 +190,9 @@ def engines_of(
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """One line an engine."""
-    table = Table(
-        "model", "stage", "", "for", "convolutions", "planned", "conversions", "scaled after", "s", "MB", "workspace MB"
-    )
+    table = Table("model", "stage", "", "for", "convolutions", "planned", "conversions", "surrounded", "scaled after")
+    for name in ("s", "MB", "workspace MB"):
+        table.add_column(name)
     for row in rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["convolutions"].items()))
         sizes = (f"{row[name] / 1e6:.3g}" for name in ("engine_bytes", "workspace_bytes"))
@@ -188,6 +202,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             kinds,
             str(row["planned"] or ""),
             str(len(row["conversions"])),
+            str(len(row["surrounded"])),
             str(row["scaled_after"]),
             f"{row['seconds']:.1f}",
             *sizes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from densegeo.benchmarks.convolution_engines import conversions, in_8_bits, scaled_after
+from densegeo.benchmarks.convolution_engines import conversions, in_8_bits, scaled_after, surrounded
 from densegeo.calibration.plan import load_plan
 from densegeo.errors import ConfigError
 from densegeo.export.build import build_bundle
@@ -97,6 +97,7 @@ def test_convolutions_are_8_bit(small_checkpoint: Path, doubled: Path, tmp_path:
         planned = sum(stage_of(name) == engine.stage for name in (*plan.convolutions, *plan.twice))
         assert len(in_8_bits(log)) == planned
         assert len(conversions(log)) <= 4  # of q, k, v and proj_out
+        assert surrounded(log) == []
         assert scaled_after(log) == 0
 
 
@@ -123,6 +124,7 @@ def test_convolutions_are_fp8(small_checkpoint: Path, convolved_fp8: Path, tmp_p
         assert len(eight) == sum(stage_of(name) == engine.stage for name in plan.convolutions)
         assert all("FP8" in layer.dtype for layer in eight)
         assert len(conversions(log)) <= 4  # of q, k, v and proj_out
+        assert surrounded(log) == []
         assert scaled_after(log) == 0
 
 
