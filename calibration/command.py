@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import track
-from torch import nn
 
 from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
+from densegeo.calibration import planning
 from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
-from densegeo.calibration.layer_inputs import PARTS, LayerInputs, OnnxInputs, TorchInputs
+from densegeo.calibration.layer_inputs import LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
 from densegeo.calibration.plan import (
     Budget,
-    Error,
-    Judge,
     QuantizationPlan,
-    Sensitivity,
-    in_two_products,
-    input_ranges,
     nothing_planned,
     plan_file,
-    within_budget,
 )
+from densegeo.calibration.planning import EVENLY_SPACED, PlanOptions, judged, make_plan
 from densegeo.calibration.report import print_plan
-from densegeo.calibration.resume import SensitivityFile
-from densegeo.calibration.statistics import FILE, Statistics
-from densegeo.calibration.work import multiply_adds
+from densegeo.calibration.statistics import FILE
 from densegeo.errors import ConfigError, ImageError, QuantizationError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
-from densegeo.models.layers import Attention
-from densegeo.models.quantized import AttentionPlan, convolution_fits
 from densegeo.models.rewrites import Pipeline
 from densegeo.precision import CALIBRATED, FLOATS, PRECISIONS
 from densegeo.runtime.backends.torch_modules import choose_device, load_networks
@@ -46,13 +35,10 @@ from densegeo.runtime.bundle import Manifest, check_files, read_manifest
 from densegeo.runtime.ready import beside
 
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
-JUDGED = 4  # images on which each layer's error alone is measured
-JUDGED_TOGETHER = 16  # and the planned ones' together, of which four views of fe2e-tiny told half (benchmarks/LOG.md)
 # SmoothQuant's exponent of convolutions in evenly spaced numbers, whose channels differ more than linears' do
 EVEN = 0.5
 _ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 _FAST_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.fast_convolutions)
-_EVENLY_SPACED = " and ".join(row.name for row in PRECISIONS.values() if row.calibrated and row.integer)
 
 
 def calibrate(
@@ -78,7 +64,7 @@ def calibrate(
             min=0.0,
             max=1.0,
             help="SmoothQuant's exponent, which evens out the channels of what enters a layer; 0 for none. Default: "
-            f"{EVEN} with --convolutions of {_EVENLY_SPACED}, else 0.",
+            f"{EVEN} with --convolutions of {EVENLY_SPACED}, else 0.",
         ),
     ] = None,
     max_depth_error: Annotated[
@@ -107,7 +93,7 @@ def calibrate(
             "--twice",
             help="Convolutions that do not fit into the budget become two 8-bit products, of the rounded input and of "
             "what rounding left, instead of staying in floating point: nearly exact, for twice the work "
-            f"({_EVENLY_SPACED}).",
+            f"({EVENLY_SPACED}).",
         ),
     ] = False,
     weight_bits: Annotated[
@@ -144,15 +130,22 @@ def calibrate(
     every convolution but the first and last ones, shortcuts and thin ones. Run it again to go on after an interruption,
     or to make another format's plan from the same statistics.
     """
-    _require_plannable(kind, method, base, attention=attention, weight_bits=weight_bits)
-    budget = Budget(max_depth_error, max_normal_error)
-    if twice:
-        _require_two_products(kind, budget, convolutions=convolutions)
+    plan_options = PlanOptions(
+        format=kind,
+        method=method,
+        budget=Budget(max_depth_error, max_normal_error),
+        base=base or (PRECISIONS[kind].base if kind in PRECISIONS else ""),
+        attention=attention,
+        convolutions=convolutions,
+        twice=twice,
+        weight_bits=weight_bits,
+        everything=everything,
+    ).validated()
     smoothing_exponent = smooth if smooth is not None else EVEN * (convolutions and PRECISIONS[kind].integer)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
-    backend = _choose(backend, manifest, device, budget, stream=stream)
+    backend = _choose(backend, manifest, device, plan_options.budget, stream=stream)
     check_files(bundle, manifest, digests=True)
     folder = output or beside(bundle, "calibration")
     console = Console()
@@ -177,66 +170,30 @@ def calibrate(
         convolutions=convolutions,
         console=console,
     )
-    pictures = [] if stream else _pictures(calibration_images, manifest)
-    plan = make_plan(
-        pipeline,
-        manifest,
-        statistics,
-        pictures,
-        kind,
-        method,
-        budget,
-        attention=attention,
-        convolutions=convolutions,
-        twice=twice,
-        weight_bits=weight_bits,
-        everything=everything,
-        console=console,
-        base=base or PRECISIONS[kind].base,
-        sensitivity_file=folder / f"measured-{kind}.json",
-    )
-    path = plan_file(folder, kind)
+    plan = make_plan(pipeline, manifest, statistics, plan_options)
+    if pictures := [] if stream else _pictures(calibration_images, manifest):
+        plan = judged(plan, pipeline, statistics, pictures, plan_options, folder / f"measured-{kind}.json", console)
+    _write(plan, folder, console)
+    if not plan.empty:
+        console.print(
+            f"Now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder} "
+            "(and --checkpoint, --lora, --size as the bundle was built)",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _write(plan: QuantizationPlan, folder: Path, console: Console) -> None:
+    """The plan and its picture into a folder, and what it amounts to on the terminal."""
+    path = plan_file(folder, plan.format)
     with atomic_write(path) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
     if plan.sensitivity:
-        with atomic_write(path.with_name(f"sensitivity-{kind}.svg")) as partial:
+        with atomic_write(path.with_name(f"sensitivity-{plan.format}.svg")) as partial:
             partial.write_text(draw(plan))
     print_plan(plan, console)
-    if plan.empty:
-        console.print(f"wrote {path}: no layer fits into the budget. {nothing_planned(plan)}", soft_wrap=True)
-        return
-    console.print(
-        f"wrote {path}; now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder} "
-        "(and --checkpoint, --lora, --size as the bundle was built)",
-        soft_wrap=True,
-        highlight=False,
-    )
-
-
-def _require_plannable(kind: str, method: str, base: str, *, attention: bool, weight_bits: int) -> None:
-    """Raises ConfigError for what no plan can hold."""
-    if kind not in CALIBRATED:
-        raise ConfigError(f"there is no format {kind!r}; there are {', '.join(CALIBRATED)}")
-    if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    if attention and not PRECISIONS[kind].attention:
-        raise ConfigError(
-            f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
-        )
-    if weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
-        raise ConfigError(f"--weight-bits is for int8: {kind} has one number of bits")
-    if base and base not in PRECISIONS[kind].bases:
-        raise ConfigError(f"--base {base} is none of {', '.join(PRECISIONS[kind].bases)}")
-
-
-def _require_two_products(kind: str, budget: Budget, *, convolutions: bool) -> None:
-    """Raises ConfigError where no convolution can be in two products."""
-    if not PRECISIONS[kind].integer:
-        raise ConfigError(f"--twice is for {_EVENLY_SPACED}: the steps of {kind} are of many sizes, so its rests too")
-    if not convolutions or budget == Budget():
-        raise ConfigError(
-            "--twice is for --convolutions within a budget: give --max-depth-error or --max-normal-error too"
-        )
+    nothing = f": no layer fits into the budget. {nothing_planned(plan)}" if plan.empty else ""
+    console.print(f"wrote {path}{nothing}", soft_wrap=True, highlight=False)
 
 
 def _choose(name: str, manifest: Manifest, device: str, budget: Budget, *, stream: bool) -> str:
@@ -253,8 +210,6 @@ def _choose(name: str, manifest: Manifest, device: str, budget: Budget, *, strea
         raise ConfigError(f"--device {device} goes with --backend {NETWORKS.name}: {backend} counts on the CPU here")
     if stream and (backend, device) != (NETWORKS.name, "cpu"):
         raise ConfigError(f"--stream needs --backend {NETWORKS.name} --device cpu")
-    if any(allowance is not None and not allowance > 0 for allowance in (budget.depth, budget.normals)):
-        raise ConfigError("--max-depth-error and --max-normal-error must be above 0")
     if stream and budget != Budget():
         raise ConfigError("a budget needs errors, which --stream does not measure")
     if backend not in able:
@@ -266,114 +221,12 @@ def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> 
     return TorchInputs(pipeline) if name == NETWORKS.name else OnnxInputs(bundle, manifest)
 
 
-def make_plan(
-    pipeline: Pipeline,
-    manifest: Manifest,
-    statistics: Statistics,
-    pictures: list[Any],
-    kind: str,
-    method: str,
-    budget: Budget,
-    *,
-    attention: bool,
-    convolutions: bool,
-    twice: bool,
-    weight_bits: int,
-    everything: bool,
-    console: Console,
-    base: str,
-    sensitivity_file: Path,
-) -> QuantizationPlan:
-    """Ranges, the error of each layer quantized alone, and what the budget allows.
-
-    pipeline: float32. pictures: inputs of the first bucket to measure errors on; none: nothing is measured, and no
-    budget held. attention, convolutions: plan those too. twice: convolutions beyond the budget in two products.
-    weight_bits: 8, or 7 of int8. everything: and first, last and thin layers. base: what the rest will be built in.
-    sensitivity_file: keeps errors as they are measured, for a run that goes on.
-    """
-    first_bucket = manifest.buckets[0]
-    pipeline.denoiser.resize(first_bucket.size)
-    linears, convolution_layers = pipeline.layers(nn.Linear), pipeline.layers(nn.Conv2d) if convolutions else {}
-    attentions = [*pipeline.layers(Attention)] if attention else []
-    plannable = {*linears, *convolution_layers, *(f"{name}.{part}" for name in attentions for part in PARTS)}
-
-    def fits(name: str) -> bool:
-        if name in convolution_layers:
-            return everything or convolution_fits(name, convolution_layers[name])
-        return everything or pipeline.denoiser.quantizable(name)
-
-    ranges, excluded = input_ranges(statistics, plannable, kind, method, fits)
-    work = multiply_adds(pipeline, first_bucket.size)
-    plan = QuantizationPlan(
-        format=kind,
-        method=method,
-        smooth=statistics.smooth,
-        identity=statistics.identity,
-        ranges={name: amax for name, amax in ranges.items() if name in linears},
-        attentions={
-            name: AttentionPlan(*(ranges[f"{name}.{part}"] for part in PARTS))
-            for name in attentions
-            if ranges.keys() >= {f"{name}.{part}" for part in PARTS}
-        },
-        left=excluded,
-        budget=budget,
-        error=None,
-        sensitivity=[],
-        parameters=sum(linears[name].weight.numel() for name in ranges if name in linears),
-        linear_parameters=sum(layer.weight.numel() for layer in linears.values()),
-        base=base,
-        convolutions={name: amax for name, amax in ranges.items() if name in convolution_layers},
-        weight_bits=weight_bits,
-        operations={name: work[name] for name in convolution_layers},
-    )
-    if not pictures:
-        return plan
-    doubled = in_two_products(plan.convolutions, statistics) if twice else {}
-    few, layers = pictures[:JUDGED], plan.layers(statistics)
-    alone = Judge(pipeline, few, plan.numbers, layers)
-    names = [*plan.ranges, *plan.attentions, *plan.convolutions]
-    sizes = {name: linears[name].weight.numel() for name in plan.ranges}
-    measured = SensitivityFile(sensitivity_file, plan, few)
-    sensitivity = [
-        measured.rows.get(name) or measured.keep(Sensitivity(name, work[name], alone.error([name]), sizes.get(name, 0)))
-        for name in track(names, description="one layer at a time", console=console)
-    ]
-    judge = Judge(pipeline, pictures, plan.numbers, layers, doubled)
-    base_error = judge.base_error(base)
-    error = judge.error(names) + base_error
-    plan = msgspec.structs.replace(plan, sensitivity=sensitivity, error=error, base_error=base_error)
-    return plan if budget.share(error) <= 1 else _fit_to_budget(plan, judge, doubled, base_error)
-
-
-def _fit_to_budget(
-    plan: QuantizationPlan, judge: Judge, doubled: Collection[str], base_error: Error
-) -> QuantizationPlan:
-    """What of a plan its budget allows.
-
-    doubled: the convolutions that are in two products where they do not fit. base_error: the base's own error.
-    """
-
-    def in_two(names: Sequence[str]) -> list[str]:
-        return [name for name in doubled if name not in names]
-
-    def joint(names: Sequence[str]) -> Error:
-        return judge.error(names, in_two(names)) + base_error
-
-    planned, error = within_budget(plan.sensitivity, plan.budget, joint)
-    if not planned:
-        error = joint([]) if doubled else base_error
-    fits = plan.budget.share(error) <= 1
-    return msgspec.structs.replace(
-        plan.keep(planned, in_two(planned) if fits else ()), error=error if fits else base_error
-    )
-
-
 def _pictures(images: Images, manifest: Manifest) -> list[Any]:
     """Inputs of the first bucket, from images spread over the whole list."""
     pictures: list[Any] = []
     readable = [path for path in images if path not in images.unreadable]
     for path in readable:
-        if len(pictures) == JUDGED_TOGETHER:
+        if len(pictures) == planning.JUDGED_TOGETHER:
             break
         try:
             bucket, rgb = rgb_of(path, manifest)

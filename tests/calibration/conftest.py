@@ -53,12 +53,12 @@ def convolved_fp8(once: Once, bundle: Path, images: Path) -> Path:
 
 
 def _plan_convolutions(bundle: Path, images: Path, folder: Path, kind: str) -> None:
-    from densegeo.calibration import command
+    from densegeo.calibration import planning
     from tests.support.calibration import run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "JUDGED", 1)
-        patch.setattr(command, "JUDGED_TOGETHER", 1)
+        patch.setattr(planning, "JUDGED", 1)
+        patch.setattr(planning, "JUDGED_TOGETHER", 1)
         run(bundle, images / "0[0-7].png", folder, kind=kind, convolutions=True, backend="torch", smooth=None)
 
 

@@ -81,7 +81,7 @@ def test_no_layer_is_an_answer(
         said = " ".join(capsys.readouterr().out.split())
         assert "no layer fits into the budget" in said
         assert words in said
-        assert "now: densegeo build" not in said
+        assert "Now: densegeo build" not in said
         with pytest.raises(QuantizationError, match=f"leaves every layer as it is.*{words}"):
             build_bundle(options(small_checkpoint, tmp_path / "made", precision="fp8", calibration=folder))
     run(bundle, images, folder, max_normal_error=alone.normals / 2, base="fp32")  # its own error is none
