@@ -53,11 +53,18 @@ KEPT = {
 def made(once: Once, small_checkpoint: Path, doubled: Path) -> Path:
     """The bundle of that plan, its floats in float32."""
 
-    def make(folder: Path) -> None:
-        wanted = {"precision": "int8", "base": "fp32", "calibration": doubled, "backend": "openvino"}
-        build_bundle(options(small_checkpoint, folder / "bundle", **wanted))
+    return once("convolved-bundle", lambda folder: _build(small_checkpoint, folder, doubled, "openvino")) / "bundle"
 
-    return once("convolved-bundle", make) / "bundle"
+
+@pytest.fixture(scope="session")
+def phases(once: Once, small_checkpoint: Path, doubled: Path) -> Path:
+    """The same with upsampling in phases, as all builds but OpenVINO's have it."""
+    return once("convolved-phases", lambda folder: _build(small_checkpoint, folder, doubled, "torch")) / "bundle"
+
+
+def _build(checkpoint: Path, folder: Path, plans: Path, backend: str) -> None:
+    quantized = {"precision": "int8", "base": "fp32", "calibration": plans, "backend": backend}
+    build_bundle(options(checkpoint, folder / "bundle", **quantized))
 
 
 def test_all_but_ends_and_shortcuts_are_planned(convolved: Path, bundle: Path) -> None:
@@ -97,15 +104,15 @@ def test_work_is_what_the_graphs_say(convolved: Path, bundle: Path) -> None:
     assert load_plan(convolved, "int8").operations == {name: work[name] for name in pipeline.layers(nn.Conv2d)}
 
 
-def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> None:
+def test_graphs_have_the_form_that_builders_fuse(phases: Path, doubled: Path) -> None:
     """Conv(DQ(Q(x)) with one scale, DQ(8-bit weight) with 1), and nothing in between; then a scale a row and the bias;
     two of them, with the same weight and one bias, where a convolution is in two products.
     """
-    plan, manifest = load_plan(doubled, "int8"), read_manifest(made)
+    plan, manifest = load_plan(doubled, "int8"), read_manifest(phases)
     (bucket,) = manifest.buckets
     found, rests, eight, every = set(), [], 0, 0
     for stage in STAGES:
-        model = onnx.load(made / getattr(bucket, stage).file, load_external_data=False)
+        model = onnx.load(phases / getattr(bucket, stage).file, load_external_data=False)
         shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
         makers = {output: node for node in model.graph.node for output in node.output}
         takers = defaultdict[str, list[onnx.NodeProto]](list)
@@ -133,7 +140,7 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, doubled: Path) -> N
             assert after.op_type == "Mul"
             (last,) = takers[after.output[0]]
             (location,) = (entry.value for entry in stored[weight.input[0]].external_data if entry.key == "location")
-            with safe_open(made / location, "np") as weights:
+            with safe_open(phases / location, "np") as weights:
                 rows, bias = (
                     weights.get_tensor(weight.input[0].removesuffix("weight") + part)[:, None, None]
                     for part in ("weight_scale", "bias")
@@ -187,7 +194,9 @@ def executed(estimator: Estimator, stage: str) -> set[str]:
     plan = estimator.manifest.quantization
     found = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
     kinds = [
-        str(node["runtimePrecision"].astype(str)) for node in found if node["layerType"].astype(str) == "Convolution"
+        str(node["runtimePrecision"].astype(str))
+        for node in found
+        if node["layerType"].astype(str) in ("Convolution", "Deconvolution")
     ]
     eight = [kind for kind in kinds if kind in ("u8", "i8")]
     planned = sum(stage_of(name) == stage for name in (*plan.convolutions, *plan.twice))
