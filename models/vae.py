@@ -6,6 +6,8 @@ Parameter names are those of the Flux checkpoint (`models.diffusers_format` tran
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +105,7 @@ class PhaseUpsample(nn.Module):
     """
 
     PHASES = 4
-    conv: nn.Conv2d | QuantizedConvolution
+    conv: Any  # nn.Conv2d, or what that became in 8 bits
 
     def __init__(self, upsample: Upsample) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densegeo.models.quantized import QuantizedConvolution, QuantizedLayer, QuantizedLinear, summed
+from densegeo.models.vae import PhaseUpsample
 from densegeo.processor import is_x86, saturates_int8
 
 ZERO = 128  # what stands for 0 in activations: oneDNN's are unsigned
@@ -96,6 +97,25 @@ class Int8Convolution(Int8Layer):
         )
 
 
+class Int8Upsample(PhaseUpsample):
+    """Phases that are written into one picture, whose pixels keep their channels adjacent."""
+
+    def __init__(self, upsample: PhaseUpsample) -> None:
+        nn.Module.__init__(self)
+        self.conv = upsample.conv
+
+    @staticmethod
+    def interleaved(phases: Tensor) -> Tensor:
+        """(N, 4 C, H + 1, W + 1) -> (N, C, 2 H, 2 W)."""
+        count, channels, height, width = phases.shape
+        shape = count, channels // PhaseUpsample.PHASES, 2 * (height - 1), 2 * (width - 1)
+        picture = torch.empty(shape, dtype=phases.dtype, memory_format=torch.channels_last)
+        for index, phase in enumerate(phases.chunk(PhaseUpsample.PHASES, dim=1)):
+            row, column = divmod(index, 2)
+            picture[:, :, row::2, column::2] = phase[:, :, row : row + height - 1, column : column + width - 1]
+        return picture
+
+
 def rounded(rows: Tensor, factor: Tensor) -> Tensor:
     """rows (M, K) floating, times factor (K,) float32 -> the nearest whole numbers up to +-127, unsigned: 128 is 0.
 
@@ -124,6 +144,10 @@ def use_int8_products(network: nn.Module) -> int:
                 if id(child) not in made:
                     made[id(child)] = kind(child)
                 setattr(module, name, made[id(child)])
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PhaseUpsample) and isinstance(child.conv, Int8Convolution):
+                setattr(module, name, Int8Upsample(child))
     return len(made)
 
 

@@ -16,7 +16,7 @@ from densegeo.models.quantized import (  # noqa: E402
     QuantizedLinear,
     with_weight_bits,
 )
-from densegeo.models.vae import Downsample  # noqa: E402
+from densegeo.models.vae import Downsample, PhaseUpsample, Upsample  # noqa: E402
 from densegeo.runtime.backends import torch_int8  # noqa: E402
 from densegeo.runtime.backends.torch_int8 import (  # noqa: E402
     PART,
@@ -38,6 +38,19 @@ exact = pytest.mark.skipif(
 def off(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
     return float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@exact
+def test_upsampling_in_phases_keeps_channels_adjacent() -> None:
+    torch.manual_seed(0)
+    level = nn.ModuleDict({"upsample": PhaseUpsample(Upsample(32).requires_grad_(False))})
+    quantize_block(level, "", {"upsample.conv": LayerPlan(3.0)}, INT8, torch.float32)
+    x = torch.randn(2, 32, 5, 7)
+    emulated = level["upsample"](x)
+    assert use_int8_products(level) == 1
+    ours = level["upsample"](x)
+    assert off(ours, emulated) <= BOUND[torch.float32]
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 @exact
