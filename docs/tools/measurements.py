@@ -55,7 +55,7 @@ def comparisons() -> list[str]:
 def quantization() -> list[str]:
     names = (
         "quantization_cpu_zen4",
-        "quantization_convolutions_cpu_zen3",
+        "quantization_convolutions_cpu_zen5",
         "quantization_fp8_convolutions_cpu_zen5",
     )
     planned, *convolved = map(record, names)
