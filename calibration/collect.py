@@ -34,7 +34,7 @@ class Images:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        count = len({_digest(path) or str(path) for path in paths})
+        count = len({image_digest(path) or str(path) for path in paths})
         copies = len(paths) - count
         if count < MINIMUM:
             repeated = f" ({copies} more files hold the same)" if copies else ""
@@ -57,7 +57,7 @@ class Images:
             )
 
 
-def _digest(path: Path) -> str:
+def image_digest(path: Path) -> str:
     """Of a file's bytes; "" where it cannot be read, which the error of reading it as an image says better."""
     try:
         return sha256_file(path)
@@ -112,7 +112,7 @@ def collect(
 
     def observe_images(counted_images: list[str], observers: Sequence[Observe], description: str) -> None:
         for index, image in enumerate(track(list(images), description=description, console=console)):
-            name = _digest(image)
+            name = image_digest(image)
             if name in counted_images:
                 continue
             try:

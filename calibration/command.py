@@ -12,7 +12,7 @@ from rich.console import Console
 from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration import planning
-from densegeo.calibration.collect import Images, collect, rgb_of
+from densegeo.calibration.collect import Images, collect, image_digest, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.layer_inputs import LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
@@ -24,7 +24,7 @@ from densegeo.calibration.plan import (
 )
 from densegeo.calibration.planning import EVENLY_SPACED, PlanOptions, judged, make_plan
 from densegeo.calibration.report import print_plan
-from densegeo.calibration.statistics import FILE
+from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, ImageError, QuantizationError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
@@ -141,13 +141,18 @@ def calibrate(
         weight_bits=weight_bits,
         everything=everything,
     ).validated()
-    smoothing_exponent = smooth if smooth is not None else EVEN * (convolutions and PRECISIONS[kind].integer)
     manifest = read_manifest(bundle)
     if manifest.quantization is not None:
         raise ConfigError(f"{bundle} is {manifest.precision} already: calibrate one of {', '.join(FLOATS)}")
     backend = _choose(backend, manifest, device, plan_options.budget, stream=stream)
     check_files(bundle, manifest, digests=True)
     folder = output or beside(bundle, "calibration")
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is no folder", param_hint="--output")
+    if smooth is None and (folder / FILE).exists():
+        smooth = Statistics.load(folder / FILE).smooth  # another format's plan of the same statistics
+    elif smooth is None:
+        smooth = EVEN * (convolutions and PRECISIONS[kind].integer)
     console = Console()
     try:
         calibration_images = Images(find_images(images))
@@ -165,7 +170,7 @@ def calibrate(
         _inputs(backend, bundle, manifest, pipeline),
         pipeline,
         folder / FILE,
-        smooth=smoothing_exponent,
+        smooth=smooth,
         attention=attention,
         convolutions=convolutions,
         console=console,
@@ -175,9 +180,10 @@ def calibrate(
         plan = judged(plan, pipeline, statistics, pictures, plan_options, folder / f"measured-{kind}.json", console)
     _write(plan, folder, console)
     if not plan.empty:
+        chosen = f" --base {plan.base}" if plan.base != PRECISIONS[kind].base else ""
         console.print(
-            f"Now: densegeo build --model {manifest.model} --precision {kind} --calibration {folder} "
-            "(and --checkpoint, --lora, --size as the bundle was built)",
+            f"Now: densegeo build --model {manifest.model} --precision {kind}{chosen} --calibration {folder} "
+            "--output NAME (and --checkpoint, --lora, --size as the bundle was built)",
             soft_wrap=True,
             highlight=False,
         )
@@ -201,8 +207,10 @@ def _choose(name: str, manifest: Manifest, device: str, budget: Budget, *, strea
 
     Raises ConfigError for what could not be found out in this way, before hours go into finding it out.
     """
+    if name and name not in {row.name for row in BACKENDS}:
+        raise ConfigError(f"there is no backend {name!r}: use --backend {_SEEN}")
     if name and not any(row.name == name and row.shows_layers for row in BACKENDS):
-        raise ConfigError(f"{name} does not show what enters its linears: use --backend {_SEEN}")
+        raise ConfigError(f"{name} does not show what enters its layers: use --backend {_SEEN}")
     able = [row.name for row in BACKENDS if row.shows_layers and manifest.base in row.precisions]
     needs_networks = stream or device not in ("auto", "cpu")
     backend = name or (NETWORKS.name if needs_networks else able[0])
@@ -222,18 +230,19 @@ def _inputs(name: str, bundle: Path, manifest: Manifest, pipeline: Pipeline) -> 
 
 
 def _pictures(images: Images, manifest: Manifest) -> list[Any]:
-    """Inputs of the first bucket, from images spread over the whole list."""
-    pictures: list[Any] = []
-    readable = [path for path in images if path not in images.unreadable]
-    for path in readable:
+    """Inputs of the first bucket: the first images that have its shape, each once."""
+    pictures: dict[str, Any] = {}
+    for path in images:
         if len(pictures) == planning.JUDGED_TOGETHER:
             break
+        if path in images.unreadable or (digest := image_digest(path)) in pictures:
+            continue
         try:
             bucket, rgb = rgb_of(path, manifest)
         except ImageError:
             continue
         if bucket is manifest.buckets[0]:
-            pictures.append(rgb)
+            pictures[digest] = rgb
     if not pictures:
         raise ConfigError("no image has the shape of the bundle's first size: add some that have")
-    return pictures
+    return [*pictures.values()]

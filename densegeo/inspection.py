@@ -31,7 +31,7 @@ def print_checks(checks: Sequence[Check], title: str) -> None:
     for check in checks:
         ok = check.error <= check.bound
         mark = "[green]ok[/]" if ok else "[bold red]exceeds[/]"
-        cells = (check.bucket, check.output, escape(check.reference), f"{check.error:.2e}", f"{check.bound:.0e}", mark)
+        cells = (check.bucket, check.output, escape(check.reference), f"{check.error:.2e}", f"{check.bound:.1e}", mark)
         table.add_row(*cells)
     Console().print(table)
 

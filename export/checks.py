@@ -154,19 +154,24 @@ def cast_copy(pipeline: Pipeline, precision: str) -> Pipeline:
 # twice. Alone, from the reference's input, so that an error is found in the stage that makes it and cannot hide behind
 # another one's; and in a chain from the picture on ("replay"), because errors add up on the way, in the eager pipeline
 # too. Norms are relative L2 over a whole tensor: single pixels at an edge may differ.
-def bounds(low: Pipeline, references: Outputs) -> dict[str, float]:
+def bounds(low: Pipeline, pictures: Sequence[Outputs]) -> dict[str, float]:
     """What a graph's outputs may be off: twice the error that this eager pipeline has, and 1e-5 in any case.
 
-    "replay" is the same for the outputs of a whole run, in which a stage gets what the one before made of it. Infinite
-    where the eager pipeline overflows.
+    pictures: what belongs to each picture of a size. Stages are compared on the first one, and "replay" is the same for
+    the outputs of a whole run, in which a stage gets what the one before made of it; a served image's outputs on all,
+    as `verify` does, because their errors differ between pictures. Infinite where the eager pipeline overflows.
     """
+    references = pictures[0]
     mean = references["decoder"].shape[1] == 1
     size = size_of(references)
     stages = reference_outputs(low, references["image"], size, stage_inputs=references, mean=mean)
-    chained = reference_outputs(low, references["image"], size, mean=mean)
-    outputs = chained | {str(stage): stages[stage] for stage in STAGES}
+    runs = [reference_outputs(low, picture["image"], size, mean=mean) for picture in pictures]
+    outputs = runs[0] | {str(stage): stages[stage] for stage in STAGES}
     errors = {name: relative_error(outputs[name], references[name]) for name in _computed(references)}
-    errors["replay"] = max(relative_error(chained[name], references[name]) for name in errors)
+    errors["replay"] = max(relative_error(runs[0][name], references[name]) for name in errors)
+    for name in (name for name in errors if name.startswith(IMAGE)):
+        pairs = zip(runs, pictures, strict=True)
+        errors[name] = max(relative_error(run[name], picture[name]) for run, picture in pairs)
     return {name: max(FLOAT32_BOUND, LOW_PRECISION_FACTOR * error) for name, error in errors.items()}
 
 

@@ -58,7 +58,7 @@ def choose(request: BuildRequest, machine: Machine, row: Preset) -> Choice:
         architectures=list(architectures),
         what=_in_words(backend, precision, architectures, machine),
         why=f"backend: {why}; precision: {because}",
-        instead=_instead(backend, precision, machine),
+        instead=_instead(backend, precision, machine, convolutions=request.convolutions),
     )
 
 
@@ -242,9 +242,10 @@ def _in_words(backend: BackendRow, precision: str, architectures: Sequence[int],
     return f"graphs in {precision} for {backend.title} on {processor}"
 
 
-def _instead(backend: BackendRow, precision: str, machine: Machine) -> str:
-    """What to type for another choice."""
+def _instead(backend: BackendRow, precision: str, machine: Machine, *, convolutions: bool) -> str:
+    """What to type for another choice. convolutions: whether 8-bit ones are planned."""
     rows = [row for row in BACKENDS if row.runs != "engines" and not row.verified_only]
+    rows = [row for row in rows if row.convolutions or not convolutions]
     alternatives = [row.name for row in rows if row is not backend and _installed(row, machine)]
     precisions = [name for name in FLOATS if name != precision]
     engines = "" if backend is ENGINES else f", or --gpu-arch 89 for {ENGINES.title} engines"

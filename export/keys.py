@@ -20,7 +20,7 @@ from densegeo.runtime.bundle import SCHEMA_VERSION, Source
 
 # What our code makes of the same inputs, as numbers: raise one by hand when a stage's files come out otherwise.
 # A test builds the ready bundle anew and compares.
-RECIPES = {"references": 1, "weights": 2, "graphs": 3, "kernels": 3}
+RECIPES = {"references": 2, "weights": 2, "graphs": 3, "kernels": 3}
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "numpy")
 
 

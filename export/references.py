@@ -30,7 +30,8 @@ def make_references(job: Job, state: State) -> References:
     low_too = not precision.quantized and not precision.exact
     mean = job.plan.template.vae.decoder.conv_out.out_channels == 1
     pictures, outputs_of, bounds = checks.picture_sizes(options.sizes), dict[Size, list[checks.Outputs]](), Bounds()
-    passes = sum(map(len, pictures.values())) + 2 * low_too * len(options.sizes)
+    count = sum(map(len, pictures.values()))
+    passes = count + low_too * (count + len(options.sizes))  # `checks.bounds`: each picture, and the first one's stages
     with (
         job.display.bar("references", passes * elements(pipeline.denoiser)) as bar,
         counting_blocks(pipeline.denoiser, bar) as outside_blocks,
@@ -47,8 +48,8 @@ def make_references(job: Job, state: State) -> References:
                 bounds[str(size)] = checks.float32_bounds(outputs_of[size][0])
             if low_too:
                 low = checks.cast_copy(pipeline, options.precision)
-                bounds[str(size)] = checks.bounds(low, outputs_of[size][0])
-                bar.advance(2 * outside_blocks)
+                bounds[str(size)] = checks.bounds(low, outputs_of[size])
+                bar.advance((len(outputs_of[size]) + 1) * outside_blocks)
     checks.write_inputs(state.bundle, outputs_of)
     files = state.describe([state.bundle / checks.INPUTS_FILE])
     return References(key=state.keys.references, seconds=0.0, files=files, bounds=bounds)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from densegeo.backends import BACKENDS, ENGINES
+from densegeo.backends import BACKENDS, ENGINES, without_convolutions
 from densegeo.export.engine_plan import DevicePlan
 from densegeo.export.machine import GIB
 from densegeo.runtime.bundle import Manifest
@@ -53,7 +53,10 @@ def runs_with(manifest: Manifest) -> list[str]:
     engines = sorted({name for engine in manifest.engines for name in engine.architectures or ["Ampere and later"]})
     chosen = "" if manifest.choice is None else manifest.choice.backend
     names = [f"{ENGINES.name} ({', '.join(engines)})"] if engines else []
+    convolutions = manifest.quantization is not None and bool(manifest.quantization.convolutions)
     for row in BACKENDS:
+        if convolutions and without_convolutions(row):
+            continue
         proven = row is not ENGINES and (not row.verified_only or row.name == chosen)
         if proven and row.lacking(manifest.precision, manifest.base) is None:
             names.append(row.name)

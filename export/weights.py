@@ -58,15 +58,16 @@ def _emulated_bounds(low: Pipeline, stored: Path, directory: Path, display: Disp
     """The bounds that the stored 8-bit weights set."""
     bounds, references = Bounds(), checks.read_inputs(directory)
     emulated = streamed_copy(low, stored)
+    passes = sum(len(pictures) + 1 for pictures in references.values())
     with (
-        display.bar("emulating 8 bits", 2 * len(references) * elements(emulated.denoiser)) as bar,
+        display.bar("emulating 8 bits", passes * elements(emulated.denoiser)) as bar,
         counting_blocks(emulated.denoiser, bar) as outside_blocks,
     ):
         for size, pictures in references.items():
             bar.describe(f"emulating {size}")
             emulated.denoiser.resize(size)
-            bounds[str(size)] = checks.bounds(emulated, pictures[0])
-            bar.advance(2 * outside_blocks)
+            bounds[str(size)] = checks.bounds(emulated, pictures)
+            bar.advance((len(pictures) + 1) * outside_blocks)
     return bounds
 
 

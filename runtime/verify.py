@@ -59,7 +59,7 @@ class Verdict(msgspec.Struct, frozen=True):
             return "nothing was compared"
         first = self.wrong[0]
         return (
-            f"{first.output} at {first.bucket} ({first.reference}) is off by {first.error:.1e}, {first.bound:.0e} is "
+            f"{first.output} at {first.bucket} ({first.reference}) is off by {first.error:.1e}, {first.bound:.1e} is "
             "allowed"
         )
 

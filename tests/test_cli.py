@@ -225,6 +225,8 @@ WRONG = {
     "--stream needs": ("calibrate", "--images", "x.png", "--stream"),
     "a budget needs errors": ("calibrate", "--images", "x.png", "--max-depth-error", 1, *TORCH_STREAM),
     "does not show": ("calibrate", "--images", "x.png", "--backend", "openvino"),
+    "no backend 'nonsense'": ("calibrate", "--images", "x.png", "--backend", "nonsense"),
+    "is no folder": ("calibrate", "--images", "x.png", "--output", __file__),
     "none-of-them": ("calibrate", "--images", "none-of-them"),
     "'gpu'": ("calibrate", "--images", "x.png", "--device", "gpu"),
     "TLS needs both": ("serve", "--tls-key", "none.pem"),

@@ -69,11 +69,13 @@ def quantization() -> list[str]:
         "fp8-naive": "fp8, naive: all linears, over the whole range seen",
         "fp8-convolutions": "fp8 over fp32, with all convolutions that may",
         "int8-convolutions": "int8 over fp32, with all convolutions that may",
+        "int8-convolutions-bf16": "int8 over bf16, with all convolutions that may",
         "int8-convolutions-budget": "int8 over fp32, with convolutions, `--max-normal-error 1 --twice`",
     }
     lines = []
     rows = [(planned, row) for row in planned["rows"]]
-    rows += [(other, row) for other in convolved for row in other["rows"][1:]]
+    known = {row["predictor"] for row in planned["rows"]}
+    rows += [(other, row) for other in convolved for row in other["rows"] if row["predictor"] not in known]
     for found, row in rows:
         name = row["predictor"]
         change, share = found["changes"].get(name), found["shares"].get(name)
