@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densegeo.backends import backend_row
+from densegeo.backends import BACKENDS, backend_row
 from densegeo.errors import BackendError, ConfigError
 from densegeo.precision import PRECISIONS
 from densegeo.processor import saturates_int8
@@ -140,9 +140,7 @@ def import_openvino() -> Any:
 
 def _require_cpu(device: str) -> None:
     if device.partition(":")[0] == "cuda":
-        raise BackendError(
-            f'The {_ROW.name} backend runs on CPUs only. Use backend="onnxruntime" with the extra gpu for '
-            f'device={device!r}, or device="cpu".'
-        )
+        able = ", ".join(row.name for row in BACKENDS if "cuda" in row.devices)
+        raise ConfigError(f"The {_ROW.name} backend runs on CPUs only: for {device} take one of {able}.")
     if device not in ("auto", "cpu"):
         raise ConfigError(f'device must be "auto" or "cpu" for the {_ROW.name} backend, not {device!r}.')
