@@ -185,7 +185,7 @@ def test_results_outlive_later_calls_and_the_backend(bundle: Path) -> None:
 
 
 def test_devices(bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="runs on CPUs only: for cuda:0 take one of .*torch"):
+    with pytest.raises(ConfigError, match=r"runs on CPUs only: for cuda:0 take one of .*torch"):
         Estimator(bundle, backend="openvino", device="cuda:0")
     for device in ("tpu", "cpu:1", "GPU"):
         with pytest.raises(ConfigError, match="device must be"):
