@@ -211,13 +211,13 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def run(models: list[str], precisions: list[str], stages: list[str], json_file: Path | None) -> None:
-    for what, names, known in (
+    for option, names, known in (
         ("model", models, MODELS),
         ("precision", precisions, PRECISION_NAMES),
         ("stage", stages, STAGES),
     ):
         if unknown := [name for name in names if name not in known]:
-            raise ConfigError(f"there is no {what} {unknown[0]!r} here; there are {', '.join(known)}")
+            raise ConfigError(f"there is no {option} {unknown[0]!r} here; there are {', '.join(known)}")
     machine, console, rows = environment(("torch", "onnx", "tensorrt-rtx-cu13")), Console(width=160), []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:

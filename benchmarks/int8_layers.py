@@ -81,15 +81,15 @@ def race(x: Tensor, forms: dict[str, Layer], rounds: int) -> dict[str, float]:
 def run(rounds: int, json_file: Path | None) -> None:
     machine, rows = environment(("torch",)), []
     table = Table("", "bf16 ms", "emulation ms", "int8 ms", "times bf16", "int8 TFLOP/s")
-    made = [lambda shape=shape: convolution(*shape) for shape in CONVOLUTIONS]
-    made += [lambda shape=shape: linear(*shape) for shape in LINEARS]
-    for make in made:
-        what, x, multiply_adds, forms = make()
+    layers = [lambda shape=shape: convolution(*shape) for shape in CONVOLUTIONS]
+    layers += [lambda shape=shape: linear(*shape) for shape in LINEARS]
+    for make in layers:
+        title, x, multiply_adds, forms = make()
         times = race(x, forms, rounds)
-        rows.append({"what": what, "milliseconds": times, "flops": 2 * multiply_adds})
+        rows.append({"what": title, "milliseconds": times, "flops": 2 * multiply_adds})
         speed = 2 * multiply_adds / times["int8"] / 1e9
         table.add_row(
-            what, *(f"{ms:.2f}" for ms in times.values()), f"{times['bf16'] / times['int8']:.2f}", f"{speed:.2f}"
+            title, *(f"{ms:.2f}" for ms in times.values()), f"{times['bf16'] / times['int8']:.2f}", f"{speed:.2f}"
         )
     Console(width=120).print(table)
     if json_file is not None:

@@ -207,12 +207,12 @@ class TorchInputs:
         pipeline = self._pipeline
         pipeline.denoiser.resize(bucket.size)
         handles = [
-            layer.register_forward_pre_hook(lambda _, given, name=name, note=note: note(see, name, given))
+            layer.register_forward_pre_hook(lambda _, inputs, name=name, note=note: note(see, name, inputs))
             for name, layer, note in self._layers()
         ]
         try:
-            given = torch.from_numpy(rgb).to(pipeline.denoiser.prompt_embeds.device)
-            output = chain.denoise(pipeline, chain.encode(pipeline, given))
+            picture = torch.from_numpy(rgb).to(pipeline.denoiser.prompt_embeds.device)
+            output = chain.denoise(pipeline, chain.encode(pipeline, picture))
             if self.convolutions:
                 chain.decode(pipeline, chain.split(pipeline.decode, output, bucket.size))
         finally:

@@ -39,22 +39,22 @@ def convolutions() -> list[str]:
     runs = _runs("layers")
     shapes: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for backend, run in runs.items():
-        for found in run["stages"].values():
-            for row in found["convolutions"]:
+        for stage in run["stages"].values():
+            for row in stage["convolutions"]:
                 shapes.setdefault(_shape(row), {}).setdefault(backend, []).append(row)
     lines = []
     for shape, by_backend in sorted(shapes.items(), key=lambda item: -_gflop(item[1])):
-        most = max(by_backend.values(), key=len)
+        longest = max(by_backend.values(), key=len)
         cells = []
         for backend, run in runs.items():
             rows = by_backend.get(backend, [])
-            work, total = sum(row["gflop"] for row in rows), sum(_total(found) for found in run["stages"].values())
+            work, total = sum(row["gflop"] for row in rows), sum(_total(stage) for stage in run["stages"].values())
             inside, alone = (sum(row[key] for row in rows) for key in ("ms", "alone_ms"))
             speeds = (
                 f"{1e3 * work / inside:.0f} ({1e3 * work / alone:.0f}), {100 * inside / total:.1f} %" if rows else ""
             )
             cells.append(speeds)
-        lines.append([shape, len(most), f"{_gflop(by_backend):.1f}", *cells])
+        lines.append([shape, len(longest), f"{_gflop(by_backend):.1f}", *cells])
     head = ["", "how many", "GFLOP", *(TITLES[backend] for backend in runs)]
     return [*table(head, lines), "", source(NAME)]
 
@@ -69,8 +69,8 @@ def _gflop(by_backend: dict[str, list[dict[str, Any]]]) -> float:
     return max(sum(row["gflop"] for row in rows) for rows in by_backend.values())
 
 
-def _total(found: dict[str, Any]) -> float:
-    return float(sum(found["kinds_ms"].values()))
+def _total(stage: dict[str, Any]) -> float:
+    return float(sum(stage["kinds_ms"].values()))
 
 
 def forms() -> list[str]:

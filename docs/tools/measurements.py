@@ -76,10 +76,10 @@ def quantization() -> list[str]:
     rows = [(planned, row) for row in planned["rows"]]
     known = {row["predictor"] for row in planned["rows"]}
     rows += [(other, row) for other in convolved for row in other["rows"] if row["predictor"] not in known]
-    for found, row in rows:
+    for run, row in rows:
         name = row["predictor"]
-        change, share = found["changes"].get(name), found["shares"].get(name)
-        pictured, doubled = (found.get(key, {}).get(name) for key in ("convolution_shares", "twice_shares"))
+        change, share = run["changes"].get(name), run["shares"].get(name)
+        pictured, doubled = (run.get(key, {}).get(name) for key in ("convolution_shares", "twice_shares"))
         if change is None:
             depth, normals = f"{row['depth']['abs_rel']:.4f}", f"{row['normals']['mean']:.2f}°"
         else:
@@ -176,10 +176,10 @@ def fiffdepth_builds() -> list[str]:
 
 
 def fiffdepth_speed() -> list[str]:
-    found = record("fiffdepth_speed_cpu_zen4")["rows"]
-    ours = found["openvino bf16"]
+    contenders = record("fiffdepth_speed_cpu_zen4")["rows"]
+    ours = contenders["openvino bf16"]
     lines = []
-    for title, row in found.items():
+    for title, row in contenders.items():
         slower = row["median_ms"] / ours["median_ms"]
         stages = row["stages_ms"]
         shown = [stages[name] / stages["total"] for name in ("encoder", "denoiser", "decoder") if stages]
@@ -210,11 +210,11 @@ def _environments(found: Any) -> list[dict[str, Any]]:
     return [{**found, **found.get("environment", {})}]
 
 
-def _versions(found: dict[str, Any]) -> str:
-    wanted = ("torch", "triton", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt_rtx_cu13", "diffusers")
+def _versions(run: dict[str, Any]) -> str:
+    shown = ("torch", "triton", "onnxruntime", "openvino", "tensorrt-rtx-cu13", "tensorrt_rtx_cu13", "diffusers")
     names = {"tensorrt_rtx_cu13": "tensorrt-rtx-cu13"}
-    have = found.get("versions", {})
-    return ", ".join(f"{names.get(name, name)} {have[name]}" for name in wanted if name in have)
+    have = run.get("versions", {})
+    return ", ".join(f"{names.get(name, name)} {have[name]}" for name in shown if name in have)
 
 
 def runs() -> list[str]:

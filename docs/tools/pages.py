@@ -57,8 +57,8 @@ def renewed(page: str, text: str) -> str:
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             sys.exit(f"docs/{page} has no place for <!-- {name} -->")
-        made = "\n" + "\n".join(make()).strip("\n") + "\n\n"
-        text = marked.sub(lambda match, made=made: match[1] + made + match[2], text)
+        part = "\n" + "\n".join(make()).strip("\n") + "\n\n"
+        text = marked.sub(lambda match, part=part: match[1] + part + match[2], text)
     return text
 
 
