@@ -138,8 +138,8 @@ def timed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """One run's JSON."""
     path = tmp_path_factory.mktemp("timed") / "one.json"
     assert run("bench", bundle, "--runs", 2, "--json", path) == 0
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    actual: dict[str, Any] = json.loads(path.read_text())
+    return actual
 
 
 @pytest.mark.thorough
@@ -357,8 +357,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     verified.remember(bundle, "openvino", "cpu", wrong="normals at 64x48 are off by 2")
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    found = [(one["bundle"], one["backend"], one["good"], one["said"]) for one in report["verified"]]
-    assert found == [
+    actual = [(one["bundle"], one["backend"], one["good"], one["said"]) for one in report["verified"]]
+    assert actual == [
         (str(bundle.resolve()), "onnxruntime", True, ""),
         (str(bundle.resolve()), "openvino", False, "normals at 64x48 are off by 2"),
     ]

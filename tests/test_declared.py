@@ -56,14 +56,14 @@ FOREIGN = {"tensorrt", "pynvml", "opentelemetry", "triton_python_backend_utils"}
 def declared(extras: tuple[str, ...]) -> set[str]:
     """Distributions that densegeo with these extras asks for by name."""
     lists = project()
-    found, expected = {normal(Requirement(text).name) for text in lists["dependencies"]}, list(extras)
+    actual, expected = {normal(Requirement(text).name) for text in lists["dependencies"]}, list(extras)
     while expected:
         for row in map(Requirement, lists["optional-dependencies"][expected.pop()]):
             if row.name == "densegeo":
                 expected += row.extras
             else:
-                found.add(normal(row.name))
-    return found
+                actual.add(normal(row.name))
+    return actual
 
 
 def distribution(module: str) -> str:
@@ -90,11 +90,11 @@ def test_the_node_declares_what_it_imports() -> None:
     """Those of ROS in package.xml, densegeo's own apart."""
     node = ROOT / "ros2" / "densegeo_ros"
     listed = {tag.text for tag in ElementTree.parse(node / "package.xml").iter("exec_depend")}
-    found = {
+    actual = {
         module.partition(".")[0] for path in node.rglob("*.py") for module in imported(ast.parse(path.read_text()))
     }
     own = {"densegeo", "densegeo_ros", "numpy", "setuptools", *sys.stdlib_module_names}
-    assert found - own == listed
+    assert actual - own == listed
 
 
 def test_the_nodes_tests_declare_what_they_import() -> None:

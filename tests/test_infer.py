@@ -197,8 +197,8 @@ def test_a_record_that_cannot_be_read_is_said_so(
 ) -> None:
     out = tmp_path / "out"
     assert run("infer", toy_bundle, photos / "deep", "-o", out, "-f", "json") == 0
-    (found,) = out.glob("a_geometry.json")
-    found.write_bytes(found.read_bytes()[:100])  # cut off
+    (actual,) = out.glob("a_geometry.json")
+    actual.write_bytes(actual.read_bytes()[:100])  # cut off
     capsys.readouterr()
     assert run("infer", toy_bundle, photos / "deep", "-o", out, "-f", "json", "--skip-existing") == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())

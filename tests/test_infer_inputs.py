@@ -47,9 +47,9 @@ def test_heic_without_its_extra(toy_bundle: Path, tmp_path: Path, monkeypatch: p
     path = put(tmp_path / "in" / "a.heic")
     put(tmp_path / "in" / "b.png")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    found = find_inputs([str(tmp_path / "in")], tmp_path / "out")
-    assert [item.name for item in found.inputs] == ["b"]
-    assert found.skipped == {f".heic ({install_hint('heic')} to read them)": 1}
+    actual = find_inputs([str(tmp_path / "in")], tmp_path / "out")
+    assert [item.name for item in actual.inputs] == ["b"]
+    assert actual.skipped == {f".heic ({install_hint('heic')} to read them)": 1}
     with Estimator(toy_bundle) as estimator, pytest.raises(ImageError, match=re.escape(install_hint("heic"))):
         estimator(path)
 
@@ -63,9 +63,9 @@ def test_earlier_results_films_and_the_output_are_no_inputs(tmp_path: Path) -> N
     put(tmp_path / "out" / "c.png")
     (tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = find_inputs([str(tmp_path)], tmp_path / "out")
-    assert [item.name for item in found.inputs] == ["a", "b_normals"]
-    assert found.skipped == {
+    actual = find_inputs([str(tmp_path)], tmp_path / "out")
+    assert [item.name for item in actual.inputs] == ["a", "b_normals"]
+    assert actual.skipped == {
         "earlier results": 3,
         "output folder": 1,
         "films (name them one by one)": 1,

@@ -21,7 +21,7 @@ def memory_growth(bundle: Path, folder: Path, count: int) -> float:
     first = put(folder / "in" / "0.png")
     for number in range(1, count):
         os.link(first, first.with_name(f"{number}.png"))
-    found = find_inputs([str(folder / "in")], folder / "out")
+    actual = find_inputs([str(folder / "in")], folder / "out")
     results = Results(folder / "out", {"bundle": {"sha256": ""}, "options": {}, "formats": ["npz"]})
     results.open_journal()
     sizes: list[int] = []
@@ -34,7 +34,7 @@ def memory_growth(bundle: Path, folder: Path, count: int) -> float:
 
     tally = Tally()
     with Estimator(bundle) as estimator:
-        run_images(estimator, found.inputs, Making(("npz",)), results, tally, 3, look)
+        run_images(estimator, actual.inputs, Making(("npz",)), results, tally, 3, look)
     results.close()
     assert tally.done == count
     return (sizes[-1] - sizes[count // 4]) / 1e6

@@ -26,14 +26,14 @@ def applies(row: Requirement, python: str) -> bool:
 
 def pins(python: str) -> dict[str, list[str]]:
     """Name -> the versions that constraints.txt gives for one Python."""
-    found: dict[str, list[str]] = {}
+    actual: dict[str, list[str]] = {}
     for line in CONSTRAINTS.read_text().splitlines():
         if line.startswith("#"):
             continue
         row = Requirement(line)
         if applies(row, python):
-            found.setdefault(resolution.normal(row.name), []).append(str(row.specifier).removeprefix("=="))
-    return found
+            actual.setdefault(resolution.normal(row.name), []).append(str(row.specifier).removeprefix("=="))
+    return actual
 
 
 def requirements(python: str) -> list[Requirement]:
@@ -46,10 +46,10 @@ def requirements(python: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_dependency_has_one_pin_within_its_bounds(python: str) -> None:
-    found = pins(python)
-    assert {name: versions for name, versions in found.items() if len(versions) != 1} == {}
+    actual = pins(python)
+    assert {name: versions for name, versions in actual.items() if len(versions) != 1} == {}
     for row in requirements(python):
-        (version,) = found[resolution.normal(row.name)]
+        (version,) = actual[resolution.normal(row.name)]
         assert row.specifier.contains(version), f"{row}: {version}"
 
 
@@ -63,8 +63,8 @@ def test_constraints_name_the_command_that_makes_them() -> None:
 
 
 def test_what_constraints_in_fixes_is_fixed() -> None:
-    wanted = [line.split("#")[0].strip() for line in (ROOT / "constraints.in").read_text().splitlines()]
-    for row in (Requirement(line) for line in wanted if line):
+    expected = [line.split("#")[0].strip() for line in (ROOT / "constraints.in").read_text().splitlines()]
+    for row in (Requirement(line) for line in expected if line):
         assert all(pins(python)[row.name] == [str(row.specifier).removeprefix("==")] for python in PYTHONS)
 
 

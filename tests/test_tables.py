@@ -117,9 +117,9 @@ CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "T
 
 
 def test_doctor_on_an_empty_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = said(monkeypatch, {}, [], gpu=False)
-    assert set(found) == {"tensorrt", "onnxruntime-tensorrt", "onnxruntime", "openvino cpu", "torch"}
-    for name, line in found.items():
+    actual = said(monkeypatch, {}, [], gpu=False)
+    assert set(actual) == {"tensorrt", "onnxruntime-tensorrt", "onnxruntime", "openvino cpu", "torch"}
+    for name, line in actual.items():
         assert line == doctor.Backend(name, None, "no", f"not installed: {backend_row(name.split()[0]).install}")
 
 
@@ -135,16 +135,16 @@ def test_doctor_on_the_tensorrt_provider(
     monkeypatch: pytest.MonkeyPatch, providers: list[str], gpu: bool, usable: str, detail: str
 ) -> None:
     versions = {"onnxruntime-gpu": "1.31", "tensorrt-cu12": "10.9", "torch": "2.13"}
-    found = said(monkeypatch, versions, providers, gpu=gpu)
-    line = found["onnxruntime-tensorrt"]
+    actual = said(monkeypatch, versions, providers, gpu=gpu)
+    line = actual["onnxruntime-tensorrt"]
     assert (line.usable, line.version) == (
         usable,
         None if providers == [CPU] else "onnxruntime-gpu 1.31, tensorrt-cu12 10.9",
     )
     assert detail in line.detail
-    assert found["onnxruntime cpu"] == doctor.Backend("onnxruntime cpu", "1.31", "yes", "CPU provider")
-    assert found["torch"].detail == "not tried here: `densegeo verify BUNDLE --backend torch` tells"
-    assert found["tensorrt"].usable == ("untried" if gpu else "no")
+    assert actual["onnxruntime cpu"] == doctor.Backend("onnxruntime cpu", "1.31", "yes", "CPU provider")
+    assert actual["torch"].detail == "not tried here: `densegeo verify BUNDLE --backend torch` tells"
+    assert actual["tensorrt"].usable == ("untried" if gpu else "no")
 
 
 def test_doctor_says_what_verify_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,11 @@ def test_doctor_says_what_verify_found(monkeypatch: pytest.MonkeyPatch) -> None:
         Finding("a", "openvino", "cpu", good=False, said="off", when="2026-01-01 10:00"),
         Finding("a", "onnxruntime", "cpu", good=True, said="", when="2026-01-01 10:00"),
     ]
-    found = said(monkeypatch, versions, [CUDA, CPU], gpu=True, verified=verified)
-    assert (found["torch"].usable, found["torch"].detail) == ("yes", "verified on cuda:1, 2026-01-02 10:00")
-    assert found["openvino cpu"].usable == "no"
-    assert "no bundle that was verified with it passed" in found["openvino cpu"].detail
-    assert found["onnxruntime cuda"].usable == "untried"
+    actual = said(monkeypatch, versions, [CUDA, CPU], gpu=True, verified=verified)
+    assert (actual["torch"].usable, actual["torch"].detail) == ("yes", "verified on cuda:1, 2026-01-02 10:00")
+    assert actual["openvino cpu"].usable == "no"
+    assert "no bundle that was verified with it passed" in actual["openvino cpu"].detail
+    assert actual["onnxruntime cuda"].usable == "untried"
 
 
 def test_doctor_says_which_cuda_a_gpu_needs() -> None:

@@ -130,8 +130,8 @@ def test_how_far_off_a_score_may_be(rule: Any, published: float, good: float, ba
 
 
 def test_the_figures_are_the_published_ones() -> None:
-    found = {(one.dataset, one.score): one.published for one in PUBLISHED["fe2e"].figures}
-    assert found == {
+    actual = {(one.dataset, one.score): one.published for one in PUBLISHED["fe2e"].figures}
+    assert actual == {
         ("eth3d", "abs_rel"): 0.0379,
         ("eth3d", "rmse"): 0.4701,
         ("eth3d", "delta1"): 98.77,

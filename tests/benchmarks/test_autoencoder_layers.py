@@ -54,10 +54,10 @@ def test_counted_operations_are_those_that_run(decoder: Decoder, form: str) -> N
         plain = VAE(SMALL).decoder
     whole = operations(network, example)
     assert sum(work.flops for work in work_of(plain, example, form)) == whole
-    found = convolutions(with_upsampling(decoder, form), example)
+    actual = convolutions(with_upsampling(decoder, form), example)
     attention = 4 * 2 * (6 * 8) ** 2 * 64
-    assert sum(convolution.flops for convolution in found) == whole - attention
-    names = [convolution.name for convolution in found]
+    assert sum(convolution.flops for convolution in actual) == whole - attention
+    names = [convolution.name for convolution in actual]
     assert (names[0], names[-1], len(names)) == ("conv_in", "conv_out", len(set(names)))
 
 

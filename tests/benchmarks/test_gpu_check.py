@@ -38,17 +38,17 @@ def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.Monk
     steps = ("numbers", "kernels", "models", "transfers")
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", *steps)
     assert code == 0
-    found = result["steps"]
-    assert tuple(found) == steps
-    assert 0 < found["numbers"]["ours"] <= found["numbers"]["limit"] < 0.2
-    for row in found["numbers"]["fp8"].values():
-        assert found["numbers"]["plain"] < row["plain"] < 0.3  # it is 8-bit
+    actual = result["steps"]
+    assert tuple(actual) == steps
+    assert 0 < actual["numbers"]["ours"] <= actual["numbers"]["limit"] < 0.2
+    for row in actual["numbers"]["fp8"].values():
+        assert actual["numbers"]["plain"] < row["plain"] < 0.3  # it is 8-bit
         assert 0 < row["ours"] <= 2 * row["plain"]
-    kernels = found["kernels"]["kernels"]
+    kernels = actual["kernels"]["kernels"]
     assert kernels["copy"]["of_copy"] == 1
     # a token's 64 features are read once and written once
     assert kernels["split"]["bytes"] == 2 * 4 * gpu_check.gpu_models.SMOKE.size.width * 48 // 256 * 64 * 2
-    (size,) = found["models"]["sizes"]
+    (size,) = actual["models"]["sizes"]
     rows = size["contenders"]
     assert set(rows) >= {"authors, eager", "batch 1, bf16, compiled", "folded, kernels, graph"}
     for row in rows.values():
@@ -57,7 +57,7 @@ def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.Monk
     bf16, fp8 = (rows[f"folded, kernels, graph{name}"]["relative_to_authors"] for name in ("", ", fp8"))
     assert bf16 < fp8
     assert rows["folded, kernels"]["relative_to_authors"] > 0  # bf16 cannot agree with float32 to the last bit
-    assert found["transfers"]["two in flight"] > 0
+    assert actual["transfers"]["two in flight"] > 0
     assert result["commit"] is None or len(result["commit"]) >= 40
 
 
@@ -65,12 +65,12 @@ def test_every_measurement_of_fe2e_runs(tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_measurement_of_fiffdepth_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "fiffdepth", "profile")
     assert code == 0
-    found = result["steps"]
-    fiffdepth = found["fiffdepth"]
+    actual = result["steps"]
+    fiffdepth = actual["fiffdepth"]
     assert all(0 < row["error"] <= fiffdepth["limit"] < 0.2 for row in fiffdepth["contenders"].values())
     assert all(row["ms"] > 0 for row in fiffdepth["contenders"].values())
     assert set(fiffdepth["ms an image of a batch"]) == {"1", "2", "4", "8"}
-    assert all(len(found["profile"][model]["kernels"]) > 10 for model in ("fe2e", "fiffdepth"))
+    assert all(len(actual["profile"][model]["kernels"]) > 10 for model in ("fe2e", "fiffdepth"))
 
 
 @pytest.mark.thorough
@@ -94,11 +94,11 @@ def test_a_bundle_is_run_through_every_backend(
 def test_every_change_is_timed_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one whose numbers are off is not."""
     monkeypatch.setattr(gpu_rows, "median_seconds", lambda way, device, runs: (way(), 1e-3)[1])
-    found = gpu_rows.measure("cpu", small=True, runs=1)
-    assert len(found) > 10
-    assert all("before_ms" in row for row in found.values()), found
-    lines = gpu_rows.table(found).splitlines()
-    assert len(lines) == 1 + len(found)
+    actual = gpu_rows.measure("cpu", small=True, runs=1)
+    assert len(actual) > 10
+    assert all("before_ms" in row for row in actual.values()), actual
+    lines = gpu_rows.table(actual).splitlines()
+    assert len(lines) == 1 + len(actual)
     row = gpu_rows.Row("wrong", 1, lambda: torch.ones(3), lambda: torch.full((3,), 1.1), lambda: torch.ones(3))
     assert gpu_rows._timed(row, "cpu", 1) == {"failed": "off by 1.0e-01; 0.0e+00 before"}
 
@@ -107,12 +107,14 @@ def test_every_change_is_timed_on_and_off(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_frames_way_is_timed_on_and_off(small_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """On backends that take frames here: torch, as on a GPU. Where the ways disagree there is no time."""
     bundle = small_bundle()
-    found = gpu_frames.measure(bundle, "cpu", 1)
-    timed = {name: row for name, row in found.items() if "before_ms" in row}
+    actual = gpu_frames.measure(bundle, "cpu", 1)
+    timed = {name: row for name, row in actual.items() if "before_ms" in row}
     assert set(timed) == {"torch: on the device from pixels to maps", "torch: two calls in flight"}
     assert all(row["before_ms"] > 0 < row["after_ms"] for row in timed.values())
-    assert "prepared on the host" in found["onnxruntime"]["refused"]
-    assert "torch: two calls in flight" in gpu_rows.table(found, "an image", gpu_frames.floor_ms(read_manifest(bundle)))
+    assert "prepared on the host" in actual["onnxruntime"]["refused"]
+    assert "torch: two calls in flight" in gpu_rows.table(
+        actual, "an image", gpu_frames.floor_ms(read_manifest(bundle))
+    )
     monkeypatch.setattr(gpu_frames, "FACTOR", 0.0)
     assert "from the host's" in gpu_frames.measure(bundle, "cpu", 1)["torch: on the device"]["failed"]
 
@@ -140,8 +142,8 @@ def test_a_failing_step_is_named_and_no_speed_follows_wrong_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fine, off = {"plain": 0.01, "ours": 0.02}, {"plain": 0.01, "ours": 0.03}
-    found = {**off, "fp8": {"linears": fine, "linears and attention": off}}
-    monkeypatch.setattr(gpu_models, "errors", lambda device, small: found)
+    actual = {**off, "fp8": {"linears": fine, "linears and attention": off}}
+    monkeypatch.setattr(gpu_models, "errors", lambda device, small: actual)
     code, result = run(monkeypatch, tmp_path / "check.json", "--steps", "numbers", "models", "kernels")
     assert code == 1
     assert result["steps"]["numbers"]["failed"] == "ours is off: bf16, fp8, linears and attention"

@@ -82,18 +82,18 @@ def test_readings_are_taken_while_it_runs(library: Path, reasons: int, throttled
     }
     done = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    found = msgspec.json.decode(done.stdout, type=GpuReadings)
-    assert found.samples >= 2
-    assert found.watts is not None
-    assert (found.watts.least, found.watts.most) == (300, 301 if found.samples == 2 else 302)
-    assert found.sm_mhz is not None
-    assert found.memory_mhz is not None
-    assert (found.sm_mhz.mean, found.memory_mhz.mean) == (1755, 2619)
-    assert found.celsius is None  # not supported
-    assert found.memory_bytes == 5 << 30
-    assert found.throttled == throttled
-    assert found.power_limited == limited
-    words = gpu_in_words(found)
+    actual = msgspec.json.decode(done.stdout, type=GpuReadings)
+    assert actual.samples >= 2
+    assert actual.watts is not None
+    assert (actual.watts.least, actual.watts.most) == (300, 301 if actual.samples == 2 else 302)
+    assert actual.sm_mhz is not None
+    assert actual.memory_mhz is not None
+    assert (actual.sm_mhz.mean, actual.memory_mhz.mean) == (1755, 2619)
+    assert actual.celsius is None  # not supported
+    assert actual.memory_bytes == 5 << 30
+    assert actual.throttled == throttled
+    assert actual.power_limited == limited
+    words = gpu_in_words(actual)
     assert "301 W" in words or "300 W" in words
     assert "temperature unknown" in words
     assert ("THROTTLED" in words) == bool(throttled)

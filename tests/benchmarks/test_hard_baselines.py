@@ -30,13 +30,13 @@ def test_what_would_say_nothing_is_refused(
 
 def test_the_table_says_against_whom() -> None:
     row = {"median_ms": 2.0, "speedup": {"median": 1.5}, "of_ceiling": 0.5, "error": 1e-6, "output": "prediction"}
-    found = {
+    actual = {
         "precision": "fp32",
         "ceiling_gflops": 80.0,
         "against": "diffusers channels last",
         "rows": {"densegeo torch": row},
     }
-    table = hard_baselines.table_of(found)
+    table = hard_baselines.table_of(actual)
     assert [str(column.header) for column in table.columns][2] == "times as fast as diffusers channels last"
     assert [next(iter(column.cells)) for column in table.columns] == [
         "densegeo torch",

@@ -16,11 +16,11 @@ def test_the_generator_has_not_changed() -> None:
     """If it had to: run `python benchmarks/heldout.py`, and publish no score from before beside one from after."""
     frozen = json.loads(heldout.STATISTICS.read_text())
     assert len(frozen) == heldout.FROZEN_VIEWS
-    for found, expected in zip(heldout.statistics(), frozen, strict=True):
-        assert found["kind"] == expected["kind"]
+    for actual, expected in zip(heldout.statistics(), frozen, strict=True):
+        assert actual["kind"] == expected["kind"]
         for name in ("valid", "log_depth", "normal"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4)
-        assert found["rgb"] == pytest.approx(expected["rgb"], abs=0.05)  # levels of 255
+            np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-4)
+        assert actual["rgb"] == pytest.approx(expected["rgb"], abs=0.05)  # levels of 255
 
 
 def test_samples_are_what_the_generator_renders() -> None:

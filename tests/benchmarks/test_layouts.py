@@ -108,11 +108,11 @@ def test_a_tar_is_read_like_the_folder(name: str, tmp_path: Path) -> None:
     with tarfile.open(base / archive, "w") as tar:
         tar.add(root, arcname=".")  # names start with "./", as in Marigold's
     for data in (base / archive, base):
-        (found,) = open_split(DATASETS[name], data, file_list).samples()
+        (actual,) = open_split(DATASETS[name], data, file_list).samples()
         (expected,) = open_split(DATASETS[name], root, file_list).samples()
-        np.testing.assert_array_equal(found.rgb, expected.rgb)
-        np.testing.assert_array_equal(found.depth, expected.depth)
-        np.testing.assert_array_equal(found.depth_valid, expected.depth_valid)
+        np.testing.assert_array_equal(actual.rgb, expected.rgb)
+        np.testing.assert_array_equal(actual.depth, expected.depth)
+        np.testing.assert_array_equal(actual.depth_valid, expected.depth_valid)
 
 
 def test_the_published_list_lies_with_the_data(tmp_path: Path) -> None:

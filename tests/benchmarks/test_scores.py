@@ -65,11 +65,11 @@ def test_depth_equals_a_second_implementation(kind: DepthKind, seed: int) -> Non
     mask = rng.random(shape) < 0.7
     mask[0, :2] = True
     depth_range = (0.3, 40.0)
-    found = align(prediction, truth, mask, kind, depth_range)
+    actual = align(prediction, truth, mask, kind, depth_range)
     p, z = prediction[mask].tolist(), truth[mask].tolist()
     expected = expected_depths(p, z, kind, *depth_range)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-    scores = depth_scores(found, truth[mask].astype(np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    scores = depth_scores(actual, truth[mask].astype(np.float64))
     np.testing.assert_allclose(astuple(scores), expected_scores(expected, z), rtol=1e-9, atol=1e-12)
 
 
@@ -118,15 +118,15 @@ def test_a_perfect_line_is_found_whatever_its_slope() -> None:
 def test_pixels_without_positive_prediction_are_scored_but_not_fitted() -> None:
     # The two fitted pixels give ln z = p, so p = 0 means 1 m and p = -1 means 1/e m.
     p, truth = row(1, 2, 0, -1), row(math.e, math.e**2, 50, 50)
-    found = align(p, truth, np.ones((1, 4), dtype=bool), "log_affine", WIDE)
-    np.testing.assert_allclose(found, [math.e, math.e**2, 1, 1 / math.e], rtol=1e-6)
+    actual = align(p, truth, np.ones((1, 4), dtype=bool), "log_affine", WIDE)
+    np.testing.assert_allclose(actual, [math.e, math.e**2, 1, 1 / math.e], rtol=1e-6)
 
 
 def test_the_clip_at_five_and_the_range() -> None:
     p, truth = row(1, 2, 3), np.exp(row(2, 4, 6))
     everywhere = np.ones((1, 3), dtype=bool)
-    found = align(p, truth, everywhere, "log_affine", (10.0, math.inf))
-    np.testing.assert_allclose(found, [10, math.exp(4), math.exp(5)], rtol=1e-5)
+    actual = align(p, truth, everywhere, "log_affine", (10.0, math.inf))
+    np.testing.assert_allclose(actual, [10, math.exp(4), math.exp(5)], rtol=1e-5)
     assert align(p, truth, everywhere, "log_affine", (1e-3, 80.0))[2] == 80
     assert align(row(-1), row(2), np.ones((1, 1), dtype=bool), "metric", (0.0, 80.0))[0] == SMALLEST
 
@@ -134,10 +134,10 @@ def test_the_clip_at_five_and_the_range() -> None:
 @pytest.mark.parametrize("p", [0.4, 0.0, -0.3])
 def test_a_constant_prediction_is_fitted_by_its_shift_alone(p: float) -> None:
     truth = row(1, 4, 16)
-    found = align(np.full((1, 3), p, dtype=np.float32), truth, np.ones((1, 3), dtype=bool), "log_affine", WIDE)
-    np.testing.assert_allclose(found, 4, rtol=1e-6)  # the geometric mean
-    found = align(np.full((1, 3), p, dtype=np.float32), truth, np.ones((1, 3), dtype=bool), "affine", WIDE)
-    np.testing.assert_allclose(found, 7, rtol=1e-6)
+    actual = align(np.full((1, 3), p, dtype=np.float32), truth, np.ones((1, 3), dtype=bool), "log_affine", WIDE)
+    np.testing.assert_allclose(actual, 4, rtol=1e-6)  # the geometric mean
+    actual = align(np.full((1, 3), p, dtype=np.float32), truth, np.ones((1, 3), dtype=bool), "affine", WIDE)
+    np.testing.assert_allclose(actual, 7, rtol=1e-6)
 
 
 def test_a_single_pixel_is_hit() -> None:

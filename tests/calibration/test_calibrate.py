@@ -93,7 +93,7 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
     pipeline = load_networks(bundle, manifest, Size(48, 32), "cpu")
     streamed = load_networks(bundle, manifest, Size(48, 32), "cpu", streamed=True)
     kinds = {"ort": OnnxInputs(bundle, manifest), "torch": TorchInputs(pipeline), "streamed": TorchInputs(streamed)}
-    found = [
+    actual = [
         collect(
             bundle,
             manifest,
@@ -108,7 +108,7 @@ def test_onnxruntime_and_torch_see_the_same(bundle: Path, images: Path, tmp_path
         )
         for name, inputs in kinds.items()
     ]
-    ours, theirs, last = found
+    ours, theirs, last = actual
     for name, channels in theirs.channels.items():
         assert np.array_equal(channels, last.channels[name])
     assert set(ours.channels) == set(theirs.channels)

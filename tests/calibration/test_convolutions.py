@@ -110,7 +110,7 @@ def test_graphs_have_the_form_that_builders_fuse(phases: Path, doubled: Path) ->
     """
     plan, manifest = load_plan(doubled, "int8"), read_manifest(phases)
     (bucket,) = manifest.buckets
-    found, rests, eight, every = set(), [], 0, 0
+    actual, rests, eight, every = set(), [], 0, 0
     for stage in STAGES:
         model = onnx.load(phases / getattr(bucket, stage).file, load_external_data=False)
         shapes, prefix = static_shapes(model), "" if stage == "denoiser" else f"{stage}."
@@ -153,20 +153,20 @@ def test_graphs_have_the_form_that_builders_fuse(phases: Path, doubled: Path) ->
                 rests += [name] * rest
                 assert rest or forth.input[1].endswith(".input_scale")
                 assert (even.op_type == "Sub") == rest
-                found.add(name)
+                actual.add(name)
                 continue
             assert not rest
             assert even.op_type == "Mul"
             assert [*stored[even.input[1]].dims] == [stored[weight.input[0]].dims[1], 1, 1]
             assert even.input[1].endswith(".input_factor")
             assert even.input[0] not in makers or makers[even.input[0]].op_type != "Pad"
-            found.add(name)
-    assert found == set(plan.convolutions)
+            actual.add(name)
+    assert actual == set(plan.convolutions)
     assert sorted(rests) == manifest.quantization.twice == TWICE
     assert plan.convolution_share == pytest.approx(eight / every)
     assert manifest.quantization is not None
     assert manifest.quantization.convolution_share == plan.convolution_share > 0.9
-    assert set(manifest.quantization.convolutions) == found
+    assert set(manifest.quantization.convolutions) == actual
 
 
 @pytest.mark.parametrize("vnni", [False, True])
@@ -192,10 +192,10 @@ def executed(estimator: Estimator, stage: str) -> set[str]:
     """What OpenVINO's convolutions run in, those that are planned in 8 bits."""
     model = estimator._backend._loaded(estimator.manifest.buckets[0], stage).model
     plan = estimator.manifest.quantization
-    found = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
+    actual = [node.get_rt_info() for node in model.get_runtime_model().get_ops()]
     kinds = [
         str(node["runtimePrecision"].astype(str))
-        for node in found
+        for node in actual
         if node["layerType"].astype(str) in ("Convolution", "Deconvolution")
     ]
     eight = [kind for kind in kinds if kind in ("u8", "i8")]
@@ -249,15 +249,15 @@ def test_a_budget_takes_the_least_harmful(bundle: Path, images: Path, convolved:
     free, folder = load_plan(convolved, "int8"), shutil.copytree(convolved, tmp_path / "copy")
     assert free.error is not None
     assert free.error.normals is not None
-    wanted: dict[str, Any] = {"kind": "int8", "convolutions": True, "smooth": None, "base": "fp32"}
-    wanted["max_normal_error"] = 0.5 * free.error.normals
-    run(bundle, images, folder, **wanted)
+    expected: dict[str, Any] = {"kind": "int8", "convolutions": True, "smooth": None, "base": "fp32"}
+    expected["max_normal_error"] = 0.5 * free.error.normals
+    run(bundle, images, folder, **expected)
     plan = load_plan(folder, "int8")
     assert plan.error is not None
     assert plan.error.normals <= 0.5 * free.error.normals
     assert 0 < len(plan.convolutions) < len(free.convolutions)
     assert 0 < plan.convolution_share < free.convolution_share
-    run(bundle, images, folder, **wanted, twice=True)
+    run(bundle, images, folder, **expected, twice=True)
     doubled = load_plan(folder, "int8")
     assert doubled.convolutions.keys() == free.convolutions.keys()
     assert 0 < len(doubled.twice) < len(free.convolutions)
@@ -285,8 +285,8 @@ def test_convolutions_alone_with_bf16_beside_them(small_checkpoint: Path, convol
     folder = shutil.copytree(convolved, tmp_path / "copy")
     plan = load_plan(folder, "int8")
     plan_file(folder, "int8").write_bytes(msgspec.json.encode(plan.keep(plan.convolutions)))
-    wanted = {"precision": "int8", "calibration": folder, "backend": "torch"}
-    made = build_bundle(options(small_checkpoint, tmp_path / "made", **wanted))
+    expected = {"precision": "int8", "calibration": folder, "backend": "torch"}
+    made = build_bundle(options(small_checkpoint, tmp_path / "made", **expected))
     manifest = read_manifest(made)
     assert manifest.quantization is not None
     assert manifest.quantization.linears == []

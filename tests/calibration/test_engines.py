@@ -64,11 +64,11 @@ def test_products_are_8_bit(
     assert manifest.quantization is not None
     transformers = [engine for engine in manifest.engines if engine.stage == "denoiser"]
     assert [engine.architectures for engine in transformers] == engines
-    wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
+    expected = {"fp8": "FP8", "int8": "Int8"}[kind]
     for engine in transformers:
         log = parse_log(read_log(made / engine.log))
         products = [layer for layer in log.layers if layer.role == "matmul"]
-        assert sum(wanted in layer.dtype for layer in products) == len(manifest.quantization.linears)
+        assert sum(expected in layer.dtype for layer in products) == len(manifest.quantization.linears)
         assert len(products) == len(manifest.quantization.linears) + 2  # img_in and final_layer.linear
         attentions = [layer.dtype for layer in log.layers if layer.role == "attention"]
         assert len(attentions) == 2

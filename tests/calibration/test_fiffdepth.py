@@ -126,8 +126,8 @@ def test_products_of_engines_are_8_bit(
     for engine in built:
         log = parse_log(read_log(made / engine.log))
         products = [layer for layer in log.layers if layer.role == "matmul"]
-        wanted = {"fp8": "FP8", "int8": "Int8"}[kind]
-        assert sum(wanted in layer.dtype for layer in products) > 0, [layer.dtype for layer in products]
+        expected = {"fp8": "FP8", "int8": "Int8"}[kind]
+        assert sum(expected in layer.dtype for layer in products) > 0, [layer.dtype for layer in products]
         # The builder fuses no fp8 attention of one head, or to a handful of keys, as this small network has some.
         fused = [layer for layer in log.layers if layer.role == "attention" and layer.dtype == "FP8"]
         parts = [layer for layer in products if layer.dtype == "FP8" and len(layer.inputs[0].shape) == 3]

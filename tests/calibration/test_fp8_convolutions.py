@@ -36,8 +36,8 @@ def made(once: Once, small_checkpoint: Path, convolved_fp8: Path) -> Path:
     """The bundle of that plan, its floats in float32."""
 
     def make(folder: Path) -> None:
-        wanted = {"precision": "fp8", "base": "fp32", "calibration": convolved_fp8, "backend": "openvino"}
-        build_bundle(options(small_checkpoint, folder / "bundle", **wanted))
+        expected = {"precision": "fp8", "base": "fp32", "calibration": convolved_fp8, "backend": "openvino"}
+        build_bundle(options(small_checkpoint, folder / "bundle", **expected))
 
     return once("fp8-convolved-bundle", make) / "bundle"
 
@@ -74,14 +74,14 @@ def test_a_graph_gives_the_emulations_numbers(
     weights, path = tmp_path / "weights.safetensors", tmp_path / "graph.onnx"
     write_weights(module, weights)
     export_graph(module, x, ("x", "y"), weights, path)
-    (found,) = run_blockwise(path, {"x": x.numpy()})
-    assert relative_error(found, module(x).numpy()) <= 1e-5
+    (actual,) = run_blockwise(path, {"x": x.numpy()})
+    assert relative_error(actual, module(x).numpy()) <= 1e-5
 
 
 @pytest.mark.thorough
 def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved_fp8: Path) -> None:
     """Conv(DQ(Q(x)) with one scale, DQ(E4M3 weight) with 1), without a bias; then a scale a row."""
-    (bucket,), found = read_manifest(made).buckets, set()
+    (bucket,), actual = read_manifest(made).buckets, set()
     for stage in STAGES:
         model = onnx.load(made / getattr(bucket, stage).file, load_external_data=False)
         prefix = "" if stage == "denoiser" else f"{stage}."
@@ -97,8 +97,8 @@ def test_graphs_have_the_form_that_builders_fuse(made: Path, convolved_fp8: Path
             assert len(node.input) == 2
             (after,) = (other for other in model.graph.node if node.output[0] in other.input)
             assert after.op_type == "Mul"
-            found.add(prefix + weight.input[0].removesuffix(".weight"))
-    assert found == load_plan(convolved_fp8, "fp8").convolutions.keys()
+            actual.add(prefix + weight.input[0].removesuffix(".weight"))
+    assert actual == load_plan(convolved_fp8, "fp8").convolutions.keys()
 
 
 @pytest.mark.thorough
@@ -116,15 +116,15 @@ def test_bundles_run_as_they_were_emulated(made: Path, backend: str) -> None:
 def test_onnx_runtime_refuses_them(made: Path, small_checkpoint: Path, convolved_fp8: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"8-bit convolutions\. ONNX Runtime .* slower .* openvino or torch"):
         Estimator(made, "onnxruntime", "cpu")
-    wanted = {"precision": "fp8", "base": "fp32", "calibration": convolved_fp8, "backend": "onnxruntime"}
+    expected = {"precision": "fp8", "base": "fp32", "calibration": convolved_fp8, "backend": "onnxruntime"}
     with pytest.raises(ConfigError, match=r"plans 8-bit convolutions\. ONNX Runtime would run them slower"):
-        build_bundle(options(small_checkpoint, tmp_path / "made", **wanted))
+        build_bundle(options(small_checkpoint, tmp_path / "made", **expected))
 
 
 @pytest.mark.thorough
 def test_with_bf16_beside_them(small_checkpoint: Path, convolved_fp8: Path, tmp_path: Path) -> None:
-    wanted = {"precision": "fp8", "calibration": convolved_fp8, "backend": "torch"}
-    made = build_bundle(options(small_checkpoint, tmp_path / "made", **wanted))
+    expected = {"precision": "fp8", "calibration": convolved_fp8, "backend": "torch"}
+    made = build_bundle(options(small_checkpoint, tmp_path / "made", **expected))
     for backend in ("openvino", "torch"):
         assert verify(made, backend, "cpu").good
     with Estimator(made, "torch", "cpu") as estimator:

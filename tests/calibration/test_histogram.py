@@ -53,9 +53,9 @@ def test_mse_is_no_worse_than_any_other_range_on_the_values_themselves(kind: str
     def error(limit: float) -> float:
         return float(np.square(rounded(kind)(values, limit) - values).mean())
 
-    found = choose("mse", histogram, rounded(kind))
+    actual = choose("mse", histogram, rounded(kind))
     tried = {method: error(choose(method, histogram, rounded(kind))) for method in METHODS}
-    assert error(found) <= 1.02 * min(tried.values())  # bins are not values
+    assert error(actual) <= 1.02 * min(tried.values())  # bins are not values
     assert tried["mse"] < tried["max"] if kind == "int8" else tried["mse"] <= 1.02 * tried["max"]
 
 

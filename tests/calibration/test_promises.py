@@ -41,15 +41,15 @@ def test_a_promise_holds_for_what_is_built(bundle: Path, images: Path, calibrate
     assert plan.error is not None
     assert alone.normals == pytest.approx(plan.base_error.normals, rel=1e-3)
     assert judge.base_error("fp32") == Error(0.0, 0.0)
-    wanted = [torch.from_numpy(rgb) for rgb in pictures]
-    size = Size(wanted[0].shape[3], wanted[0].shape[2])
-    exact = [chain.assemble(pipeline.decode, chain.run(pipeline, rgb, size), size) for rgb in wanted]
+    expected = [torch.from_numpy(rgb) for rgb in pictures]
+    size = Size(expected[0].shape[3], expected[0].shape[2])
+    exact = [chain.assemble(pipeline.decode, chain.run(pipeline, rgb, size), size) for rgb in expected]
     for name, block in pipeline.denoiser.parts():
         quantize_block(block, name, layers, FORMATS["fp8"], torch.bfloat16)
     built = cast(pipeline, "bf16")
-    found = [chain.assemble(built.decode, chain.run(built, rgb, size), size) for rgb in wanted]
+    actual = [chain.assemble(built.decode, chain.run(built, rgb, size), size) for rgb in expected]
     depths = [
-        float((one.prediction - two.prediction).square().mean().sqrt()) for one, two in zip(found, exact, strict=True)
+        float((one.prediction - two.prediction).square().mean().sqrt()) for one, two in zip(actual, exact, strict=True)
     ]
     assert plan.error.depth is not None
     assert alone.depth is not None
@@ -114,15 +114,15 @@ def test_it_goes_on_with_the_next_layer(
     first, stop = list(asked), 1000
     asked.clear()
     run(bundle, images, folder)
-    wanted = load_plan(calibrated, "fp8")
-    assert load_plan(folder, "fp8") == wanted
+    expected = load_plan(calibrated, "fp8")
+    assert load_plan(folder, "fp8") == expected
     one_by_one = [names[0] for names in asked if len(names) == 1]
-    assert [names[0] for names in first] + one_by_one == [row.layer for row in wanted.sensitivity]
+    assert [names[0] for names in first] + one_by_one == [row.layer for row in expected.sensitivity]
     asked.clear()
     run(bundle, images, folder, max_depth_error=1.0)  # another budget measures no layer again
-    assert [len(names) for names in asked] == [len(wanted.sensitivity)]
+    assert [len(names) for names in asked] == [len(expected.sensitivity)]
     assert load_plan(folder, "fp8").budget == Budget(1.0, None)
     asked.clear()
     run(bundle, images, folder, method="max")  # other ranges do
-    assert len(asked) > len(wanted.sensitivity)
+    assert len(asked) > len(expected.sensitivity)
     assert msgspec.json.decode((folder / "measured-fp8.json").read_bytes())["rows"]

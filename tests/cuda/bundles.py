@@ -42,7 +42,7 @@ def with_engines(bundle: Path, cubins: Path, contracts: list[LaunchContract], ta
 
 def engine_of(target: Path, manifest: Manifest, stage: Stage, bucket: str) -> Engine:
     """Write an engine's file, whose bytes are all that tells it from another, and return its record."""
-    graph = next(getattr(found, stage).file for found in manifest.buckets if found.name == bucket)
+    graph = next(getattr(actual, stage).file for actual in manifest.buckets if actual.name == bucket)
     weights = f"{stage}.safetensors"
     path = target / engine_file(stage, bucket)
     path.parent.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def engine_of(target: Path, manifest: Manifest, stage: Stage, bucket: str) -> En
         weight_inputs=sorted(tensor_offsets(target / weights)[1]) if stage == "denoiser" else [],
         seconds=0.0,
         peak_bytes=0,
-        activation_bytes=WORKSPACE * next(found.batch for found in manifest.buckets if found.name == bucket),
+        activation_bytes=WORKSPACE * next(actual.batch for actual in manifest.buckets if actual.name == bucket),
         weight_bytes=0,
     )
     return msgspec.structs.replace(record, fingerprint=fingerprint(record))

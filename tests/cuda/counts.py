@@ -97,20 +97,20 @@ def opening_that_fails_releases_everything(setup: Setup) -> None:
 @case
 def streams_have_the_priority(setup: Setup) -> None:
     """All three, and the one that recordings are made on."""
-    found: list[int] = []
+    actual: list[int] = []
     enqueue = Network._enqueue
 
     def noted(self: Network, stream: Any) -> None:
         handle = int(stream.__cuda_stream__()[1])
-        found.append(check(self._memory._driver.cuStreamGetPriority(handle)))
+        actual.append(check(self._memory._driver.cuStreamGetPriority(handle)))
         enqueue(self, stream)
 
     with patch.object(Network, "_enqueue", noted), opened(setup, priority=-3) as estimator:
         memory = estimator._backend._memory
         for stream in (memory.copying_in, memory.copying_out):
             assert check(memory._driver.cuStreamGetPriority(stream.handle)) == -3
-    assert set(found) == {-3}
-    assert len(found) == 3 * 3  # twice eager, once recorded, for each bucket
+    assert set(actual) == {-3}
+    assert len(actual) == 3 * 3  # twice eager, once recorded, for each bucket
     for wrong in (1, -6):
         says = re.escape(f"from -5 (before others) to 0 on cuda:1, not {wrong}")
         with pytest.raises(ConfigError, match=says), opened(setup, priority=wrong):

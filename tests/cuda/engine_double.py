@@ -184,9 +184,9 @@ class StandInContext:
         address, size = self._workspace
         self._view(address, (size,), np.uint8)
         ctypes.memset(address, 0xAB, engine.device_memory_size_v2)  # it is scratch memory
-        for name, wanted in engine.weights.items():
-            found = self._view(addresses[name], wanted.shape, np.uint8)
-            assert np.array_equal(found, wanted), f"{name} of {engine.record.file} is not the file's"
+        for name, expected in engine.weights.items():
+            actual = self._view(addresses[name], expected.shape, np.uint8)
+            assert np.array_equal(actual, expected), f"{name} of {engine.record.file} is not the file's"
         given, made = graph.inputs[0], graph.outputs[0]
         array = self._view(addresses[given.name], given.shape)
         self._view(addresses[made.name], made.shape)[:] = engine.library.compute(graph, array)

@@ -87,8 +87,8 @@ def staged(bundle: Path) -> Iterator[Setup]:
         random = np.random.default_rng(0)
         images = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in SIZES]
         with Estimator(graphs, "onnxruntime", "cpu", check_digests=False) as estimator:
-            wanted = [estimator(image) for image in images]
-        yield Setup(driver, bundle, library, references, images, wanted)
+            expected = [estimator(image) for image in images]
+        yield Setup(driver, bundle, library, references, images, expected)
 
 
 class Warnings(logging.Handler):
@@ -176,20 +176,20 @@ class Checks:
         from cuda.core import Device
 
         self._foreign = foreign = Memory(Device(DEVICE))  # it outlives what reads on its stream
-        for index, (pixels, wanted) in enumerate(zip(self._setup.images, self._expected(), strict=True)):
+        for index, (pixels, expected) in enumerate(zip(self._setup.images, self._expected(), strict=True)):
             given = FORMS[index % len(FORMS)](foreign, pixels)
             results = [result for result in estimator.tensors(given) if result is not None]
-            readings = [Reading(foreign, results.pop(0)) for _ in wanted]
+            readings = [Reading(foreign, results.pop(0)) for _ in expected]
             estimator(np.ascontiguousarray(pixels[::-1, ::-1]))  # takes what memory there is, for other numbers
-            for reading, want in zip(readings, wanted, strict=True):
+            for reading, want in zip(readings, expected, strict=True):
                 self._error(f"tensors {index}", reading.wait(), want)
         self._in_metres(estimator, foreign)
 
     def _in_metres(self, estimator: Estimator, foreign: Memory) -> None:
         """Depth by a line, on the device."""
-        pixels, wanted = self._setup.images[0], self._setup.wanted[0]
+        pixels, expected = self._setup.images[0], self._setup.wanted[0]
         metres, _ = estimator.tensors(pixels, scale=2.0, shift=1.0)
-        self._error("metres", Reading(foreign, metres).wait(), wanted.to_metric(scale=2.0, shift=1.0).depth)
+        self._error("metres", Reading(foreign, metres).wait(), expected.to_metric(scale=2.0, shift=1.0).depth)
 
     def _expected(self) -> list[list[NDArray[np.float32]]]:
         """What every image gives."""
@@ -206,8 +206,8 @@ class Checks:
         self._outcome.failures += [f"verify: {check}" for check in wrong]
 
     def _compare(self, name: str, results: list[Geometry]) -> None:
-        for geometry, wanted in zip(results, self._expected()[: len(results)], strict=True):
-            for array, want in zip(_maps(geometry), wanted, strict=True):
+        for geometry, expected in zip(results, self._expected()[: len(results)], strict=True):
+            for array, want in zip(_maps(geometry), expected, strict=True):
                 self._error(name, array, want)
 
     def _error(self, name: str, result: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:

@@ -43,8 +43,8 @@ def cameras_bytes_are_read_as_they_lie(setup: Setup) -> None:
             ways, other = [estimator(pixels, color).prediction], foreign()
             for image in (pixels, Image(other, pixels), InterfaceImage(Image(other, pixels), named=True)):
                 ways.append(Reading(other, estimator.tensors(image, color)[0]).wait())
-        for found in ways:
-            assert relative_error(found, expected) <= BOUND
+        for actual in ways:
+            assert relative_error(actual, expected) <= BOUND
 
 
 @case

@@ -95,14 +95,14 @@ class References:
 def ycbcr_color(v: dict[str, Any]) -> str:
     """The one color whose places and conversion a launch was given."""
     places = (v["luma"], v["chroma"], v["rows_shared"])
-    (found,) = (
+    (actual,) = (
         row.name
         for row in COLORS.values()
         if row.ycbcr is not None
         and places == (row.ycbcr.luma, row.ycbcr.chroma(v["source_height"], v["row_stride"]), row.ycbcr.rows_shared)
         and all(np.float32(value) == np.float32(v[name]) for name, value in asdict(row.ycbcr.conversion).items())
     )
-    return found
+    return actual
 
 
 def decode(contract: LaunchContract, arguments: int, layout: list[tuple[int, int]]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ def missing() -> str:
 
 def header_folder() -> Path | None:
     """The folder of Triton's cuda.h."""
-    found = find_spec("triton")
-    if found is None or found.origin is None:
+    actual = find_spec("triton")
+    if actual is None or actual.origin is None:
         return None
-    folder = Path(found.origin).parent / "backends/nvidia/include"
+    folder = Path(actual.origin).parent / "backends/nvidia/include"
     return folder if (folder / "cuda.h").is_file() else None
 
 

@@ -76,9 +76,9 @@ class Driver:
 
     def device(self) -> int:
         """The current context's."""
-        found = ctypes.c_int()
-        assert self._library.cuCtxGetDevice(ctypes.byref(found)) == 0, "no context is current"
-        return found.value
+        actual = ctypes.c_int()
+        assert self._library.cuCtxGetDevice(ctypes.byref(actual)) == 0, "no context is current"
+        return actual.value
 
     def view(self, address: int, shape: Any, dtype: Any = np.float32, *, what: str, device: int = -1) -> NDArray[Any]:
         """What lies at an address; a problem is noted unless it all lies in one live block (of the device)."""

@@ -35,9 +35,9 @@ def said(once: Once, child: Child, with_engines: Build) -> dict[str, str]:
         (folder / "errors.txt").write_text(done.stderr)
 
     folder = once("standin-cases", run)
-    found: dict[str, str] = json.loads((folder / "said.json").read_text())
-    assert found, (folder / "errors.txt").read_text()[-3000:]
-    return found
+    actual: dict[str, str] = json.loads((folder / "said.json").read_text())
+    assert actual, (folder / "errors.txt").read_text()[-3000:]
+    return actual
 
 
 @pytest.mark.parametrize("name", NAMES)

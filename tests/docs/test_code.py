@@ -145,6 +145,6 @@ def test_the_toy_model_is_the_one_that_is_tested() -> None:
     ],
 )
 def test_examples_in_docstrings(photograph: Path, module: str) -> None:
-    found = doctest.testmod(import_module(f"densegeo.runtime.{module}"))
-    assert found.attempted > 1
-    assert found.failed == 0
+    actual = doctest.testmod(import_module(f"densegeo.runtime.{module}"))
+    assert actual.attempted > 1
+    assert actual.failed == 0

@@ -75,8 +75,8 @@ def test_the_command_line_takes_it(command: Command) -> None:
     words = ["fe2e-tiny" if word in known else word for word in command.last[1:]]
     group = typer.main.get_command(cli.app)
     parent = group.make_context("densegeo", ["doctor"])
-    name, found, rest = group.resolve_command(parent, words)  # type: ignore[attr-defined]
-    found.make_context(name, rest, parent=parent)
+    name, actual, rest = group.resolve_command(parent, words)  # type: ignore[attr-defined]
+    actual.make_context(name, rest, parent=parent)
 
 
 def test_a_wrong_option_would_be_noticed() -> None:
@@ -93,7 +93,7 @@ def test_targets_extras_and_scripts_exist(command: Command) -> None:
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:
-        extras = {extra for found in re.findall(r"\[([\w,-]+)\]", command.line) for extra in found.split(",")}
+        extras = {extra for actual in re.findall(r"\[([\w,-]+)\]", command.line) for extra in actual.split(",")}
         assert extras <= set(project()["optional-dependencies"])
 
 
@@ -123,9 +123,9 @@ def shell(folder: Path, *lines: str, timeout: int = 280) -> str:
 
 def lines(*begins: str) -> list[str]:
     """The lines that begin so, of all pages, each once; those that are not run left out."""
-    found = dict.fromkeys(command.line for command in starting(*begins) if reason(command) is None)
-    assert found
-    return list(found)
+    actual = dict.fromkeys(command.line for command in starting(*begins) if reason(command) is None)
+    assert actual
+    return list(actual)
 
 
 RUN = {

@@ -67,17 +67,17 @@ def consume(folder: Path, image: np.ndarray) -> dict[str, np.ndarray]:
     joined = np.stack(latents) / decode["latent_scale"] + decode["latent_shift"]
     decoded = run(folder, bucket["decoder"], joined.astype(np.float32))
 
-    found = {}
+    actual = {}
     for picture, row in zip(decoded.astype(np.float64), decode["outputs"], strict=True):
         clamped = np.clip(picture, -1, 1)
         if row["kind"] == "depth":
             assert row["clamp"] == "before_mean"
-            found["prediction"] = resized(clamped.mean(0, keepdims=True) / 2 + 0.5, width, height)[0]
+            actual["prediction"] = resized(clamped.mean(0, keepdims=True) / 2 + 0.5, width, height)[0]
         else:
             assert row["frame"] == "dsine"
             normals = resized(-clamped, width, height)
-            found["normals"] = (normals / np.maximum(np.linalg.norm(normals, axis=0), 1e-9)).transpose(1, 2, 0)
-    return found
+            actual["normals"] = (normals / np.maximum(np.linalg.norm(normals, axis=0), 1e-9)).transpose(1, 2, 0)
+    return actual
 
 
 def test_a_consumer_that_was_written_from_the_page() -> None:
@@ -87,7 +87,7 @@ def test_a_consumer_that_was_written_from_the_page() -> None:
     images = [name for name in stored if name.endswith(".image")]
     assert len(images) == 2
     for name in images:
-        found = consume(folder, stored[name])
+        actual = consume(folder, stored[name])
         for output, bound in manifest["verification"]["bounds"].items():
             expected = stored[f"{name}_{output}"]
-            assert np.linalg.norm(found[output] - expected) <= bound * np.linalg.norm(expected), (name, output)
+            assert np.linalg.norm(actual[output] - expected) <= bound * np.linalg.norm(expected), (name, output)

@@ -24,13 +24,13 @@ def documented() -> Iterator[tuple[str, Callable[..., Any]]]:
     """The functions and classes of the reference, and the public methods of its classes: name, object."""
     for path, options in SHOWN.findall((ROOT / "docs" / "api.md").read_text()):
         module, _, name = path.rpartition(".")
-        found = getattr(import_module(module), name)
-        if inspect.isclass(found):
-            yield name, found
+        actual = getattr(import_module(module), name)
+        if inspect.isclass(actual):
+            yield name, actual
         chosen = MEMBERS.search(options)
-        names = chosen[1].split(", ") if chosen else [key for key in vars(found) if not key.startswith("_")]
+        names = chosen[1].split(", ") if chosen else [key for key in vars(actual) if not key.startswith("_")]
         for member in names:
-            value = inspect.getattr_static(found, member)
+            value = inspect.getattr_static(actual, member)
             value = getattr(value, "__func__", value)  # a class method's function
             if inspect.isfunction(value) and value.__module__.startswith(path.removesuffix(f".{name}")):
                 yield f"{name}.{member}", value

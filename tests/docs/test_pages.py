@@ -144,9 +144,9 @@ def test_the_readme_is_short_and_begins_with_what_can_be_tried() -> None:
 def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
     runs = json.loads((ROOT / "benchmarks" / "results" / "gpu_check_h100.json").read_text())["runs"]
     (sizes,) = (run["steps"]["models"]["sizes"] for run in runs if "sizes" in run["steps"].get("models", {}))
-    found = next(size["contenders"] for size in sizes if size["size"] == [864, 576])
+    actual = next(size["contenders"] for size in sizes if size["size"] == [864, 576])
     ways = ("folded, kernels, graph", "folded, kernels, graph, fp8", "authors, eager")
-    bf16, fp8, authors = (round(found[way]["ms"]) for way in ways)
+    bf16, fp8, authors = (round(actual[way]["ms"]) for way in ways)
     said = " ".join((ROOT / "README.md").read_text().split())
     assert f"at 864x576 takes {bf16} ms in bf16 and {fp8} ms in fp8, where the authors' way takes {authors} ms" in said
 

@@ -75,10 +75,10 @@ def test_a_transposed_convolution_is_nearest_and_3x3(shape: tuple[int, ...]) -> 
     assert transposed.state_dict().keys() == phases.state_dict().keys()
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
-        wanted = plain(x)
-        assert (transposed(x) - wanted).abs().max() < 1e-12
+        expected = plain(x)
+        assert (transposed(x) - expected).abs().max() < 1e-12
         transposed.make_ready()
-        assert (transposed(x) - wanted).abs().max() < 1e-12
+        assert (transposed(x) - expected).abs().max() < 1e-12
     assert transpose_upsampling(holder) == []  # it is one already
 
 
@@ -102,10 +102,10 @@ def test_int8_phases_transposed_are_the_same_and_one_int8_kernel_on_openvino(tmp
         assert torch.equal(network(latent), phases)
     path = written(network, torch.zeros_like(latent), tmp_path, channels_last=True)
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = model({0: latent.numpy()})[0]
+    actual = model({0: latent.numpy()})[0]
     # A number that lies between two may be rounded to the other, as sums are in another order: half of 1 % of the
     # picture moves then by a 254th, and what the network makes of it.
-    assert np.linalg.norm(found - phases.numpy()) <= 5e-3 * phases.norm()
+    assert np.linalg.norm(actual - phases.numpy()) <= 5e-3 * phases.norm()
     layers = [layer.get_rt_info() for layer in model.get_runtime_model().get_ops()]
     kernels = [row["primitiveType"].astype(str) for row in layers if row["layerType"].astype(str) == "Deconvolution"]
     assert len(kernels) == 1 + twice
@@ -132,9 +132,9 @@ def test_norms_by_channel_lose_nothing(
     for parameter in norm.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x = torch.randn(shape, generator=generator) + torch.arange(shape[1])[None, :, None, None]
-    wanted = copy.deepcopy(norm).double()(x.double())
-    found = run(written(norm, torch.zeros(shape), tmp_path, channels_last=True), x.numpy())
-    assert np.linalg.norm(found - wanted.numpy()) <= 1e-6 * wanted.norm()
+    expected = copy.deepcopy(norm).double()(x.double())
+    actual = run(written(norm, torch.zeros(shape), tmp_path, channels_last=True), x.numpy())
+    assert np.linalg.norm(actual - expected.numpy()) <= 1e-6 * expected.norm()
 
 
 @pytest.mark.thorough
@@ -186,8 +186,8 @@ def test_a_bundle_for_openvino_runs_on_every_backend(small_bundle) -> None:
     operators = Counter(node.op_type for node in onnx.load(bundle / graph, load_external_data=False).graph.node)
     assert operators["ConvTranspose"] > 0
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    wanted = Estimator(other, backend="onnxruntime", device="cpu")(image).require_prediction("depth")
+    expected = Estimator(other, backend="onnxruntime", device="cpu")(image).require_prediction("depth")
     for backend in ("onnxruntime", "openvino", "torch"):
         with Estimator(bundle, backend=backend, device="cpu") as estimator:
-            found = estimator(image).require_prediction("depth")
-            assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
+            actual = estimator(image).require_prediction("depth")
+            assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)

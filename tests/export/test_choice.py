@@ -163,10 +163,10 @@ def test_a_small_model_fits_anywhere() -> None:
 
 
 def test_the_facts_of_this_machine() -> None:
-    found = this_machine()
-    assert "torch" in found.libraries
-    if found.gpu is None:
-        assert choose(BuildRequest(), found, preset("fe2e-tiny")).backend != "tensorrt"
+    actual = this_machine()
+    assert "torch" in actual.libraries
+    if actual.gpu is None:
+        assert choose(BuildRequest(), actual, preset("fe2e-tiny")).backend != "tensorrt"
     else:
-        assert found.gpu.architecture >= 50
-        assert found.gpu.memory > GIB
+        assert actual.gpu.architecture >= 50
+        assert actual.gpu.memory > GIB

@@ -79,9 +79,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     original = digests.sha256_file
 
     def slow(path: Path, progress: digests.Progress) -> str:
-        found = original(path, progress)
+        actual = original(path, progress)
         path.write_bytes(b"changed")
-        return found
+        return actual
 
     monkeypatch.setattr(digests, "sha256_file", slow)
     assert digests.sha256(path) == right(b"one")

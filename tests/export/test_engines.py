@@ -105,12 +105,12 @@ def test_attention_is_fused_and_nothing_is_float32_but_the_tail(bundle: tuple[Pa
     blocks = sum(manifest.networks.denoiser[name] for name in ("depth", "depth_single_blocks"))
     for engine in manifest.engines:
         log = parse_log(read_log(directory / engine.log))
-        found = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
-        assert not [line for line in found if "float32" in line], found
+        actual = warnings(log, manifest.precision, float_tail=engine.stage == "decoder")
+        assert not [line for line in actual if "float32" in line], actual
         roles = [layer.role for layer in log.layers]
         if engine.stage == "denoiser":
             assert roles.count("attention") == blocks
-            assert not [line for line in found if "not fused" in line], found
+            assert not [line for line in actual if "not fused" in line], actual
             assert roles.count("matmul") >= 10
         else:
             assert roles.count("convolution") > 10
@@ -136,9 +136,9 @@ def test_an_engine_with_the_same_fingerprint_is_not_built_again(
     monkeypatch.setattr(engine_builder, "build_engine", lambda *_: pytest.fail("built again"))
     settings = EngineOptions(library="tensorrt_rtx", weights=manifest.engines[0].weights)
     needed = planned_engines(manifest.buckets, manifest.precision, TARGETS, settings, manifest.files)
-    found = list(build_engines(copy, needed, settings, old=(directory, manifest), progress=str))
-    assert found == manifest.engines
-    for engine in found:
+    actual = list(build_engines(copy, needed, settings, old=(directory, manifest), progress=str))
+    assert actual == manifest.engines
+    for engine in actual:
         assert (copy / engine.file).read_bytes() == (directory / engine.file).read_bytes()
 
 

@@ -36,8 +36,8 @@ def config(golden: Path) -> TransformerConfig:
     folder = golden / "fe2e_small"
     names = {"dit": "dit.safetensors", "vae": "vae.safetensors", "prompt": "no_info.npz", "config": "config.json"}
     files = Files.of("fe2e", **{role: folder / name for role, name in names.items()})
-    found: TransformerConfig = open_skeleton(files).denoiser.config
-    return found
+    actual: TransformerConfig = open_skeleton(files).denoiser.config
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +202,8 @@ def test_wide_heads_attend_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         weights, path = tmp_path / f"{parts}.safetensors", tmp_path / f"{parts}.onnx"
         onnx_graph.write_weights(block, weights)
         onnx_graph.export_graph(block, picture, ("x", "y"), weights, path)
-        found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-        assert found["Softmax"] == parts
+        actual = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+        assert actual["Softmax"] == parts
         (ours,) = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": picture.numpy()})
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
     monkeypatch.setattr(onnx_graph, "CHUNK_LOGITS", 1)

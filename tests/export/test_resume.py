@@ -267,16 +267,16 @@ def test_kernels_that_cannot_be_compiled_leave_the_graphs(
 def test_another_build_starts_anew(
     changes: dict[str, object], small: Path, tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[list[str]] = []
+    actual: list[list[str]] = []
 
     def look(*_: object, **__: object) -> NoReturn:
-        found.append(files_of(tmp_path / STAGING))
+        actual.append(files_of(tmp_path / STAGING))
         raise ExportError("stop")
 
     monkeypatch.setattr(references, "open_streamed", look)
     with pytest.raises(ExportError, match="stop"):
         build_bundle(with_engines(small, tmp_path / "bundle", **changes))
-    assert found == [[LOCK]]  # nothing of the older build
+    assert actual == [[LOCK]]  # nothing of the older build
     assert list(tmp_path.iterdir()) == []
 
 

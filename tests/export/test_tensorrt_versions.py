@@ -62,10 +62,10 @@ def test_tensorrt_10_3_adds_its_engines_beside_those_of_rtx(engines_for_86: Path
     assert [(engine.library, engine.version) for engine in done.added] == [("tensorrt", "10.3.0")] * 3
     assert after.engines == [*done.added, *before.engines]
     for library, version in (("tensorrt", "10.3.0"), ("tensorrt_rtx", before.engines[0].version)):
-        found = select_engine(
+        actual = select_engine(
             bundle, after, "denoiser", after.buckets[0], library=library, version=version, architecture=86
         )
-        assert (found.library, found.architectures) == (library, ["sm_86"])
+        assert (actual.library, actual.architectures) == (library, ["sm_86"])
     assert load_library(after, 86)[0] == "tensorrt"
     assert load_library(before, 86)[0] == "tensorrt_rtx"
 

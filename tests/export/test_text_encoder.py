@@ -79,8 +79,8 @@ def plain(key: str) -> str:
 )
 def test_what_is_whole_is_read(change: Callable[[State], State], whole: tuple[Path, Tensor], folder: Path) -> None:
     weights = rewrite(folder, change)
-    found = load_prompt(empty_prompt(folder, weights))
-    torch.testing.assert_close(torch.from_numpy(found.embeds)[None], whole[1])
+    actual = load_prompt(empty_prompt(folder, weights))
+    torch.testing.assert_close(torch.from_numpy(actual.embeds)[None], whole[1])
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,13 @@ def test_images_are_found_in_storage() -> None:
     storage = fsspec.filesystem("memory")
     for name in ("/photos/s1/a.png", "/photos/s1/a.jpg", "/photos/s2/b.jpeg", "/photos/notes.txt", "/photos/walk.mp4"):
         storage.pipe_file(name, b"x")
-    found = find_inputs(["memory://photos"], Path("out"))
-    assert [(item.path, item.name, item.film) for item in found.inputs] == [
+    actual = find_inputs(["memory://photos"], Path("out"))
+    assert [(item.path, item.name, item.film) for item in actual.inputs] == [
         ("memory:///photos/s1/a.jpg", "s1/a.jpg", False),
         ("memory:///photos/s1/a.png", "s1/a.png", False),
         ("memory:///photos/s2/b.jpeg", "s2/b", False),
     ]
-    assert found.skipped.total() == 2
+    assert actual.skipped.total() == 2
     (single,) = find_inputs(["memory://photos/s2/b.jpeg"], Path("out")).inputs
     assert (single.path, single.name) == ("memory:///photos/s2/b.jpeg", "b")
     (listed,) = find_inputs([], Path("out"), ["memory://photos/gone.png"]).inputs

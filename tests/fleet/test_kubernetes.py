@@ -33,20 +33,20 @@ def documents(file: Path) -> list[dict[str, Any]]:
 def templates(part: Any) -> list[dict[str, Any]]:
     """Templates of pods, wherever they stand."""
     if isinstance(part, list):
-        return [found for one in part for found in templates(one)]
+        return [actual for one in part for actual in templates(one)]
     if not isinstance(part, dict):
         return []
     own = [part["template"]] if "containers" in part.get("template", {}).get("spec", {}) else []
-    return own + [found for one in part.values() for found in templates(one)]
+    return own + [actual for one in part.values() for actual in templates(one)]
 
 
 def checked(document: dict[str, Any]) -> list[dict[str, Any]]:
     """What Kubernetes' schemas know of a document."""
     if not document["apiVersion"].startswith("ray.io/"):
         return [document]
-    found = templates(document)
-    assert found
-    return [{"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": one} for one in found]
+    actual = templates(document)
+    assert actual
+    return [{"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": one} for one in actual]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

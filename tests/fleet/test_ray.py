@@ -63,8 +63,8 @@ def tree(folder: Path) -> set[str]:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as found:
-        return dict(found)
+    with np.load(path) as actual:
+        return dict(actual)
 
 
 def require_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
@@ -112,11 +112,11 @@ def test_shards(cluster: Cluster, toy: Path, tmp_path: Path, into: str) -> None:
     photographs(photos, 41)
     code, summary, said = infer(*arguments, "--skip-existing")
     assert (code, summary["done"], summary["skipped"]) == (0, 1, {"done before": 40}), said
-    found = shard_rows(out, into)
-    assert sorted(found) == sorted(f"scene{index % 2}/{index:05}" for index in range(41))
+    actual = shard_rows(out, into)
+    assert sorted(actual) == sorted(f"scene{index % 2}/{index:05}" for index in range(41))
     infer(toy, photos, "-o", tmp_path / "plain")
-    name = sorted(found)[7]
-    (tmp_path / "one.npz").write_bytes(found[name])
+    name = sorted(actual)[7]
+    (tmp_path / "one.npz").write_bytes(actual[name])
     ours, theirs = arrays(tmp_path / "one.npz"), arrays(tmp_path / "plain" / f"{name}_geometry.npz")
     require_equal(ours, theirs)
     code, _, said = infer(*arguments, "--skip-existing", "--near", "1", "--far", "9")
@@ -272,8 +272,8 @@ def kill_an_actor() -> int:
 
 def actors() -> list[psutil.Process]:
     """Ray names their processes after what they run."""
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if "MapWorker" in " ".join(process.info["cmdline"] or ())]
+    actual = psutil.process_iter(["cmdline"])
+    return [process for process in actual if "MapWorker" in " ".join(process.info["cmdline"] or ())]
 
 
 def shard_rows(folder: Path, into: str) -> dict[str, bytes]:

@@ -45,8 +45,8 @@ def free_port() -> int:
 
 def replicas() -> list[psutil.Process]:
     """Ray names their processes after what they run."""
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if "ServeReplica:densegeo" in " ".join(process.info["cmdline"] or ())]
+    actual = psutil.process_iter(["cmdline"])
+    return [process for process in actual if "ServeReplica:densegeo" in " ".join(process.info["cmdline"] or ())]
 
 
 @dataclass
@@ -225,8 +225,8 @@ def check_the_handlers(server: Started) -> None:
     assert httpx.get(f"{server.url}/v2/models/other").status_code == 404
     refused = httpx.post(f"{server.url}/v2/repository/models/toy/load")
     assert (refused.status_code, "--ray" in refused.json()["error"]) == (400, True)
-    found = metrics(server.url)
-    ready = {name: value for name, value in found.items() if name.startswith("densegeo_ready{")}
+    actual = metrics(server.url)
+    ready = {name: value for name, value in actual.items() if name.startswith("densegeo_ready{")}
     assert len(ready) == REPLICAS, "one a replica"
     assert set(ready.values()) == {1.0}
 

@@ -35,8 +35,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     print(done.stderr)
     assert done.stdout.strip(), done.stderr[-3000:]
-    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    actual: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return actual
 
 
 @pytest.mark.timeout(TIMEOUT_S)

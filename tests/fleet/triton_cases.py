@@ -86,8 +86,8 @@ def ask(
     client = site.server.http if library is tritonclient.http else site.server.grpc
     expected = [library.InferRequestedOutput(name) for name in outputs]
     result = client.infer(model, [tensor], outputs=expected or None, **more)
-    found = {name: result.as_numpy(name) for name in ("prediction", "normals", "depth")}
-    return {name: array for name, array in found.items() if array is not None}
+    actual = {name: result.as_numpy(name) for name in ("prediction", "normals", "depth")}
+    return {name: array for name, array in actual.items() if array is not None}
 
 
 def refused(site: Site, model: str, images: np.ndarray, library: Any = tritonclient.grpc, **more: Any) -> str:
@@ -102,11 +102,11 @@ def refused(site: Site, model: str, images: np.ndarray, library: Any = tritoncli
 def pictures(count: int, width: int = 64, height: int = 48, seed: int = 0) -> np.ndarray:
     """(count, height, width, 3) uint8 of large shapes, so that results differ from place to place."""
     y, x = np.mgrid[0:height, 0:width]
-    found = []
+    actual = []
     for middle in np.random.default_rng(seed).uniform(0.2, 0.8, (count, 2)):
         disc = np.hypot(x - middle[0] * width, y - middle[1] * height) < height / 4
-        found.append(np.stack([x / width, y / height, disc], axis=-1))
-    return np.round(255 * np.stack(found)).astype(np.uint8)
+        actual.append(np.stack([x / width, y / height, disc], axis=-1))
+    return np.round(255 * np.stack(actual)).astype(np.uint8)
 
 
 def require_equal(result: dict[str, np.ndarray], expected: list[Geometry], *names: str) -> None:
@@ -139,8 +139,8 @@ def numbers_of_the_estimator(site: Site) -> None:
     require_equal(ask(site, "tiny", images[:1], tritonclient.grpc, ("normals",)), expected[:1], "normals")
     text = {name: str(value) for name, value in RANGE.items()}
     for library in CLIENTS:
-        found = ask(site, "tiny", images[1:], library, parameters=text)
-        require_equal(found, metric[1:], "prediction", "normals", "depth")
+        actual = ask(site, "tiny", images[1:], library, parameters=text)
+        require_equal(actual, metric[1:], "prediction", "normals", "depth")
     assert "NotMetricError" in refused(site, "tiny", images[:1], outputs=("depth",))
     config = site.server.http.get_model_config("tiny")
     assert config["parameters"]["depth_kind"]["string_value"] == "log_affine"
@@ -159,9 +159,9 @@ def concurrent_clients_are_batched(site: Site) -> None:
     before, counted = len(site.executed()), statistics(site)
     asked = [pictures(1, *((64, 48) if index % 2 else (48, 64)), seed=index) for index in range(24)]
     with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(lambda images: ask(site, "toy", images), asked))
+        actual = list(pool.map(lambda images: ask(site, "toy", images), asked))
     with Estimator(site.toy, device="cpu") as estimator:
-        for images, result in zip(asked, found, strict=True):
+        for images, result in zip(asked, actual, strict=True):
             require_equal(result, [estimator(images[0])], "prediction", "normals")
     inferences, executions, sizes = statistics(site)
     assert inferences - counted[0] == 24

@@ -62,12 +62,12 @@ class Server:
 
     def stubs(self, model: str) -> list[psutil.Process]:
         """The processes of a model's instances that run; one that has ended stays a zombie until Triton looks."""
-        found = []
+        actual = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 if f"/{model}/" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
+                    actual.append(child)
+        return actual
 
     def text(self) -> str:
         """Its log."""

@@ -59,10 +59,10 @@ def test_the_authors_numbers(each_golden: Path, off: tuple[str, ...]) -> None:
     folder = each_golden / "fiffdepth_small"
     image = torch.from_numpy(np.load(folder / "image_u8_hwc.npy")).permute(2, 0, 1)[None].float()
     loaded = load_pipeline(files(folder, "prompt.safetensors"), Size(image.shape[3], image.shape[2]))
-    found = run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), image / 255 * 2 - 1)
+    actual = run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), image / 255 * 2 - 1)
     expected = load_file(folder / "expected.safetensors")
     wanted = {name: expected[key] for name, key in (("latent", "rgb_latent"), ("depth_latent", "depth_latent"))}
-    assert max(errors(found, wanted | {"depth": expected["depth"][0, 0]}).values()) <= BOUND
+    assert max(errors(actual, wanted | {"depth": expected["depth"][0, 0]}).values()) <= BOUND
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_agrees_with_diffusers(case: Case, tmp_path: Path) -> None:
     directory = write(tmp_path, case)
     for off in OFF:
         loaded = load_pipeline(files(directory), Size(*case.size))
-        found = errors(run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), rgb), expected)
-        assert max(found.values()) <= BOUND, (off, found)
+        actual = errors(run(rewrites.apply(loaded, rewrites.select(fiffdepth.REWRITES, off)), rgb), expected)
+        assert max(actual.values()) <= BOUND, (off, actual)
 
 
 def test_gates_are_for_two_tokens(tmp_path: Path) -> None:

@@ -84,13 +84,13 @@ def test_a_quantized_linear_is_the_product_of_its_8_bit_numbers(kind: str, dtype
     assert ours.weight_scale.shape == (33,)
     numbers = quantize(x, ours.input_scale, ours.weight.dtype).double() * ours.input_scale.double()
     weights = ours.weight.double() * ours.weight_scale.double()[:, None]
-    wanted = numbers @ weights.T + ours.bias.double()
+    expected = numbers @ weights.T + ours.bias.double()
     out = ours(x)
     assert out.dtype == dtype
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    assert (out.double() - wanted).norm() <= bound * wanted.norm()
+    assert (out.double() - expected).norm() <= bound * expected.norm()
     exact = x.double() @ linear.weight.double().T + linear.bias.double()
-    relative = (wanted - exact).norm() / exact.norm()
+    relative = (expected - exact).norm() / exact.norm()
     assert relative < {"fp8": 0.06, "int8": 0.03}[kind]  # a rounding's share of its number, by the format
     assert relative > 1e-4
 
@@ -127,14 +127,14 @@ def test_a_quantized_convolution_is_the_product_of_its_8_bit_numbers(
     assert (ours.weight.float().abs().amax(dim=(1, 2, 3)) == FORMATS[kind].qmax).all()  # each row uses all of its range
     numbers = quantize(x, ours.input_scale, FORMATS[kind].dtype).double() * ours.input_scale.double()
     weights = ours.weight.double() * ours.weight_scale.double()[:, None, None, None]
-    wanted = F.conv2d(numbers, weights, ours.bias.double(), stride, padding)
+    expected = F.conv2d(numbers, weights, ours.bias.double(), stride, padding)
     out = ours(x)
-    assert (out.shape, out.dtype) == (wanted.shape, dtype)
+    assert (out.shape, out.dtype) == (expected.shape, dtype)
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    assert (out.double() - wanted).norm() <= bound * wanted.norm()
+    assert (out.double() - expected).norm() <= bound * expected.norm()
     exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride, padding)
     steps = {"fp8": 0.06, "int8": 0.03}[kind]
-    assert 1e-4 < (wanted - exact).norm() / exact.norm() < steps
+    assert 1e-4 < (expected - exact).norm() / exact.norm() < steps
     if kind == "fp8":
         return  # torch's checks know none of it
     given = (x.float(), ours.weight, ours.weight_scale, ours.input_scale, None, ours.bias, ours.stride, ours.pads)
@@ -176,8 +176,8 @@ def test_two_products_keep_what_one_rounding_loses(dtype: torch.dtype) -> None:
         """Where there is no large value, relative to the product of the same rounded weights."""
         made = QuantizedConvolution.prepare(layer, 200.0, FORMATS["int8"], dtype, twice=twice)
         weight = made.weight.double() * made.weight_scale.double()[:, None, None, None]
-        wanted = F.conv2d(x.double(), weight, made.bias.double(), padding=1)
-        return float((made(x).double() - wanted)[..., 2:].norm() / wanted[..., 2:].norm())
+        expected = F.conv2d(x.double(), weight, made.bias.double(), padding=1)
+        return float((made(x).double() - expected)[..., 2:].norm() / expected[..., 2:].norm())
 
     assert off(twice=False) > 0.3
     rounding = 2.0 / 254 / 12**0.5  # of the rest: its step's standard deviation
@@ -199,9 +199,9 @@ def test_a_downsampling_convolution_takes_over_its_zeros() -> None:
     assert set(holder.state_dict()) == {
         f"downsample.conv.{name}" for name in ("weight", "weight_scale", "input_scale", "bias")
     }
-    ours, wanted = holder.downsample(x), exact(x)
-    assert ours.shape == wanted.shape == (1, 16, 3, 5)
-    assert 1e-4 < (ours - wanted).norm() / wanted.norm() < 0.03
+    ours, expected = holder.downsample(x), exact(x)
+    assert ours.shape == expected.shape == (1, 16, 3, 5)
+    assert 1e-4 < (ours - expected).norm() / expected.norm() < 0.03
 
 
 def test_ends_shortcuts_and_thin_convolutions_stay() -> None:
@@ -229,7 +229,7 @@ def rewritten(config: TransformerConfig = SMALL) -> Transformer:
 def test_smoothing_alone_changes_nothing() -> None:
     transformer = rewritten()
     latent = torch.randn(1, 16, 6, 8)
-    wanted = transformer(latent)
+    expected = transformer(latent)
     smoothed = []
     for _, block in transformer.blocks():
         for norm, names in smoothable(block):
@@ -238,7 +238,7 @@ def test_smoothing_alone_changes_nothing() -> None:
             assert not torch.equal(norm.weight, before)
             smoothed += names
     assert smoothed == ["img_attn.qkv", "img_mlp.0", "txt_mlp.0", "key_value", "query_mlp"]
-    assert (transformer(latent) - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (transformer(latent) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @torch.no_grad()
@@ -251,14 +251,14 @@ def test_smoothing_helps_where_channels_differ() -> None:
     for name in names:
         block.get_submodule(name).weight.data[:, 3] /= 1000
     latent = torch.randn(1, 16, 6, 8)
-    wanted = transformer(latent)
+    expected = transformer(latent)
     factors = norm.weight.data.abs() / norm.weight.data.abs().median()
     errors = {}
     for label, smooth, limit in (("plain", None, 4000.0), ("smooth", factors, 4.0)):
         twin = copy.deepcopy(transformer)
         plans = {f"single_blocks.0.{name}": LayerPlan(limit, smooth) for name in names}
         quantize_block(twin.single_blocks[0], "single_blocks.0", plans, FORMATS["int8"], torch.float32)
-        errors[label] = float((twin(latent) - wanted).norm() / wanted.norm())
+        errors[label] = float((twin(latent) - expected).norm() / expected.norm())
     assert errors["smooth"] < 0.2 * errors["plain"]
 
 
@@ -267,7 +267,7 @@ def test_smoothing_helps_where_channels_differ() -> None:
 def test_blocks_with_8_bit_linears_stay_close(kind: str) -> None:
     transformer = rewritten()
     latent = torch.randn(1, 16, 6, 8)
-    wanted = transformer(latent)
+    expected = transformer(latent)
     plans = {
         f"{prefix}.{name}": LayerPlan(20.0)
         for prefix, block in transformer.blocks()
@@ -278,5 +278,5 @@ def test_blocks_with_8_bit_linears_stay_close(kind: str) -> None:
         quantize_block(block, prefix, plans, FORMATS[kind], torch.float32)
     left = [name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
     assert left == ["img_in", "final_layer.linear"]
-    error = (transformer(latent) - wanted).norm() / wanted.norm()
+    error = (transformer(latent) - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.3

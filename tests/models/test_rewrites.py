@@ -57,10 +57,10 @@ def with_names(plain: Pipeline, names: frozenset[str]) -> Pipeline:
 
 def combinations() -> list[frozenset[str]]:
     """None; all; all but one (and what requires it); one alone (and what it requires)."""
-    found = [frozenset[str](), frozenset(NAMES)]
-    found += [frozenset(rewrite.name for rewrite in rewrites.select(fe2e.REWRITES, without=[name])) for name in NAMES]
-    found += [frozenset({rewrite.name, *rewrite.requires}) for rewrite in REWRITES]
-    return list(dict.fromkeys(found))
+    actual = [frozenset[str](), frozenset(NAMES)]
+    actual += [frozenset(rewrite.name for rewrite in rewrites.select(fe2e.REWRITES, without=[name])) for name in NAMES]
+    actual += [frozenset({rewrite.name, *rewrite.requires}) for rewrite in REWRITES]
+    return list(dict.fromkeys(actual))
 
 
 def label(names: frozenset[str]) -> str:

@@ -42,10 +42,10 @@ MOUNTED = [0.0, -0.2, 0.0, 0.5, -0.5, 0.5, 0.5]  # a lidar above the camera: x f
 
 
 def read(path: Path) -> dict[str, list[Any]]:
-    found = defaultdict(list)
+    actual = defaultdict(list)
     for topic, _, message in read_in_order(path):
-        found[topic].append(message)
-    return dict(found)
+        actual[topic].append(message)
+    return dict(actual)
 
 
 def read_in_order(path: Path) -> list[tuple[str, int, Any]]:
@@ -68,16 +68,16 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
     for source in (folder, file):
         output = tmp_path / f"{source.name}.out.mcap"
         assert run(Options(bundle, source, output, metres=MetresOptions(0.5, 10.0))) == 0
-        found = read(output)
+        actual = read(output)
         base = "/camera/image_raw/densegeo"
-        assert set(found) == {f"{base}/{name}" for name in ("depth", "normals", "points", "camera_info")}
-        for topic, messages in found.items():
+        assert set(actual) == {f"{base}/{name}" for name in ("depth", "normals", "points", "camera_info")}
+        for topic, messages in actual.items():
             assert [message.header.stamp.sec for message in messages] == [1, 2, 3, 4], topic
             assert {message.header.frame_id for message in messages} == {"camera_optical"}
         for number, geometry in enumerate(expected):
-            np.testing.assert_array_equal(array(found[f"{base}/depth"][number])[..., 0], geometry.depth)
-            np.testing.assert_array_equal(array(found[f"{base}/normals"][number]), geometry.normals)
-            cloud_ = found[f"{base}/points"][number]
+            np.testing.assert_array_equal(array(actual[f"{base}/depth"][number])[..., 0], geometry.depth)
+            np.testing.assert_array_equal(array(actual[f"{base}/normals"][number]), geometry.normals)
+            cloud_ = actual[f"{base}/points"][number]
             rows = np.frombuffer(cloud_.data, "<f4").reshape(-1, 7)
             points = geometry.points(Camera.of(camera_info(WIDTH, HEIGHT)))[2::4, 2::4].reshape(-1, 3)
             np.testing.assert_array_equal(rows[:, :3], points)
@@ -86,7 +86,7 @@ def test_every_image_with_its_stamp_and_frame(bundle: Path, tmp_path: Path, plug
                 np.ascontiguousarray(rows[:, 3]).view("<u4"),
                 (pictures(4)[number][2::4, 2::4].astype(np.uint32) @ [1 << 16, 1 << 8, 1]).ravel(),
             )
-        assert found[f"{base}/camera_info"][0].k[0] == 100.0
+        assert actual[f"{base}/camera_info"][0].k[0] == 100.0
 
 
 def test_metres_from_a_lidar_in_the_bag(bundle: Path, tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_all_cameras_and_no_depth_images(bundle: Path, tmp_path: Path) -> None:
     messages[-2][2].encoding = "32FC1"
     source = write_bag(tmp_path / "in", sorted(messages, key=lambda one: one[1]))
     assert run(Options(bundle, source, tmp_path / "out.mcap")) == 0
-    found = read(tmp_path / "out.mcap")
-    assert {topic.split("/densegeo")[0] for topic in found} == {"/left/image_raw", "/right/image_rect"}
+    actual = read(tmp_path / "out.mcap")
+    assert {topic.split("/densegeo")[0] for topic in actual} == {"/left/image_raw", "/right/image_rect"}
     assert run(Options(bundle, source, tmp_path / "one.mcap", image_topics=("/other/image",))) == 0
     assert set(read(tmp_path / "one.mcap")) == {f"/other/image/densegeo/{n}" for n in ("relative_depth", "normals")}
 

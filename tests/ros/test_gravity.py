@@ -20,9 +20,9 @@ def test_a_walking_robot_is_averaged() -> None:
         at = 1 + number / 100
         step = 2.0 * np.sin(2 * np.pi * 2 * at) * np.array([1.0, 0.0, 0.0]) + rng.normal(0, 0.3, 3)
         gravity.take(imu((9.81 * UP + step).tolist(), at=at))
-    found = gravity.up(5.0)
-    assert found is not None
-    assert np.degrees(np.arccos(found @ UP)) < 1.5
+    actual = gravity.up(5.0)
+    assert actual is not None
+    assert np.degrees(np.arccos(actual @ UP)) < 1.5
 
 
 def test_a_gyroscope_turns_the_average_with_the_robot() -> None:
@@ -35,9 +35,9 @@ def test_a_gyroscope_turns_the_average_with_the_robot() -> None:
             # up in a body that has rolled by `angle` about its x axis
             up = np.array([0.0, np.sin(angle), np.cos(angle)])
             gravity.take(imu((9.81 * up).tolist(), turning=turning, at=1 + angle))
-        found = gravity.up(2.0)
-        assert found is not None
-        errors.append(np.degrees(np.arccos(np.clip(found @ up, -1, 1))))
+        actual = gravity.up(2.0)
+        assert actual is not None
+        errors.append(np.degrees(np.arccos(np.clip(actual @ up, -1, 1))))
     assert errors[0] < 0.5
     assert errors[1] > 10
 

@@ -39,8 +39,8 @@ def test_packed_pixels(order: str, bits: int, padding: int, big: bool) -> None:
     channels = 1 if order == "mono" else len(order)
     array = random((17, 19, channels), bits)
     expected = np.repeat(array, 3, axis=2) if order == "mono" else array[..., [order.index(c) for c in "rgb"]]
-    found = rgb_of(image(array[..., 0] if order == "mono" else array, f"{order}{bits}", padding=padding, big=big))
-    np.testing.assert_allclose(found, expected / (2.0**bits - 1), atol=1e-6)
+    actual = rgb_of(image(array[..., 0] if order == "mono" else array, f"{order}{bits}", padding=padding, big=big))
+    np.testing.assert_allclose(actual, expected / (2.0**bits - 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("big", [False, True])
@@ -68,8 +68,8 @@ def test_bayer_of_a_grey_scene_is_grey() -> None:
 def test_ycbcr(encoding: str, color: str, suffix: str) -> None:
     array = random((27, 20), 8) if color == "nv12" else random((18, 20, 2), 8)
     name = f"{color}-{suffix}" if suffix else color
-    found = rgb_of(image(array, encoding, padding=12), suffix)
-    np.testing.assert_allclose(found, rgb64(name, array) / 255, atol=1e-6)
+    actual = rgb_of(image(array, encoding, padding=12), suffix)
+    np.testing.assert_allclose(actual, rgb64(name, array) / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgra8", "mono8", "nv12", "yuyv", "uyvy"])
@@ -135,12 +135,12 @@ def test_any_numbers_give_an_image_or_an_error(
         data=np.zeros(size, np.uint8),
     )
     try:
-        found = read_image(message).image
+        actual = read_image(message).image
     except ImageError:
         return
-    assert isinstance(found, np.ndarray)
-    assert found.shape[:2] == (height * 3 // 2 if encoding == "nv12" else height, width)
-    assert found.sum() == 0
+    assert isinstance(actual, np.ndarray)
+    assert actual.shape[:2] == (height * 3 // 2 if encoding == "nv12" else height, width)
+    assert actual.sum() == 0
 
 
 def test_compressed_images() -> None:

@@ -67,21 +67,21 @@ def test_one_fact_is_metres(room: tuple[Geometry, np.ndarray], more: Any, asked:
     if "points" in more:  # what a range finder beside the axis measures
         u, v = 70, 60
         more = {"points": CAMERA.rays(SIZE)[v, u].astype(np.float64)[None] * depth[v, u]}
-    found, why = run(geometry, ImageContext(CAMERA)._replace(**more), asked)
-    assert found.depth_kind == "metric"
-    np.testing.assert_allclose(found.depth, depth, rtol=0.05)
+    actual, why = run(geometry, ImageContext(CAMERA)._replace(**more), asked)
+    assert actual.depth_kind == "metric"
+    np.testing.assert_allclose(actual.depth, depth, rtol=0.05)
     assert re.fullmatch(rf"metric, from normals and {source}, give or take [0-9.]+ %", why), why
-    assert 0 < uncertainty(found) < 0.6
-    assert outputs.possible(found, CAMERA) == {"normals", "depth", "points"}
+    assert 0 < uncertainty(actual) < 0.6
+    assert outputs.possible(actual, CAMERA) == {"normals", "depth", "points"}
 
 
 def test_a_camera_alone_gives_a_shape_without_a_unit(room: tuple[Geometry, np.ndarray]) -> None:
     geometry, depth = room
-    found, why = run(geometry, ImageContext(CAMERA).without("no ranges have come"), MetresOptions())
+    actual, why = run(geometry, ImageContext(CAMERA).without("no ranges have come"), MetresOptions())
     assert why.startswith("up to scale, from normals, its unit unknown")
     assert why.endswith(": no ranges have come")
     made = outputs.messages(
-        found, Picture(np.zeros((96, 128, 3), np.uint8), "rgb"), CAMERA, outputs.TOPICS, outputs.Options()
+        actual, Picture(np.zeros((96, 128, 3), np.uint8), "rgb"), CAMERA, outputs.TOPICS, outputs.Options()
     )
     assert set(made) == {"depth_up_to_scale", "relative_depth", "normals"}
     shape = made["depth_up_to_scale"]["data"].view("<f4").reshape(96, 128)
@@ -90,21 +90,21 @@ def test_a_camera_alone_gives_a_shape_without_a_unit(room: tuple[Geometry, np.nd
 
 
 def test_near_and_far_are_used_where_nothing_measures(room: tuple[Geometry, np.ndarray]) -> None:
-    found, why = run(room[0], ImageContext().without("no camera_info has come"), MetresOptions(1.0, 6.0))
-    assert found.depth_kind == "metric"
+    actual, why = run(room[0], ImageContext().without("no camera_info has come"), MetresOptions(1.0, 6.0))
+    assert actual.depth_kind == "metric"
     assert why == "metric, from near and far; no camera_info has come"
-    assert np.isnan(uncertainty(found))
+    assert np.isnan(uncertainty(actual))
 
 
 def test_why_there_are_no_metres(room: tuple[Geometry, np.ndarray]) -> None:
     geometry, _ = room
-    found, why = run(geometry, ImageContext(), MetresOptions())
+    actual, why = run(geometry, ImageContext(), MetresOptions())
     assert why == "relative (log_affine): nothing measures it: set camera_height, anchors, or near and far"
     wall = Geometry(
         geometry.prediction, "log_affine", np.full_like(geometry.normals, (0, 0, -1)), geometry.valid, SIZE, model="m"
     )
-    found, why = run(wall, ImageContext(CAMERA), MetresOptions(camera_height=1.0))
-    assert found.depth_kind == "log_affine"
+    actual, why = run(wall, ImageContext(CAMERA), MetresOptions(camera_height=1.0))
+    assert actual.depth_kind == "log_affine"
     assert why.startswith("relative (log_affine): "), why
     assert "ormals" in why or "scale" in why
     alone = Geometry(None, None, geometry.normals, geometry.valid, SIZE)

@@ -63,8 +63,8 @@ def test_ranges(reading: float, points: int) -> None:
     kind = T["sensor_msgs/msg/Range"]
     fields = {"radiation_type": 1, "field_of_view": 0.1, "min_range": 0.2, "max_range": 9.0, "variance": 0.0}
     known = {name: value for name, value in fields.items() if name in kind.__dataclass_fields__}
-    found = read_points(kind(header=header(), range=reading, **known))
-    assert found.tolist() == [[3.0, 0.0, 0.0]] * points
+    actual = read_points(kind(header=header(), range=reading, **known))
+    assert actual.tolist() == [[3.0, 0.0, 0.0]] * points
 
 
 def test_anything_else_is_refused() -> None:

@@ -136,10 +136,10 @@ def every_encoding(bundle: Path) -> None:
             array = picture(number, shape) if encoding.bits == 8 else picture(number, shape).astype(np.uint16) * 257
             sent = image(array, name, padding=8, big=big)
             client.send("image", sent)
-            found = client.results("normals", number + 1)[-1]
+            actual = client.results("normals", number + 1)[-1]
             read = read_image(sent, "bt709-full")
             geometry = wanted(bundle, read.image, read.color)
-            np.testing.assert_array_equal(floats(found), geometry.normals, err_msg=name)
+            np.testing.assert_array_equal(floats(actual), geometry.normals, err_msg=name)
 
 
 @case
@@ -151,8 +151,8 @@ def parameters_are_described_checked_and_obeyed(bundle: Path) -> None:
         for row, described in zip(ROWS, client.describe(*(row.name for row in ROWS)), strict=True):
             assert described.description
             if row.between is not None:
-                (found,) = [*described.integer_range, *described.floating_point_range]
-                assert (found.from_value, found.to_value) == row.between
+                (actual,) = [*described.integer_range, *described.floating_point_range]
+                assert (actual.from_value, actual.to_value) == row.between
                 too_much = type(row.default)(row.between[1] + 1)
                 assert not client.set(**{row.name: too_much})[0].successful
             if row.choices:
@@ -271,8 +271,8 @@ def one_fact_makes_metres(_: Path) -> None:
         for number in range(3):
             client.send("imu", imu(measured, at=1.3 + number / 10))
         client.took("imu", 3)
-        (found,) = see(client, 1.5, "depth")
-        np.testing.assert_allclose(found, depth(camera_height=1.6, up=up), rtol=1e-4)
+        (actual,) = see(client, 1.5, "depth")
+        np.testing.assert_allclose(actual, depth(camera_height=1.6, up=up), rtol=1e-4)
         until(
             lambda: client.values()["depth"].startswith("metric, from normals and the camera's height, "), "it says why"
         )

@@ -34,12 +34,12 @@ def said(toy_bundle: Path) -> dict[str, dict[str, str]]:
         every = list(
             pool.map(lambda names: run("tests.ros2.cases", str(toy_bundle), *names, timeout=TIMEOUT_S), GROUPS)
         )
-    found: dict[str, dict[str, str]] = {}
+    actual: dict[str, dict[str, str]] = {}
     for done in every:
         assert done.stdout.strip(), done.stderr[-3000:]
         print(done.stderr)
-        found |= json.loads(done.stdout.splitlines()[-1])
-    return found
+        actual |= json.loads(done.stdout.splitlines()[-1])
+    return actual
 
 
 @pytest.mark.timeout(TIMEOUT_S)

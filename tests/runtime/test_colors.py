@@ -83,9 +83,9 @@ def test_every_way_of_an_estimator_takes_them(bundle: Path) -> None:
                 (streamed,) = stream
             called = estimator(pixels, color)  # type: ignore[arg-type]
             (listed,) = estimator.batch([pixels], color)  # type: ignore[arg-type]
-            for found in (called, listed, future.result(), streamed.geometry):
-                assert found.source_size == (70, 50)
-                np.testing.assert_allclose(found.prediction, expected.prediction, atol=1e-5)
+            for actual in (called, listed, future.result(), streamed.geometry):
+                assert actual.source_size == (70, 50)
+                np.testing.assert_allclose(actual.prediction, expected.prediction, atol=1e-5)
         with Estimator(bundle, device="cpu", preprocessing="authors", check_digests=False) as estimator:
             small = camera_bytes(color, 70, 50, seed=5)
             with pytest.raises(Exception, match="1024x768"):  # the size of theirs that this bundle lacks

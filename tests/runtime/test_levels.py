@@ -121,15 +121,15 @@ def test_an_estimator_hands_the_range_on(tmp_path: Path) -> None:
     with Estimator(make_toy_bundle(tmp_path / "toy"), "onnxruntime") as estimator:
         expected = estimator(same).prediction
         of_12 = {"value_range": (0, 4095)}
-        found = [
+        actual = [
             estimator(image, **of_12),
             estimator.submit(image, **of_12).result(),
             *estimator.batch([image], **of_12),
         ]
         with estimator.stream(**of_12) as stream:
             stream.put(image)
-            found.append(next(stream).geometry)
-        for geometry in found:
+            actual.append(next(stream).geometry)
+        for geometry in actual:
             np.testing.assert_allclose(geometry.prediction, expected, atol=1e-6)
 
 

@@ -148,8 +148,8 @@ def test_auto_takes_what_was_fastest_here(
         return backend.name
 
     def keep(backend: str, p50: float, **changes: object) -> None:
-        found = measured.measured(manifest, manifest.buckets[0], backend, "a CPU", p50, 1.1 * p50, GOOD)
-        remember(msgspec.structs.replace(found, **changes))  # type: ignore[arg-type]
+        actual = measured.measured(manifest, manifest.buckets[0], backend, "a CPU", p50, 1.1 * p50, GOOD)
+        remember(msgspec.structs.replace(actual, **changes))  # type: ignore[arg-type]
 
     assert taken() == "onnxruntime"
     keep("openvino", 5.0, bucket="1x1")

@@ -46,13 +46,13 @@ def test_its_uncertainty_is_that_of_its_errors(monkeypatch: pytest.MonkeyPatch) 
         for index in range(8):
             geometry, truth = observed(seen(index), rng, 0.005, 5.0)
             try:
-                found = geometry.to_scale(seen(index).intrinsics).calibration
+                actual = geometry.to_scale(seen(index).intrinsics).calibration
             except CalibrationError:  # too uncertain
                 found_spreads.append(1.0)
                 continue
-            assert found is not None
-            found_spreads.append(np.sqrt(found.variance[0]) / found.scale)
-            off.append(abs(np.log(found.scale / truth)) / found_spreads[-1])
+            assert actual is not None
+            found_spreads.append(np.sqrt(actual.variance[0]) / actual.scale)
+            off.append(abs(np.log(actual.scale / truth)) / found_spreads[-1])
     assert len(off) >= 14
     assert 0.3 <= np.mean(np.array(off) < 1) <= 0.95
     assert np.max(off) < 4
@@ -75,19 +75,19 @@ def test_it_is_quick_enough_for_a_camera() -> None:
 
 def test_up_to_scale_has_shape_and_no_metres() -> None:
     geometry, depth = room()
-    found = geometry.to_scale(K)
-    assert found.depth_kind == "up_to_scale"
-    assert np.median(found.depth) == pytest.approx(1, rel=1e-3)
-    np.testing.assert_allclose(found.depth / np.median(found.depth), depth / np.median(depth), rtol=0.01)
-    assert found.calibration is not None
-    assert found.calibration.sources == ("normals",)
-    assert "unit unknown" in str(found)
-    assert found.points(K).shape == (HEIGHT, WIDTH, 3)
-    assert b"comment units unknown" in found.encode("ply", intrinsics=K)[:600]
+    actual = geometry.to_scale(K)
+    assert actual.depth_kind == "up_to_scale"
+    assert np.median(actual.depth) == pytest.approx(1, rel=1e-3)
+    np.testing.assert_allclose(actual.depth / np.median(actual.depth), depth / np.median(depth), rtol=0.01)
+    assert actual.calibration is not None
+    assert actual.calibration.sources == ("normals",)
+    assert "unit unknown" in str(actual)
+    assert actual.points(K).shape == (HEIGHT, WIDTH, 3)
+    assert b"comment units unknown" in actual.encode("ply", intrinsics=K)[:600]
     with pytest.raises(NotMetricError, match="unit is unknown"):
-        found.millimetres()
+        actual.millimetres()
     with pytest.raises(NotMetricError, match="unit is unknown"):
-        found.encode("png16")
+        actual.encode("png16")
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,16 @@ def test_one_more_fact_gives_metres(measurements: dict[str, object], source: str
         uv = np.array([[20, 80], [100, 40]])
         points = CAMERA.rays_at(uv) * depth[uv[:, 1], uv[:, 0]][:, None]
         measurements["size"] = (uv, float(np.linalg.norm(points[0] - points[1])))
-    found = geometry.to_metric(K, **measurements)  # type: ignore[arg-type]
-    assert found.depth_kind == "metric"
-    np.testing.assert_allclose(found.depth, depth, rtol=0.03)
-    assert found.calibration is not None
-    assert set(found.calibration.sources) == {"normals", source}
-    uncertainty = found.calibration.uncertainty(found.prediction)
+    actual = geometry.to_metric(K, **measurements)  # type: ignore[arg-type]
+    assert actual.depth_kind == "metric"
+    np.testing.assert_allclose(actual.depth, depth, rtol=0.03)
+    assert actual.calibration is not None
+    assert set(actual.calibration.sources) == {"normals", source}
+    uncertainty = actual.calibration.uncertainty(actual.prediction)
     assert ((uncertainty > 0) & (uncertainty < 0.6)).all()
     # and from the shape alone, too
     again = geometry.to_scale(K).to_metric(K, **measurements)  # type: ignore[arg-type]
-    np.testing.assert_allclose(again.depth, found.depth)
+    np.testing.assert_allclose(again.depth, actual.depth)
 
 
 def test_a_table_is_not_the_floor() -> None:
@@ -143,10 +143,10 @@ def test_more_anchors_make_it_more_certain() -> None:
     metres = depth[uv[:, 1], uv[:, 0]]
     spreads = []
     for count in (1, 20, 200):
-        found = geometry.to_metric(K, anchors=(uv[:count], metres[:count]))
-        assert found.calibration is not None
-        spreads.append(float(np.median(found.calibration.uncertainty(geometry.prediction))))
-        np.testing.assert_allclose(found.depth, depth, rtol=0.02)
+        actual = geometry.to_metric(K, anchors=(uv[:count], metres[:count]))
+        assert actual.calibration is not None
+        spreads.append(float(np.median(actual.calibration.uncertainty(geometry.prediction))))
+        np.testing.assert_allclose(actual.depth, depth, rtol=0.02)
     assert spreads[0] > spreads[1] > spreads[2]
 
 
@@ -155,9 +155,9 @@ def test_anchors_everywhere_say_more_than_as_many_in_one_half() -> None:
     rows, columns = (grid.ravel() for grid in np.mgrid[4:HEIGHT:8, 4:WIDTH:8])
     spreads = []
     for uv in (np.stack([columns, rows], 1), np.stack([columns // 2, rows], 1)):
-        found = geometry.to_metric(anchors=(uv, depth[uv[:, 1], uv[:, 0]])).calibration
-        assert found is not None
-        spreads.append(float(np.median(found.uncertainty(geometry.prediction))))
+        actual = geometry.to_metric(anchors=(uv, depth[uv[:, 1], uv[:, 0]])).calibration
+        assert actual is not None
+        spreads.append(float(np.median(actual.uncertainty(geometry.prediction))))
     assert spreads[0] < 0.8 * spreads[1]
 
 
@@ -222,11 +222,11 @@ def test_a_prior_of_unknown_unit_tells_the_scale_alone() -> None:
     assert prior is not None
     for far_off in (1.0, 40.0):
         moved = replace(prior, shift=prior.shift + math.log(far_off))
-        found = bare.to_metric(prior=moved, anchors=([[60, 70]], [float(DEPTH[70, 60])]))
-        assert found.depth_kind == "metric"
-        assert found.calibration is not None
-        assert found.calibration.scale == pytest.approx(prior.scale, rel=1e-6)
-        assert found.depth[70, 60] == pytest.approx(DEPTH[70, 60], rel=0.01)
+        actual = bare.to_metric(prior=moved, anchors=([[60, 70]], [float(DEPTH[70, 60])]))
+        assert actual.depth_kind == "metric"
+        assert actual.calibration is not None
+        assert actual.calibration.scale == pytest.approx(prior.scale, rel=1e-6)
+        assert actual.depth[70, 60] == pytest.approx(DEPTH[70, 60], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -289,10 +289,10 @@ def test_the_network_s_own_size_keeps_the_image_s_pixels() -> None:
     rows, columns = (grid.ravel() for grid in np.mgrid[20:height:60, 20:width:60])
     rows, columns = np.stack([rows, columns])[:, seen_view.valid[rows // 2, columns // 2]]
     metres = seen_view.depth[rows // 2, columns // 2]
-    found = geometry.to_metric(anchors=(np.stack([columns, rows], axis=1), metres))
-    ratio = found.valid.shape[0] / height, found.valid.shape[1] / width
+    actual = geometry.to_metric(anchors=(np.stack([columns, rows], axis=1), metres))
+    ratio = actual.valid.shape[0] / height, actual.valid.shape[1] / width
     at = ((rows + 0.5) * ratio[0]).astype(int), ((columns + 0.5) * ratio[1]).astype(int)
-    assert np.nanmedian(np.abs(np.log(found.depth[at] / metres))) < 0.15
+    assert np.nanmedian(np.abs(np.log(actual.depth[at] / metres))) < 0.15
 
 
 def test_a_chain_of_priors_forgets() -> None:
@@ -300,16 +300,16 @@ def test_a_chain_of_priors_forgets() -> None:
     uv = np.array([[30, 70], [100, 80], [64, 90]])
     metres, prior, spreads = DEPTH[uv[:, 1], uv[:, 0]], None, []
     for _ in range(30):
-        found = BASE.to_metric(K, anchors=(uv, metres), prior=prior)
-        prior = found.calibration
+        actual = BASE.to_metric(K, anchors=(uv, metres), prior=prior)
+        prior = actual.calibration
         assert prior is not None
         spreads.append(float(np.median(prior.uncertainty(BASE.prediction))))
     assert spreads[1] < spreads[0]
     assert spreads[-1] == pytest.approx(spreads[-2], rel=0.01)
     for _ in range(12):
-        found = BASE.to_metric(K, anchors=(uv, 1.3 * metres), prior=prior)
-        prior = found.calibration
-    np.testing.assert_allclose(found.depth, 1.3 * DEPTH, rtol=0.1)
+        actual = BASE.to_metric(K, anchors=(uv, 1.3 * metres), prior=prior)
+        prior = actual.calibration
+    np.testing.assert_allclose(actual.depth, 1.3 * DEPTH, rtol=0.1)
 
 
 def test_a_prior_steadies_a_bad_frame() -> None:
@@ -331,9 +331,9 @@ def test_the_robust_fit_is_continuous_in_its_data() -> None:
     scales = []
     for share in np.linspace(0, 1, 41):
         metres = np.exp((1 - share) * np.log(start) + share * np.log(end))
-        found = BASE.to_metric(anchors=(uv, metres)).calibration
-        assert found is not None
-        scales.append(found.scale)
+        actual = BASE.to_metric(anchors=(uv, metres)).calibration
+        assert actual is not None
+        scales.append(actual.scale)
     assert np.abs(np.diff(scales)).max() < 0.15 * np.mean(scales)
 
 

@@ -70,11 +70,11 @@ def test_near_and_far_are_the_extremes_of_depth(kind: DepthKind) -> None:
 @pytest.mark.parametrize("count", [3, 4, 40, 5000])
 def test_exact_anchors_give_the_line(kind: DepthKind, count: int) -> None:
     metric = make(kind).to_metric(anchors=anchors_of(kind, count))
-    found = metric.calibration
-    assert found is not None
-    assert (found.scale, found.shift) == pytest.approx(LINES[kind], rel=1e-4, abs=1e-5)
-    assert (found.inliers, found.count) == (count, count)
-    assert found.residual < 1e-5
+    actual = metric.calibration
+    assert actual is not None
+    assert (actual.scale, actual.shift) == pytest.approx(LINES[kind], rel=1e-4, abs=1e-5)
+    assert (actual.inliers, actual.count) == (count, count)
+    assert actual.residual < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,12 +84,12 @@ def test_a_third_of_wrong_anchors_changes_little(kind: DepthKind, count: int) ->
     wrong = count // 3
     metres[:wrong] = np.random.default_rng(3).uniform(0.2, 60, wrong)
     metric = make(kind).to_metric(anchors=(uv, metres))
-    found = metric.calibration
-    assert found is not None
+    actual = metric.calibration
+    assert actual is not None
     to = {"log_affine": np.log, "affine": lambda v: v, "disparity_affine": np.reciprocal}[kind]
     truth = to(depth_of(kind, metric.prediction))  # the fit is least squares in this space
     assert np.abs(to(metric.depth) - truth).max() <= 0.02 * np.ptp(truth)
-    assert count / 2 <= found.inliers <= count - wrong + 0.1 * count  # a wrong anchor may lie on the line by chance
+    assert count / 2 <= actual.inliers <= count - wrong + 0.1 * count  # a wrong anchor may lie on the line by chance
     # plain least squares, for comparison, is far off: the outliers above are worth resisting
     p = (uv[:, 0] / WIDTH + uv[:, 1] / HEIGHT) / 2
     assert abs(np.polyfit(p, to(metres), 1)[0] / LINES[kind][0] - 1) > 0.05
@@ -146,9 +146,9 @@ def test_pixel_centres_are_integers() -> None:
     prediction = np.tile(np.arange(8, dtype=np.float32), (8, 1))
     result = make("affine", prediction)
     uv = [[0, 0], [3, 4], [7, 7], [2.5, 1.5]]
-    found = result.to_metric(anchors=(uv, [1.0, 4.0, 8.0, 3.5])).calibration
-    assert found is not None
-    assert (found.scale, found.shift) == pytest.approx((1.0, 1.0), abs=1e-6)
+    actual = result.to_metric(anchors=(uv, [1.0, 4.0, 8.0, 3.5])).calibration
+    assert actual is not None
+    assert (actual.scale, actual.shift) == pytest.approx((1.0, 1.0), abs=1e-6)
 
 
 def test_depth_that_is_not_positive_is_invalid() -> None:

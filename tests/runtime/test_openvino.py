@@ -96,8 +96,8 @@ def test_8_bit_products_over_bf16_load(tmp_path: Path) -> None:
     core = openvino.Core()
     read = core.read_model(tmp_path / "affines.onnx")
     assert widen_affines(openvino, read) == 2
-    found = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({0: x})[0]
-    assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected)
+    actual = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({0: x})[0]
+    assert np.linalg.norm(actual - expected) <= 0.02 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_bf16_bundle_keeps_its_float32_parts(built: dict[str, Path]) -> None:
 
     kept = [precisions(kind) for kind in ("MVN", "RMS", "Softmax")]
     # Where the CPU has no bf16, OpenVINO does not make one operator of each RMS norm.
-    assert all(found == {"f32"} for found in kept if found or has_bf16)
+    assert all(actual == {"f32"} for actual in kept if actual or has_bf16)
     assert any(kept)
     assert precisions("FullyConnected") == {"bf16" if has_bf16 else "f32"}
 

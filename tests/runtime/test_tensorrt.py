@@ -183,10 +183,10 @@ def test_launches_fit_the_compiled_rows(decode: Decode, channels: int) -> None:
     network.prepare(0, Pixels(32, (93, 3), None), Placement((2, 0, 28, 16), (31, 29)), "bgr")
     network.prepare(0, Pixels(32, (40, 1), None), Placement((2, 0, 28, 16), (30, 28)), "nv12")
     network._enqueue(None)
-    found = network.outputs(0, Placement((2, 0, 28, 16), (31, 29))).named()
-    assert tuple(found) == decode.names
+    actual = network.outputs(0, Placement((2, 0, 28, 16), (31, 29))).named()
+    assert tuple(actual) == decode.names
     shapes = {"prediction": (29, 31), "normals": (29, 31, 3)}
-    assert {name: array.shape for name, array in found.items()} == {name: shapes[name] for name in found}
+    assert {name: array.shape for name, array in actual.items()} == {name: shapes[name] for name in actual}
     if decode.depth_kind is not None:
         metres = Metres(decode.depth_kind, 2.0, 0.5, 1.0, 9.0)  # type: ignore[arg-type]
         network._map(decode.outputs[0], 0, whole(Size(32, 16)), 64, metres)

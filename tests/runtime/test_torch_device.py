@@ -50,9 +50,9 @@ def test_the_ring_pairs_images_with_results(device: str) -> None:
         results = list(pool.map(lambda group: ring.run(group, lambda frames: [*map(compute, frames)]), groups))
     pairs = [pair for group, result in zip(groups, results, strict=True) for pair in zip(group, result, strict=True)]
     assert len(pairs) == 39
-    for image, found in pairs:
-        np.testing.assert_array_equal(found.normals, image)
-        np.testing.assert_array_equal(found.prediction, image[..., 0] / np.float32(2))
+    for image, actual in pairs:
+        np.testing.assert_array_equal(actual.normals, image)
+        np.testing.assert_array_equal(actual.prediction, image[..., 0] / np.float32(2))
 
 
 def test_a_failure_gives_its_slot_back() -> None:

@@ -71,20 +71,20 @@ def by_rows(tensor: Any) -> bool:
 
 def conversions(seen: list[tuple[str, tuple[Any, ...], Any]]) -> list[str]:
     """Pictures that are made in another order of memory, copies that change it, and convolutions that would have to."""
-    found = []
+    actual = []
     for name, given, made in seen:
         if not isinstance(made, Tensor) or made.ndim != 4:
             continue
         pictures = [one for one in given if isinstance(one, Tensor) and one.ndim == 4]
         if not by_rows(made):
-            found.append(f"{name} makes {tuple(made.shape)} with strides {made.stride()}")
+            actual.append(f"{name} makes {tuple(made.shape)} with strides {made.stride()}")
         elif name.startswith("convolution") and not all(map(by_rows, pictures)):
-            found.append(f"{name} takes another order")
+            actual.append(f"{name} takes another order")
         elif name.startswith(("clone", "copy_", "_to_copy")) and made.shape[1] > LATENT_CHANNELS:
             source = pictures[-1]
             if source.stride() != made.stride() or source.dtype == made.dtype:
-                found.append(f"{name} of {tuple(source.shape)}, strides {source.stride()} to {made.stride()}")
-    return found
+                actual.append(f"{name} of {tuple(source.shape)}, strides {source.stride()} to {made.stride()}")
+    return actual
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

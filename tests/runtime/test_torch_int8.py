@@ -96,11 +96,11 @@ def test_networks_share_what_was_laid_out_anew() -> None:
     quantize_block(network, "", dict.fromkeys(("downsample.conv", "linear"), LayerPlan(4.0)), INT8, torch.float32)
     network.part = nn.Sequential(network.linear)
     x = torch.randn(1, 16, 6, 10)
-    wanted = network.downsample(x)
+    expected = network.downsample(x)
     assert use_int8_products(network) == 2
     assert network.part[0] is network.linear
     assert type(network.plain) is nn.Linear
-    assert off(network.downsample(x), wanted) <= BOUND[torch.float32]  # zeros beyond two of its edges are its own
+    assert off(network.downsample(x), expected) <= BOUND[torch.float32]  # zeros beyond two of its edges are its own
     assert not any(tensor.dtype == torch.int8 for tensor in network.state_dict().values())
     assert copy.deepcopy(network).linear is network.linear
 

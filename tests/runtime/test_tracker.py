@@ -26,11 +26,11 @@ def frames(count: int, seed: int = 0) -> list[tuple[Geometry, np.ndarray]]:
     """A still camera whose network normalises each frame anew."""
     rng = np.random.default_rng(seed)
     geometry, depth = room()
-    found = []
+    actual = []
     for _ in range(count):
         line = 2.2 * np.exp(rng.normal(0, 0.05)), -0.3 + rng.normal(0, 0.1)
-        found.append((normalised(depth, geometry.normals, *line), depth))
-    return found
+        actual.append((normalised(depth, geometry.normals, *line), depth))
+    return actual
 
 
 def reading(depth: np.ndarray, factor: float = 1.0) -> tuple[list[tuple[int, int]], list[float]]:
@@ -66,9 +66,9 @@ def test_it_is_deterministic() -> None:
 def test_without_a_fact_frames_keep_one_unit() -> None:
     tracker, ratios = ScaleTracker(), []
     for geometry, depth in frames(12):
-        found = tracker.update(geometry, K)
-        assert found.depth_kind == "up_to_scale"
-        ratios.append(np.median(found.depth / depth))
+        actual = tracker.update(geometry, K)
+        assert actual.depth_kind == "up_to_scale"
+        ratios.append(np.median(actual.depth / depth))
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
 
 
@@ -77,10 +77,10 @@ def test_the_first_fact_makes_metres_that_stay_without_more() -> None:
     shown = frames(9)
     kinds = []
     for index, (geometry, depth) in enumerate(shown):
-        found = tracker.update(geometry, K, anchors=reading(depth) if index == 3 else None)
-        kinds.append(found.depth_kind)
+        actual = tracker.update(geometry, K, anchors=reading(depth) if index == 3 else None)
+        kinds.append(actual.depth_kind)
         if index >= 3:
-            np.testing.assert_allclose(found.depth, depth, rtol=0.05)
+            np.testing.assert_allclose(actual.depth, depth, rtol=0.05)
     assert kinds == ["up_to_scale"] * 3 + ["metric"] * 6
 
 
@@ -113,16 +113,16 @@ def test_a_wrong_reading_is_gated_and_a_lasting_one_believed() -> None:
     tracker = ScaleTracker()
     shown = frames(30)
     for geometry, depth in shown[:20]:
-        found = tracker.update(geometry, K, anchors=reading(depth), motion=np.eye(4))
-    before = np.median(found.depth / depth)
+        actual = tracker.update(geometry, K, anchors=reading(depth), motion=np.eye(4))
+    before = np.median(actual.depth / depth)
     geometry, depth = shown[20]
-    found = tracker.update(geometry, K, anchors=reading(depth, 20.0), motion=np.eye(4))
-    assert np.median(found.depth / depth) == pytest.approx(before, rel=0.02)
+    actual = tracker.update(geometry, K, anchors=reading(depth, 20.0), motion=np.eye(4))
+    assert np.median(actual.depth / depth) == pytest.approx(before, rel=0.02)
     assert tracker.resets == 0
     for geometry, depth in shown[21:26]:  # the world is another size from here on, say
-        found = tracker.update(geometry, K, anchors=reading(depth, 20.0), motion=np.eye(4))
+        actual = tracker.update(geometry, K, anchors=reading(depth, 20.0), motion=np.eye(4))
     assert tracker.resets == 1
-    assert np.median(found.depth / depth) == pytest.approx(20, rel=0.1)
+    assert np.median(actual.depth / depth) == pytest.approx(20, rel=0.1)
 
 
 def test_a_cut_is_noticed_at_once() -> None:
@@ -132,18 +132,18 @@ def test_a_cut_is_noticed_at_once() -> None:
     other, depth = room(height=3.0, tilt=-0.2, scale=1.5, shift=0.4)
     flipped = replace(other, prediction=other.prediction[:, ::-1].copy(), normals=other.normals[:, ::-1] * [-1, 1, 1])
     depth = depth[:, ::-1]
-    found = tracker.update(flipped, K)
+    actual = tracker.update(flipped, K)
     assert tracker.resets == 1
-    assert found.depth_kind == "up_to_scale"  # metres of another scene say nothing here
+    assert actual.depth_kind == "up_to_scale"  # metres of another scene say nothing here
     again = tracker.update(flipped, K, anchors=reading(depth))
     np.testing.assert_allclose(again.depth, depth, rtol=0.05)
 
 
 def test_two_frames_of_a_still_camera_are_aligned() -> None:
     (before, _), (after, _) = frames(2)
-    found = align(before, after)
-    np.testing.assert_allclose(found.alpha * after.prediction + found.beta, before.prediction, atol=1e-3)
-    assert found.agreement > 0.999
+    actual = align(before, after)
+    np.testing.assert_allclose(actual.alpha * after.prediction + actual.beta, before.prediction, atol=1e-3)
+    assert actual.agreement > 0.999
 
 
 def test_a_given_motion_aligns_frames_of_a_moving_camera() -> None:
@@ -155,9 +155,9 @@ def test_a_given_motion_aligns_frames_of_a_moving_camera() -> None:
     motion[:3, 3] = -0.5 * np.array([0, -np.sin(0.15), np.cos(0.15)])
     calibrated = before.to_metric(scale=2.2, shift=-0.3)
     given, blind = align(calibrated, after, CAMERA, motion), align(before, after)
-    for found, right in ((given, True), (blind, False)):
+    for actual, right in ((given, True), (blind, False)):
         # the line of the frame before, moved: (alpha * scale, shift + beta * scale), should be after's own
-        line = np.array([found.alpha * 2.2, -0.3 + found.beta * 2.2])
+        line = np.array([actual.alpha * 2.2, -0.3 + actual.beta * 2.2])
         off = np.abs((line - (1.9, 0.1)) @ [float(np.median(after.prediction)), 1.0])
         assert (off < 0.02) == right
 

@@ -108,9 +108,9 @@ def test_a_wrong_bundle_is_named_with_its_first_wrong_stage(new_bundle: NewBundl
     bundle = new_bundle(references=1.1)
     verdict = verify.verify(bundle, "onnxruntime", "cpu")
     assert verdict.wrong[0].output == "encoder"
-    (found,) = [one for one in findings() if one.bundle == str(bundle)]  # as `densegeo doctor` tells
-    assert (found.backend, found.good) == ("onnxruntime", False)
-    assert "encoder at 64x48" in found.said
+    (actual,) = [one for one in findings() if one.bundle == str(bundle)]  # as `densegeo doctor` tells
+    assert (actual.backend, actual.good) == ("onnxruntime", False)
+    assert "encoder at 64x48" in actual.said
     with pytest.raises(BackendError, match=r"No speed: .*encoder at 64x48 .* off by 9\.1e-02.*densegeo verify"):
         verdict.require_good(bundle, "No speed: ")
 
@@ -136,15 +136,15 @@ def test_pictures_have_odd_sizes_that_their_size_serves() -> None:
     from densegeo.runtime.resample import nearest
 
     for sizes in (((1024, 768),), ((864, 576), (1024, 768), (768, 1024)), ((70, 45),), ((64, 32), (48, 32), (96, 64))):
-        found = picture_sizes([Size(*size) for size in sizes])
-        assert list(found) == list(sizes)
-        for size, pictures in found.items():
+        actual = picture_sizes([Size(*size) for size in sizes])
+        assert list(actual) == list(sizes)
+        for size, pictures in actual.items():
             assert len(pictures) == 2
-            assert all(nearest([*found], picture) == size for picture in pictures)
-        larger = [pictures[0] for pictures in found.values()]
+            assert all(nearest([*actual], picture) == size for picture in pictures)
+        larger = [pictures[0] for pictures in actual.values()]
         assert all(w > size[0] and h > size[1] for (w, h), size in zip(larger, sizes, strict=True))
-        assert all(side % 2 for pictures in found.values() for picture in pictures for side in picture)
-        assert any(width < height for pictures in found.values() for width, height in pictures)
+        assert all(side % 2 for pictures in actual.values() for picture in pictures for side in picture)
+        assert any(width < height for pictures in actual.values() for width, height in pictures)
     assert np.std(seeded_picture(Size(31, 57)).astype(float)) > 20
 
 
@@ -175,8 +175,8 @@ def test_images_changed_over_within_a_batch_are_noticed(
     real = HostWay._at_once
 
     def third_is_the_first_again(self: HostWay, bucket: Bucket, jobs: list[Job]) -> object:
-        found = real(self, bucket, jobs)
-        return [*found[:2], *(found[index - 2] for index in range(2, len(found)))]
+        actual = real(self, bucket, jobs)
+        return [*actual[:2], *(actual[index - 2] for index in range(2, len(actual)))]
 
     monkeypatch.setattr(HostWay, "_at_once", third_is_the_first_again)
     wrong = verify.verify(batched_bundle("fe2e"), "onnxruntime", "cpu").wrong

@@ -127,9 +127,9 @@ def test_a_hanging_backend_ends_the_server(toy_bundle: Path, monkeypatch: pytest
     gate = Gate()
     with served(toy_bundle, held(gate, timeout_s=0.3)) as server, ThreadPoolExecutor(8) as threads:
         answers = [threads.submit(infer, server, 0.5) for _ in range(3)]
-        found = [answer.result() for answer in answers]
-        assert {answer.status_code for answer in found} == {503}
-        assert {answer.json()["type"] for answer in found} == {"BackendTimeoutError"}
+        actual = [answer.result() for answer in answers]
+        assert {answer.status_code for answer in actual} == {503}
+        assert {answer.json()["type"] for answer in actual} == {"BackendTimeoutError"}
         assert httpx.get(f"{server.url}/v2/health/ready").status_code == 503
         assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
         assert server.wait(30)

@@ -203,13 +203,13 @@ def exchange(server: Served, method: bytes, path: bytes, headers: list[tuple[str
         lines.append(b"Content-Length: %d" % len(body))
     with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
         connection.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
-        found = b""
+        actual = b""
         try:
-            while b"\r\n\r\n" not in found and (part := connection.recv(65536)):
-                found += part
+            while b"\r\n\r\n" not in actual and (part := connection.recv(65536)):
+                actual += part
         except ConnectionResetError:
             pass
-        return found
+        return actual
 
 
 def check(server: Served, *request: Any) -> None:

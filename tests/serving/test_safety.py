@@ -55,13 +55,13 @@ def raw(server: Served, content: bytes, seconds: float = 5.0) -> bytes:
     """What comes back until the server closes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         connection.sendall(content)
-        found = b""
+        actual = b""
         try:
             while part := connection.recv(65536):
-                found += part
+                actual += part
         except ConnectionResetError:
-            return found
-        return found
+            return actual
+        return actual
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ def test_clients_that_stall(strict: Served) -> None:
     assert time.monotonic() - begun < 4.5
     with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as connection:  # a byte now and then
         connection.sendall(post + b"Content-Length: 100\r\n\r\n")
-        begun, found = time.monotonic(), b""
+        begun, actual = time.monotonic(), b""
         connection.settimeout(0.05)
-        while not found and time.monotonic() - begun < 4:
+        while not actual and time.monotonic() - begun < 4:
             connection.sendall(b" ")
             try:
-                found = connection.recv(65536)
+                actual = connection.recv(65536)
             except TimeoutError:
                 continue
-        assert found.startswith(b"HTTP/1.1 408")
+        assert actual.startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_does_not_read_its_answer_is_dropped(toy_bundle: Path) -> None:

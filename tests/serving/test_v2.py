@@ -67,17 +67,17 @@ def test_health_and_metadata(client: triton.InferenceServerClient, estimator: Es
     assert client.is_model_ready("bundle")
     assert set(client.get_server_metadata()) == {"name", "version", "extensions"}
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
-    found = client.get_model_metadata("bundle")
-    assert found["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, 3]}]
-    assert found["outputs"] == [
+    actual = client.get_model_metadata("bundle")
+    assert actual["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, -1, 3]}]
+    assert actual["outputs"] == [
         {"name": "prediction", "datatype": "FP32", "shape": [-1, -1]},
         {"name": "normals", "datatype": "FP32", "shape": [-1, -1, 3]},
     ]
-    assert found["parameters"]["depth_kind"] == "log_affine"
-    (version,) = found["versions"]
+    assert actual["parameters"]["depth_kind"] == "log_affine"
+    (version,) = actual["versions"]
     assert version == estimator.manifest.build_key[:12]
     assert client.is_model_ready("bundle", version)
-    assert client.get_model_metadata("bundle", version) == found
+    assert client.get_model_metadata("bundle", version) == actual
     assert not client.is_model_ready("bundle", "2")
     assert not client.is_model_ready("other")
 

@@ -187,8 +187,8 @@ def test_every_parameter_has_one_optimizer() -> None:
     assert sum(p.numel() for p in hidden) == 2457600  # per block: 12 hidden^2 a stream, and as many in a single block
     for module, muon in ((transformer, hidden), (vae, [])):
         optimizers = make_optimizers(module, Schedule(steps=1, batch=1, rate=0.1), muon)
-        found = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        assert sorted(found) == sorted(id(p) for p in module.parameters())
+        actual = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(actual) == sorted(id(p) for p in module.parameters())
         assert len(optimizers) == 1 + bool(muon)
 
 
