@@ -90,23 +90,21 @@ def guarded(call: Callable[[], object]) -> None:
         if (row := next((row for row in BACKENDS if row.modules == (library,)), None)) is not None:
             _fail(f"Running needs {library}, which is not installed: {row.install}")
         raise
-    except (SystemExit, Terminated) as error:  # typer makes an exit of its own of every interruption
-        if (end := _termination(error)) is None:
+    except (SystemExit, KeyboardInterrupt) as error:  # typer makes an exit of its own of every interruption
+        if (end := _interruption(error)) is None:
             raise
-        Console(stderr=True).print("terminated")
-        sys.exit(end.status)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
+        said, status = ("terminated", end.status) if isinstance(end, Terminated) else ("interrupted", 130)
+        Console(stderr=True).print(said)
+        sys.exit(status)
     except OSError as error:
         if error.filename is not None or error.errno not in _FULL:  # of a file that has a name
             raise
         _fail(f"Standard output, or the disk of a file, takes nothing more: {error.strerror}.")
 
 
-def _termination(error: BaseException | None) -> Terminated | None:
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
     """The signal that an error came from, if one did."""
-    while error is not None and not isinstance(error, Terminated):
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
 from PIL import Image
 
 from densegeo import cli
@@ -208,6 +209,20 @@ def test_compare_refuses_what_is_no_benchmark(tmp_path: Path, capsys: pytest.Cap
     for name, words in (("x.json", "no file of `densegeo bench"), ("y.json", "Cannot read")):
         assert run("compare", tmp_path / name) == 2
         assert words in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also by commands that have no summary of their own; typer makes an exit of it that says nothing."""
+    command = typer.Typer()
+
+    @command.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.guarded(lambda: command(args=[]))
+    assert end.value.code == 130
+    assert capsys.readouterr().err.split() == ["interrupted"]
 
 
 TORCH_STREAM = ("--stream", "--backend", "torch", "--device", "cpu")
