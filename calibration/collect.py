@@ -34,7 +34,8 @@ class Images:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        count = len({image_digest(path) or str(path) for path in paths})
+        self.digests = {path: _digest(path) for path in paths}
+        count = len({digest or str(path) for path, digest in self.digests.items()})
         copies = len(paths) - count
         if count < MINIMUM:
             repeated = f" ({copies} more files hold the same)" if copies else ""
@@ -57,7 +58,7 @@ class Images:
             )
 
 
-def image_digest(path: Path) -> str:
+def _digest(path: Path) -> str:
     """Of a file's bytes; "" where it cannot be read, which the error of reading it as an image says better."""
     try:
         return sha256_file(path)
@@ -112,7 +113,7 @@ def collect(
 
     def observe_images(counted_images: list[str], observers: Sequence[Observe], description: str) -> None:
         for index, image in enumerate(track(list(images), description=description, console=console)):
-            name = image_digest(image)
+            name = images.digests[image]
             if name in counted_images:
                 continue
             try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration import planning
-from densegeo.calibration.collect import Images, collect, image_digest, rgb_of
+from densegeo.calibration.collect import Images, collect, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.layer_inputs import LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
@@ -22,7 +22,7 @@ from densegeo.calibration.plan import (
     nothing_planned,
     plan_file,
 )
-from densegeo.calibration.planning import EVENLY_SPACED, PlanOptions, judged, make_plan
+from densegeo.calibration.planning import EVENLY_SPACED, WITH_ATTENTION, PlanOptions, judged, make_plan
 from densegeo.calibration.report import print_plan
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, ImageError, QuantizationError
@@ -37,7 +37,6 @@ from densegeo.runtime.ready import beside
 _SEEN = " or ".join(row.name for row in BACKENDS if row.shows_layers)
 # SmoothQuant's exponent of convolutions in evenly spaced numbers, whose channels differ more than linears' do
 EVEN = 0.5
-_ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 _FAST_CONVOLUTIONS = " and ".join(row.name for row in PRECISIONS.values() if row.fast_convolutions)
 
 
@@ -77,7 +76,7 @@ def calibrate(
     ] = None,
     attention: Annotated[
         bool,
-        typer.Option("--attention", help=f"Plan the two products of each attention too ({_ATTENTION})."),
+        typer.Option("--attention", help=f"Plan the two products of each attention too ({WITH_ATTENTION})."),
     ] = False,
     convolutions: Annotated[
         bool,
@@ -235,7 +234,8 @@ def _pictures(images: Images, manifest: Manifest) -> list[Any]:
     for path in images:
         if len(pictures) == planning.JUDGED_TOGETHER:
             break
-        if path in images.unreadable or (digest := image_digest(path)) in pictures:
+        digest = images.digests[path]
+        if path in images.unreadable or digest in pictures:
             continue
         try:
             bucket, rgb = rgb_of(path, manifest)

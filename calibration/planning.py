@@ -36,7 +36,7 @@ from densegeo.size import Size
 
 JUDGED = 4  # images on which each layer's error alone is measured
 JUDGED_TOGETHER = 16  # and that of all together, of which four views of fe2e-tiny told half (benchmarks/LOG.md)
-_ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
+WITH_ATTENTION = " and ".join(row.name for row in PRECISIONS.values() if row.attention)
 EVENLY_SPACED = " and ".join(row.name for row in PRECISIONS.values() if row.calibrated and row.integer)
 
 
@@ -67,7 +67,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
         if self.attention and not PRECISIONS[kind].attention:
             raise ConfigError(
-                f"--attention is for {_ATTENTION}: {kind} would round most of attention's probabilities to zero"
+                f"--attention is for {WITH_ATTENTION}: {kind} would round most of attention's probabilities to zero"
             )
         if self.weight_bits != PRECISIONS[kind].bits and not PRECISIONS[kind].integer:
             raise ConfigError(f"--weight-bits is for int8: {kind} has one number of bits")

@@ -164,6 +164,17 @@ class QuantizedLinear(QuantizedLayer):
         return quantized_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
 
 
+def _rounded_picture(x: Tensor, scale: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (N, C, H, W), times factor (C, 1, 1) if there is one, in 8 bits of this type."""
+    return quantize(x if factor is None else x.float() * factor.float(), scale, dtype)
+
+
+def _scaled_picture(product: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """product (N, O, h, w) of 8-bit numbers -> what it stands for, with the bias (O,), of product's dtype."""
+    out = product.float() * (weight_scale.float() * input_scale.float())[:, None, None]
+    return (out if bias is None else out + bias.float()[:, None, None]).to(product.dtype)
+
+
 @torch.library.custom_op("densegeo::quantized_convolution", mutates_args=())
 def quantized_convolution(
     x: Tensor,
@@ -181,11 +192,9 @@ def quantized_convolution(
     multiplied by first, or None; bias (O,) or None. torch has no such product on its own: the 8-bit numbers are
     multiplied as x's dtype, bf16 or float32, which hold them exactly.
     """
-    even = x if input_factor is None else x.float() * input_factor.float()
-    operand = F.pad(quantize(even, input_scale, weight.dtype), list(pads)).to(x.dtype)
-    product = F.conv2d(operand, weight.to(x.dtype), stride=list(stride)).float()
-    out = product * (weight_scale.float() * input_scale.float())[:, None, None]
-    return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
+    operand = F.pad(_rounded_picture(x, input_scale, input_factor, weight.dtype), list(pads)).to(x.dtype)
+    product = F.conv2d(operand, weight.to(x.dtype), stride=list(stride))
+    return _scaled_picture(product, weight_scale, input_scale, bias)
 
 
 @quantized_convolution.register_fake
@@ -219,11 +228,9 @@ def quantized_upsampling(
 
     kernel (C, O, 4, 4) int8; the others are as `quantized_convolution` has them.
     """
-    even = x if input_factor is None else x.float() * input_factor.float()
-    operand = quantize(even, input_scale, kernel.dtype).to(x.dtype)
-    product = F.conv_transpose2d(operand, kernel.to(x.dtype), stride=2, padding=1).float()
-    out = product * (weight_scale.float() * input_scale.float())[:, None, None]
-    return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
+    operand = _rounded_picture(x, input_scale, input_factor, kernel.dtype).to(x.dtype)
+    product = F.conv_transpose2d(operand, kernel.to(x.dtype), stride=2, padding=1)
+    return _scaled_picture(product, weight_scale, input_scale, bias)
 
 
 @quantized_upsampling.register_fake
