@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from densegeo.errors import BackendError
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.models.vae import TransposedUpsample
-from densegeo.onnx_runtime import import_onnxruntime
+from densegeo.onnx_runtime import import_onnxruntime, session_options
 from densegeo.runtime.backends.openvino_cpu import import_openvino
 
 CONVOLUTION, UPSAMPLING, ATTENTION, LAYOUT, OTHER = KINDS = (
@@ -143,8 +143,8 @@ class OrtTimer:
 
     def __init__(self, path: Path, example: Tensor) -> None:
         runtime = import_onnxruntime()
-        options = runtime.SessionOptions()
-        options.log_severity_level, options.enable_profiling = 3, True
+        options = session_options(runtime)
+        options.enable_profiling = True
         self._folder = tempfile.TemporaryDirectory()
         options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -24,7 +24,7 @@ from densegeo.models.layers import Attention
 from densegeo.models.quantized import AttentionPlan
 from densegeo.models.rewrites import Pipeline
 from densegeo.models.vae import Downsample
-from densegeo.onnx_runtime import import_onnxruntime
+from densegeo.onnx_runtime import import_onnxruntime, session_options
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.bundle import Bucket, Graph, Manifest, Stage
 from densegeo.runtime.host_chain import Chain
@@ -112,8 +112,7 @@ class OnnxInputs:
             ]
             del model.graph.output[:]
             model.graph.output.extend(typed_values[value] for value in dict.fromkeys(row.value for row in observed))
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
+            options = session_options(ort)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle))
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             self._sessions[name] = session, observed

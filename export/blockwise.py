@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from densegeo.onnx_runtime import import_onnxruntime
+from densegeo.onnx_runtime import import_onnxruntime, session_options
 from densegeo.runtime.backends.ort import AS_THEY_ARE
 
 Array = NDArray[np.generic]
@@ -90,8 +90,7 @@ def run_blockwise(path: Path, feeds: dict[str, Array], *, widen: bool = False, l
             weights,
         )
         piece = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options(ort)
         if fp8:
             options.add_session_config_entry(*AS_THEY_ARE)
         session = ort.InferenceSession(piece.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from densegeo.backends import BACKENDS, BackendRow, backend_row, without_convolutions
 from densegeo.errors import BackendError
 from densegeo.extras import install_hint
-from densegeo.onnx_runtime import import_onnxruntime
+from densegeo.onnx_runtime import import_onnxruntime, session_options
 from densegeo.precision import FLOATS, PRECISIONS, QUANTIZED, precision_row
 from densegeo.runtime.backends import has_cuda_driver, parse_device
 from densegeo.runtime.backends.graphs import GraphBackend
@@ -149,8 +149,7 @@ class OrtBackend(GraphBackend):
     def _session(self, path: Path, provider_options: Mapping[str, str]) -> Any:
         if self._row.limit and path.name in self._limits:
             provider_options = {**provider_options, self._row.limit: str(self._limits[path.name])}
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3  # errors only
+        options = session_options(self._ort)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if self._as_they_are:
