@@ -6,7 +6,7 @@ from typing import Any
 
 from tables import record, source, table
 
-NAME = "autoencoder_layers_cpu_zen3"
+NAME = "autoencoder_layers_cpu_zen5"
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
 
 
