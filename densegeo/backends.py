@@ -42,6 +42,26 @@ ENGINE_LIBRARIES = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """How graphs are written whose numbers are the same: docs/rewrites.md, "The form of a backend".
+
+    upsampling: of the decoder's rewritten one, four 2x2 convolutions whose results are interleaved, or a transposed one
+    of 4x4. norms: group norms as sums of rows of a group, or of channels, which keeps the layout of convolutions that
+    have a pixel's channels adjacent.
+    """
+
+    upsampling: Literal["phases", "transposed"] = "phases"
+    norms: Literal["rows", "channels"] = "rows"
+
+    def __str__(self) -> str:
+        upsampling = "in phases" if self.upsampling == "phases" else "by transposed convolutions"
+        return f"upsampling {upsampling}, norms by {self.norms}"
+
+
+FORMS = tuple(Form(upsampling, norms) for upsampling in ("phases", "transposed") for norms in ("rows", "channels"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackendRow:
     """One backend.
@@ -52,7 +72,7 @@ class BackendRow:
     installed counts; install: what to type when they are missing. devices: the kinds it can run on, the best first.
     providers: of ONNX Runtime, by kind of device. precisions: what its kernels have. convolutions: whether 8-bit ones
     are worth running. verified_only: "auto" takes it only for a bundle that `densegeo verify` passed on this machine.
-    channels_last: whether graphs for it are written for convolutions that have a pixel's channels adjacent.
+    form: of graphs for it, the fastest on the machines where it was measured; `densegeo build --tune` measures it.
     shows_layers: whether calibration can see what enters the layers. shares_threads: whether it can be told how many
     calls share the CPU's threads. untried: what `doctor` says before anything was run, and without_gpu where no GPU is.
     """
@@ -69,7 +89,7 @@ class BackendRow:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     convolutions: bool = True
     verified_only: bool = False
-    channels_last: bool = False
+    form: Form = Form()
     shows_layers: bool = False
     shares_threads: bool = False
     untried: str = "not tried here"
@@ -156,7 +176,7 @@ BACKENDS = (
         install=install_hint("openvino"),
         devices=("cpu",),
         # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time in float32, 7 % of the decoder's in bf16
-        channels_last=True,
+        form=Form("transposed", "channels"),
         shares_threads=True,
     ),
     BackendRow(

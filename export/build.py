@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 
 from densegeo.errors import BundleError, CheckpointError
-from densegeo.export import checks, digests, downloads, sources
+from densegeo.export import checks, digests, downloads, forms, sources
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.build_plan import Plan, check_resources, make_plan
 from densegeo.export.build_state import Graphs, State, Weights
@@ -100,6 +100,8 @@ def build_bundle(options: BuildOptions, console: Console | None = None) -> Path:
     quantizer, plan = plan_build(options, files)
     inputs = _identify(files, origins, console)
     quantizer.check(inputs, applied)
+    with Display(console) as display:
+        options = msgspec.structs.replace(options, form=forms.choose(options, plan.template.vae.config, display))
     keys = stage_keys(options, inputs, quantizer.digest)
     finish_publishing(options.output)
     if (current := _current(options.output, keys.bundle)) is not None:

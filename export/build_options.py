@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from densegeo.backends import ENGINES, NAMES, backend_row
+from densegeo.backends import ENGINES, NAMES, NETWORKS, Form, backend_row
 from densegeo.errors import ConfigError
 from densegeo.export import quantizer, sources
 from densegeo.export.cubins import check_architectures
@@ -39,6 +39,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
     engines: EngineOptions = EngineOptions()  # where the backend runs engines
     choice: Choice | None = None  # what the command chose, for the manifest
+    tune: bool = False  # measure on this machine in which form graphs are the fastest
+    form: Form | None = None  # of the graphs; None: the backend's own
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
@@ -53,6 +55,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         base = quantizer.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in NAMES:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(NAMES)}")
+        if self.tune and (reason := self._not_tunable()):
+            raise ConfigError(f"--tune races graphs with floating-point convolutions on a CPU, and {reason}")
         rewrites.select(row.family.rewrites, self.without)
         check_architectures(self.architectures)
         engines = self.engines
@@ -78,9 +82,20 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend == ENGINES.name
 
     @property
-    def channels_last(self) -> bool:
-        """Whether graphs are written for convolutions that have a pixel's channels adjacent; see `export_graph`."""
-        return backend_row(self.backend).channels_last
+    def graph_form(self) -> Form:
+        """In which graphs are written."""
+        return self.form or backend_row(self.backend).form
+
+    def _not_tunable(self) -> str:
+        """Why there is no form of graphs to race, and what to do; empty where there is."""
+        backend, remedy = backend_row(self.backend), "leave it out"
+        if backend is NETWORKS:
+            return f"{backend.title} runs none: it times its own ways when it opens a bundle, so {remedy}"
+        if backend.runs != "graphs" or "cpu" not in backend.devices:
+            return f"{backend.title} runs none there: {remedy}"
+        if backend.missing():
+            return f"{backend.title} is not installed: {backend.install}"
+        return f"this plan has 8-bit ones: {remedy}" if quantizer.plans_convolutions(self.calibration) else ""
 
     @property
     def groups(self) -> int:

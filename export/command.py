@@ -158,6 +158,13 @@ def build(
     allow_unexpected: Annotated[
         bool, typer.Option("--allow-unexpected", help="Ignore tensors the model does not know.")
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Measure on this CPU in which form graphs are the fastest, some seconds; later builds take it too.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build a bundle: checkpoint files in, a directory that `Estimator` runs out."""
@@ -211,6 +218,7 @@ def build(
         allow_unexpected=allow_unexpected,
         architectures=tuple(choice.architectures),
         choice=choice,
+        tune=tune,
         engines=EngineOptions(
             library=builder,
             weights=weights,  # type: ignore[arg-type]  # checked by validated()

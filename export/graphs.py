@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from densegeo.backends import backend_row
-from densegeo.export import checks
+from densegeo.backends import Form
+from densegeo.export import checks, forms
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.build_state import Graphs, State
 from densegeo.export.display import Bar
@@ -29,9 +29,10 @@ def make_graphs(job: Job, state: State) -> Graphs:
     assert state.weights is not None
     options, directory = job.options, state.bundle
     pipeline, references = job.stored_template(), checks.read_inputs(directory)
-    if options.channels_last:
+    if options.graph_form.upsampling == "transposed":
         vae.transpose_upsampling(pipeline.vae.decoder)
-        job.display.say(f"graphs: in the form that is the fastest on {backend_row(options.backend).title}, measured")
+    if options.graph_form != Form():
+        job.display.say(f"graphs: {options.graph_form}, {forms.why(options)}")
     batches = (1, *options.batches)
     buckets: list[Bucket] = []
     checked: list[Check] = []
@@ -60,7 +61,8 @@ def _export_bucket(
         input_spec, output_spec, example = examples[stage]
         weights, path = directory / f"{stage}.safetensors", directory / f"{stage}_{name}.onnx"
         names = input_spec, output_spec
-        export_graph(module, example, names, weights, path, exact=exact, channels_last=options.channels_last)
+        by_channel = options.graph_form.norms == "channels"
+        export_graph(module, example, names, weights, path, exact=exact, channels_last=by_channel)
         graphs[stage] = describe(path)
         bar.advance()
     return Bucket(width=size.width, height=size.height, batch=batch, **graphs)

@@ -11,6 +11,7 @@ from importlib import metadata
 import msgspec
 
 import densegeo
+from densegeo.backends import Form
 from densegeo.errors import ConfigError
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.engine_builder import library_version
@@ -79,7 +80,7 @@ def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str
         }
     )
     weights = digest([references, options.base, calibration, RECIPES["weights"]])
-    form = ["channels last"] if options.channels_last else []
+    form = [] if options.graph_form == Form() else [str(options.graph_form)]
     graphs = digest([weights, options.batches, RECIPES["graphs"], *form])
     compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])

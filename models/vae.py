@@ -6,6 +6,7 @@ Parameter names are those of the Flux checkpoint (`models.diffusers_format` tran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -270,13 +271,15 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
 
-def transpose_upsampling(decoder: Decoder) -> list[TransposedUpsample]:
-    """Make phases transposed convolutions, in place, but those in fp8; returns these."""
+def transpose_upsampling(
+    decoder: Decoder, where: Callable[[PhaseUpsample], bool] = lambda phases: True
+) -> list[TransposedUpsample]:
+    """Make phases transposed convolutions, in place, but those in fp8 and what `where` denies; returns these."""
     transposed = []
     for level in decoder.up:
         assert isinstance(level, Level)
         phases = getattr(level, "upsample", None)
-        if type(phases) is PhaseUpsample and _transposable(phases.conv):
+        if type(phases) is PhaseUpsample and _transposable(phases.conv) and where(phases):
             level.upsample = TransposedUpsample(phases)
             transposed.append(level.upsample)
     return transposed

@@ -42,7 +42,7 @@ from densegeo.runtime.backends.torch_capture import CudaRecorder, HostRecorder, 
 from densegeo.runtime.backends.torch_device import MOST, DeviceNetwork
 from densegeo.runtime.backends.torch_fused import fuse
 from densegeo.runtime.backends.torch_int8 import use_int8_products
-from densegeo.runtime.backends.torch_pictures import fuse_pictures
+from densegeo.runtime.backends.torch_pictures import faster_transposed, fuse_pictures
 from densegeo.runtime.backends.torch_transfer import Ring
 from densegeo.runtime.bundle import STAGES, Bucket, Graph, Manifest, Quantization, Stage
 from densegeo.runtime.resample import Placement
@@ -102,10 +102,9 @@ class TorchBackend:
             for network in (self._pipeline.denoiser, self._pipeline.vae):
                 use_int8_products(network)
         self._fused_vae = fuse_pictures(self._pipeline.vae)
-        # benchmarks/autoencoder_layers.py: a tenth of the autoencoder's time, in bf16 a sixth of the decoder's. Of fp16
-        # CPUs have convolutions and no transposed ones, which then take 40 times as long.
+        # Of fp16 CPUs have convolutions and no transposed ones, which then take 40 times as long.
         if self.device == "cpu" and manifest.base != "fp16":
-            for upsample in transpose_upsampling(self._pipeline.vae.decoder):
+            for upsample in transpose_upsampling(self._pipeline.vae.decoder, faster_transposed):
                 upsample.make_ready()
         self.frames_at_once = MOST if self._pipeline.denoiser.guidance is None else 1
         if self.takes_frames:

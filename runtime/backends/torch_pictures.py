@@ -14,7 +14,7 @@ from densegeo.kernels.interleave import interleave
 from densegeo.kernels.layer_norm import layer_norm
 from densegeo.models.quantized import QuantizedAttention, has_fp8
 from densegeo.models.unet import LayerNorm, UNet
-from densegeo.models.vae import VAE, AttnBlock, Norm, PhaseUpsample
+from densegeo.models.vae import VAE, AttnBlock, Norm, PhaseUpsample, TransposedUpsample
 from densegeo.runtime.backends.torch_attention import FusedAttention
 from densegeo.runtime.backends.torch_choice import decide
 from densegeo.runtime.backends.torch_linear import fuse_linears
@@ -126,6 +126,34 @@ def choose_wide(q: Tensor, k: Tensor, v: Tensor) -> str:
         lambda: F.scaled_dot_product_attention(few, k[:1].double(), v[:1].double()),
         q.device,
     )
+
+
+TRANSPOSED = "transposed"
+
+
+def faster_transposed(phases: PhaseUpsample) -> bool:
+    """Whether upsampling is faster as a transposed convolution on this CPU; timed once, then remembered.
+
+    On two x86 machines it was a tenth of the autoencoder's time (benchmarks/autoencoder_layers.py). int8 is not timed:
+    transposed, it is one kernel.
+    """
+    if not isinstance(phases.conv, nn.Conv2d):
+        return True
+    transposed, weight, rows = TransposedUpsample(phases), phases.conv.weight, 4
+    transposed.make_ready()
+    picture = torch.randn(1, weight.shape[1], 64, 64, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    picture = picture.contiguous(memory_format=torch.channels_last)
+    strip = picture[:, :, : rows + 1].double()  # what the first rows come from
+
+    def exact() -> Tensor:
+        return copy.deepcopy(phases).double()(strip)[:, :, : 2 * rows]
+
+    work = f"upsampling of {weight.shape[1]} features in {weight.dtype} with {torch.get_num_threads()} threads"
+    ways = {
+        "phases": lambda: phases(picture)[:, :, : 2 * rows],
+        TRANSPOSED: lambda: transposed(picture)[:, :, : 2 * rows],
+    }
+    return decide(work, ways, exact, weight.device) == TRANSPOSED
 
 
 Pictures = TypeVar("Pictures", VAE, UNet)

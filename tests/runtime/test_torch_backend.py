@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from densegeo.models.presets import AUTHORS_FILES  # noqa: E402
 from densegeo.models.rewrites import Pipeline  # noqa: E402
 from densegeo.models.vae import PhaseUpsample, TransposedUpsample  # noqa: E402
 from densegeo.runtime import Estimator  # noqa: E402
-from densegeo.runtime.backends import torch_modules  # noqa: E402
+from densegeo.runtime.backends import torch_choice, torch_modules  # noqa: E402
 from densegeo.runtime.bundle import STAGES, Bucket, Stage, read_manifest  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
 from densegeo.size import Size  # noqa: E402
@@ -93,13 +94,29 @@ def test_sizes_share_every_weight(built: dict[str, Path]) -> None:
         assert second.state_dict()[name].data_ptr() == tensor.data_ptr()
 
 
-def test_upsampling_is_by_transposed_convolutions_on_a_cpu(built: dict[str, Path]) -> None:
-    for precision in ("fp32", "bf16"):
-        backend = torch_modules.TorchBackend(built[precision], read_manifest(built[precision]), "cpu")
-        decoder = backend._module(read_manifest(built[precision]).buckets[0], "decoder")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("faster", ["phases", "transposed"])
+def test_upsampling_on_a_cpu_is_what_was_timed_fastest(
+    built: dict[str, Path], precision: str, faster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is timed is what runs: both ways are there, and right, and the faster one is the decoder's."""
+    raced: list[str] = []
+
+    def fastest(ways: dict[str, Any], device: torch.device) -> str:
+        raced.extend(ways)
+        return faster
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch_choice, "fastest", fastest)
+    manifest = read_manifest(built[precision])
+    for again in (False, True):  # the second time it is remembered
+        backend = torch_modules.TorchBackend(built[precision], manifest, "cpu")
+        decoder = backend._module(manifest.buckets[0], "decoder")
         upsamples = [module for module in decoder.modules() if isinstance(module, PhaseUpsample)]
-        assert upsamples
-        assert all(isinstance(module, TransposedUpsample) and module.ready is not None for module in upsamples)
+        ready = [isinstance(module, TransposedUpsample) and module.ready is not None for module in upsamples]
+        assert set(ready) == {faster == "transposed"}, again
+    widths = {module.conv.weight.shape for module in upsamples}
+    assert raced == ["phases", "transposed"] * len(widths)
 
 
 def test_threads_get_their_own_results(built: dict[str, Path]) -> None:

@@ -1,0 +1,235 @@
+"""In which form graphs are written: the backend's own, or the one that was the fastest on this machine.
+
+`densegeo build --tune` writes a piece of the autoencoder in every form and races them in the backend that will run the
+bundle. The result is kept among the records of this machine, and later builds take it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from densegeo.backends import FORMS, BackendRow, Form, backend_row
+from densegeo.errors import BackendError, ExportError
+from densegeo.export.build_options import BuildOptions
+from densegeo.export.display import Bar, Display
+from densegeo.export.graph_stats import describe
+from densegeo.export.onnx_graph import export_graph, write_weights
+from densegeo.export.quantizer import plans_convolutions
+from densegeo.files import atomic_write
+from densegeo.models.casting import cast_module
+from densegeo.models.config import VAEConfig
+from densegeo.models.vae import PhaseUpsample, ResBlock, TransposedUpsample, Upsample
+from densegeo.outputs import Decode, Output
+from densegeo.precision import PRECISIONS
+from densegeo.processor import cpu
+from densegeo.runtime import state
+from densegeo.runtime.backends import open_backend
+from densegeo.runtime.bundle import SCHEMA_VERSION, Bucket, Manifest, Verification, write_manifest
+from densegeo.runtime.verify import relative_error
+
+SIDE = 96  # pixels of what enters the piece
+ROUNDS = 5
+WORTH = 0.97  # of its time: what takes more than this is no reason to leave the backend's own form
+EXACT = 1e-5  # relative L2, of float32 (DESIGN section 10)
+FACTOR = 2.0  # of plain PyTorch's own error in fewer bits
+FOLDER = "forms"  # among what is remembered of this machine
+
+log = logging.getLogger("densegeo")
+Run = Callable[[], NDArray[np.float32]]
+
+
+class TunedForm(msgspec.Struct, frozen=True, kw_only=True):
+    """What a race found. milliseconds: medians, by the form in words; a form that was wrong or did not run has none."""
+
+    form: Form
+    milliseconds: dict[str, float]
+
+
+def choose(options: BuildOptions, config: VAEConfig, display: Display) -> Form | None:
+    """The form that is the fastest on this machine, raced now where the options say so; None where that is not known,
+    and for 8-bit convolutions, which have the backend's own.
+    """
+    row = backend_row(options.backend)
+    if options.tune:
+        tuned = race(row, options.base, config, display)
+        remember(tuned, row, options.base, config)
+        return tuned.form
+    raced = row.runs == "graphs" and not plans_convolutions(options.calibration)
+    known = remembered(row, options.base, config) if raced else None
+    return None if known is None else known.form
+
+
+def why(options: BuildOptions) -> str:
+    """Why graphs are written as they are, for people."""
+    if options.form is not None:
+        return "the fastest on this machine"
+    return f"the fastest with {backend_row(options.backend).title} where it was measured (--tune measures it here)"
+
+
+def remembered(row: BackendRow, base: str, config: VAEConfig) -> TunedForm | None:
+    """What the last race on this machine found. Another version of the library is another race."""
+    try:
+        return msgspec.json.decode(_file(row, base, config).read_bytes(), type=TunedForm)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def remember(tuned: TunedForm, row: BackendRow, base: str, config: VAEConfig) -> None:
+    """A state that cannot be written is no error."""
+    try:
+        with atomic_write(_file(row, base, config)) as unfinished:
+            unfinished.write_bytes(msgspec.json.encode(tuned))
+    except OSError:
+        pass
+
+
+def _file(row: BackendRow, base: str, config: VAEConfig) -> Path:
+    packages = (package for group in row.distributions for package in group)
+    versions = [f"{package} {version}" for package in packages if (version := _version(package))]
+    key = [row.name, *versions, base, config.ch, config.ch_mult[:2], state.machine(), *cpu(), os.cpu_count()]
+    return state.folder(FOLDER) / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()}.json"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+class Piece(nn.Module):
+    """The last upsampling of a decoder with a block before and after it: (1, C, h, w) -> (1, C', 2h, 2w), float32."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        outer, inner = (config.ch * factor for factor in config.ch_mult[:2])
+        self.before = ResBlock(inner, inner, config.groups)
+        self.upsample: nn.Module = Upsample(inner)
+        self.after = ResBlock(inner, outer, config.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.upsample(self.before(x.to(self.before.conv1.weight.dtype)))).float()
+
+    def write(self, form: Form, example: Tensor, folder: Path, base: str) -> Path:
+        """The graph in a form; changes the module."""
+        phases = PhaseUpsample(self.upsample)  # type: ignore[arg-type]
+        self.upsample = phases
+        cast_module(self, base)
+        if form.upsampling == "transposed":
+            self.upsample = TransposedUpsample(phases)
+        weights, path = folder / "decoder.safetensors", folder / "decoder.onnx"
+        write_weights(self, weights)
+        by_channel = form.norms == "channels"
+        export_graph(self, example, ("x", "y"), weights, path, exact=PRECISIONS[base].exact, channels_last=by_channel)
+        return path
+
+
+@torch.no_grad()
+def race(row: BackendRow, base: str, config: VAEConfig, display: Display) -> TunedForm:
+    """Time every form, by turns. Raises ExportError where not even the backend's own form is right."""
+    with TemporaryDirectory(prefix="densegeo-tune-") as scratch, display.bar("tuning", len(FORMS) + ROUNDS) as bar:
+        opened = _opened_forms(row, base, config, Path(scratch), bar)
+        bar.describe("tuning")
+        seconds: dict[Form, list[float]] = {form: [] for form in opened}
+        for _ in range(ROUNDS):
+            for form, run in opened.items():
+                start = time.perf_counter()
+                run()
+                seconds[form].append(time.perf_counter() - start)
+            bar.advance()
+    medians = {form: 1e3 * statistics.median(measured) for form, measured in seconds.items()}
+    fastest = min(medians, key=lambda form: medians[form])
+    tuned = TunedForm(
+        form=fastest if medians[fastest] < WORTH * medians[row.form] else row.form,
+        milliseconds={str(form): value for form, value in medians.items()},
+    )
+    for name, value in tuned.milliseconds.items():
+        display.say(f"tuning: {value:.3g} ms, {name}")
+    return tuned
+
+
+def _opened_forms(row: BackendRow, base: str, config: VAEConfig, scratch: Path, bar: Bar) -> dict[Form, Run]:
+    """What runs the piece in each form, once run already; forms that do not run or are wrong are left out, with a line.
+
+    Raises ExportError.
+    """
+    example = torch.randn(1, config.ch * config.ch_mult[1], SIDE, SIDE, generator=_seeded(1))
+    reference, plain = _piece(config)(example).numpy(), _piece(config)
+    cast_module(plain, base)
+    bound = EXACT if PRECISIONS[base].exact else FACTOR * relative_error(plain(example).numpy(), reference)
+    opened: dict[Form, Run] = {}
+    for index, form in enumerate(FORMS):
+        bar.describe(f"tuning: {form}")
+        folder = scratch / str(index)
+        folder.mkdir()
+        try:
+            run = _opened(row, base, config, form, example, folder)
+            error = relative_error(run(), reference)
+        except BackendError as failure:
+            log.warning("tuning: %s: %s", form, failure)
+        else:
+            if error <= bound:
+                opened[form] = run
+            else:
+                log.warning("tuning: %s is off by %.1e, and the bound is %.1e: not taken", form, error, bound)
+        bar.advance()
+    if row.form not in opened:
+        raise ExportError(f"{row.title} does not run its own form ({row.form}) as it should: leave --tune out")
+    return opened
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _piece(config: VAEConfig) -> Piece:
+    """One with the same random weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return Piece(config).eval()
+
+
+def _opened(row: BackendRow, base: str, config: VAEConfig, form: Form, example: Tensor, folder: Path) -> Run:
+    """The backend on a bundle whose every graph is the piece in a form. Raises BackendError."""
+    graph = describe(_piece(config).write(form, example, folder, base))
+    bucket = Bucket(width=SIDE, height=SIDE, encoder=graph, denoiser=graph, decoder=graph)
+    output = Output(kind="depth", clamp="after_mean", space="log_affine")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        model="a piece of an autoencoder",
+        precision=base,
+        base=base,
+        quantization=None,
+        weights_note="",
+        buckets=[bucket],
+        decode=Decode(packing="latent", outputs=(output,)),
+        networks=None,
+        rewrites=[],
+        files={},
+        sources=[],
+        build_key="",
+        versions={},
+        target_architectures=[],
+        kernels=[],
+        engines=[],
+        verification=Verification("", {}, 0.0, []),
+        options={},
+    )
+    write_manifest(folder, manifest)
+    backend = open_backend(row.name, folder, manifest, "cpu")
+    return partial(backend.run, bucket, "decoder", example.numpy())
