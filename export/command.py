@@ -162,7 +162,8 @@ def build(
         bool,
         typer.Option(
             "--tune",
-            help="Measure on this CPU in which form graphs are the fastest, some seconds; later builds take it too.",
+            help="Race the forms in which graphs can be written on this CPU, and build the fastest; later builds take "
+            "it too.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,

@@ -41,8 +41,9 @@ from densegeo.runtime import state
 from densegeo.runtime.backends import open_backend
 from densegeo.runtime.bundle import SCHEMA_VERSION, Bucket, Manifest, Verification, write_manifest
 from densegeo.runtime.verify import relative_error
+from densegeo.size import Size
 
-SIDE = 96  # pixels of what enters the piece
+LARGEST = 256 * 256  # pixels of what enters the piece: more would tell the same and take longer
 ROUNDS = 5
 WORTH = 0.97  # of its time: what takes more than this is no reason to leave the backend's own form
 EXACT = 1e-5  # relative L2, of float32 (DESIGN section 10)
@@ -51,6 +52,28 @@ FOLDER = "forms"  # among what is remembered of this machine
 
 log = logging.getLogger("densegeo")
 Run = Callable[[], NDArray[np.float32]]
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What is raced: the last upsampling of a decoder, at half of the picture's size. widths: features before and after
+    it; groups: of its norms; size: of what enters, at most `LARGEST` pixels.
+    """
+
+    widths: tuple[int, int]
+    groups: int
+    size: Size
+
+    @classmethod
+    def of(cls, config: VAEConfig, picture: Size) -> Work:
+        """For a bundle's first size."""
+        outer, inner = (config.ch * factor for factor in config.ch_mult[:2])
+        shrink = min(0.5, (LARGEST / (picture.width * picture.height)) ** 0.5)
+        return cls((inner, outer), config.groups, Size(*(max(1, int(shrink * side)) for side in picture)))
+
+    @property
+    def inputs(self) -> tuple[int, int, int, int]:
+        """(1, C, h, w)."""
+        return 1, self.widths[0], self.size.height, self.size.width
 
 
 class TunedForm(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,13 +87,13 @@ def choose(options: BuildOptions, config: VAEConfig, display: Display) -> Form |
     """The form that is the fastest on this machine, raced now where the options say so; None where that is not known,
     and for 8-bit convolutions, which have the backend's own.
     """
-    row = backend_row(options.backend)
+    row, work = backend_row(options.backend), Work.of(config, options.sizes[0])
     if options.tune:
-        tuned = race(row, options.base, config, display)
-        remember(tuned, row, options.base, config)
+        tuned = race(row, options.base, work, display)
+        remember(tuned, row, options.base, work)
         return tuned.form
     raced = row.runs == "graphs" and not plans_convolutions(options.calibration)
-    known = remembered(row, options.base, config) if raced else None
+    known = remembered(row, options.base, work) if raced else None
     return None if known is None else known.form
 
 
@@ -81,27 +104,27 @@ def why(options: BuildOptions) -> str:
     return f"the fastest with {backend_row(options.backend).title} where it was measured (--tune measures it here)"
 
 
-def remembered(row: BackendRow, base: str, config: VAEConfig) -> TunedForm | None:
+def remembered(row: BackendRow, base: str, work: Work) -> TunedForm | None:
     """What the last race on this machine found. Another version of the library is another race."""
     try:
-        return msgspec.json.decode(_file(row, base, config).read_bytes(), type=TunedForm)
+        return msgspec.json.decode(_file(row, base, work).read_bytes(), type=TunedForm)
     except (OSError, msgspec.MsgspecError):
         return None
 
 
-def remember(tuned: TunedForm, row: BackendRow, base: str, config: VAEConfig) -> None:
+def remember(tuned: TunedForm, row: BackendRow, base: str, work: Work) -> None:
     """A state that cannot be written is no error."""
     try:
-        with atomic_write(_file(row, base, config)) as unfinished:
+        with atomic_write(_file(row, base, work)) as unfinished:
             unfinished.write_bytes(msgspec.json.encode(tuned))
     except OSError:
         pass
 
 
-def _file(row: BackendRow, base: str, config: VAEConfig) -> Path:
+def _file(row: BackendRow, base: str, work: Work) -> Path:
     packages = (package for group in row.distributions for package in group)
     versions = [f"{package} {version}" for package in packages if (version := _version(package))]
-    key = [row.name, *versions, base, config.ch, config.ch_mult[:2], state.machine(), *cpu(), os.cpu_count()]
+    key = [row.name, *versions, base, work, state.machine(), *cpu(), os.cpu_count()]
     return state.folder(FOLDER) / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()}.json"
 
 
@@ -113,14 +136,14 @@ def _version(distribution: str) -> str:
 
 
 class Piece(nn.Module):
-    """The last upsampling of a decoder with a block before and after it: (1, C, h, w) -> (1, C', 2h, 2w), float32."""
+    """Upsampling with a block before and after it: (1, C, h, w) -> (1, C', 2h, 2w), float32."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__()
-        outer, inner = (config.ch * factor for factor in config.ch_mult[:2])
-        self.before = ResBlock(inner, inner, config.groups)
+        inner, outer = work.widths
+        self.before = ResBlock(inner, inner, work.groups)
         self.upsample: nn.Module = Upsample(inner)
-        self.after = ResBlock(inner, outer, config.groups)
+        self.after = ResBlock(inner, outer, work.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.upsample(self.before(x.to(self.before.conv1.weight.dtype)))).float()
@@ -140,10 +163,10 @@ class Piece(nn.Module):
 
 
 @torch.no_grad()
-def race(row: BackendRow, base: str, config: VAEConfig, display: Display) -> TunedForm:
+def race(row: BackendRow, base: str, work: Work, display: Display) -> TunedForm:
     """Time every form, by turns. Raises ExportError where not even the backend's own form is right."""
     with TemporaryDirectory(prefix="densegeo-tune-") as scratch, display.bar("tuning", len(FORMS) + ROUNDS) as bar:
-        opened = _opened_forms(row, base, config, Path(scratch), bar)
+        opened = _opened_forms(row, base, work, Path(scratch), bar)
         bar.describe("tuning")
         seconds: dict[Form, list[float]] = {form: [] for form in opened}
         for _ in range(ROUNDS):
@@ -163,13 +186,13 @@ def race(row: BackendRow, base: str, config: VAEConfig, display: Display) -> Tun
     return tuned
 
 
-def _opened_forms(row: BackendRow, base: str, config: VAEConfig, scratch: Path, bar: Bar) -> dict[Form, Run]:
+def _opened_forms(row: BackendRow, base: str, work: Work, scratch: Path, bar: Bar) -> dict[Form, Run]:
     """What runs the piece in each form, once run already; forms that do not run or are wrong are left out, with a line.
 
     Raises ExportError.
     """
-    example = torch.randn(1, config.ch * config.ch_mult[1], SIDE, SIDE, generator=_seeded(1))
-    reference, plain = _piece(config)(example).numpy(), _piece(config)
+    example = torch.randn(work.inputs, generator=torch.Generator().manual_seed(1))
+    reference, plain = _piece(work)(example).numpy(), _piece(work)
     cast_module(plain, base)
     bound = EXACT if PRECISIONS[base].exact else FACTOR * relative_error(plain(example).numpy(), reference)
     opened: dict[Form, Run] = {}
@@ -178,7 +201,7 @@ def _opened_forms(row: BackendRow, base: str, config: VAEConfig, scratch: Path, 
         folder = scratch / str(index)
         folder.mkdir()
         try:
-            run = _opened(row, base, config, form, example, folder)
+            run = _opened(row, base, work, form, example, folder)
             error = relative_error(run(), reference)
         except BackendError as failure:
             log.warning("tuning: %s: %s", form, failure)
@@ -193,21 +216,17 @@ def _opened_forms(row: BackendRow, base: str, config: VAEConfig, scratch: Path, 
     return opened
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _piece(config: VAEConfig) -> Piece:
+def _piece(work: Work) -> Piece:
     """One with the same random weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return Piece(config).eval()
+        return Piece(work).eval()
 
 
-def _opened(row: BackendRow, base: str, config: VAEConfig, form: Form, example: Tensor, folder: Path) -> Run:
+def _opened(row: BackendRow, base: str, work: Work, form: Form, example: Tensor, folder: Path) -> Run:
     """The backend on a bundle whose every graph is the piece in a form. Raises BackendError."""
-    graph = describe(_piece(config).write(form, example, folder, base))
-    bucket = Bucket(width=SIDE, height=SIDE, encoder=graph, denoiser=graph, decoder=graph)
+    graph = describe(_piece(work).write(form, example, folder, base))
+    bucket = Bucket(width=work.size.width, height=work.size.height, encoder=graph, denoiser=graph, decoder=graph)
     output = Output(kind="depth", clamp="after_mean", space="log_affine")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

@@ -23,14 +23,17 @@ from densegeo.export import forms  # noqa: E402
 from densegeo.export.build_options import BuildOptions  # noqa: E402
 from densegeo.export.command_line import flags  # noqa: E402
 from densegeo.export.display import Display  # noqa: E402
-from densegeo.export.forms import TunedForm  # noqa: E402
+from densegeo.export.forms import TunedForm, Work  # noqa: E402
 from densegeo.export.keys import stage_keys  # noqa: E402
 from densegeo.models.config import VAEConfig  # noqa: E402
 from densegeo.runtime.bundle import read_manifest  # noqa: E402
 from densegeo.runtime.verify import verify  # noqa: E402
+from densegeo.size import Size  # noqa: E402
 from tests.support.shared import Build  # noqa: E402
 
 SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
+PICTURE = Size(96, 64)
+WORK = Work.of(SMALL, PICTURE)
 ORT, OPENVINO = backend_row("onnxruntime"), backend_row("openvino")
 TRANSPOSED = Form("transposed", "channels")
 
@@ -46,7 +49,10 @@ def display() -> Display:
 
 
 def options_of(backend: str = "onnxruntime", **others: Any) -> BuildOptions:
-    return BuildOptions(model="fe2e-tiny", output=Path("out"), backend=backend, **others).validated()
+    sizes = (PICTURE,)
+    return BuildOptions(
+        **({"model": "fe2e-tiny", "output": Path("out"), "backend": backend, "sizes": sizes} | others)
+    ).validated()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,7 @@ def options_of(backend: str = "onnxruntime", **others: Any) -> BuildOptions:
 )
 def test_every_form_runs_in_the_backend_and_is_right(backend: str, base: str, display: Display) -> None:
     pytest.importorskip(backend)
-    tuned = forms.race(backend_row(backend), base, SMALL, display)
+    tuned = forms.race(backend_row(backend), base, WORK, display)
     assert set(tuned.milliseconds) == {str(form) for form in FORMS}
     assert min(tuned.milliseconds.values()) > 0
     assert tuned.form in FORMS
@@ -71,11 +77,11 @@ def raced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """What each form takes (seconds), and by how much it is off; one without a time does not run."""
 
     def of(seconds: dict[Form, float], off: dict[Form, float] | None = None) -> None:
-        def opened(_row: object, _base: object, config: VAEConfig, form: Form, example: Any, _folder: Path) -> Any:
+        def opened(_row: object, _base: object, work: Work, form: Form, example: Any, _folder: Path) -> Any:
             if form not in seconds:
                 raise BackendError("no kernel for it")
             with torch.no_grad():
-                right = forms._piece(config)(example).numpy()
+                right = forms._piece(work)(example).numpy()
 
             def run() -> np.ndarray:
                 time.sleep(seconds[form])
@@ -90,14 +96,14 @@ def raced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_fastest_form_is_taken(raced: Callable[..., None], display: Display) -> None:
     raced({form: 0.005 if form == TRANSPOSED else 0.02 for form in FORMS})
-    assert forms.race(ORT, "fp32", SMALL, display).form == TRANSPOSED
+    assert forms.race(ORT, "fp32", WORK, display).form == TRANSPOSED
 
 
 def test_what_is_hardly_faster_is_no_reason_to_leave_the_backends_own(
     raced: Callable[..., None], display: Display
 ) -> None:
     raced({form: 0.0995 if form == TRANSPOSED else 0.1 for form in FORMS})
-    assert forms.race(ORT, "fp32", SMALL, display).form == ORT.form
+    assert forms.race(ORT, "fp32", WORK, display).form == ORT.form
 
 
 def test_what_is_wrong_or_does_not_run_is_not_taken(
@@ -105,7 +111,7 @@ def test_what_is_wrong_or_does_not_run_is_not_taken(
 ) -> None:
     absent = Form("phases", "channels")
     raced({form: 0.0 if form == TRANSPOSED else 0.01 for form in FORMS if form != absent}, {TRANSPOSED: 2e-5})
-    tuned = forms.race(ORT, "fp32", SMALL, display)
+    tuned = forms.race(ORT, "fp32", WORK, display)
     assert tuned.form != TRANSPOSED
     assert set(tuned.milliseconds) == {str(form) for form in FORMS} - {str(TRANSPOSED), str(absent)}
     assert f"{absent}: no kernel for it" in caplog.text
@@ -115,7 +121,7 @@ def test_what_is_wrong_or_does_not_run_is_not_taken(
 def test_without_the_backends_own_form_nothing_is_chosen(raced: Callable[..., None], display: Display) -> None:
     raced(dict.fromkeys(FORMS, 0.0), {ORT.form: 1e-3})
     with pytest.raises(ExportError, match=r"ONNX Runtime does not run its own form.*leave --tune out"):
-        forms.race(ORT, "fp32", SMALL, display)
+        forms.race(ORT, "fp32", WORK, display)
 
 
 def test_later_builds_take_what_was_raced(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +137,33 @@ def test_later_builds_take_what_was_raced(display: Display, monkeypatch: pytest.
     for other in (options_of("openvino"), options_of(precision="fp16"), options_of("torch")):  # were not raced
         assert forms.choose(other, SMALL, display) is None
     assert forms.choose(options_of(), msgspec.structs.replace(SMALL, ch=64), display) is None
+    assert forms.choose(options_of(sizes=(Size(192, 128),)), SMALL, display) is None
+
+
+@pytest.mark.parametrize(
+    ("picture", "inputs"),
+    [(Size(64, 48), (24, 32)), (Size(512, 512), (256, 256)), (Size(1024, 768), (221, 295)), (Size(33, 35), (17, 16))],
+)
+def test_what_is_raced_has_half_of_the_pictures_size_or_less(picture: Size, inputs: tuple[int, int]) -> None:
+    work = Work.of(VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16), picture)
+    assert work.inputs == (1, 256, *inputs)
+    assert work.widths == (256, 128)
+    assert work.size.width * work.size.height <= forms.LARGEST
 
 
 def test_another_version_of_the_library_is_another_race(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = TunedForm(form=TRANSPOSED, milliseconds={})
-    forms.remember(tuned, ORT, "fp32", SMALL)
-    assert forms.remembered(ORT, "fp32", SMALL) == tuned
+    forms.remember(tuned, ORT, "fp32", WORK)
+    assert forms.remembered(ORT, "fp32", WORK) == tuned
     monkeypatch.setattr(forms, "_version", lambda distribution: "1.99.0")
-    assert forms.remembered(ORT, "fp32", SMALL) is None
+    assert forms.remembered(ORT, "fp32", WORK) is None
 
 
 def test_a_damaged_record_is_none(tmp_path: Path) -> None:
-    forms.remember(TunedForm(form=TRANSPOSED, milliseconds={}), ORT, "fp32", SMALL)
+    forms.remember(TunedForm(form=TRANSPOSED, milliseconds={}), ORT, "fp32", WORK)
     (path,) = (tmp_path / "state").rglob("*.json")
     path.write_bytes(b'{"form": {"upsampling": "sideways", "norms": "rows"}, "milliseconds": {}}')
-    assert forms.remembered(ORT, "fp32", SMALL) is None
+    assert forms.remembered(ORT, "fp32", WORK) is None
 
 
 @pytest.mark.parametrize("backend", [row.name for row in BACKENDS if row.runs != "graphs" or "cpu" not in row.devices])
