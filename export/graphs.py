@@ -31,7 +31,7 @@ def make_graphs(job: Job, state: State) -> Graphs:
     pipeline, references = job.stored_template(), checks.read_inputs(directory)
     if options.graph_form.upsampling == "transposed":
         vae.transpose_upsampling(pipeline.vae.decoder)
-    if options.graph_form != Form():
+    if options.form is not None or options.graph_form != Form():
         job.display.say(f"graphs: {options.graph_form}, {forms.why(options)}")
     batches = (1, *options.batches)
     buckets: list[Bucket] = []
