@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,53 +74,84 @@ def rgb_of(path: Path, manifest: Manifest) -> tuple[Bucket, Float32]:
     return bucket, prepare(frame, bucket.size, place(bucket.size, frame.size, "stretch"))
 
 
+def open_statistics(
+    path: Path, identity: Identity, smooth: float | None, otherwise: float, *, attention: bool, convolutions: bool
+) -> Statistics:
+    """The statistics of the file `path`, which go on where they stopped, or new ones where there are none.
+
+    smooth: SmoothQuant's exponent, 0 for none; None takes that of the file, or `otherwise`. attention, convolutions: of
+    attentions, and of convolutions in all networks, too. Raises QuantizationError for statistics of another bundle or
+    exponent, or without those.
+    """
+    if not path.exists():
+        exponent = otherwise if smooth is None else smooth
+        return Statistics(identity, exponent, attention=attention, convolutions=convolutions)
+    statistics = Statistics.load(path)
+    check_identity(statistics.identity, identity, path)
+    if smooth not in (None, statistics.smooth):
+        raise QuantizationError(
+            f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
+        )
+    for required, included, flag in (
+        (attention, statistics.attention, "--attention"),
+        (convolutions, statistics.convolutions, "--convolutions"),
+    ):
+        if required and not included:
+            raise QuantizationError(f"{path} was made without {flag}. Give another --output.")
+    return statistics
+
+
 def collect(
+    statistics: Statistics,
     directory: Path,
     manifest: Manifest,
     images: Images,
     inputs: LayerInputs,
     pipeline: Pipeline,
     path: Path,
-    *,
-    smooth: float,
-    attention: bool,
-    convolutions: bool,
     console: Console,
-) -> Statistics:
-    """Statistics of a bundle's linears, in the file `path`.
+) -> None:
+    """Fill the statistics of a bundle's layers, and save them in the file `path` as they grow.
 
-    pipeline: the bundle's networks, whose weights are not looked at. smooth: SmoothQuant's exponent, 0 for none; with
-    it the images are run twice. attention, convolutions: of its attentions, and of its convolutions in all networks,
-    too.
-    Raises QuantizationError for statistics of another bundle or exponent, or without those, in `path`, too many
-    unreadable images, and NaN, naming the layer.
+    pipeline: the bundle's networks, whose weights are not looked at. With a smoothing exponent the images are run
+    twice. Raises QuantizationError for too many unreadable images, and for NaN, naming the layer.
     """
-    identity = Identity.of(manifest)
-    statistics = Statistics(identity, smooth, attention=attention, convolutions=convolutions)
-    if path.exists():
-        statistics = Statistics.load(path)
-        check_identity(statistics.identity, identity, path)
-        if statistics.smooth != smooth:
-            raise QuantizationError(
-                f"{path} was made with --smooth {statistics.smooth:g}. Give another --output for {smooth:g}."
-            )
-        for required, included, flag in (
-            (attention, statistics.attention, "--attention"),
-            (convolutions, statistics.convolutions, "--convolutions"),
-        ):
-            if required and not included:
-                raise QuantizationError(f"{path} was made without {flag}. Give another --output.")
+    passes = _Passes(statistics, manifest, images, inputs, path, console)
     inputs.attention, inputs.convolutions = statistics.attention, statistics.convolutions
+    if statistics.smooth:
+        passes.run(statistics.measured, [statistics.measure], "measuring channels")
+        if not statistics.factors:
+            groups = _sharing(pipeline, set(statistics.channels))
+            columns = _column_amax(directory, groups)
+            statistics.factors = smoothing_factors(statistics.channels, columns, groups, statistics.smooth)
+        passes.run(statistics.counted, [statistics.count], "counting magnitudes")
+    else:
+        passes.run(statistics.counted, [statistics.measure, statistics.count], "counting magnitudes")
+    if images.unreadable:
+        console.print(f"[yellow]{len(images.unreadable)} images could not be read and were left out[/]")
 
-    def observe_images(counted_images: list[str], observers: Sequence[Observe], description: str) -> None:
-        for index, image in enumerate(track(list(images), description=description, console=console)):
-            name = images.digests[image]
-            if name in counted_images:
+
+@dataclass(frozen=True)
+class _Passes:
+    """Runs all images, once or twice, and saves what is known so far."""
+
+    statistics: Statistics
+    manifest: Manifest
+    images: Images
+    inputs: LayerInputs
+    path: Path
+    console: Console
+
+    def run(self, done: list[str], observers: Sequence[Observe], description: str) -> None:
+        """Show what enters each layer to the observers. done: digests of images that were run, which grows."""
+        for index, image in enumerate(track(list(self.images), description=description, console=self.console)):
+            digest = self.images.digests[image]
+            if digest in done:
                 continue
             try:
-                bucket, rgb = rgb_of(image, manifest)
+                bucket, rgb = rgb_of(image, self.manifest)
             except ImageError as error:
-                images.skip(image, error)
+                self.images.skip(image, error)
                 continue
 
             def see(layer: str, rows: Float32) -> None:
@@ -127,26 +159,13 @@ def collect(
                     observe(layer, rows)
 
             try:
-                inputs(bucket, rgb, see)
+                self.inputs(bucket, rgb, see)
             except QuantizationError as error:
                 raise QuantizationError(f"{error}, for {image}") from None
-            counted_images.append(name)
+            done.append(digest)
             if index % SAVE_EVERY == SAVE_EVERY - 1:
-                statistics.save(path)
-        statistics.save(path)
-
-    if smooth:
-        observe_images(statistics.measured, [statistics.measure], "measuring channels")
-        if not statistics.factors:
-            groups = _sharing(pipeline, set(statistics.channels))
-            columns = _column_amax(directory, groups)
-            statistics.factors = smoothing_factors(statistics.channels, columns, groups, smooth)
-        observe_images(statistics.counted, [statistics.count], "counting magnitudes")
-    else:
-        observe_images(statistics.counted, [statistics.measure, statistics.count], "counting magnitudes")
-    if images.unreadable:
-        console.print(f"[yellow]{len(images.unreadable)} images could not be read and were left out[/]")
-    return statistics
+                self.statistics.save(self.path)
+        self.statistics.save(self.path)
 
 
 def check_identity(recorded: Identity, expected: Identity, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from densegeo.arguments import find_bundle, known_device
 from densegeo.backends import BACKENDS, NETWORKS
 from densegeo.calibration import planning
-from densegeo.calibration.collect import Images, collect, rgb_of
+from densegeo.calibration.collect import Images, collect, open_statistics, rgb_of
 from densegeo.calibration.histogram import METHODS
 from densegeo.calibration.layer_inputs import LayerInputs, OnnxInputs, TorchInputs
 from densegeo.calibration.picture import draw
@@ -24,7 +24,7 @@ from densegeo.calibration.plan import (
 )
 from densegeo.calibration.planning import EVENLY_SPACED, WITH_ATTENTION, PlanOptions, judged, make_plan
 from densegeo.calibration.report import print_plan
-from densegeo.calibration.statistics import FILE, Statistics
+from densegeo.calibration.statistics import FILE, Identity
 from densegeo.errors import ConfigError, ImageError, QuantizationError
 from densegeo.files import atomic_write
 from densegeo.inputs import find_images
@@ -148,10 +148,10 @@ def calibrate(
     folder = output or beside(bundle, "calibration")
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder", param_hint="--output")
-    if smooth is None and (folder / FILE).exists():
-        smooth = Statistics.load(folder / FILE).smooth  # another format's plan of the same statistics
-    elif smooth is None:
-        smooth = EVEN * (convolutions and PRECISIONS[kind].integer)
+    even = EVEN * (convolutions and PRECISIONS[kind].integer)
+    statistics = open_statistics(
+        folder / FILE, Identity.of(manifest), smooth, even, attention=attention, convolutions=convolutions
+    )
     console = Console()
     try:
         calibration_images = Images(find_images(images))
@@ -162,18 +162,8 @@ def calibrate(
     pipeline = load_networks(bundle, manifest, first_bucket.size, torch_device, streamed=stream)
     for network in (pipeline.denoiser, pipeline.vae):
         network.float()
-    statistics = collect(
-        bundle,
-        manifest,
-        calibration_images,
-        _inputs(backend, bundle, manifest, pipeline),
-        pipeline,
-        folder / FILE,
-        smooth=smooth,
-        attention=attention,
-        convolutions=convolutions,
-        console=console,
-    )
+    inputs = _inputs(backend, bundle, manifest, pipeline)
+    collect(statistics, bundle, manifest, calibration_images, inputs, pipeline, folder / FILE, console)
     plan = make_plan(pipeline, manifest, statistics, plan_options)
     if pictures := [] if stream else _pictures(calibration_images, manifest):
         plan = judged(plan, pipeline, statistics, pictures, plan_options, folder / f"measured-{kind}.json", console)
