@@ -131,6 +131,7 @@ def choose_wide(q: Tensor, k: Tensor, v: Tensor) -> str:
 TRANSPOSED = "transposed"
 
 
+@torch.no_grad()
 def faster_transposed(phases: PhaseUpsample) -> bool:
     """Whether upsampling is faster as a transposed convolution on this CPU; timed once, then remembered.
 
