@@ -148,10 +148,6 @@ def calibrate(
     folder = output or beside(bundle, "calibration")
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder", param_hint="--output")
-    even = EVEN * (convolutions and PRECISIONS[kind].integer)
-    statistics = open_statistics(
-        folder / FILE, Identity.of(manifest), smooth, even, attention=attention, convolutions=convolutions
-    )
     console = Console()
     try:
         calibration_images = Images(find_images(images))
@@ -162,6 +158,10 @@ def calibrate(
     pipeline = load_networks(bundle, manifest, first_bucket.size, torch_device, streamed=stream)
     for network in (pipeline.denoiser, pipeline.vae):
         network.float()
+    even = EVEN * (convolutions and PRECISIONS[kind].integer)
+    statistics = open_statistics(
+        folder / FILE, Identity.of(manifest), smooth, even, attention=attention, convolutions=convolutions
+    )
     inputs = _inputs(backend, bundle, manifest, pipeline)
     collect(statistics, bundle, manifest, calibration_images, inputs, pipeline, folder / FILE, console)
     plan = make_plan(pipeline, manifest, statistics, plan_options)

@@ -192,7 +192,7 @@ def load_plan(folder: Path, kind: str) -> QuantizationPlan:
             f"{path} is not there: make it with `densegeo calibrate BUNDLE --images DIR --format {kind} "
             f"--output {folder}`"
         ) from None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise QuantizationError(f"{path} is no plan of `densegeo calibrate`: {error}") from error
 
 

@@ -14,6 +14,7 @@ from densegeo.export.engine_builder import EngineOptions, target_groups
 from densegeo.models import rewrites
 from densegeo.models.presets import PRESETS, preset
 from densegeo.precision import precision_row
+from densegeo.runtime.backends import has_cuda_driver
 from densegeo.runtime.bundle import Choice
 from densegeo.size import Size
 
@@ -39,8 +40,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     architectures: tuple[int, ...] = ()  # GPU architectures to build kernels and engines for: 89 is sm_89
     engines: EngineOptions = EngineOptions()  # where the backend runs engines
     choice: Choice | None = None  # what the command chose, for the manifest
-    tune: bool = False  # measure on this machine in which form graphs are the fastest
-    form: Form | None = None  # of the graphs; None: the backend's own
+    tune: bool | None = None  # race the forms of graphs where it was not done yet; False: the backend's own
+    form: Form | None = None  # of the graphs, as a race chose it; None: the backend's own
 
     def validated(self) -> BuildOptions:
         """The options with defaults filled in; raises ConfigError for an invalid one."""
@@ -55,7 +56,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         base = quantizer.checked_base(self.precision, self.base, self.calibration)
         if self.backend not in NAMES:
             raise ConfigError(f"there is no backend {self.backend!r} to build for; there are {', '.join(NAMES)}")
-        if self.tune and (reason := self._not_tunable()):
+        if self.tune and (reason := self.not_tunable()):
             raise ConfigError(f"--tune races graphs with floating-point convolutions on a CPU, and {reason}")
         rewrites.select(row.family.rewrites, self.without)
         check_architectures(self.architectures)
@@ -83,10 +84,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def graph_form(self) -> Form:
-        """In which graphs are written."""
+        """The form in which graphs are written."""
         return self.form or backend_row(self.backend).form
 
-    def _not_tunable(self) -> str:
+    def not_tunable(self) -> str:
         """Why there is no form of graphs to race, and what to do; empty where there is."""
         backend, remedy = backend_row(self.backend), "leave it out"
         if backend is NETWORKS:
@@ -95,6 +96,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             return f"{backend.title} runs none there: {remedy}"
         if backend.missing():
             return f"{backend.title} is not installed: {backend.install}"
+        if "cuda" in backend.devices and has_cuda_driver():
+            return f"a GPU would run these: {remedy}"
+        if rewrites.UPSAMPLE.name in self.without:
+            return f"these need the rewrite {rewrites.UPSAMPLE.name}: {remedy}"
         return f"this plan has 8-bit ones: {remedy}" if quantizer.plans_convolutions(self.calibration) else ""
 
     @property

@@ -159,13 +159,13 @@ def build(
         bool, typer.Option("--allow-unexpected", help="Ignore tensors the model does not know.")
     ] = False,
     tune: Annotated[
-        bool,
+        Optional[bool],  # noqa: UP045
         typer.Option(
-            "--tune",
-            help="Race the forms in which graphs can be written on this CPU, and build the fastest; later builds take "
-            "it too.",
+            "--tune/--no-tune",
+            help="Race the ways in which graphs can write upsampling and norms on this CPU, and take the fastest; "
+            "later builds take it too. --no-tune: the backend's own.",
         ),
-    ] = False,
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Build a bundle: checkpoint files in, a directory that `Estimator` runs out."""

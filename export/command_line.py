@@ -29,7 +29,8 @@ def flags(options: BuildOptions) -> dict[str, list[str]]:
         numbers = {"--workspace-mib": engines.workspace_mib, "--optimization-level": engines.optimization_level}
         values_of |= {flag: [str(value)] for flag, value in numbers.items() if value is not None}
     switches = {
-        "--tune": options.tune,
+        "--tune": options.form is not None,
+        "--no-tune": options.tune is False,
         "--weight-streaming": options.with_engines and engines.weight_streaming,
         "--version-compatible": options.with_engines and engines.version_compatible,
         "--authors-sizes": options.any_size,

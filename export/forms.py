@@ -1,7 +1,7 @@
-"""In which form graphs are written: the backend's own, or the one that was the fastest on this machine.
+"""In which form graphs are written: the backend's own, or the one that was the fastest on this CPU.
 
-`densegeo build --tune` writes a piece of the autoencoder in every form and races them in the backend that will run the
-bundle. The result is kept among the records of this machine, and later builds take it.
+`densegeo build --tune` races them (`export.form_race`). The result is kept among the records of this machine, and later
+builds take it.
 """
 
 from __future__ import annotations
@@ -9,116 +9,85 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from densegeo.backends import FORMS, BackendRow, Form, backend_row
-from densegeo.errors import BackendError, ExportError
 from densegeo.export.build_options import BuildOptions
-from densegeo.export.display import Bar, Display
-from densegeo.export.graph_stats import describe
-from densegeo.export.onnx_graph import export_graph, write_weights
-from densegeo.export.quantizer import plans_convolutions
+from densegeo.export.display import Display
+from densegeo.export.form_race import Work, race
 from densegeo.files import atomic_write
-from densegeo.models.casting import cast_module
 from densegeo.models.config import VAEConfig
-from densegeo.models.vae import PhaseUpsample, ResBlock, TransposedUpsample, Upsample
-from densegeo.outputs import Decode, Output
-from densegeo.precision import PRECISIONS
+from densegeo.models.rewrites import UPSAMPLE
 from densegeo.processor import cpu
 from densegeo.runtime import state
-from densegeo.runtime.backends import open_backend
-from densegeo.runtime.bundle import SCHEMA_VERSION, Bucket, Manifest, Verification, write_manifest
-from densegeo.runtime.verify import relative_error
-from densegeo.size import Size
 
-LARGEST = 256 * 256  # pixels of what enters the piece: more would tell the same and take longer
-ROUNDS = 5
-WORTH = 0.97  # of its time: what takes more than this is no reason to leave the backend's own form
-EXACT = 1e-5  # relative L2, of float32 (DESIGN section 10)
-FACTOR = 2.0  # of plain PyTorch's own error in fewer bits
 FOLDER = "forms"  # among what is remembered of this machine
-
 log = logging.getLogger("densegeo")
-Run = Callable[[], NDArray[np.float32]]
-
-
-class Work(msgspec.Struct, frozen=True):
-    """What is raced: the last upsampling of a decoder, at half of the picture's size. widths: features before and after
-    it; groups: of its norms; size: of what enters, at most `LARGEST` pixels.
-    """
-
-    widths: tuple[int, int]
-    groups: int
-    size: Size
-
-    @classmethod
-    def of(cls, config: VAEConfig, picture: Size) -> Work:
-        """For a bundle's first size."""
-        outer, inner = (config.ch * factor for factor in config.ch_mult[:2])
-        shrink = min(0.5, (LARGEST / (picture.width * picture.height)) ** 0.5)
-        return cls((inner, outer), config.groups, Size(*(max(1, int(shrink * side)) for side in picture)))
-
-    @property
-    def inputs(self) -> tuple[int, int, int, int]:
-        """(1, C, h, w)."""
-        return 1, self.widths[0], self.size.height, self.size.width
 
 
 class TunedForm(msgspec.Struct, frozen=True, kw_only=True):
-    """What a race found. milliseconds: medians, by the form in words; a form that was wrong or did not run has none."""
+    """What a race found, and of what it was. form: in words; milliseconds: medians, by form."""
 
-    form: Form
+    form: str
     milliseconds: dict[str, float]
+    backend: str
+    base: str
+    work: Work
 
 
 def choose(options: BuildOptions, config: VAEConfig, display: Display) -> Form | None:
-    """The form that is the fastest on this machine, raced now where the options say so; None where that is not known,
-    and for 8-bit convolutions, which have the backend's own.
+    """The form that was the fastest on this CPU, raced now where it was not yet and the options say so.
+
+    None: the backend's own, where nothing is known, nothing can be raced, or the options say so. Raises ExportError and
+    ResourceError, see `race`.
     """
+    if options.tune is False or options.not_tunable() or len(config.ch_mult) == 1:
+        return None
     row, work = backend_row(options.backend), Work.of(config, options.sizes[0])
-    if options.tune:
-        tuned = race(row, options.base, work, display)
-        remember(tuned, row, options.base, work)
-        return tuned.form
-    raced = row.runs == "graphs" and not plans_convolutions(options.calibration)
-    known = remembered(row, options.base, work) if raced else None
-    return None if known is None else known.form
+    tuned = remembered(row, options.base, work)
+    if tuned is not None and options.tune:
+        display.say(f"tuning: done before; to do it again, remove {_file(row, options.base, work)}")
+    elif options.tune:
+        form, milliseconds = race(row, options.base, work, display)
+        for words, median in milliseconds.items():
+            display.say(f"tuning: {median:.3g} ms, {words}")
+        tuned = TunedForm(form=str(form), milliseconds=milliseconds, backend=row.name, base=options.base, work=work)
+        remember(tuned)
+    return None if tuned is None else next(form for form in FORMS if str(form) == tuned.form)
 
 
-def why(options: BuildOptions) -> str:
-    """Why graphs are written as they are, for people."""
+def in_words(options: BuildOptions) -> str:
+    """How graphs are written and why so, for people; empty where nothing was chosen."""
     if options.form is not None:
-        return "the fastest on this machine"
-    return f"the fastest with {backend_row(options.backend).title} where it was measured (--tune measures it here)"
+        return f"{options.form}: the fastest on this CPU (--no-tune takes the backend's own)"
+    row = backend_row(options.backend)
+    if row.form == Form():
+        return ""
+    hint = "" if options.not_tunable() else "; --tune measures on this one"
+    form = f"norms by {row.form.norms}" if UPSAMPLE.name in options.without else str(row.form)
+    return f"{form}: {row.title}'s own form, measured on other machines{hint}"
 
 
 def remembered(row: BackendRow, base: str, work: Work) -> TunedForm | None:
     """What the last race on this machine found. Another version of the library is another race."""
     try:
-        return msgspec.json.decode(_file(row, base, work).read_bytes(), type=TunedForm)
-    except (OSError, msgspec.MsgspecError):
+        tuned = msgspec.json.decode(_file(row, base, work).read_bytes(), type=TunedForm)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
+    return tuned if tuned.form in map(str, FORMS) else None
 
 
-def remember(tuned: TunedForm, row: BackendRow, base: str, work: Work) -> None:
-    """A state that cannot be written is no error."""
+def remember(tuned: TunedForm) -> None:
+    """A state that cannot be written is no error, and is said."""
+    path = _file(backend_row(tuned.backend), tuned.base, tuned.work)
     try:
-        with atomic_write(_file(row, base, work)) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_bytes(msgspec.json.encode(tuned))
-    except OSError:
-        pass
+    except OSError as error:
+        log.warning("later builds will not know which form was the fastest: %s cannot be written: %s", path, error)
 
 
 def _file(row: BackendRow, base: str, work: Work) -> Path:
@@ -133,122 +102,3 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
-
-
-class Piece(nn.Module):
-    """Upsampling with a block before and after it: (1, C, h, w) -> (1, C', 2h, 2w), float32."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        inner, outer = work.widths
-        self.before = ResBlock(inner, inner, work.groups)
-        self.upsample: nn.Module = Upsample(inner)
-        self.after = ResBlock(inner, outer, work.groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.upsample(self.before(x.to(self.before.conv1.weight.dtype)))).float()
-
-    def write(self, form: Form, example: Tensor, folder: Path, base: str) -> Path:
-        """The graph in a form; changes the module."""
-        phases = PhaseUpsample(self.upsample)  # type: ignore[arg-type]
-        self.upsample = phases
-        cast_module(self, base)
-        if form.upsampling == "transposed":
-            self.upsample = TransposedUpsample(phases)
-        weights, path = folder / "decoder.safetensors", folder / "decoder.onnx"
-        write_weights(self, weights)
-        by_channel = form.norms == "channels"
-        export_graph(self, example, ("x", "y"), weights, path, exact=PRECISIONS[base].exact, channels_last=by_channel)
-        return path
-
-
-@torch.no_grad()
-def race(row: BackendRow, base: str, work: Work, display: Display) -> TunedForm:
-    """Time every form, by turns. Raises ExportError where not even the backend's own form is right."""
-    with TemporaryDirectory(prefix="densegeo-tune-") as scratch, display.bar("tuning", len(FORMS) + ROUNDS) as bar:
-        opened = _opened_forms(row, base, work, Path(scratch), bar)
-        bar.describe("tuning")
-        seconds: dict[Form, list[float]] = {form: [] for form in opened}
-        for _ in range(ROUNDS):
-            for form, run in opened.items():
-                start = time.perf_counter()
-                run()
-                seconds[form].append(time.perf_counter() - start)
-            bar.advance()
-    medians = {form: 1e3 * statistics.median(measured) for form, measured in seconds.items()}
-    fastest = min(medians, key=lambda form: medians[form])
-    tuned = TunedForm(
-        form=fastest if medians[fastest] < WORTH * medians[row.form] else row.form,
-        milliseconds={str(form): value for form, value in medians.items()},
-    )
-    for name, value in tuned.milliseconds.items():
-        display.say(f"tuning: {value:.3g} ms, {name}")
-    return tuned
-
-
-def _opened_forms(row: BackendRow, base: str, work: Work, scratch: Path, bar: Bar) -> dict[Form, Run]:
-    """What runs the piece in each form, once run already; forms that do not run or are wrong are left out, with a line.
-
-    Raises ExportError.
-    """
-    example = torch.randn(work.inputs, generator=torch.Generator().manual_seed(1))
-    reference, plain = _piece(work)(example).numpy(), _piece(work)
-    cast_module(plain, base)
-    bound = EXACT if PRECISIONS[base].exact else FACTOR * relative_error(plain(example).numpy(), reference)
-    opened: dict[Form, Run] = {}
-    for index, form in enumerate(FORMS):
-        bar.describe(f"tuning: {form}")
-        folder = scratch / str(index)
-        folder.mkdir()
-        try:
-            run = _opened(row, base, work, form, example, folder)
-            error = relative_error(run(), reference)
-        except BackendError as failure:
-            log.warning("tuning: %s: %s", form, failure)
-        else:
-            if error <= bound:
-                opened[form] = run
-            else:
-                log.warning("tuning: %s is off by %.1e, and the bound is %.1e: not taken", form, error, bound)
-        bar.advance()
-    if row.form not in opened:
-        raise ExportError(f"{row.title} does not run its own form ({row.form}) as it should: leave --tune out")
-    return opened
-
-
-def _piece(work: Work) -> Piece:
-    """One with the same random weights each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return Piece(work).eval()
-
-
-def _opened(row: BackendRow, base: str, work: Work, form: Form, example: Tensor, folder: Path) -> Run:
-    """The backend on a bundle whose every graph is the piece in a form. Raises BackendError."""
-    graph = describe(_piece(work).write(form, example, folder, base))
-    bucket = Bucket(width=work.size.width, height=work.size.height, encoder=graph, denoiser=graph, decoder=graph)
-    output = Output(kind="depth", clamp="after_mean", space="log_affine")
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        model="a piece of an autoencoder",
-        precision=base,
-        base=base,
-        quantization=None,
-        weights_note="",
-        buckets=[bucket],
-        decode=Decode(packing="latent", outputs=(output,)),
-        networks=None,
-        rewrites=[],
-        files={},
-        sources=[],
-        build_key="",
-        versions={},
-        target_architectures=[],
-        kernels=[],
-        engines=[],
-        verification=Verification("", {}, 0.0, []),
-        options={},
-    )
-    write_manifest(folder, manifest)
-    backend = open_backend(row.name, folder, manifest, "cpu")
-    return partial(backend.run, bucket, "decoder", example.numpy())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from densegeo.backends import Form
 from densegeo.export import checks, forms
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.build_state import Graphs, State
@@ -31,8 +30,8 @@ def make_graphs(job: Job, state: State) -> Graphs:
     pipeline, references = job.stored_template(), checks.read_inputs(directory)
     if options.graph_form.upsampling == "transposed":
         vae.transpose_upsampling(pipeline.vae.decoder)
-    if options.form is not None or options.graph_form != Form():
-        job.display.say(f"graphs: {options.graph_form}, {forms.why(options)}")
+    if words := forms.in_words(options):
+        job.display.say(f"graphs: {words}")
     batches = (1, *options.batches)
     buckets: list[Bucket] = []
     checked: list[Check] = []

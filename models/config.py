@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises ConfigError."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
 
 

@@ -217,5 +217,5 @@ def _records() -> Iterator[Measured]:
 def _read(path: Path) -> Measured | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Measured)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None

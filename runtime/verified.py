@@ -71,7 +71,7 @@ def _finding(bundle: Path, backend: str) -> Finding | None:
 def _read(marker: Path) -> Finding | None:
     try:
         return msgspec.json.decode(marker.read_bytes(), type=Finding)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

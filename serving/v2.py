@@ -265,7 +265,7 @@ def _from_json(tensor: TensorIn, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     nested = data[:64].translate(None, b" \t\r\n").startswith(b"[[")
     try:
         array = np.array(msgspec.json.decode(data, type=_NESTED[len(shape) if nested else 1]), dtype=np.uint8)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise RequestError(f"The input's data are not pixels of shape {list(shape)}: {error}.") from None
     except ValueError:
         raise RequestError("The rows of the input's data are not of one length.") from None
