@@ -12,7 +12,7 @@ import torch
 
 from densegeo.calibration.collect import Images
 from densegeo.calibration.command import _pictures
-from densegeo.calibration.plan import Budget, Error, Judge, load_plan
+from densegeo.calibration.plan import Budget, Error, Judge, load_plan, plan_file
 from densegeo.calibration.statistics import FILE, Statistics
 from densegeo.errors import ConfigError, QuantizationError
 from densegeo.export.build import build_bundle
@@ -126,3 +126,10 @@ def test_it_goes_on_with_the_next_layer(
     run(bundle, images, folder, method="max")  # other ranges do
     assert len(asked) > len(expected.sensitivity)
     assert msgspec.json.decode((folder / "measured-fp8.json").read_bytes())["rows"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b'{"format": "\xff"}'])
+def test_a_damaged_plan_is_named(tmp_path: Path, damaged: bytes) -> None:
+    plan_file(tmp_path, "int8").write_bytes(damaged)
+    with pytest.raises(QuantizationError, match="is no plan of `densegeo calibrate`"):
+        load_plan(tmp_path, "int8")

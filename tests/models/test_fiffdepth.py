@@ -193,3 +193,10 @@ def test_configurations_without_defaults_read_as_diffusers_does(tmp_path: Path) 
         )
     }  # fmt: skip
     assert unet_config(json.loads(json.dumps(early)), path) == unet_config(whole, path)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"a": "\xff"}'])
+def test_a_damaged_configuration_is_named(tmp_path: Path, damaged: bytes) -> None:
+    (path := tmp_path / "config.json").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*config\.json"):
+        read_json(path)

@@ -228,6 +228,7 @@ def test_what_is_damaged_or_cannot_be_written_is_left_out(
     remember(record(manifest, "fp8", 20.0))
     (state.folder("measured") / "0.json").write_text("{")
     (state.folder("measured") / "1.json").write_text('{"model": 3}')
+    (state.folder("measured") / "2.json").write_bytes(b'{"model": "\xff"}')
     assert len(advice(manifest)) == 1
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
