@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from densegeo.backends import Norms
 from densegeo.benchmarks.autoencoder_count import counted
 from densegeo.benchmarks.environment import environment, write_json
 from densegeo.benchmarks.layer_times import (
@@ -189,15 +190,15 @@ def decoders(backend: str, vae: VAE, example: Tensor, folder: Path) -> dict[str,
             timers[form] = partial(TIMERS[backend], network, example, folder)
             continue
         kind: Any = OrtTimer if backend == "onnxruntime" else OpenVinoTimer
-        for channels_last in (False, True):
-            name = form + ", norms by channel" * channels_last
+        for norms in get_args(Norms):
+            name = form + ", norms by channel" * (norms == "channels")
             place = folder / "-".join([*name.replace(",", "").split(), *map(str, example.shape)])
-            timers[name] = partial(_on_graph, kind, network, example, place, channels_last)
+            timers[name] = partial(_on_graph, kind, network, example, place, norms)
     return timers
 
 
-def _on_graph(kind: Any, network: nn.Module, example: Tensor, place: Path, channels_last: bool) -> Timer:
-    timer: Timer = kind(graph_of(network, example, place, channels_last=channels_last), example)
+def _on_graph(kind: Any, network: nn.Module, example: Tensor, place: Path, norms: Norms) -> Timer:
+    timer: Timer = kind(graph_of(network, example, place, norms), example)
     return timer
 
 
@@ -359,7 +360,7 @@ def threads_command(
         vae = autoencoder(smoke)
         example = latents(size, vae.config.z_channels)
         network = with_upsampling(vae.decoder, UPSAMPLING["openvino"])
-        path = graph_of(network, example, folder / f"threads-{size}{'-smoke' * smoke}", channels_last=True)
+        path = graph_of(network, example, folder / f"threads-{size}{'-smoke' * smoke}", "channels")
         calls = {name: OpenVinoTimer(path, example, **options) for name, options in THREADS.items()}
         _race("threads", "openvino", size, runs, json_file, calls, partial(_exact, vae, example))
 

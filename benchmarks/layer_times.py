@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from densegeo.backends import Norms
 from densegeo.errors import BackendError
 from densegeo.export.onnx_graph import export_graph, write_weights
 from densegeo.models.vae import TransposedUpsample
@@ -103,13 +104,13 @@ class Timer(Protocol):
         """Of all runs so far; it cannot run any more."""
 
 
-def graph_of(network: nn.Module, example: Tensor, folder: Path, **forms: bool) -> Path:
+def graph_of(network: nn.Module, example: Tensor, folder: Path, norms: Norms = "rows") -> Path:
     """Its graph in a folder, written unless it is there."""
     path, weights = folder / "graph.onnx", folder / "weights.safetensors"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(network, weights)
-        export_graph(network, example, ("x", "y"), weights, path, **forms)
+        export_graph(network, example, ("x", "y"), weights, path, norms=norms)
     return path
 
 
@@ -251,7 +252,7 @@ def _on_torch(network: nn.Module, example: Tensor, folder: Path) -> Timer:
 TIMERS: dict[str, Make] = {
     "onnxruntime": lambda network, example, folder: OrtTimer(graph_of(network, example, folder), example),
     "openvino": lambda network, example, folder: OpenVinoTimer(
-        graph_of(network, example, folder, channels_last=True), example
+        graph_of(network, example, folder, norms="channels"), example
     ),
     "torch": _on_torch,
 }

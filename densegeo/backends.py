@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 from densegeo.architectures import RTX_TARGETS
 from densegeo.extras import install_command, install_hint
@@ -42,6 +42,9 @@ ENGINE_LIBRARIES = {
 }
 
 
+Norms = Literal["rows", "channels"]
+
+
 @dataclass(frozen=True)
 class Form:
     """How graphs are written whose numbers are the same: docs/rewrites.md, "The form of a backend".
@@ -52,14 +55,14 @@ class Form:
     """
 
     upsampling: Literal["phases", "transposed"] = "phases"
-    norms: Literal["rows", "channels"] = "rows"
+    norms: Norms = "rows"
 
     def __str__(self) -> str:
         upsampling = "in phases" if self.upsampling == "phases" else "by transposed convolutions"
         return f"upsampling {upsampling}, norms by {self.norms}"
 
 
-FORMS = tuple(Form(upsampling, norms) for upsampling in ("phases", "transposed") for norms in ("rows", "channels"))
+FORMS = tuple(Form(upsampling, norms) for upsampling in ("phases", "transposed") for norms in get_args(Norms))
 
 
 @dataclass(frozen=True, kw_only=True)

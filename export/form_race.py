@@ -87,8 +87,7 @@ class Piece(nn.Module):
             self.upsample = TransposedUpsample(phases)
         weights, path = folder / "decoder.safetensors", folder / "decoder.onnx"
         write_weights(self, weights)
-        by_channel = form.norms == "channels"
-        export_graph(self, example, ("x", "y"), weights, path, exact=PRECISIONS[base].exact, channels_last=by_channel)
+        export_graph(self, example, ("x", "y"), weights, path, exact=PRECISIONS[base].exact, norms=form.norms)
         return path
 
 

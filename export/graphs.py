@@ -60,8 +60,7 @@ def _export_bucket(
         input_spec, output_spec, example = examples[stage]
         weights, path = directory / f"{stage}.safetensors", directory / f"{stage}_{name}.onnx"
         names = input_spec, output_spec
-        by_channel = options.graph_form.norms == "channels"
-        export_graph(module, example, names, weights, path, exact=exact, channels_last=by_channel)
+        export_graph(module, example, names, weights, path, exact=exact, norms=options.graph_form.norms)
         graphs[stage] = describe(path)
         bar.advance()
     return Bucket(width=size.width, height=size.height, batch=batch, **graphs)

@@ -7,6 +7,8 @@ from typing import Any
 
 from onnxscript import ir, opset20
 
+from densegeo.backends import Norms
+
 op: Any = opset20  # traced with symbolic values, which its type hints do not know
 
 
@@ -62,11 +64,12 @@ def _normed_by_channel(shape: list[int], groups: int, x: Any, weight: Any, bias:
     return op.Add(op.Mul(centred, op.Div(op.Reshape(weight, affine), deviation)), op.Reshape(bias, affine))
 
 
-def translation(*, exact: bool, channels_last: bool) -> Callable[..., Any] | None:
+def translation(*, exact: bool, norms: Norms) -> Callable[..., Any] | None:
     """How aten.group_norm is written; None: as the one operator that engine builders know.
 
-    exact: float32 is to lose nothing on a CPU. channels_last: the convolutions around have a pixel's channels adjacent.
+    exact: float32 is to lose nothing on a CPU. norms: by "channels" for convolutions that have a pixel's channels
+    adjacent.
     """
-    if channels_last:
+    if norms == "channels":
         return by_channel
     return in_rows if exact else None

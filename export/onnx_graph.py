@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from densegeo.backends import Norms
 from densegeo.export import group_norms, quantized_layers
 from densegeo.export.quantized_layers import in_8_bits
 from densegeo.models.quantized import ATTENTION  # registers its operators, too
@@ -267,15 +268,15 @@ def export_graph(
     path: Path,
     *,
     exact: bool = True,
-    channels_last: bool = False,
+    norms: Norms = "rows",
 ) -> None:
     """Trace `module(example)` and write it to `path`; its weights are references into the file `weights`.
 
     names: of the input and the output. exact: write norms so that float32 loses nothing on a CPU, and not as the one
-    operator that engine builders know; channels_last: write them for convolutions that have a pixel's channels
-    adjacent. `weights` (see write_weights) must lie in the same directory as `path`.
+    operator that engine builders know; norms: by "channels" for convolutions that have a pixel's channels adjacent.
+    `weights` (see write_weights) must lie in the same directory as `path`.
     """
-    norm = group_norms.translation(exact=exact, channels_last=channels_last)
+    norm = group_norms.translation(exact=exact, norms=norms)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     without_values = _without_values(module, mode)
     with torch.no_grad(), _quiet(), mode:

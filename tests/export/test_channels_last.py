@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from densegeo.backends import BACKENDS, Form  # noqa: E402
+from densegeo.backends import BACKENDS, Form, Norms  # noqa: E402
 from densegeo.benchmarks.synthetic import fill  # noqa: E402
 from densegeo.export.build_options import BuildOptions  # noqa: E402
 from densegeo.export.graph_stats import describe  # noqa: E402
@@ -35,10 +36,10 @@ SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 openvino = pytest.importorskip("openvino")
 
 
-def written(module: nn.Module, example: torch.Tensor, folder: Path, *, channels_last: bool, exact: bool = True) -> Path:
-    weights, path = folder / f"{channels_last}.safetensors", folder / f"{channels_last}.onnx"
+def written(module: nn.Module, example: torch.Tensor, folder: Path, *, norms: Norms, exact: bool = True) -> Path:
+    weights, path = folder / f"{norms}.safetensors", folder / f"{norms}.onnx"
     write_weights(module, weights)
-    export_graph(module, example, ("x", "y"), weights, path, exact=exact, channels_last=channels_last)
+    export_graph(module, example, ("x", "y"), weights, path, exact=exact, norms=norms)
     return path
 
 
@@ -100,7 +101,7 @@ def test_int8_phases_transposed_are_the_same_and_one_int8_kernel_on_openvino(tmp
         phases = network(latent)
         transpose_upsampling(network)
         assert torch.equal(network(latent), phases)
-    path = written(network, torch.zeros_like(latent), tmp_path, channels_last=True)
+    path = written(network, torch.zeros_like(latent), tmp_path, norms="channels")
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     actual = model({0: latent.numpy()})[0]
     # A number that lies between two may be rounded to the other, as sums are in another order: half of 1 % of the
@@ -133,7 +134,7 @@ def test_norms_by_channel_lose_nothing(
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x = torch.randn(shape, generator=generator) + torch.arange(shape[1])[None, :, None, None]
     expected = copy.deepcopy(norm).double()(x.double())
-    actual = run(written(norm, torch.zeros(shape), tmp_path, channels_last=True), x.numpy())
+    actual = run(written(norm, torch.zeros(shape), tmp_path, norms="channels"), x.numpy())
     assert np.linalg.norm(actual - expected.numpy()) <= 1e-6 * expected.norm()
 
 
@@ -144,26 +145,26 @@ def test_openvino_turns_no_layout_around_for_them(tmp_path: Path, dtype: torch.d
     latent, reference = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2)), decoder(phases=True)
     plain, exact = copy.deepcopy(reference).to(dtype), dtype == torch.float32
     turned, pictures, graphs = {}, {}, {}
-    for channels_last in (False, True):
+    for norms in get_args(Norms):
         network = copy.deepcopy(plain)
-        if channels_last:
+        if norms == "channels":
             transpose_upsampling(network)
-        path = written(network, torch.zeros_like(latent), tmp_path, channels_last=channels_last, exact=exact)
+        path = written(network, torch.zeros_like(latent), tmp_path, norms=norms, exact=exact)
         model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         layers = model.get_runtime_model().get_ops()
         reorders = [layer for layer in layers if layer.get_rt_info()["layerType"].astype(str) == "Reorder"]
-        turned[channels_last] = sum(math.prod(layer.output(0).shape) for layer in reorders)
-        pictures[channels_last] = model({0: latent.numpy()})[0]
-        graphs[channels_last] = path
+        turned[norms] = sum(math.prod(layer.output(0).shape) for layer in reorders)
+        pictures[norms] = model({0: latent.numpy()})[0]
+        graphs[norms] = path
     with torch.no_grad():
         expected, eager = reference(latent).numpy(), plain(latent).numpy()
     bound = 1e-5 * np.linalg.norm(expected) if exact else 2 * np.linalg.norm(eager - expected)
     for picture in pictures.values():
         assert np.linalg.norm(picture - expected) <= bound
-    assert turned[True] < turned[False] / 4
-    operators = Counter(node.op_type for node in onnx.load(graphs[True], load_external_data=False).graph.node)
+    assert turned["channels"] < turned["rows"] / 4
+    operators = Counter(node.op_type for node in onnx.load(graphs["channels"], load_external_data=False).graph.node)
     assert (operators["ConvTranspose"], operators["Concat"]) == (1, 0)
-    phases, transposed = (describe(graphs[channels_last]).flops for channels_last in (False, True))
+    phases, transposed = (describe(graphs[norms]).flops for norms in get_args(Norms))
     # phases have a row and a column more, of 4 * 64 outputs of 2x2 windows over 64 features
     assert phases - transposed == 2 * (17 * 17 - 16 * 16) * 4 * 64 * 64 * 4
 
