@@ -16,10 +16,11 @@ from densegeo.files import atomic_write
 
 def environment(distributions: Iterable[str]) -> dict[str, Any]:
     """Machine, versions of `distributions` (those installed), commit of this checkout and the command line."""
-    from densegeo.doctor import examine, version
+    from densegeo.backends import installed_version
+    from densegeo.doctor import examine
 
     report = examine()
-    versions = {name: version(name) for name in ("densegeo", *distributions)}
+    versions = {name: installed_version(name) for name in ("densegeo", *distributions)}
     return {
         "machine": {
             "cpu": report.cpu,

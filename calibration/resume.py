@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from densegeo.calibration.plan import Float32, QuantizationPlan, Sensitivity
-from densegeo.files import atomic_write
+from densegeo.files import atomic_write, read_record
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -38,8 +38,5 @@ class SensitivityFile:
         return row
 
     def _read(self) -> list[Sensitivity]:
-        try:
-            stored = msgspec.json.decode(self._path.read_bytes(), type=_File)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            return []
-        return stored.rows if stored.key == self._key else []
+        stored = read_record(self._path, _File)
+        return stored.rows if stored is not None and stored.key == self._key else []

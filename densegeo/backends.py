@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -121,6 +122,14 @@ def installed(module: str) -> bool:
         return find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):  # of a parent package; a module that was put in its place has no spec
         return False
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 _ORT = ("onnxruntime", "onnxruntime-gpu")

@@ -9,14 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from densegeo.architectures import ARCHITECTURES
-from densegeo.backends import BACKENDS, ENGINES, BackendRow
+from densegeo.backends import BACKENDS, ENGINES, BackendRow, installed_version
 from densegeo.extras import install_command
 from densegeo.findings import Finding
 from densegeo.onnx_runtime import import_onnxruntime
@@ -159,17 +159,9 @@ def broken() -> str:
     return ""
 
 
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _installed(row: BackendRow) -> str:
     """Versions of the distributions that a backend is made of, of each group the first that is here; or ""."""
-    groups = [[(name, number) for name in group if (number := version(name))] for group in row.distributions]
+    groups = [[(name, number) for name in group if (number := installed_version(name))] for group in row.distributions]
     present = [group[0] for group in groups if group]
     return present[0][1] if len(groups) == 1 and present else ", ".join(f"{name} {number}" for name, number in present)
 
@@ -271,19 +263,19 @@ def _extras() -> list[Offered]:
     """Every extra. `cpu` and `gpu` are alternatives: with one of them here, the other need not be installed."""
     offers = []
     for extra in EXTRAS:
-        have = {name: number for name in extra.distributions if (number := version(name)) is not None}
+        have = {name: number for name in extra.distributions if (number := installed_version(name)) is not None}
         lacks = [name for name in extra.distributions if name not in have]
         install = install_command(extra.name) if lacks else ""
-        if extra.name == "cpu" and version("onnxruntime-gpu") is not None:
+        if extra.name == "cpu" and installed_version("onnxruntime-gpu") is not None:
             install = ""
-        if extra.name == "gpu" and lacks and version("onnxruntime") is not None:
+        if extra.name == "gpu" and lacks and installed_version("onnxruntime") is not None:
             install = f"pip uninstall -y onnxruntime && {install}"
         offers.append(Offered(extra.name, extra.purpose, have, lacks, install))
     return offers
 
 
 def _warnings() -> list[str]:
-    if version("onnxruntime") is not None and version("onnxruntime-gpu") is not None:
+    if installed_version("onnxruntime") is not None and installed_version("onnxruntime-gpu") is not None:
         return [
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "uninstall both, then install exactly one."

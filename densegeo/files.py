@@ -11,6 +11,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+Record = TypeVar("Record")
+
+
+def read_record(path: Path, kind: type[Record]) -> Record | None:
+    """What JSON of our own holds; None where it is not there, damaged, or of another kind."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 @contextmanager

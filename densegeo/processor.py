@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 # Flags (as Linux names them) that decide how fast low precision is.
@@ -18,6 +19,12 @@ def cpu() -> tuple[str, list[str]]:
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, [feature for feature in _FEATURES if feature in flags]
+
+
+def whole_cpu() -> str:
+    """What tells this processor from others whose timings are remembered: model name, features, how many."""
+    name, features = cpu()
+    return f"{name}, {' '.join(features)}, {os.cpu_count()} processors"
 
 
 def memory() -> tuple[int | None, int | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from densegeo.files import atomic_write, cache_directory
+from densegeo.files import atomic_write, cache_directory, read_record
 from densegeo.runtime.bundle import Source, sha256_file
 
 if TYPE_CHECKING:  # it needs torch, and fetching does not
@@ -83,8 +83,8 @@ def remember(path: Path, digest: str) -> None:
 def _load() -> dict[str, RecordedDigest]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
-        return msgspec.json.decode((cache_directory() / FILE).read_bytes(), type=dict[str, RecordedDigest])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return read_record(cache_directory() / FILE, dict[str, RecordedDigest]) or {}
+    except OSError:  # there can be no cache
         return {}
 
 

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,7 +24,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from densegeo.architectures import OLDEST, RTX_TARGETS, names
-from densegeo.backends import ENGINE_LIBRARIES, NETWORKS
+from densegeo.backends import ENGINE_LIBRARIES, NETWORKS, installed_version
 from densegeo.errors import ConfigError, EngineError, ResourceError
 from densegeo.export.engine_worker import Result, Spec
 from densegeo.export.graph_inputs import with_weight_inputs
@@ -95,10 +94,8 @@ def find_library(name: str) -> str:
 def library_version(library: str) -> str:
     """The installed version, read from its distribution without importing it. Raises EngineError."""
     for distribution in ENGINE_LIBRARIES[library].distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+        if (version := installed_version(distribution)) is not None:
+            return version
     raise EngineError(f"{library} can be imported, but no distribution of it is installed: reinstall it with pip")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from densegeo.backends import FORMS, BackendRow, Form
 from densegeo.errors import BackendError, ExportError, ResourceError
+from densegeo.export.checks import FLOAT32_BOUND, LOW_PRECISION_FACTOR
 from densegeo.export.display import Bar, Display
 from densegeo.export.graph_stats import describe
 from densegeo.export.onnx_graph import export_graph, write_weights
@@ -36,8 +37,6 @@ LARGEST = 256 * 256  # pixels of what enters the piece: more would tell the same
 ROUNDS, SECONDS, MOST_ROUNDS = 5, 4.0, 100  # at least five, and as many as fit into four seconds
 WORTH = 0.97  # of its time: what takes more than this is no reason to leave the backend's own form
 MOSTLY = 0.8  # of the rounds must be won by what takes the place of the backend's own form
-EXACT = 1e-5  # relative L2, of float32 (DESIGN section 10)
-FACTOR = 2.0  # of plain PyTorch's own error in fewer bits
 
 log = logging.getLogger("densegeo")
 Run = Callable[[], NDArray[np.float32]]
@@ -125,7 +124,8 @@ def _by_turns(opened: dict[Form, Run], bar: Bar) -> dict[Form, list[float]]:
             run()
             seconds[form].append(time.perf_counter() - start)
         rounds += 1
-        bar.advance(rounds <= ROUNDS)
+        if rounds <= ROUNDS:
+            bar.advance()
     return seconds
 
 
@@ -143,7 +143,8 @@ def _opened_forms(row: BackendRow, base: str, work: Work, scratch: Path, bar: Ba
     example = torch.randn(work.inputs, generator=torch.Generator().manual_seed(1))
     reference, plain = _piece(work)(example).numpy(), _piece(work)
     cast_module(plain, base)
-    bound = EXACT if PRECISIONS[base].exact else FACTOR * relative_error(plain(example).numpy(), reference)
+    plain_error = relative_error(plain(example).numpy(), reference)
+    bound = FLOAT32_BOUND if PRECISIONS[base].exact else LOW_PRECISION_FACTOR * plain_error
     opened: dict[Form, Run] = {}
     for index, form in enumerate(FORMS):
         bar.describe(f"tuning: {form}")

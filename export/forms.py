@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-from densegeo.backends import FORMS, BackendRow, Form, backend_row
+from densegeo.backends import FORMS, BackendRow, Form, backend_row, installed_version
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.display import Display
 from densegeo.export.form_race import Work, race
-from densegeo.files import atomic_write
+from densegeo.files import atomic_write, read_record
 from densegeo.models.config import VAEConfig
 from densegeo.models.rewrites import UPSAMPLE
-from densegeo.processor import cpu
+from densegeo.processor import whole_cpu
 from densegeo.runtime import state
 
 FOLDER = "forms"  # among what is remembered of this machine
@@ -73,11 +71,8 @@ def in_words(options: BuildOptions) -> str:
 
 def remembered(row: BackendRow, base: str, work: Work) -> TunedForm | None:
     """What the last race on this machine found. Another version of the library is another race."""
-    try:
-        tuned = msgspec.json.decode(_file(row, base, work).read_bytes(), type=TunedForm)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-    return tuned if tuned.form in map(str, FORMS) else None
+    tuned = read_record(_file(row, base, work), TunedForm)
+    return tuned if tuned is not None and tuned.form in map(str, FORMS) else None
 
 
 def remember(tuned: TunedForm) -> None:
@@ -92,13 +87,6 @@ def remember(tuned: TunedForm) -> None:
 
 def _file(row: BackendRow, base: str, work: Work) -> Path:
     packages = (package for group in row.distributions for package in group)
-    versions = [f"{package} {version}" for package in packages if (version := _version(package))]
-    key = [row.name, *versions, base, work, state.machine(), *cpu(), os.cpu_count()]
+    versions = [f"{package} {version}" for package in packages if (version := installed_version(package))]
+    key = [row.name, *versions, base, work, state.machine(), whole_cpu()]
     return state.folder(FOLDER) / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()}.json"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

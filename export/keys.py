@@ -11,7 +11,7 @@ from importlib import metadata
 import msgspec
 
 import densegeo
-from densegeo.backends import Form
+from densegeo.backends import Form, installed_version
 from densegeo.errors import ConfigError
 from densegeo.export.build_options import BuildOptions
 from densegeo.export.engine_builder import library_version
@@ -82,15 +82,8 @@ def stage_keys(options: BuildOptions, inputs: Sequence[Source], calibration: str
     weights = digest([references, options.base, calibration, RECIPES["weights"]])
     form = [] if options.graph_form == Form() else [str(options.graph_form)]
     graphs = digest([weights, options.batches, RECIPES["graphs"], *form])
-    compiler = [RECIPES["kernels"], _version("triton")] if options.architectures else []
+    compiler = [RECIPES["kernels"], installed_version("triton") or ""] if options.architectures else []
     kernels = digest([graphs, options.architectures, compiler])
     builder = [options.engines, library_version(options.engines.library)] if options.with_engines else []
     engines = graphs if options.with_engines else ""
     return StageKeys(references, weights, graphs, kernels, engines, digest([kernels, builder]))
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

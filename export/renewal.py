@@ -25,7 +25,7 @@ from densegeo.export.engine_builder import EngineOptions, PlannedEngine, build_e
 from densegeo.export.machine import GIB
 from densegeo.export.staging import locked
 from densegeo.extras import install_hint
-from densegeo.files import atomic_write
+from densegeo.files import atomic_write, read_record
 from densegeo.kernels.contract import LaunchContract
 from densegeo.runtime import measured
 from densegeo.runtime.backends.tensorrt_kernels import launched
@@ -191,9 +191,8 @@ class _Renewal:
 
     def _finished(self) -> list[Engine]:
         """Engines of an interrupted run that are still what its record says."""
-        try:
-            before = msgspec.json.decode(self.record.read_bytes(), type=Manifest)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        before = read_record(self.record, Manifest)
+        if before is None:
             return []
         return [engine for engine in before.engines if reusable(self.work, before, engine.fingerprint)]
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
 from densegeo.backends import backend_row
-from densegeo.files import atomic_write
+from densegeo.files import atomic_write, read_record
 from densegeo.precision import QUANTIZED, precision_row
 from densegeo.runtime import state
 from densegeo.runtime.bundle import STAGES, Bucket, Manifest
@@ -128,7 +127,7 @@ def remember(record: Measured) -> None:
     A state that cannot be written is no error.
     """
     path = state.folder("measured") / f"{hashlib.sha256(msgspec.json.encode(record.variant)).hexdigest()}.json"
-    older = _read(path)
+    older = read_record(path, Measured)
     if record.conditions.doubts and older is not None and not older.conditions.doubts:
         return
     try:
@@ -141,7 +140,7 @@ def remember(record: Measured) -> None:
 def forget(fingerprints: Collection[str]) -> None:
     """Records of engines that are no more say nothing. A state that cannot be written is no error."""
     for path in sorted(state.folder("measured").glob("*.json")):
-        record = _read(path)
+        record = read_record(path, Measured)
         if record is not None and not set(fingerprints).isdisjoint(record.engines):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -209,13 +208,6 @@ def _records() -> Iterator[Measured]:
     """This machine's; what cannot be read is left out."""
     machine = state.machine()
     for path in sorted(state.folder("measured").glob("*.json")):
-        record = _read(path)
+        record = read_record(path, Measured)
         if record is not None and record.machine == machine:
             yield record
-
-
-def _read(path: Path) -> Measured | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Measured)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None

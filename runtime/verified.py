@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from densegeo.files import atomic_write
+from densegeo.files import atomic_write, read_record
 from densegeo.findings import Finding
 from densegeo.runtime import state
 from densegeo.runtime.bundle import MANIFEST
@@ -55,7 +55,7 @@ def forget(bundle: Path, backend: str) -> None:
 
 def findings() -> list[Finding]:
     """Of bundles that are still the same ones, on this machine."""
-    stored = ((marker, _read(marker)) for marker in state.folder("verified").glob("*"))
+    stored = ((marker, read_record(marker, Finding)) for marker in state.folder("verified").glob("*"))
     current = [
         finding for marker, finding in stored if finding and _marker(Path(finding.bundle), finding.backend) == marker
     ]
@@ -65,14 +65,7 @@ def findings() -> list[Finding]:
 def _finding(bundle: Path, backend: str) -> Finding | None:
     """What was found of this very bundle with this backend on this machine, if anything."""
     marker = _marker(bundle, backend)
-    return None if marker is None else _read(marker)
-
-
-def _read(marker: Path) -> Finding | None:
-    try:
-        return msgspec.json.decode(marker.read_bytes(), type=Finding)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+    return None if marker is None else read_record(marker, Finding)
 
 
 def _marker(bundle: Path, backend: str) -> Path | None:

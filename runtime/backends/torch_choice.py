@@ -7,14 +7,13 @@ A way that is off is not taken, however fast: its error may be at most twice the
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from densegeo.kernels.attention import fastest
-from densegeo.processor import cpu
+from densegeo.processor import whole_cpu
 from densegeo.runtime.kept import keep, kept_at, read_kept
 
 FOLDER = "torch-choices"  # among the user's cache
@@ -30,7 +29,7 @@ def decide(work: str, ways: Ways, exact: Callable[[], Tensor], device: torch.dev
     work: names the work, shapes and types included; with the device's name and the libraries' versions it is what the
     choice is remembered by. exact: the result in float64, or its `part` along the first axis.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {cpu()} {os.cpu_count()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else whole_cpu()
     path = kept_at(FOLDER, work, *ways, name, torch.__version__)
     if (remembered := (read_kept(path) or b"").decode(errors="replace")) in ways:
         log.info("%s: %s, as timed before on this device", work, remembered)

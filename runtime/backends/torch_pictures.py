@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -140,19 +141,27 @@ def faster_transposed(phases: PhaseUpsample) -> bool:
     """
     if not isinstance(phases.conv, nn.Conv2d):
         return True
-    transposed, weight, rows = TransposedUpsample(phases), phases.conv.weight, 4
-    transposed.make_ready()
-    picture = torch.randn(1, weight.shape[1], 64, 64, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    picture = picture.contiguous(memory_format=torch.channels_last)
-    strip = picture[:, :, : rows + 1].double()  # what the first rows come from
+    weight, rows = phases.conv.weight, 4
+
+    @cache  # neither is made where the choice is remembered
+    def picture() -> Tensor:
+        values = torch.randn(1, weight.shape[1], 64, 64, generator=torch.Generator().manual_seed(0))
+        return values.to(weight.dtype, memory_format=torch.channels_last)
+
+    @cache
+    def transposed() -> TransposedUpsample:
+        layer = TransposedUpsample(phases)
+        layer.make_ready()
+        return layer
 
     def exact() -> Tensor:
+        strip = picture()[:, :, : rows + 1].double()  # what the first rows come from
         return copy.deepcopy(phases).double()(strip)[:, :, : 2 * rows]
 
     work = f"upsampling of {weight.shape[1]} features in {weight.dtype} with {torch.get_num_threads()} threads"
     ways = {
-        "phases": lambda: phases(picture)[:, :, : 2 * rows],
-        TRANSPOSED: lambda: transposed(picture)[:, :, : 2 * rows],
+        "phases": lambda: phases(picture())[:, :, : 2 * rows],
+        TRANSPOSED: lambda: transposed()(picture())[:, :, : 2 * rows],
     }
     return decide(work, ways, exact, weight.device) == TRANSPOSED
 

@@ -135,11 +135,9 @@ def test_what_takes_the_place_of_the_backends_own(times: list[float], own: list[
     assert form_race._worth(times, own) is worth
 
 
-def test_short_runs_are_raced_for_some_seconds(raced: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    bar = Display(Console(quiet=True))
-    raced(dict.fromkeys(FORMS, 0.01))
+def test_short_runs_are_raced_for_some_seconds(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form_race, "SECONDS", 0.5)
-    with bar.bar("tuning", 1) as progress:
+    with display.bar("tuning", 1) as progress:
         rounds = form_race._by_turns({ORT.form: lambda: time.sleep(0.01)}, progress)  # type: ignore[arg-type,return-value]
     assert 20 < len(rounds[ORT.form]) <= 51
 
@@ -245,7 +243,11 @@ def tuned(form: str = str(TRANSPOSED)) -> TunedForm:
 
 @pytest.mark.parametrize(
     ("target", "value"),
-    [("_version", lambda distribution: "1.99.0"), ("cpu", lambda: ("Another", [])), ("state.machine", lambda: "other")],
+    [
+        ("installed_version", lambda distribution: "1.99.0"),
+        ("whole_cpu", lambda: "Another"),
+        ("state.machine", lambda: "other"),
+    ],
 )
 def test_another_library_or_machine_is_another_race(
     monkeypatch: pytest.MonkeyPatch, target: str, value: Callable[..., object]
