@@ -107,7 +107,7 @@ def said(
     verified: Sequence[Finding] = (),
 ) -> dict[str, doctor.Backend]:
     """What `doctor` says on a machine with these distributions and ONNX Runtime's providers. verified: found there."""
-    monkeypatch.setattr(doctor, "version", versions.get)
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
     monkeypatch.setattr(BackendRow, "available", lambda row: True)
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: providers))
     return {line.name: line for row in BACKENDS for line in doctor._examined(row, gpu, verified)}
